@@ -1,0 +1,20 @@
+"""SLA2's operators: `sla2::route` and `sla2::attention`, their specification and their implementations.
+
+| file | one idea |
+|---|---|
+| `checks.py` | what an op accepts, from metadata alone; the error that says rule, value and fix |
+| `blocks.py` | block geometry: how many blocks, how many are kept, which sizes suit a length |
+| `feature_maps.py` | phi of the linear branch, and its derivative |
+| `reference.py` | the method written plainly over dense maps: the specification |
+| `ops.py` | schemas, fakes, autograd, dispatch |
+| `portable_route.py`, `portable_attention.py`, `portable_backward.py` | blocked PyTorch for any device |
+| `functional.py` | route + attention in one call |
+
+Importing this package loads torch and registers the ops; Triton comes when a CUDA tensor first arrives.
+"""
+
+from sla2_compile.kernels.blocks import AUTO, auto_block_sizes
+from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+from sla2_compile.kernels.ops import attention, route
+
+__all__ = ["AUTO", "AttentionOptions", "attention", "auto_block_sizes", "route", "sla2_attention"]

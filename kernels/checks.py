@@ -1,0 +1,132 @@
+"""What the ops accept, checked on metadata only, so that real ops and fakes refuse alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FEATURE_MAPS = ("softmax", "elu", "relu")
+LINEAR_SCOPES = ("complement", "all")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def fail(name: str, rule: str, value: object, fix: str) -> ValueError:
+    """Build the one error of this project: `<name> must <rule>, got <value>; <fix>`."""
+    return ValueError(f"{name} must {rule}, got {value}; {fix}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    """Refuse q, k, v that do not form one attention call.
+
+    Args:
+        q: (B, Hq, Nq, D).
+        k: (B, Hkv, Nk, D); Hkv divides Hq.
+        v: (B, Hkv, Nk, Dv), or None where only scores are wanted.
+
+    Raises:
+        ValueError: rank, batch, heads, lengths, head dim, dtype or device do not fit together.
+    """
+    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if x.dim() != 4:
+            raise fail(name, "have shape (batch, heads, tokens, head_dim)", tuple(x.shape), "reshape it to 4-D")
+        if x.dtype not in DTYPES:
+            raise fail(name, "be float64, float32, bfloat16 or float16", x.dtype, "cast it first")
+        if x.dtype != q.dtype:
+            raise fail(name, f"have q's dtype {q.dtype}", x.dtype, "cast q, k and v to one dtype")
+        if x.device != q.device:
+            raise fail(name, f"be on q's device {q.device}", x.device, "move q, k and v to one device")
+        if x.shape[0] != q.shape[0]:
+            raise fail(name, f"have q's batch size {q.shape[0]}", x.shape[0], "expand it first")
+        if x.shape[2] == 0:
+            raise fail(name, "have at least one token", tuple(x.shape), "skip attention over empty sequences")
+        if x.shape[3] > MAX_HEAD_DIM or x.shape[3] == 0:
+            raise fail(name, f"have a head dim from 1 to {MAX_HEAD_DIM}", x.shape[3], "use full attention here")
+    if k.shape[3] != q.shape[3]:
+        raise fail("k", f"have q's head dim {q.shape[3]}", k.shape[3], "project both to one width")
+    if v is not None and v.shape[1:3] != k.shape[1:3]:
+        raise fail("v", f"have k's heads and tokens {tuple(k.shape[1:3])}", tuple(v.shape[1:3]), "match k and v")
+    if q.shape[1] % k.shape[1] != 0:
+        raise fail("q", f"have a multiple of k's {k.shape[1]} heads", q.shape[1], "repeat or drop heads")
+
+
+def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
+    """Refuse a key mask that is not (B, Nk) bool, True where a key takes part."""
+    if key_mask is None:
+        return
+    if key_mask.dtype != torch.bool:
+        raise fail("key_mask", "be boolean, True where the key takes part", key_mask.dtype, "compare first")
+    if key_mask.dim() != 2 or key_mask.shape[0] != k.shape[0] or key_mask.shape[1] != k.shape[2]:
+        raise fail(
+            "key_mask",
+            f"have shape ({k.shape[0]}, {k.shape[2]})",
+            tuple(key_mask.shape),
+            "expand it over the batch",
+        )
+    if key_mask.device != k.device:
+        raise fail("key_mask", f"be on k's device {k.device}", key_mask.device, "move it")
+
+
+def check_blocks(block_q: int, block_k: int, compression_ratio: int) -> None:
+    """Refuse block sizes that are not powers of two in 8..256, and router tokens that do not tile them."""
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if size < 8 or size > 256 or size & (size - 1):
+            raise fail(name, "be a power of two from 8 to 256", size, "use 128 and 64 for long sequences")
+    r = compression_ratio
+    if r < 0 or r & (r - 1):
+        raise fail("compression_ratio", "be 0 (whole block) or a power of two", r, "use 4, 8 or 16")
+
+
+def check_route(
+    q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None,
+    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int,
+) -> None:  # fmt: skip
+    """All checks of `sla2::route`."""
+    check_qkv(q, k, None)
+    check_key_mask(key_mask, k)
+    check_blocks(block_q, block_k, compression_ratio)
+    if not 0.0 < topk_ratio <= 1.0:
+        raise fail("topk_ratio", "lie in (0, 1]", topk_ratio, "0.15 keeps 15 % of the key blocks")
+    for name, proj in (("proj_q", proj_q), ("proj_k", proj_k)):
+        if proj is None:
+            continue
+        if proj.dim() != 2 or proj.shape[0] != q.shape[3] or proj.shape[1] != q.shape[3]:
+            want = f"have shape ({q.shape[3]}, {q.shape[3]})"
+            raise fail(name, want, tuple(proj.shape), "one head_dim x head_dim matrix per site")
+        if proj.device != q.device:
+            raise fail(name, f"be on q's device {q.device}", proj.device, "move the model and its inputs together")
+
+
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
+    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
+    block_q: int, block_k: int, feature_map: str, linear_scope: str, is_causal: bool,
+) -> None:  # fmt: skip
+    """All checks of `sla2::attention`."""
+    check_qkv(q, k, v)
+    check_key_mask(key_mask, k)
+    check_blocks(block_q, block_k, 0)
+    B, Hq, Nq, D = q.shape
+    tm = (Nq + block_q - 1) // block_q
+    if k_mean.shape != (B, k.shape[1], D):
+        raise fail("k_mean", f"have shape {(B, k.shape[1], D)}", tuple(k_mean.shape), "take it from sla2::route")
+    if lut.dim() != 4 or lut.shape[:3] != (B, Hq, tm) or lut.dtype != torch.int32:
+        rule = f"be int32 of shape ({B}, {Hq}, {tm}, topk)"
+        raise fail("lut", rule, f"{lut.dtype} {tuple(lut.shape)}", "route with the same block_q")
+    if log_rest.shape != (B, Hq, tm):
+        raise fail("log_rest", f"have shape {(B, Hq, tm)}", tuple(log_rest.shape), "take it from sla2::route")
+    if alpha_gain is not None and (alpha_gain.shape != (Hq,) or alpha_bias is None):
+        shape = tuple(alpha_gain.shape)
+        raise fail("alpha_gain", f"have shape ({Hq},) and come with alpha_bias", shape, "give one value per head")
+    if alpha_bias is not None and (
+        alpha_bias.dim() != 2 or alpha_bias.shape[0] not in (1, Hq) or alpha_bias.shape[1] not in (1, tm)
+    ):
+        shape = tuple(alpha_bias.shape)
+        raise fail("alpha_bias", f"broadcast to ({Hq}, {tm})", shape, "alpha='block' fits one sequence length only")
+    if feature_map not in FEATURE_MAPS:
+        raise fail("feature_map", f"be one of {', '.join(FEATURE_MAPS)}", repr(feature_map), "softmax is the paper's")
+    if linear_scope not in LINEAR_SCOPES:
+        raise fail("linear_scope", f"be one of {', '.join(LINEAR_SCOPES)}", repr(linear_scope), "use complement")
+    if is_causal and linear_scope == "all":
+        raise fail("linear_scope", "be 'complement' when is_causal", "'all'", "all keys would include future ones")

@@ -1,0 +1,115 @@
+"""SLA2 attention in one call: route, then attend. What sites and rewritten graphs run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sla2_compile.kernels.blocks import AUTO, auto_block_sizes
+from sla2_compile.kernels.ops import attention, route
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How one attention call is computed; each field as in `recipes.Recipe`.
+
+    Attributes:
+        topk_ratio: share of key blocks computed exactly, in (0, 1].
+        compression_ratio: tokens averaged into one router token; 0 means a whole block.
+        block_q, block_k: rows of a query and a key block; 0 (AUTO) chooses by length.
+        feature_map: phi of the linear branch: softmax, elu or relu.
+        linear_scope: complement (the paper's) or all keys.
+    """
+
+    topk_ratio: float = 0.15
+    compression_ratio: int = 8
+    block_q: int = AUTO
+    block_k: int = AUTO
+    feature_map: str = "softmax"
+    linear_scope: str = "complement"
+
+    def block_sizes(self, nq: int, nk: int) -> tuple[int, int]:
+        """Return (block_q, block_k) for these lengths."""
+        auto_q, auto_k = (0, 0) if self.block_q and self.block_k else auto_block_sizes(nq, nk)
+        return self.block_q or auto_q, self.block_k or auto_k
+
+
+@dataclass
+class Routing:
+    """What one call chose, for statistics and pictures.
+
+    lut (B, Hq, Tm, K) int32; log_rest, entropy (B, Hq, Tm); lse (B, Hq, Nq); block_q, block_k in tokens;
+    Tn key blocks in all.
+    """
+
+    lut: Tensor
+    log_rest: Tensor
+    entropy: Tensor
+    lse: Tensor
+    block_q: int
+    block_k: int
+    Tn: int
+
+
+def sla2_attention(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = AttentionOptions(), *,
+    key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
+    proj_q: Tensor | None = None, proj_k: Tensor | None = None,
+    alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Approximate softmax attention by SLA2 (arXiv 2602.12675, Alg. 2).
+
+    Args:
+        q: (B, Hq, Nq, D); k: (B, Hkv, Nk, D); v: (B, Hkv, Nk, Dv). Hkv divides Hq. float64, 32, bf16, fp16.
+        options: see `AttentionOptions`.
+        key_mask: (B, Nk) bool, True where the key takes part.
+        is_causal: query i sees keys 0..i (top-left aligned, as PyTorch's).
+        scale: multiplies q k^T; D ** -0.5 if None.
+        proj_q, proj_k: (D, D), the router's learned projections; identity if None.
+        alpha_gain: (Hq,); alpha_bias: (1 or Hq, 1 or Tm). See `reference.attention`.
+
+    Returns:
+        (B, Hq, Nq, Dv) in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; the message says what to change.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 2, 1024, 64)
+        >>> sla2_attention(q, k, v, AttentionOptions(topk_ratio=0.25)).shape
+        torch.Size([1, 2, 1024, 64])
+    """
+    o, _ = attend(
+        q, k, v, options, key_mask=key_mask, is_causal=is_causal, scale=scale,
+        proj_q=proj_q, proj_k=proj_k, alpha_gain=alpha_gain, alpha_bias=alpha_bias,
+    )  # fmt: skip
+    return o
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
+    key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
+    proj_q: Tensor | None = None, proj_k: Tensor | None = None,
+    alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
+) -> tuple[Tensor, Routing]:  # fmt: skip
+    """`sla2_attention` that also returns what the router chose."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
+    block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    lut, log_rest, entropy, k_mean = route(
+        q, k, proj_q, proj_k, key_mask,
+        options.topk_ratio, options.compression_ratio, block_q, block_k, scale, is_causal,
+    )  # fmt: skip
+    params = (q, k, v, alpha_gain, alpha_bias)
+    keep_branches = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
+    o, lse, _, _ = attention(
+        q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
+        block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches,
+    )  # fmt: skip
+    tn = (k.shape[2] + block_k - 1) // block_k
+    return o, Routing(lut, log_rest, entropy, lse, block_q, block_k, tn)

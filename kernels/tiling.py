@@ -1,0 +1,166 @@
+"""How the portable implementation cuts its work: groups of heads, blocks, gathers.
+
+A group is a rectangle of batch entries and key/value heads, small enough for its states to stay in cache
+and to bound peak memory. Inside a group everything is flat: rows of query blocks, rows of key blocks, and a
+look-up table from the first to the second. Grouped heads need no special case: a key/value head
+simply owns `Hq / Hkv` times as many query blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sla2_compile.kernels.blocks import num_blocks
+
+NEG_INF = float("-inf")
+
+# elements of one score tile, and tokens of one group of heads: CPUs want tiles that stay in the L2 cache,
+# GPUs want enough work for one launch
+TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64, everything else accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_groups(B: int, heads: int, tokens: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Yield (batch slice, key/value head slice) rectangles that cover (B, heads)."""
+    room = max(1, GROUP_TOKENS.get(device.type, 2**18) // max(1, tokens))
+    step_h = min(heads, room)
+    step_b = max(1, room // heads) if step_h == heads else 1
+    for b in range(0, B, step_b):
+        for h in range(0, heads, step_h):
+            yield slice(b, min(B, b + step_b)), slice(h, min(heads, h + step_h))
+
+
+def to_blocks(x: Tensor, block: int) -> Tensor:
+    """(b, h, N, D) -> (b * h * ceil(N / block), block, D), zero padded; a view where strides allow."""
+    pad = -x.shape[2] % block
+    x = F.pad(x, (0, 0, 0, pad)) if pad else x
+    return x.reshape(-1, block, x.shape[3])
+
+
+def from_blocks(x: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `to_blocks`: cut the padding and give back (b, h, N, D)."""
+    return x.view(shape[0], shape[1], -1, shape[3])[:, :, : shape[2]]
+
+
+@dataclass
+class Tiles:
+    """One group of heads, flat. R query-block rows, C key-block rows; `Tn` key blocks a head.
+
+    Attributes:
+        q: (R, block_q, D); k: (C, block_k, D), smoothed, zero where padded; v: (C, block_k, Dv).
+        rows: (R, K) int64 into the key-block rows, clamped to a real row where the table holds -1.
+        k_valid: (C, block_k) bool, or None where every key of every block is real.
+        row_valid: (R, K) bool, False where the table holds -1, or None where it never does.
+        q_start: (R,) first token of each query block, for causal masks (None when not causal).
+        k_start: (C,) first token of each key block (None when not causal).
+        scale: multiplies q k^T.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rows: Tensor
+    k_valid: Tensor | None
+    row_valid: Tensor | None
+    q_start: Tensor | None
+    k_start: Tensor | None
+    scale: float
+    Tn: int
+
+    @property
+    def acc(self) -> torch.dtype:
+        return accumulation_dtype(self.q.dtype)
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of query-block rows whose score tile fits the cache."""
+        per_row = self.q.shape[1] * self.rows.shape[1] * self.k.shape[1]
+        step = max(1, TILE_ELEMENTS.get(self.q.device.type, 2**26) // per_row)
+        for start in range(0, self.q.shape[0], step):
+            yield slice(start, min(self.q.shape[0], start + step))
+
+    def gather(self, blocks: Tensor, part: slice) -> Tensor:
+        """Selected blocks of these query rows, side by side: (n, K * block_k, D)."""
+        rows = self.rows[part]
+        picked = blocks.view(blocks.shape[0], -1).index_select(0, rows.flatten())
+        return picked.view(rows.shape[0], -1, blocks.shape[2])
+
+    def scores(self, part: slice, keys: Tensor) -> Tensor:
+        """Scaled and masked scores of these rows, (n, block_q, K * block_k), in the accumulation dtype."""
+        q = self.q[part]
+        s = torch.baddbmm(q.new_empty(1, 1, 1), q, keys.mT, beta=0.0, alpha=self.scale).to(self.acc)
+        hidden = self._hidden(part)
+        return s if hidden is None else s.masked_fill_(hidden, NEG_INF)
+
+    def _hidden(self, part: slice) -> Tensor | None:
+        """(n, 1 or block_q, K * block_k) bool, True where a score must not count; None where all count."""
+        rows = self.rows[part]
+        n, block_k = rows.shape[0], self.k.shape[1]
+        hidden = None
+        if self.k_valid is not None:
+            hidden = ~self.k_valid.index_select(0, rows.flatten()).view(n, 1, -1)
+        if self.row_valid is not None:
+            absent = (~self.row_valid[part]).repeat_interleave(block_k, dim=1)[:, None]
+            hidden = absent if hidden is None else hidden | absent
+        if self.q_start is not None and self.k_start is not None:
+            steps_q = torch.arange(self.q.shape[1], device=rows.device)
+            steps_k = torch.arange(block_k, device=rows.device)
+            at_k = (self.k_start[rows][..., None] + steps_k).view(n, 1, -1)
+            future = at_k > (self.q_start[part, None] + steps_q)[..., None]
+            hidden = future if hidden is None else hidden | future
+        return hidden
+
+    def complement(self, linear_scope: str) -> Tensor:
+        """(h, R / h, Tn): 1 for each key block that the linear branch of a query row covers, per kv head."""
+        heads = self.k.shape[0] // self.Tn
+        tm_all = self.q.shape[0] // heads
+        keep = self.q.new_ones(self.q.shape[0], self.Tn)
+        if self.q_start is not None and self.k_start is not None:
+            # blocks seen by some rows only are always selected, so what is left is seen by the whole block
+            keep = keep * (self.k_start[None, : self.Tn] <= self.q_start[:, None])
+        if linear_scope == "complement":
+            first = torch.arange(heads, device=self.rows.device).repeat_interleave(tm_all) * self.Tn
+            local = self.rows - first[:, None]
+            if self.row_valid is None:
+                keep.scatter_(1, local, 0.0)
+            else:
+                keep = keep * (1.0 - torch.zeros_like(keep).scatter_add_(1, local, self.row_valid.to(keep.dtype)))
+        return keep.view(heads, tm_all, self.Tn)
+
+
+def cut(
+    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, key_mask: Tensor | None,
+    block_q: int, block_k: int, scale: float, is_causal: bool,
+) -> Tiles:  # fmt: skip
+    """Cut one group of heads into `Tiles`; tensors as in `reference.attention`, restricted to the group."""
+    b, heads, Nk, _ = k.shape
+    tn, tm = num_blocks(Nk, block_k), lut.shape[2]
+    smooth = (k.to(k_mean.dtype) - k_mean[:, :, None]).to(k.dtype)
+    ragged = Nk % block_k != 0
+    k_valid = None
+    if ragged or key_mask is not None:
+        real = torch.ones(b, Nk, dtype=torch.bool, device=k.device) if key_mask is None else key_mask
+        real = F.pad(real, (0, -Nk % block_k))
+        k_valid = real[:, None].expand(b, heads, -1).reshape(-1, block_k)
+    # the table of one group counts its own key-block rows, query heads of one kv head next to each other
+    groups = lut.shape[1] // heads
+    first = torch.arange(b * heads, device=lut.device).repeat_interleave(groups * tm) * tn
+    rows = lut.reshape(-1, lut.shape[3]).long()
+    # only a mask can leave fewer allowed blocks than the table is wide
+    row_valid = rows >= 0 if (is_causal or key_mask is not None) else None
+    rows = rows.clamp(min=0) + first[:, None]
+    q_start = k_start = None
+    if is_causal:
+        q_start = (torch.arange(tm, device=q.device) * block_q).repeat(q.shape[0] * q.shape[1])
+        k_start = (torch.arange(tn, device=q.device) * block_k).repeat(b * heads)
+    tiles = (to_blocks(q, block_q), to_blocks(smooth, block_k), to_blocks(v, block_k))
+    return Tiles(*tiles, rows, k_valid, row_valid, q_start, k_start, scale, tn)
