@@ -1,0 +1,213 @@
+"""`Recipe`: every choice that SLA2 leaves to its user, validated, frozen, saved as YAML."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from sla2_compile.recipes.errors import RecipeError, explain, nearest
+
+DEFAULT = "balanced"
+
+SITE_FIELDS = (
+    "topk_ratio", "compression_ratio", "block_q", "block_k", "feature_map",
+    "alpha", "linear_scope", "low_bit", "qat", "min_seq_len",
+)  # fmt: skip
+"""Fields that may differ from site to site (`overrides`); the others choose the sites."""
+
+
+class Recipe(BaseModel):
+    """How a model's attention becomes SLA2.
+
+    Attributes:
+        name: shown in reports.
+        topk_ratio: share of key blocks that the sparse branch computes exactly, in (0, 1]; usual 0.05-0.30.
+        compression_ratio: tokens averaged into one router token: a power of two, usual 4-16, or "block"
+            (one token a block, as in the paper).
+        block_q, block_k: rows of a query and of a key block, powers of two in 8..256, or "auto" (by length).
+        feature_map: phi of the linear branch: softmax (the paper's), elu (elu + 1) or relu.
+        alpha: where the mix of the branches comes from: routed (the router's estimate, scaled per head),
+            head (one learned value a head), block (one a query block, the paper's; fixes the length).
+        linear_scope: complement (keys that the sparse branch skips, the paper's) or all.
+        low_bit: numeric format of the sparse branch: none, int8 (INT8 QK), int8_fp8 (and FP8 PV).
+        qat: train with fake-quantised forward; needs a low_bit other than none.
+        start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; None means the last.
+            Layers are counted in the order in which a forward reaches them.
+        include, exclude: owner names (shell patterns such as "blocks.*.attn"); exclude wins.
+        overrides: per-site values by owner-name pattern; later patterns win.
+        min_seq_len: calls with fewer queries or keys keep full attention; "auto" is the device's crossover.
+
+    Raises:
+        RecipeError: unknown keys, values out of range, contradictory fields.
+
+    Example:
+        >>> Recipe.of("balanced", topk_ratio=0.2).topk_ratio
+        0.2
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: str = "custom"
+    topk_ratio: float = Field(default=0.15, gt=0, le=1)
+    compression_ratio: int | Literal["block"] = 8
+    block_q: int | Literal["auto"] = "auto"
+    block_k: int | Literal["auto"] = "auto"
+    feature_map: Literal["softmax", "elu", "relu"] = "softmax"
+    alpha: Literal["routed", "head", "block"] = "routed"
+    linear_scope: Literal["complement", "all"] = "complement"
+    low_bit: Literal["none", "int8", "int8_fp8"] = "int8_fp8"
+    qat: bool = True
+    start_layer: int = Field(default=0, ge=0)
+    end_layer: int | None = Field(default=None, ge=1)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    min_seq_len: int | Literal["auto"] = "auto"
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise explain(error, type(self).model_fields) from None
+
+    @field_validator("compression_ratio", "block_q", "block_k", mode="before")
+    @classmethod
+    def _power_of_two(cls, value: Any, info: ValidationInfo) -> Any:
+        word, low, fix = "auto", 8, "long sequences take 128 and 64, or leave it 'auto'"
+        if info.field_name == "compression_ratio":
+            word, low, fix = "block", 1, "usual are 4, 8 and 16"
+        if value == word or (type(value) is int and low <= value <= 256 and not value & (value - 1)):
+            return value
+        rule = f"be {word!r} or a power of two from {low} to 256"
+        raise ValueError(f"{info.field_name} must {rule}, got {value!r}; {fix}")
+
+    @field_validator("min_seq_len", mode="before")
+    @classmethod
+    def _length(cls, value: Any) -> Any:
+        if value == "auto" or (type(value) is int and value >= 0):
+            return value
+        raise ValueError(
+            f"min_seq_len must be 'auto' or an int of at least 0, got {value!r}; 0 replaces every length"
+        )
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.qat and self.low_bit == "none":
+            raise ValueError(
+                "qat must be false when low_bit is 'none', got true; set qat=False or low_bit='int8_fp8'"
+            )
+        if self.end_layer is not None and self.end_layer <= self.start_layer:
+            got = f"{self.end_layer} with start_layer {self.start_layer}"
+            raise ValueError(f"end_layer must be greater than start_layer, got {got}; no layer would be left")
+        if not self.include:
+            raise ValueError("include must name at least one pattern, got none; '*' takes every attention call")
+        for block in (self.block_q, self.block_k):
+            r = self.compression_ratio
+            if isinstance(block, int) and isinstance(r, int) and r > block:
+                raise ValueError(
+                    f"compression_ratio must not exceed the block sizes, got {r} with a block of {block}; "
+                    "use 'block' for one router token a block"
+                )
+        for pattern, values in self.overrides.items():
+            for key in values:
+                if key not in SITE_FIELDS:
+                    hint = f"{nearest(key, SITE_FIELDS)}allowed: {', '.join(SITE_FIELDS)}"
+                    raise ValueError(f"overrides[{pattern!r}] must hold per-site fields, got {key!r}; {hint}")
+            # the merged recipe is validated like any other, so that a bad override fails here, not in a forward
+            plain = self.model_dump(exclude={"overrides"})
+            try:
+                Recipe(**{**plain, **values})
+            except RecipeError as error:
+                raise ValueError(f"overrides[{pattern!r}]: {error}") from None
+        return self
+
+    def for_site(self, owner: str) -> Recipe:
+        """Return the recipe of one site: this one with every matching override applied, in order."""
+        values = {k: v for pattern, o in self.overrides.items() if fnmatchcase(owner, pattern) for k, v in o.items()}
+        return Recipe(**{**self.model_dump(exclude={"overrides"}), **values}) if values else self
+
+    def selects(self, owner: str) -> bool:
+        """Whether include and exclude let this owner through."""
+        if any(fnmatchcase(owner, pattern) for pattern in self.exclude):
+            return False
+        return any(fnmatchcase(owner, pattern) for pattern in self.include)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            RecipeError: not a YAML mapping, or not a valid recipe; names the file.
+        """
+        path = Path(path)
+        try:
+            return cls._parse(path.read_text(encoding="utf-8"), path.stem)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    @classmethod
+    def _parse(cls, text: str, name: str) -> Recipe:
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe file must be YAML, got {error}; see recipes/balanced.yaml") from None
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise RecipeError(f"recipe file must hold a mapping of fields, got {kind}; see recipes/balanced.yaml")
+        return cls(**{"name": name, **values})
+
+    def save(self, path: str | Path) -> None:
+        """Write every field to a YAML file that `Recipe.load` reads back to an equal recipe."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """Return a recipe that ships with the package.
+
+        Raises:
+            RecipeError: no such name; lists the names and suggests the nearest.
+        """
+        if name not in recipe_names():
+            hint = f"{nearest(name, recipe_names())}give a path for a recipe file of your own"
+            raise RecipeError(f"recipe must be one of {', '.join(recipe_names())}, got {name!r}; {hint}")
+        file = resources.files("sla2_compile.recipes") / f"{name}.yaml"
+        return cls._parse(file.read_text(encoding="utf-8"), name)
+
+    @classmethod
+    def of(cls, recipe: str | Path | Recipe | dict[str, Any] = DEFAULT, **fields: Any) -> Recipe:
+        """Return a Recipe from a name, a YAML path, a mapping or a Recipe, with fields replaced.
+
+        Raises:
+            RecipeError: as `named`, `load` and the constructor.
+            TypeError: recipe is of no such kind.
+        """
+        if isinstance(recipe, Recipe):
+            base = recipe
+        elif isinstance(recipe, dict):
+            base = cls(**recipe)
+        elif isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))):
+            base = cls.load(recipe)
+        elif isinstance(recipe, str):
+            base = cls.named(recipe)
+        else:
+            kind = type(recipe).__name__
+            raise TypeError(f"recipe must be a name, a path, a dict or a Recipe, got {kind}; try recipe='balanced'")
+        return cls(**{**base.model_dump(), **fields}) if fields else base
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    files = resources.files("sla2_compile.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
