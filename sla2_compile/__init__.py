@@ -1,0 +1,62 @@
+"""sla2_compile: a compiler for attention in PyTorch.
+
+    model = sla2_compile.transform(model, recipe="balanced", example_inputs=(x, t, y))
+    print(sla2_compile.report(model))
+    model = torch.compile(model, backend="sla2")      # or plain eager, or any other compile
+
+Importing this package loads torch and registers the `sla2::*` ops; everything else comes when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import sla2_compile.kernels  # registers the ops, so that saved programs load
+
+if TYPE_CHECKING:
+    from sla2_compile.kernels import AttentionOptions, sla2_attention
+    from sla2_compile.recipes import Recipe, RecipeError
+    from sla2_compile.reporting import Report, report
+    from sla2_compile.statistics import get_sla2_statistics, log_sla2_config
+    from sla2_compile.api import restore, transform
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttentionOptions": "kernels",
+    "sla2_attention": "kernels",
+    "Recipe": "recipes",
+    "RecipeError": "recipes",
+    "Report": "reporting",
+    "report": "reporting",
+    "get_sla2_statistics": "statistics",
+    "log_sla2_config": "statistics",
+    "restore": "api",
+    "transform": "api",
+}
+
+__all__ = [
+    "AttentionOptions",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "get_sla2_statistics",
+    "log_sla2_config",
+    "report",
+    "restore",
+    "sla2_attention",
+    "transform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sla2_compile' has no attribute {name!r}")
+    value = getattr(import_module(f"sla2_compile.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

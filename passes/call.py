@@ -1,0 +1,63 @@
+"""One attention call, whatever spelling it came in: the arguments of scaled_dot_product_attention, bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class AttentionCall:
+    """Arguments of one call, as `torch.nn.functional.scaled_dot_product_attention` defines them.
+
+    q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), usually; tensors may be real, fake or meta.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def full_attention(self) -> Tensor:
+        """Run the call as PyTorch would have.
+
+        The aten op, not the function: the function would be seen by the mode that redirected this call.
+        """
+        return torch.ops.aten.scaled_dot_product_attention(
+            self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal,
+            scale=self.scale, enable_gqa=self.enable_gqa,
+        )  # fmt: skip
+
+    def key_mask(self) -> Tensor | None:
+        """The mask as (B, Nk) bool, for a mask that `is_key_mask` accepts."""
+        if self.attn_mask is None:
+            return None
+        mask = self.attn_mask
+        while mask.dim() < 4:
+            mask = mask[None]
+        return mask[:, 0, 0].expand(self.q.shape[0], self.k.shape[2])
+
+
+def is_key_mask(mask: Tensor) -> bool:
+    """Whether a mask hides whole keys: boolean, and the same for every head and query."""
+    return mask.dtype == torch.bool and all(mask.shape[i] == 1 for i in range(max(0, mask.dim() - 3), mask.dim() - 1))
+
+
+def bind(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """Bind positional and keyword arguments as scaled_dot_product_attention takes them."""
+    return AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

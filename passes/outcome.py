@@ -1,0 +1,89 @@
+"""What became of each attention call: a `Rewrite` or a `Miss` with a reason. Nothing is silent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
+from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.settings import SiteSettings
+
+
+@dataclass(frozen=True)
+class Where:
+    """One attention call of a model.
+
+    Attributes:
+        owner: qualified name of the module whose forward makes the call ("" is the model itself).
+        index: position of the call among those of one forward of the owner.
+        q_shape, k_shape, v_shape: as seen at planning; symbolic lengths are written as their names.
+        dtype, device: of q.
+        times: how often one forward of the model makes the call.
+    """
+
+    owner: str
+    index: int
+    q_shape: tuple[Any, ...]
+    k_shape: tuple[Any, ...]
+    v_shape: tuple[Any, ...]
+    dtype: str
+    device: str
+    times: int = 1
+
+    @classmethod
+    def of(cls, owner: str, index: int, call: AttentionCall, times: int = 1) -> Where:
+        shapes = (tuple(n if isinstance(n, int) else str(n) for n in x.shape) for x in (call.q, call.k, call.v))
+        return cls(owner, index, *shapes, str(call.q.dtype).removeprefix("torch."), call.q.device.type, times)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A call that keeps full attention; `where.q_shape` is empty where only a hint of attention was seen."""
+
+    where: Where
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A call that SLA2 takes, and what that costs.
+
+    Attributes:
+        block_q, block_k, topk: block sizes, and key blocks kept per query block.
+        tm, tn: numbers of query and key blocks; 0 where the length is symbolic.
+        flops, full_flops: multiply-adds times two of one call, by SLA2 and by full attention; 0 if symbolic.
+    """
+
+    where: Where
+    settings: SiteSettings
+    block_q: int
+    block_k: int
+    topk: int
+    tm: int
+    tn: int
+    flops: int
+    full_flops: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of key blocks that the sparse branch skips."""
+        return 1.0 - self.topk / self.tn if self.tn else 1.0 - self.settings.options.topk_ratio
+
+    @classmethod
+    def of(cls, where: Where, call: AttentionCall, settings: SiteSettings) -> Rewrite:
+        B, H, Nq, D = call.q.shape
+        Nk, Dv, options = call.k.shape[2], call.v.shape[3], settings.options
+        if not all(isinstance(n, int) for n in (B, H, Nq, Nk)):
+            return cls(where, settings, options.block_q, options.block_k, 0, 0, 0, 0, 0)
+        block_q, block_k = options.block_sizes(Nq, Nk)
+        tm, tn = num_blocks(Nq, block_q), num_blocks(Nk, block_k)
+        kept = num_kept(tn, options.topk_ratio, block_q, block_k, call.is_causal)
+        rows_q, rows_k = (router_tokens(block, options.compression_ratio)[0] for block in (block_q, block_k))
+        sparse = 2 * Nq * min(Nk, kept * block_k) * (D + Dv)
+        linear = 0 if kept == tn else 2 * (Nq + Nk + tm * tn) * D * Dv
+        router = 2 * num_blocks(Nq, rows_q) * num_blocks(Nk, rows_k) * D
+        full = 2 * Nq * Nk * (D + Dv) // (2 if call.is_causal else 1)
+        return cls(where, settings, block_q, block_k, kept, tm, tn, B * H * (sparse + linear + router), B * H * full)

@@ -1,0 +1,85 @@
+"""Which attention calls SLA2 takes, and the fixed list of reasons why it leaves one alone.
+
+The same function decides at planning time (fake tensors), in graphs (example values) and at run time
+(real tensors, SymInts under torch.compile): it looks at metadata only.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
+from sla2_compile.passes.call import AttentionCall, is_key_mask
+
+if TYPE_CHECKING:
+    from sla2_compile.passes.settings import SiteSettings
+
+
+class Reason(str, Enum):
+    """Why a call keeps full attention. The value is what reports print."""
+
+    SHORT_SEQUENCE = "short sequence"
+    SHORT_KEYS = "cross-attention with short keys"
+    DECODING = "decoding step"
+    BIAS = "additive bias"
+    QUERY_MASK = "mask differs between heads or queries"
+    DROPOUT = "dropout in training"
+    HEAD_DIM = "head dim beyond the kernels'"
+    RANK = "not 4-D"
+    BROADCAST = "heads or batch broadcast"
+    DTYPE = "dtype"
+    CAUSAL_ALL_KEYS = "causal with linear_scope 'all'"
+    EXCLUDED = "excluded by the recipe"
+    LAYER_RANGE = "outside start_layer..end_layer"
+    MULTIHEAD = "inside nn.MultiheadAttention"
+    HAND_WRITTEN = "softmax written by hand, possibly attention"
+    UNSEEN = "call not seen when the model was planned"
+
+
+MIN_SEQ_LEN = {"cpu": 512, "cuda": 4096}
+"""What `min_seq_len: auto` means by device type: the shortest length at which SLA2 was measured to win."""
+
+
+def shorter(n: int, limit: int) -> bool:
+    """n < limit. While exporting, a length that may be either counts as long, so that no guard is added."""
+    if torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(n < limit)
+    return n < limit
+
+
+def why_not(call: AttentionCall, settings: SiteSettings) -> Reason | None:
+    """Return why SLA2 must not take this call, or None if it takes it."""
+    q, k, v = call.q, call.k, call.v
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        return Reason.RANK
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return Reason.DTYPE
+    if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
+        return Reason.HEAD_DIM
+    if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0] or v.shape[1] != k.shape[1]:
+        return Reason.BROADCAST
+    if k.shape[1] != q.shape[1] and not call.enable_gqa:
+        return Reason.BROADCAST
+    if call.dropout_p > 0.0:
+        return Reason.DROPOUT
+    if call.attn_mask is not None:
+        if call.attn_mask.dtype != torch.bool:
+            return Reason.BIAS
+        if not is_key_mask(call.attn_mask):
+            return Reason.QUERY_MASK
+    if call.is_causal and settings.options.linear_scope == "all":
+        return Reason.CAUSAL_ALL_KEYS
+    return _too_short(q.shape[2], k.shape[2], settings.shortest(q.device.type))
+
+
+def _too_short(nq: int, nk: int, shortest: int) -> Reason | None:
+    if shortest == 0:
+        return None
+    if not shorter(nq, shortest):
+        return Reason.SHORT_KEYS if shorter(nk, shortest) else None
+    return Reason.SHORT_SEQUENCE if shorter(nk, shortest) else Reason.DECODING

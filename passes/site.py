@@ -1,0 +1,140 @@
+"""`Site`: the module that takes the place of one attention call, and holds what SLA2 learns there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.checks import fail
+from sla2_compile.kernels.functional import Routing, attend
+from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.rules import Reason, why_not
+from sla2_compile.passes.settings import SiteSettings
+
+# logit of alpha before training where alpha does not come from the router: the linear branch only pays
+# once it is trained, so a site starts as 95 % sparse branch
+UNTRAINED_LOGIT = 3.0
+
+
+class Site(nn.Module):
+    """SLA2 in the place of one attention call.
+
+    Parameters (none when `learned` is False):
+        proj_q, proj_k: (D, D), the router's projections, identity before calibration. Hard top-k gives them no
+            gradient, so they do not require one until stage 1 (`calibrate`) trains them.
+        alpha_gain: (Hq,), alpha="routed" only. alpha_bias: (Hq, 1) routed or head; (1, Tm) block.
+
+    Attributes:
+        settings: what the recipe says.
+        last_routing: what the last eager forward chose, or None; not saved, not copied.
+        fallbacks: how many eager calls kept full attention, by reason.
+    """
+
+    proj_q: nn.Parameter | None
+    proj_k: nn.Parameter | None
+    alpha_gain: nn.Parameter | None
+    alpha_bias: nn.Parameter | None
+
+    def __init__(self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None):
+        """Build a site for calls like this one; without a call, a site that learns nothing.
+
+        Args:
+            settings: see `SiteSettings`.
+            call: gives heads, head dim, length and device.
+            dtype: of the parameters; q's if None.
+        """
+        super().__init__()
+        self.settings = settings
+        self.last_routing: Routing | None = None
+        self.fallbacks: Counter[str] = Counter()
+        for name in ("proj_q", "proj_k", "alpha_gain", "alpha_bias"):
+            self.register_parameter(name, None)
+        if call is not None:
+            self._make_parameters(call, dtype or call.q.dtype)
+
+    def _make_parameters(self, call: AttentionCall, dtype: torch.dtype) -> None:
+        heads, Nq, D = call.q.shape[1:]
+        like: dict[str, Any] = {"device": call.q.device, "dtype": dtype}
+        self.proj_q = nn.Parameter(torch.eye(D, **like), requires_grad=False)
+        self.proj_k = nn.Parameter(torch.eye(D, **like), requires_grad=False)
+        if self.settings.alpha == "routed":
+            self.alpha_gain = nn.Parameter(torch.ones(heads, **like))
+            self.alpha_bias = nn.Parameter(torch.zeros(heads, 1, **like))
+        else:
+            block_q, _ = self.settings.options.block_sizes(Nq, call.k.shape[2])
+            shape = (heads, 1) if self.settings.alpha == "head" else (1, num_blocks(Nq, block_q))
+            self.alpha_bias = nn.Parameter(torch.full(shape, UNTRAINED_LOGIT, **like))
+
+    def forward(self, call: AttentionCall) -> Tensor:
+        """Answer one attention call, by SLA2 or, if a rule says so, by full attention.
+
+        Raises:
+            ValueError: the site's parameters are not where q is; alpha="block" at another length.
+        """
+        reason = why_not(call, self.settings)
+        if reason is not None:
+            self._count(reason)
+            return call.full_attention()
+        if self.alpha_bias is not None:
+            self._check(call, self.alpha_bias)
+        o, routing = attend(
+            call.q, call.k, call.v, self.settings.options,
+            key_mask=call.key_mask(), is_causal=call.is_causal, scale=call.scale,
+            proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
+        )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            self.last_routing = routing
+        return o
+
+    def _count(self, reason: Reason) -> None:
+        # a counter inside a compiled graph would be a guard that fails on every call
+        if not torch.compiler.is_compiling():
+            self.fallbacks[reason.value] += 1
+
+    def _check(self, call: AttentionCall, alpha_bias: Tensor) -> None:
+        if alpha_bias.device != call.q.device:
+            where = alpha_bias.device
+            fix = "load real weights before running a model planned on meta" if where.type == "meta" else "move it"
+            raise fail("the model", f"be on its input's device {call.q.device}", where, fix)
+        if self.settings.alpha == "block":
+            block_q, _ = self.settings.options.block_sizes(call.q.shape[2], call.k.shape[2])
+            blocks = num_blocks(call.q.shape[2], block_q)
+            if blocks != alpha_bias.shape[1]:
+                rule = f"have the {alpha_bias.shape[1]} query blocks that alpha='block' was made for"
+                raise fail("q", rule, f"{blocks} ({call.q.shape[2]} tokens)", "use alpha='routed' for several lengths")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_routing": None, "fallbacks": Counter()}
+
+    def extra_repr(self) -> str:
+        options = self.settings.options
+        return f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}, alpha={self.settings.alpha}"
+
+
+class Sites(nn.ModuleDict):
+    """The sites of one owner, by the position of their call in the owner's forward: `owner.sla2[0]`.
+
+    Attributes:
+        unseen: eager calls at positions that planning did not see; they kept full attention.
+    """
+
+    def __init__(self, sites: dict[int, Site]):
+        super().__init__({str(index): site for index, site in sites.items()})
+        self.unseen = 0
+
+    def __getitem__(self, index: int | str) -> Site:  # type: ignore[override]
+        site = super().__getitem__(str(index))
+        assert isinstance(site, Site)
+        return site
+
+    def answer(self, index: int, call: AttentionCall) -> Tensor:
+        """Answer the index-th call of one forward of the owner."""
+        if str(index) in self:
+            return self[index](call)
+        if not torch.compiler.is_compiling():
+            self.unseen += 1
+        return call.full_attention()

@@ -1,0 +1,225 @@
+"""`transform` and `restore`: the one call that turns a model into an SLA2 model, and the one that undoes it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from sla2_compile.carrier import CHILD, SiteForward, install, is_owner, remove
+from sla2_compile.discovery import discover
+from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.select import SeenCall, select
+from sla2_compile.passes.site import Site, Sites
+from sla2_compile.plan import ATTRIBUTE, Plan, plans
+from sla2_compile.recipes import DEFAULT, Recipe
+
+M = TypeVar("M", nn.Module, ExportedProgram)
+
+
+def transform(
+    model: M,
+    recipe: str | Path | Recipe | dict[str, Any] = DEFAULT,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    discover: Literal["auto", "fake", "real"] = "auto",
+    allow_none: bool = False,
+    **overrides: Any,
+) -> M:
+    """Replace a model's attention by SLA2 (arXiv 2602.12675), in place, and return the model.
+
+    Every `F.scaled_dot_product_attention` call that the recipe selects and the rules admit is sent to a site, a
+    child module `sla2` of the module that makes the call. Class, attributes, hooks and state-dict keys stay;
+    `restore` undoes it. A GraphModule is rewritten in its graph; an ExportedProgram gives a new one.
+
+    Args:
+        model: nn.Module, fx.GraphModule or ExportedProgram.
+        recipe: name, path of a YAML file, Recipe or dict; see `Recipe`.
+        example_inputs, example_kwargs: one set of inputs for forward. With them the calls are found at once,
+            without computing (fake tensors; a model on the meta device can be planned). Without them the first
+            forward finds them; learned parameters then appear too late for an optimizer built before it.
+        discover: "fake", "real" (one true forward), or "auto": fake, and real where that fails.
+        allow_none: return the model unchanged, instead of raising, if nothing was replaced.
+        **overrides: any field of Recipe, for example topk_ratio=0.1.
+
+    Returns:
+        The same object (ExportedProgram: a new program that shares the weights).
+
+    Raises:
+        RecipeError: unknown recipe or field, value out of range.
+        ValueError: nothing was replaced; the inputs do not run; the model is transformed with another recipe.
+            The model is left as it was.
+        TypeError: model is none of the three kinds.
+
+    Example:
+        >>> model = transform(model, "balanced", example_inputs=(x, t, y), topk_ratio=0.1)
+    """
+    chosen = Recipe.of(recipe, **overrides)
+    if isinstance(model, ExportedProgram):
+        from sla2_compile.graphs import transform_exported
+
+        return transform_exported(model, chosen, allow_none)
+    if isinstance(model, type) or not isinstance(model, nn.Module):
+        kind = model if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"model must be an nn.Module, GraphModule or ExportedProgram, got {kind}; "
+            "pass the module itself, for a pipeline its transformer: pipe.transformer = transform(pipe.transformer)"
+        )
+    if _already(model, chosen):
+        return model
+    if isinstance(model, fx.GraphModule):
+        from sla2_compile.graphs import transform_graph_module
+
+        return transform_graph_module(model, chosen, allow_none)
+    if example_inputs is None and example_kwargs is None:
+        model.__dict__["forward"] = FirstForward(model, chosen, discover, allow_none)
+        setattr(model, ATTRIBUTE, Plan(chosen, (), "pending"))
+        return model
+    if isinstance(example_inputs, Tensor) or (example_inputs is not None and not isinstance(example_inputs, Sequence)):
+        kind = type(example_inputs).__name__
+        raise ValueError(f"example_inputs must be a tuple of forward's arguments, got {kind}; write (x,)")
+    _transform_now(model, chosen, tuple(example_inputs or ()), dict(example_kwargs or {}), discover, allow_none)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give a transformed model its own attention back: original forward, original state-dict keys, same weights.
+
+    A model that was never transformed is returned as it is. Parts transformed on their own are restored too.
+    """
+    if isinstance(model, fx.GraphModule) and ATTRIBUTE in model.__dict__:
+        from sla2_compile.graphs import restore_graph_module
+
+        return restore_graph_module(model)
+    for _, root, _ in list(plans(model)):
+        first = root.__dict__.get("forward")
+        if isinstance(first, FirstForward):
+            first.withdraw()
+        delattr(root, ATTRIBUTE)
+    for module in list(model.modules()):
+        if is_owner(module):
+            remove(module)
+    return model
+
+
+class FirstForward:
+    """A root's forward until its first call, which finds the attention and then runs."""
+
+    def __init__(self, root: nn.Module, recipe: Recipe, how: str, allow_none: bool) -> None:
+        self.root, self.recipe, self.how, self.allow_none = root, recipe, how, allow_none
+        self.own = root.__dict__.get("forward")
+
+    def withdraw(self) -> None:
+        """Take this object away from the root again."""
+        if self.own is None:
+            del self.root.__dict__["forward"]
+        else:
+            self.root.__dict__["forward"] = self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a model transformed without example_inputs must run once before it is compiled or exported, "
+                "got a compiler's trace; call it once, or pass example_inputs to transform"
+            )
+        root = self.root
+        self.withdraw()
+        delattr(root, ATTRIBUTE)
+        try:
+            _transform_now(root, self.recipe, args, kwargs, self.how, self.allow_none)
+        except Exception:
+            # leave the model as transform made it: the next forward tries again
+            root.__dict__["forward"] = self
+            setattr(root, ATTRIBUTE, Plan(self.recipe, (), "pending"))
+            raise
+        return root.forward(*args, **kwargs)
+
+
+def _transform_now(
+    model: nn.Module, recipe: Recipe, args: Sequence[Any], kwargs: Mapping[str, Any], how: str, allow_none: bool
+) -> None:
+    seen, found = discover(model, args, kwargs, how)
+    outcomes = select(seen, recipe)
+    rewrites = [x for x in outcomes if isinstance(x, Rewrite)]
+    if not rewrites and not allow_none:
+        raise nothing_replaced(outcomes)
+    calls = {(s.where.owner, s.where.index): s for s in seen if s.call is not None}
+    owners: dict[str, dict[int, Site]] = defaultdict(dict)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for rewrite in rewrites:
+        where = rewrite.where
+        site = _site(modules[where.owner], calls[where.owner, where.index], rewrite)
+        owners[where.owner][where.index] = site
+    # an owner whose calls all stay must answer them itself if a module around it is an owner: else that one would
+    for s in seen:
+        if s.call is not None and s.where.owner not in owners and _inside(s.where.owner, owners):
+            owners[s.where.owner] = {}
+    for name in owners:
+        if hasattr(modules[name], CHILD):
+            kind = type(modules[name]).__name__
+            raise ValueError(
+                f"{name or 'model'} ({kind}) must have no attribute {CHILD!r}, got one; rename it, since SLA2's sites "
+                "live there. The model was left as it was"
+            )
+    # nothing above changed the model; nothing below can fail
+    for name, sites in owners.items():
+        install(modules[name], Sites(sites))
+    setattr(model, ATTRIBUTE, Plan(recipe, tuple(outcomes), found))
+
+
+def _inside(name: str, owners: Mapping[str, Any]) -> bool:
+    return any(outer != name and (outer == "" or name.startswith(outer + ".")) for outer in owners)
+
+
+def _site(owner: nn.Module, seen: SeenCall, rewrite: Rewrite) -> Site:
+    """Build a site whose parameters have the owner's own dtype and training mode."""
+    assert seen.call is not None
+    dtype = next((p.dtype for p in owner.parameters() if p.is_floating_point()), None)
+    return Site(rewrite.settings, seen.call, dtype).train(owner.training)
+
+
+def _already(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether model is transformed with this recipe; raise if with another, or in part, or as part of a whole."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model must be transformed before it is compiled, got torch.compile's wrapper; "
+            "write torch.compile(transform(model, ...))"
+        )
+    for name, root, plan in plans(model):
+        if root is model and plan.recipe == recipe:
+            return True
+        part = "model" if root is model else f"part {name!r}"
+        raise ValueError(
+            f"{part} must not be transformed twice, got recipe {plan.recipe.name!r} before and {recipe.name!r} now; "
+            "call sla2_compile.restore(model) first"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module.__dict__.get("forward"), SiteForward):
+            raise ValueError(
+                f"model must not be part of a transformed model, got sites at {name!r}; restore the whole model first"
+            )
+    return False
+
+
+def nothing_replaced(outcomes: Sequence[Rewrite | Miss]) -> ValueError:
+    """The error for a model in which no call was replaced: says what was seen, and why each call stayed."""
+    if not outcomes:
+        return ValueError(
+            "model must call scaled_dot_product_attention at least once, got no attention call; "
+            "pass allow_none=True if that is fine. The model was left as it was"
+        )
+    counts: dict[str, list[str]] = defaultdict(list)
+    for miss in outcomes:
+        assert isinstance(miss, Miss)
+        counts[f"{miss.reason.value}{f' ({miss.detail})' if miss.detail else ''}"].append(miss.where.owner or "model")
+    why = "; ".join(f"{len(names)} x {reason}: {', '.join(names[:3])}" for reason, names in counts.items())
+    return ValueError(
+        f"model must have an attention call that SLA2 takes, got none of {len(outcomes)}: {why}; "
+        "change the recipe (min_seq_len=0 takes every length) or pass allow_none=True. The model was left as it was"
+    )

@@ -1,0 +1,223 @@
+"""Finding every attention call of a model by running it once, usually under fake tensors.
+
+A function mode sees each call of `F.scaled_dot_product_attention`; temporary hooks on the model's own modules
+tell whose forward makes it. Whatever the run leaves in the model (lazy caches would hold fake tensors) is
+put back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import _lru_cache_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from sla2_compile.passes.call import AttentionCall, bind
+from sla2_compile.passes.outcome import Where
+from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.select import SeenCall
+
+SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
+
+
+def discover(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], how: str = "auto"
+) -> tuple[list[SeenCall], str]:
+    """Return the attention calls of one forward of model, in order, and how they were found ("fake" or "real").
+
+    Args:
+        args, kwargs: one set of inputs; only shapes and dtypes matter under fake tensors.
+        how: "fake" (no computation), "real" (one true forward), or "auto": fake, and real if that fails.
+
+    Raises:
+        ValueError: the model does not run on these inputs; the cause is chained.
+    """
+    first: Exception | None = None
+    if how != "real":
+        try:
+            return _trace_fake(model, args, kwargs), "fake"
+        except Exception as error:  # the model's own code may raise anything; what is left is reported below
+            if how == "fake":
+                raise _does_not_run(model, error) from error
+            first = error
+    if any(p.is_meta for p in model.parameters()):
+        raise _does_not_run(model, first or RuntimeError("a model on the meta device cannot run")) from first
+    try:
+        with _undo(model, values=True), torch.random.fork_rng(devices=[]):
+            return _record(model, args, kwargs), "real"
+    except Exception as error:  # as above
+        raise _does_not_run(model, error) from error
+
+
+def _does_not_run(model: nn.Module, error: Exception) -> ValueError:
+    kind = type(model).__name__
+    return ValueError(
+        f"example_inputs must run through the model, got {type(error).__name__}: {error}; "
+        f"pass what {kind}.forward takes, keywords as example_kwargs. The model was left as it was"
+    )
+
+
+def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SeenCall]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    on_meta = any(p.is_meta for p in model.parameters())
+
+    def fake(x: Tensor) -> Tensor:
+        return mode.from_tensor(x.detach().to("meta") if on_meta else x.detach())
+
+    try:
+        with _undo(model), torch.random.fork_rng(devices=[]):
+            fake_args, fake_kwargs = tree_map_only(Tensor, fake, (tuple(args), dict(kwargs)))
+            with mode:
+                seen = _record(model, fake_args, fake_kwargs)
+            del fake_args, fake_kwargs
+        # the calls are kept as fakes of a mode of their own, so that what is left of this mode is a leak
+        keep = FakeTensorMode()
+        return [s if s.call is None else replace(s, call=_copy(s.call, keep)) for s in seen]
+    finally:
+        seen = []
+        _drop_cached_fakes(mode)
+
+
+def _copy(call: AttentionCall, mode: FakeTensorMode) -> AttentionCall:
+    def blank(x: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    mask = None if call.attn_mask is None else blank(call.attn_mask)
+    return replace(call, q=blank(call.q), k=blank(call.k), v=blank(call.v), attn_mask=mask)
+
+
+def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SeenCall]:
+    recorder = Recorder(model)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), recorder.hooks(model), recorder:
+        model(*args, **kwargs)
+    return list(recorder.seen.values())
+
+
+class Recorder(TorchFunctionMode):
+    """Records attention calls with their owners. `seen` maps (owner, position, what) to the first such call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+        self.frames: list[list[Any]] = []
+        self.seen: dict[tuple[str, int, str], SeenCall] = {}
+
+    @contextlib.contextmanager
+    def hooks(self, model: nn.Module) -> Iterator[None]:
+        """Watch the model's own modules, and only them, while this context lasts."""
+        handles = []
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.frames.append([module, 0])
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.frames.pop()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._see("sdpa", None, bind(*args, **kwargs))
+        elif func is F.multi_head_attention_forward:
+            self._see("mha", Reason.MULTIHEAD, None)
+        elif func in SOFTMAX and args and _is_score_map(args, kwargs):
+            self._see("softmax", Reason.HAND_WRITTEN, None)
+        return func(*args, **kwargs)
+
+    def _see(self, what: str, reason: Reason | None, call: Any) -> None:
+        frame = self.frames[-1]
+        owner = self.names[id(frame[0])]
+        index = frame[1] if what == "sdpa" else 0
+        if what == "sdpa":
+            frame[1] += 1
+        key = (owner, index, what)
+        if key in self.seen:
+            old = self.seen[key]
+            self.seen[key] = replace(old, where=replace(old.where, times=old.where.times + 1))
+            return
+        where = Where(owner, index, (), (), (), "", "") if call is None else Where.of(owner, index, call)
+        self.seen[key] = SeenCall(where, call, reason)
+
+
+def _is_score_map(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """A softmax over the last axis of (..., Nq, Nk) with both long enough to be tokens."""
+    x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim")
+    last = dim in (-1, x.dim() - 1)
+    return bool(last and x.dim() >= 3 and min(x.shape[-1], x.shape[-2]) >= 16)
+
+
+@contextlib.contextmanager
+def _undo(model: nn.Module, values: bool = False) -> Iterator[None]:
+    """Put every module's attributes back afterwards; with values, what buffers hold as well."""
+    saved = []
+    for module in model.modules():
+        plain = {k: (v, v.copy() if type(v) in (dict, list, set) else None) for k, v in module.__dict__.items()}
+        saved.append((module, plain, [b.clone() for b in module.buffers(recurse=False)] if values else []))
+    try:
+        yield
+    finally:
+        for module, plain, buffers in saved:
+            module.__dict__.clear()
+            for name, (value, content) in plain.items():
+                if content is not None:
+                    value.clear()
+                    value.extend(content) if isinstance(value, list) else value.update(content)
+                module.__dict__[name] = value
+            for buffer, old in zip(module.buffers(recurse=False), buffers, strict=False):
+                buffer.copy_(old)
+
+
+def _drop_cached_fakes(mode: FakeTensorMode) -> None:
+    """Empty every `functools.lru_cache` that the fake run filled with its fake tensors.
+
+    Raises:
+        ValueError: a fake tensor stays alive elsewhere (a global, an attribute of a plain object).
+    """
+    # the mode itself remembers a fake for each parameter
+    mode.fake_tensor_converter = type(mode.fake_tensor_converter)()
+    if not _fakes_of(mode):
+        return
+    ids = {id(x) for x in _fakes_of(mode)}
+    # by type and not isinstance: asking some libraries' lazy objects for their class has side effects
+    for cache in [x for x in gc.get_objects() if type(x) is _lru_cache_wrapper]:
+        if _reaches(cache, ids, depth=4):
+            cache.cache_clear()
+    left = _fakes_of(mode)
+    if left:
+        holders = sorted({type(x).__name__ for x in gc.get_referrers(*left) if x is not left} - {"frame"})
+        raise ValueError(
+            f"the model must not keep tensors outside its modules, got {len(left)} held by {', '.join(holders)}; "
+            "pass discover='real' to find its attention in one true forward"
+        )
+
+
+def _fakes_of(mode: FakeTensorMode) -> list[FakeTensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is FakeTensor and x.fake_mode is mode]
+
+
+def _reaches(holder: Any, ids: set[int], depth: int) -> bool:
+    """Whether a container leads to one of these objects through plain containers."""
+    inside = gc.get_referents(holder)
+    if any(id(x) in ids for x in inside):
+        return True
+    return depth > 0 and any(_reaches(x, ids, depth - 1) for x in inside if type(x) in (tuple, list, dict))

@@ -1,0 +1,170 @@
+"""`report(model)`: every attention call, what was done with it, or why it was left alone."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.site import Site, Sites
+from sla2_compile.plan import Plan, plans
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sla2_compile.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model's attention; `print` it, or take `to_dict()`.
+
+    Attributes:
+        outcomes: a `Rewrite` or a `Miss` for each attention call, in the order of a forward.
+        recipe: the recipe, or None for a model that was not transformed.
+        discovery: how the calls were found: fake, real, graph, or pending (before a lazy first forward).
+        fallbacks: per site name, eager calls that kept full attention at run time, by reason.
+    """
+
+    outcomes: tuple[Rewrite | Miss, ...]
+    recipe: Recipe | None
+    discovery: str
+    fallbacks: dict[str, dict[str, int]]
+
+    @property
+    def rewrites(self) -> list[Rewrite]:
+        return [x for x in self.outcomes if isinstance(x, Rewrite)]
+
+    @property
+    def misses(self) -> list[Miss]:
+        return [x for x in self.outcomes if isinstance(x, Miss)]
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of the attention FLOPs of all rewritten calls that SLA2 does not compute, in [0, 1]."""
+        full = sum(r.full_flops * r.where.times for r in self.rewrites)
+        ours = sum(r.flops * r.where.times for r in self.rewrites)
+        return 1.0 - ours / full if full else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data: recipe, discovery, flops_saved, calls, fallbacks."""
+        calls = []
+        for x in self.outcomes:
+            row: dict[str, Any] = {**asdict(x.where), "replaced": isinstance(x, Rewrite)}
+            if isinstance(x, Rewrite):
+                row |= {"sparsity": x.sparsity, "topk": x.topk, "tm": x.tm, "tn": x.tn}
+                row |= {"block_q": x.block_q, "block_k": x.block_k, "flops": x.flops, "full_flops": x.full_flops}
+            else:
+                row |= {"reason": x.reason.value, "detail": x.detail}
+            calls.append(row)
+        return {
+            "recipe": None if self.recipe is None else self.recipe.model_dump(mode="json"),
+            "discovery": self.discovery,
+            "flops_saved": self.flops_saved,
+            "calls": calls,
+            "fallbacks": self.fallbacks,
+        }
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        name = self.recipe.name if self.recipe else "none"
+        title = f"{len(self.rewrites)} of {len(self.outcomes)} attention calls replaced, recipe {name}"
+        table = Table(title=title, caption=self._caption(), title_justify="left", caption_justify="left")
+        for column in ("owner", "call", "q (B, H, N, D)", "keys", "done"):
+            table.add_column(column, overflow="fold")
+        table.add_column("blocks kept", justify="right")
+        table.add_column("FLOPs saved", justify="right")
+        for x in self.outcomes:
+            w = x.where
+            call = f"{w.index}" + (f" x{w.times}" if w.times > 1 else "")
+            shape = " x ".join(map(str, w.q_shape)) + f" {w.dtype}" if w.q_shape else ""
+            keys = str(w.k_shape[-2]) if w.k_shape else ""
+            if isinstance(x, Rewrite):
+                kept = f"{x.topk} of {x.tn}" if x.tn else f"{x.settings.options.topk_ratio:.0%}"
+                saved = f"{1 - x.flops / x.full_flops:.0%}" if x.full_flops else ""
+                table.add_row(w.owner or "(model)", call, shape, keys, "SLA2", kept, saved)
+            else:
+                why = x.reason.value + (f" ({x.detail})" if x.detail else "")
+                table.add_row(w.owner or "(model)", call, shape, keys, why, "", "", style="dim")
+        return table
+
+    def _caption(self) -> str:
+        lines = []
+        if self.discovery == "pending":
+            lines.append("the first forward will find the attention calls")
+        elif self.rewrites:
+            lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
+        if self.recipe is not None and self.recipe.low_bit != "none" and self.rewrites:
+            devices = ", ".join(sorted({r.where.device for r in self.rewrites}))
+            lines.append(f"low bit {self.recipe.low_bit}: not run on {devices}; computed in the input's dtype")
+        for name, counts in self.fallbacks.items():
+            reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
+            lines.append(f"{name}: full attention at run time: {reasons}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=118)
+        console.print(self)
+        return console.file.getvalue().rstrip() if isinstance(console.file, io.StringIO) else ""
+
+
+def report(model: nn.Module) -> Report:
+    """Return what `transform` did with each attention call of model.
+
+    A model that holds several transformed parts gets one report with the parts' names before the owners'.
+    A model that was never transformed gets an empty one; `inspect` says what would be done.
+    """
+    found = list(plans(model))
+    outcomes: list[Rewrite | Miss] = []
+    for name, _, plan in found:
+        outcomes += [_prefixed(x, name) for x in plan.outcomes]
+    if not found:
+        return Report((), None, "not transformed", {})
+    plan = found[0][2]
+    return Report(tuple(outcomes), plan.recipe, plan.discovery, _fallbacks(model))
+
+
+def inspect(
+    model: nn.Module, recipe: Any = "balanced", *, example_inputs: Any = None, example_kwargs: Any = None, **overrides: Any
+) -> Report:
+    """Return the report that `transform` with these arguments would give, without changing model.
+
+    Args and errors as `transform`; finding no call to replace is no error here.
+    """
+    from sla2_compile.discovery import discover
+    from sla2_compile.passes.select import select
+    from sla2_compile.recipes import Recipe
+
+    chosen = Recipe.of(recipe, **overrides)
+    seen, how = discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
+    plan = Plan(chosen, tuple(select(seen, chosen)), how)
+    return Report(plan.outcomes, chosen, how, {})
+
+
+def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:
+    from dataclasses import replace
+
+    if not name:
+        return x
+    owner = f"{name}.{x.where.owner}" if x.where.owner else name
+    return replace(x, where=replace(x.where, owner=owner))
+
+
+def _fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        counts: Counter[str] = Counter()
+        if isinstance(module, Site):
+            counts = module.fallbacks
+        elif isinstance(module, Sites) and module.unseen:
+            counts = Counter({"call not seen when the model was planned": module.unseen})
+        if counts:
+            found[name] = dict(counts)
+    return found

@@ -1,0 +1,94 @@
+"""Statistics of what sites did in their last eager forward, and the printed configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from sla2_compile.kernels.functional import Routing
+from sla2_compile.passes.site import Site
+from sla2_compile.plan import plans
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
+    """Yield (name, site) for each site of model, names as in its state dict."""
+    for name, module in model.named_modules():
+        if isinstance(module, Site):
+            yield name.removeprefix("_orig_mod."), module
+
+
+def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
+    """Return what the last eager forward of model did, as a flat dict of floats, ready for a logger.
+
+    Keys, per site `<site>/...` and averaged over sites `mean/...`:
+        sparsity: share of key blocks that the sparse branch skipped.
+        alpha_mean, alpha_std, alpha_min, alpha_max: share of the sparse branch, over heads and query blocks
+            (one row of each block).
+        router_entropy: of the router's distribution over key blocks, in nats, mean over heads and query blocks.
+
+    Raises:
+        ValueError: model has no site, or no site has run in eager mode yet (compiled graphs record nothing).
+    """
+    all_sites = list(sites(model))
+    if not all_sites:
+        raise ValueError(
+            "model must be transformed, got no SLA2 site; call sla2_compile.transform first "
+            "(and run one forward if it was given no example_inputs)"
+        )
+    ran = [(name, site, site.last_routing) for name, site in all_sites if site.last_routing is not None]
+    if not ran:
+        raise ValueError(
+            f"model must have run a forward in eager mode, got {len(all_sites)} sites with none recorded; "
+            "run one forward outside torch.compile (torch.compiler.set_stance('force_eager'))"
+        )
+    stats: dict[str, float] = {}
+    for name, site, routing in ran:
+        stats |= {f"{name}/{key}": value for key, value in _site_statistics(site, routing).items()}
+    for key in dict.fromkeys(key.rsplit("/", 1)[1] for key in stats):
+        values = [value for name, value in stats.items() if name.endswith("/" + key)]
+        stats[f"mean/{key}"] = sum(values) / len(values)
+    return stats
+
+
+@torch.no_grad()
+def _site_statistics(site: Site, routing: Routing) -> dict[str, float]:
+    kept = (routing.lut >= 0).sum(dim=-1).float().mean().item()
+    logit = routing.lse - routing.log_rest
+    if site.alpha_bias is not None:
+        bias = site.alpha_bias.to(logit.dtype)
+        if site.alpha_gain is None:
+            logit = bias.expand_as(logit).masked_fill(routing.log_rest.isneginf(), float("inf"))
+        else:
+            gain = site.alpha_gain.to(logit.dtype)[:, None]
+            logit = torch.where(routing.log_rest.isneginf(), logit, logit * gain + bias)
+    alpha = torch.sigmoid(logit).nan_to_num(0.0).float()
+    return {
+        "sparsity": 1.0 - kept / routing.Tn,
+        "alpha_mean": alpha.mean().item(),
+        "alpha_std": alpha.std(correction=0).item(),
+        "alpha_min": alpha.min().item(),
+        "alpha_max": alpha.max().item(),
+        "router_entropy": routing.entropy.float().mean().item(),
+    }
+
+
+def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> None:
+    """Write the model's SLA2 configuration, a line at a time, with log (print, logger.info, ...).
+
+    Raises:
+        ValueError: model is not transformed.
+    """
+    found = list(plans(model))
+    if not found:
+        raise ValueError("model must be transformed, got one that is not; call sla2_compile.transform first")
+    for name, root, plan in found:
+        recipe, replaced = plan.recipe, len(plan.rewrites)
+        log(f"SLA2 in {name or type(root).__name__}: recipe {recipe.name}, {replaced} sites, {len(plan.misses)} left alone")
+        for field, value in recipe.model_dump(exclude={"name", "overrides"}).items():
+            log(f"  {field}: {value}")
+        for pattern, values in recipe.overrides.items():
+            log(f"  override {pattern}: {values}")
+    learned = sum(p.numel() for _, site in sites(model) for p in site.parameters())
+    log(f"  parameters added: {learned}")
