@@ -40,8 +40,9 @@ class AttentionOptions:
 class Routing:
     """What one call chose, for statistics and pictures.
 
-    lut (B, Hq, Tm, K) int32; log_rest, entropy (B, Hq, Tm); lse (B, Hq, Nq); block_q, block_k in tokens;
-    Tn key blocks in all.
+    lut (B, Hq, Tm, K) int32; log_rest, entropy (B, Hq, Tm); lse (B, Hq, Tm), of the first row of each query
+    block (every row's would hold as much memory as a layer's activations); block_q, block_k in tokens; Tn
+    key blocks in all.
     """
 
     lut: Tensor
@@ -105,11 +106,12 @@ def attend(
         q, k, proj_q, proj_k, key_mask,
         options.topk_ratio, options.compression_ratio, block_q, block_k, scale, is_causal,
     )  # fmt: skip
-    params = (q, k, v, alpha_gain, alpha_bias)
+    # k_mean asks for a gradient where only proj_q or proj_k does
+    params = (q, k, v, k_mean, alpha_gain, alpha_bias)
     keep_branches = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
     o, lse, _, _ = attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches,
     )  # fmt: skip
     tn = (k.shape[2] + block_k - 1) // block_k
-    return o, Routing(lut, log_rest, entropy, lse, block_q, block_k, tn)
+    return o, Routing(lut, log_rest, entropy, lse[..., ::block_q].clone(), block_q, block_k, tn)
