@@ -38,14 +38,23 @@ def router_tokens(block: int, compression_ratio: int) -> tuple[int, int]:
     return rows, block // rows
 
 
+def shorter(n: int, limit: int) -> bool:
+    """n < limit. While exporting, a length that may be either counts as long, so that no guard is added."""
+    if torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(n < limit)
+    return n < limit
+
+
 def auto_block_sizes(nq: int, nk: int) -> tuple[int, int]:
     """Choose (block_q, block_k): the paper's 128 x 64 for long sequences, smaller for short ones.
 
     A short sequence cut into few blocks leaves the router nothing to choose from, so the
     number of key blocks is kept at 16 or more wherever blocks of 16 rows allow.
     """
-    if nk >= 2048 and nq >= 1024:
+    if not shorter(nk, 2048) and not shorter(nq, 1024):
         return 128, 64
-    if nk >= 512:
+    if not shorter(nk, 512):
         return 64, 32
     return 32, 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.blocks import AUTO, auto_block_sizes
+from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
 from sla2_compile.kernels.ops import attention, route
 
 
@@ -94,8 +94,8 @@ def attend(
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
     proj_q: Tensor | None = None, proj_k: Tensor | None = None,
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
-) -> tuple[Tensor, Routing]:  # fmt: skip
-    """`sla2_attention` that also returns what the router chose."""
+) -> tuple[Tensor, Routing | None]:  # fmt: skip
+    """`sla2_attention` that also returns what the router chose; None in a compiler's trace."""
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -113,5 +113,7 @@ def attend(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches,
     )  # fmt: skip
-    tn = (k.shape[2] + block_k - 1) // block_k
+    if torch.compiler.is_compiling():
+        return o, None
+    tn = num_blocks(k.shape[2], block_k)
     return o, Routing(lut, log_rest, entropy, lse[..., ::block_q].clone(), block_q, block_k, tn)

@@ -48,8 +48,9 @@ def _(
     tm = num_blocks(Nq, block_q)
     kept = num_kept(num_blocks(k.shape[2], block_k), topk_ratio, block_q, block_k, is_causal)
     lut = q.new_empty(B, Hq, tm, kept, dtype=torch.int32)
-    per_block = q.new_empty(B, Hq, tm, dtype=acc)
-    return lut, per_block, torch.empty_like(per_block), q.new_empty(B, k.shape[1], D, dtype=acc)
+    # new_empty, not empty_like: the latter looks at strides, which guards on symbolic sizes
+    log_rest, entropy = q.new_empty(B, Hq, tm, dtype=acc), q.new_empty(B, Hq, tm, dtype=acc)
+    return lut, log_rest, entropy, q.new_empty(B, k.shape[1], D, dtype=acc)
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -108,7 +109,7 @@ def _(
     B, Hq, Nq, _ = q.shape
     o = q.new_empty(B, Hq, Nq, v.shape[3])
     lse = q.new_empty(B, Hq, Nq, dtype=accumulation_dtype(q.dtype))
-    o_sparse, o_linear = (torch.empty_like(o) if keep_branches else q.new_empty(0) for _ in range(2))
+    o_sparse, o_linear = (q.new_empty(o.shape if keep_branches else (0,)) for _ in range(2))
     return o, lse, o_sparse, o_linear
 
 

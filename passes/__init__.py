@@ -1,1 +1,1 @@
-"""The rewrite itself: what a call is, which calls are taken, what takes their place, and the passes over fx graphs."""
+"""The rewrite: what a call is, which calls are taken, what takes their place, and the passes over fx graphs."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sla2_compile.kernels.blocks import shorter
 from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
 from sla2_compile.passes.call import AttentionCall, is_key_mask
 
@@ -41,15 +42,6 @@ class Reason(str, Enum):
 
 MIN_SEQ_LEN = {"cpu": 512, "cuda": 4096}
 """What `min_seq_len: auto` means by device type: the shortest length at which SLA2 was measured to win."""
-
-
-def shorter(n: int, limit: int) -> bool:
-    """n < limit. While exporting, a length that may be either counts as long, so that no guard is added."""
-    if torch.compiler.is_exporting():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(n < limit)
-    return n < limit
 
 
 def why_not(call: AttentionCall, settings: SiteSettings) -> Reason | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
-from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.call import AttentionCall, bind
 from sla2_compile.passes.rules import Reason, why_not
 from sla2_compile.passes.settings import SiteSettings
 
@@ -69,12 +69,15 @@ class Site(nn.Module):
             shape = (heads, 1) if self.settings.alpha == "head" else (1, num_blocks(Nq, block_q))
             self.alpha_bias = nn.Parameter(torch.full(shape, UNTRAINED_LOGIT, **like))
 
-    def forward(self, call: AttentionCall) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Answer one attention call, by SLA2 or, if a rule says so, by full attention.
+
+        Args: those of `torch.nn.functional.scaled_dot_product_attention`.
 
         Raises:
             ValueError: the site's parameters are not where q is; alpha="block" at another length.
         """
+        call = bind(*args, **kwargs)
         reason = why_not(call, self.settings)
         if reason is not None:
             self._count(reason)
@@ -86,7 +89,7 @@ class Site(nn.Module):
             key_mask=call.key_mask(), is_causal=call.is_causal, scale=call.scale,
             proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
+        if routing is not None:
             self.last_routing = routing
         return o
 
@@ -105,7 +108,9 @@ class Site(nn.Module):
             blocks = num_blocks(call.q.shape[2], block_q)
             if blocks != alpha_bias.shape[1]:
                 rule = f"have the {alpha_bias.shape[1]} query blocks that alpha='block' was made for"
-                raise fail("q", rule, f"{blocks} ({call.q.shape[2]} tokens)", "use alpha='routed' for several lengths")
+                raise fail(
+                    "q", rule, f"{blocks} ({call.q.shape[2]} tokens)", "use alpha='routed' for several lengths"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_routing": None, "fallbacks": Counter()}
@@ -131,10 +136,10 @@ class Sites(nn.ModuleDict):
         assert isinstance(site, Site)
         return site
 
-    def answer(self, index: int, call: AttentionCall) -> Tensor:
-        """Answer the index-th call of one forward of the owner."""
+    def answer(self, index: int, args: Any, kwargs: Any) -> Tensor:
+        """Answer the index-th call of one forward of the owner, given the call's arguments."""
         if str(index) in self:
-            return self[index](call)
+            return self[index](*args, **kwargs)
         if not torch.compiler.is_compiling():
             self.unseen += 1
-        return call.full_attention()
+        return bind(*args, **kwargs).full_attention()

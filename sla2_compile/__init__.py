@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import sla2_compile.kernels  # registers the ops, so that saved programs load
 
 if TYPE_CHECKING:
+    from sla2_compile.api import restore, transform
     from sla2_compile.kernels import AttentionOptions, sla2_attention
     from sla2_compile.recipes import Recipe, RecipeError
     from sla2_compile.reporting import Report, report
     from sla2_compile.statistics import get_sla2_statistics, log_sla2_config
-    from sla2_compile.api import restore, transform
 
 __version__ = "0.1.0"
 

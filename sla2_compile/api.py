@@ -76,12 +76,14 @@ def transform(
     if isinstance(model, fx.GraphModule):
         from sla2_compile.graphs import transform_graph_module
 
-        return transform_graph_module(model, chosen, allow_none)
+        return transform_graph_module(model, chosen, example_inputs, allow_none)
     if example_inputs is None and example_kwargs is None:
         model.__dict__["forward"] = FirstForward(model, chosen, discover, allow_none)
         setattr(model, ATTRIBUTE, Plan(chosen, (), "pending"))
         return model
-    if isinstance(example_inputs, Tensor) or (example_inputs is not None and not isinstance(example_inputs, Sequence)):
+    if isinstance(example_inputs, Tensor) or (
+        example_inputs is not None and not isinstance(example_inputs, Sequence)
+    ):
         kind = type(example_inputs).__name__
         raise ValueError(f"example_inputs must be a tuple of forward's arguments, got {kind}; write (x,)")
     _transform_now(model, chosen, tuple(example_inputs or ()), dict(example_kwargs or {}), discover, allow_none)

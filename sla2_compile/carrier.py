@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sla2_compile.passes.call import bind
 from sla2_compile.passes.site import Sites
 
 CHILD = "sla2"
@@ -34,7 +33,7 @@ class RedirectAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             index = self.index
             self.index = index + 1
-            return self.sites.answer(index, bind(*args, **kwargs))
+            return self.sites.answer(index, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.site import Site, Sites
@@ -115,12 +116,13 @@ class Report:
         return console.file.getvalue().rstrip() if isinstance(console.file, io.StringIO) else ""
 
 
-def report(model: nn.Module) -> Report:
-    """Return what `transform` did with each attention call of model.
+def report(model: nn.Module | ExportedProgram) -> Report:
+    """Return what `transform` did with each attention call of model, a module or an exported program.
 
     A model that holds several transformed parts gets one report with the parts' names before the owners'.
     A model that was never transformed gets an empty one; `inspect` says what would be done.
     """
+    model = model.graph_module if isinstance(model, ExportedProgram) else model
     found = list(plans(model))
     outcomes: list[Rewrite | Miss] = []
     for name, _, plan in found:
@@ -132,7 +134,12 @@ def report(model: nn.Module) -> Report:
 
 
 def inspect(
-    model: nn.Module, recipe: Any = "balanced", *, example_inputs: Any = None, example_kwargs: Any = None, **overrides: Any
+    model: nn.Module,
+    recipe: Any = "balanced",
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Any = None,
+    **overrides: Any,
 ) -> Report:
     """Return the report that `transform` with these arguments would give, without changing model.
 

@@ -85,7 +85,9 @@ def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> N
         raise ValueError("model must be transformed, got one that is not; call sla2_compile.transform first")
     for name, root, plan in found:
         recipe, replaced = plan.recipe, len(plan.rewrites)
-        log(f"SLA2 in {name or type(root).__name__}: recipe {recipe.name}, {replaced} sites, {len(plan.misses)} left alone")
+        log(
+            f"SLA2 in {name or type(root).__name__}: recipe {recipe.name}, {replaced} sites, {len(plan.misses)} left alone"
+        )
         for field, value in recipe.model_dump(exclude={"name", "overrides"}).items():
             log(f"  {field}: {value}")
         for pattern, values in recipe.overrides.items():

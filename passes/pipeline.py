@@ -1,0 +1,80 @@
+"""The pipeline: passes in order, each checked on its result, each failure named. Reads top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from sla2_compile.passes.base import Pass, PassResult, parse_pass, split_top
+from sla2_compile.passes.clean_up import CleanUp
+from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
+from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.replace_attention import ReplaceAttention
+from sla2_compile.passes.select_attention import SelectAttention
+from sla2_compile.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One pass that ran: the pass, its result, and how long it took in seconds."""
+
+    what: Pass
+    result: PassResult
+    seconds: float
+
+
+Observer = Callable[[fx.GraphModule, Ran], None]
+
+
+class PassError(RuntimeError):
+    """A pass failed; the message holds the pipeline's text, which reproduces it."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order. `str(pipeline)` and `Pipeline.parse` round-trip."""
+
+    passes: tuple[Pass, ...]
+
+    @classmethod
+    def standard(cls, recipe: Recipe, learned: bool = True) -> Pipeline:
+        """The passes of `transform` on a graph, in order (DESIGN: one pipeline, read top to bottom)."""
+        return cls((NormalizeSDPA(), SelectAttention(recipe), ReplaceAttention(learned), CleanUp()))
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Build a pipeline from its text form, `a,b{n=1}`.
+
+        Raises:
+            ValueError: unknown pass or option.
+        """
+        return cls(tuple(parse_pass(part) for part in split_top(text)))
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.passes))
+
+    def run(self, gm: fx.GraphModule, observers: Sequence[Observer] = ()) -> list[Rewrite | Miss]:
+        """Run every pass on gm, in place, and return what became of each attention call.
+
+        Raises:
+            PassError: a pass raised, broke the graph, or did not do what it promises.
+        """
+        outcomes: list[Rewrite | Miss] = []
+        for index, step in enumerate(self.passes):
+            start = time.perf_counter()
+            try:
+                result = step.run(gm)
+                gm.graph.lint()
+                gm.recompile()
+                step.ensures(gm)
+            except Exception as error:
+                raise PassError(
+                    f"pass {index} ({step.name}) failed with {type(error).__name__}: {error}; pipeline: {self}"
+                ) from error
+            outcomes += result.outcomes
+            for observe in observers:
+                observe(gm, Ran(step, result, time.perf_counter() - start))
+        return outcomes

@@ -1,0 +1,91 @@
+"""replace-attention: each selected call becomes a `Site` in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from sla2_compile.passes.base import Pass, PassResult
+from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.normalize_sdpa import SDPA
+from sla2_compile.passes.outcome import Rewrite
+from sla2_compile.passes.select_attention import DECISION, value_of
+from sla2_compile.passes.site import Site
+
+
+def site_nodes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site]]:
+    """Yield the nodes that call a site, with their sites."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            if isinstance(module, Site):
+                yield node, module
+
+
+@dataclass(frozen=True)
+class ReplaceAttention(Pass):
+    """Nodes that select-attention gave a `Rewrite` -> call_module of a `Site`, with the same arguments.
+
+    learned: give sites their parameters. Off under torch.compile: Dynamo may share one graph between layers,
+    and parameters that hang on the graph would then be shared too.
+    """
+
+    name: ClassVar[str] = "replace-attention"
+    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "approximate"
+    learned: bool = True
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        result = PassResult()
+        for node in list(gm.graph.nodes):
+            decision = node.meta.get(DECISION)
+            if node.target is not SDPA or not isinstance(decision, Rewrite):
+                continue
+            where = decision.where
+            name = f"{where.owner}.sla2.{where.index}".lstrip(".")
+            call = AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values())))
+            site = Site(decision.settings, call if self.learned else None, _parameter_dtype(gm, call))
+            gm.add_submodule(name, site.train(gm.training))
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_module(name, node.args, dict(node.kwargs))
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+            result.changed += 1
+        return result
+
+
+def _parameter_dtype(gm: fx.GraphModule, call: AttentionCall) -> torch.dtype:
+    return next((p.dtype for p in gm.parameters() if p.is_floating_point()), call.q.dtype)
+
+
+def undo(gm: fx.GraphModule) -> int:
+    """Turn every site back into SDPA and drop it; return how many there were."""
+    found = list(site_nodes(gm))
+    for node, _ in found:
+        with gm.graph.inserting_before(node):
+            old = gm.graph.call_function(SDPA, node.args, dict(node.kwargs))
+        meta: dict[str, Any] = {k: v for k, v in node.meta.items() if k != DECISION}
+        old.meta = meta
+        node.replace_all_uses_with(old)
+        name = str(node.target)
+        gm.graph.erase_node(node)
+        gm.delete_submodule(name)
+        _drop_empty(gm, name.rpartition(".")[0])
+    for node in gm.graph.nodes:
+        node.meta.pop(DECISION, None)
+    gm.recompile()
+    return len(found)
+
+
+def _drop_empty(gm: fx.GraphModule, name: str) -> None:
+    """Delete the containers that add_submodule made and that now hold nothing."""
+    while name:
+        module = gm.get_submodule(name)
+        if type(module) is not torch.nn.Module or module._parameters or module._buffers or module._modules:
+            return
+        gm.delete_submodule(name)
+        name = name.rpartition(".")[0]

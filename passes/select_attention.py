@@ -1,0 +1,106 @@
+"""select-attention: decides on every attention call of a graph and writes the decision on its node."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from sla2_compile.passes.base import Pass, PassResult
+from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.normalize_sdpa import is_normal
+from sla2_compile.passes.outcome import Where
+from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.select import SeenCall, select
+from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
+
+DECISION = "sla2"
+"""Key of node.meta under which a call's `Rewrite` or `Miss` stands."""
+
+
+def value_of(argument: Any) -> Any:
+    """The fake value of a node's argument: a FakeTensor, a SymInt, or the constant itself."""
+    if not isinstance(argument, fx.Node):
+        return argument
+    meta = argument.meta
+    value = meta.get("example_value", meta.get("val"))
+    if value is None and "tensor_meta" not in meta:
+        raise ValueError(
+            f"graph must carry a fake value for {argument.name!r}, got none; "
+            "pass example_inputs to transform, so that shapes can be propagated"
+        )
+    return value
+
+
+def owner_of(node: fx.Node) -> str:
+    """Qualified name of the module whose code made this node, as far as the graph tells; "" if it does not."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    name = str(list(stack.values())[-1][0])
+    # Dynamo writes L['self'].blocks.0, or L['self']._modules['blocks']._modules['0']
+    name = re.sub(r"^L\['[^']*'\]", "", name)
+    name = re.sub(r"(?:\.__dict__\['_modules'\]|\._modules)?\['([^']*)'\]", r".\1", name)
+    return name.lstrip(".")
+
+
+@dataclass(frozen=True)
+class SelectAttention(Pass):
+    """Writes `node.meta["sla2"]`, a `Rewrite` or a `Miss`, on each normalised SDPA; changes no node."""
+
+    name: ClassVar[str] = "select-attention"
+    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
+    recipe: Recipe = field(default_factory=lambda: Recipe.of(DEFAULT))
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        found = [(node, seen) for node, seen in _attention(gm.graph) if DECISION not in node.meta]
+        outcomes = select([seen for _, seen in found], self.recipe)
+        for (node, _), outcome in zip(found, outcomes, strict=True):
+            node.meta[DECISION] = outcome
+        return PassResult(0, outcomes)
+
+    def options(self) -> dict[str, Any]:
+        known = self.recipe.name in recipe_names()
+        base = Recipe.of(self.recipe.name) if known else Recipe(name=self.recipe.name)
+        changed = {
+            k: v for k, v in self.recipe.model_dump(mode="json").items() if v != base.model_dump(mode="json")[k]
+        }
+        return {"recipe": self.recipe.name, **changed}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> SelectAttention:
+        name = options.pop("recipe", DEFAULT)
+        known = name in recipe_names()
+        return cls(Recipe.of(name, **options) if known or not options else Recipe(name=name, **options))
+
+
+def _attention(graph: fx.Graph) -> list[tuple[fx.Node, SeenCall]]:
+    found = []
+    positions: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        owner = owner_of(node)
+        if is_normal(node):
+            call = AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values())))
+            found.append((node, SeenCall(Where.of(owner, positions[owner], call), call)))
+            positions[owner] += 1
+        elif (reason := _hint(node)) is not None:
+            found.append((node, SeenCall(Where(owner, 0, (), (), (), "", ""), None, reason)))
+    return found
+
+
+def _hint(node: fx.Node) -> Reason | None:
+    if node.target is F.multi_head_attention_forward:
+        return Reason.MULTIHEAD
+    if node.target not in (F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default):
+        return None
+    x = value_of(node.args[0])
+    if not isinstance(x, Tensor) or x.dim() < 3 or not all(isinstance(n, int) for n in x.shape[-2:]):
+        return None
+    return Reason.HAND_WRITTEN if min(x.shape[-1], x.shape[-2]) >= 16 else None

@@ -1,0 +1,121 @@
+"""The graph carrier: the pipeline on a GraphModule, on an ExportedProgram, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_map, tree_unflatten
+
+from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.pipeline import Pipeline
+from sla2_compile.passes.replace_attention import site_nodes, undo
+from sla2_compile.plan import ATTRIBUTE, Plan
+from sla2_compile.recipes import Recipe
+
+
+def transform_graph_module(
+    gm: fx.GraphModule, recipe: Recipe, example_inputs: Sequence[Any] | None, allow_none: bool
+) -> fx.GraphModule:
+    """Rewrite gm in place; with example_inputs, shapes are propagated first (a plain fx trace has none).
+
+    Raises:
+        ValueError: nothing was replaced, or shapes are unknown; gm is left as it was.
+    """
+    # all work happens on a copy that shares weights, so that a failure leaves gm alone
+    work = copy_graph(gm)
+    if example_inputs is not None:
+        FakeTensorProp(work, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
+    elif not any("val" in node.meta or "example_value" in node.meta for node in work.graph.nodes):
+        raise ValueError("graph must carry fake values, got a plain trace; pass example_inputs, or use torch.export")
+    outcomes = Pipeline.standard(recipe).run(work)
+    _require_some(outcomes, allow_none)
+    for node, site in list(site_nodes(work)):
+        gm.add_submodule(str(node.target), site)
+    gm.graph = work.graph
+    setattr(gm, ATTRIBUTE, Plan(recipe, tuple(outcomes), "graph"))
+    return gm
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph, sharing weights; the copy can be edited. Dynamo's own graph module refuses new attributes."""
+    graph = fx.Graph()
+    graph._codegen = gm.graph._codegen
+    values: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, values)
+    graph.output(result)
+    next(iter(reversed(graph.nodes))).meta = dict(gm.graph.output_node().meta)
+    return fx.GraphModule(gm, graph)
+
+
+def restore_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """Turn the sites of gm back into SDPA."""
+    undo(gm)
+    delattr(gm, ATTRIBUTE)
+    return gm
+
+
+def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: bool) -> ExportedProgram:
+    """Return a new program with SLA2 in it; weights are shared, the old program stays as it was.
+
+    Raises:
+        ValueError: the program was exported without example inputs, or nothing was replaced.
+    """
+    if program.example_inputs is None:
+        raise ValueError("program must hold its example inputs, got none; export it again and keep them")
+    gm = program.module()
+    assert isinstance(gm, fx.GraphModule)
+    outcomes = Pipeline.standard(recipe).run(gm)
+    _require_some(outcomes, allow_none)
+    args, kwargs = program.example_inputs
+    shapes = dynamic_shapes(program)
+    exported = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes)
+    _warn_if_narrower(program, exported)
+    setattr(exported.graph_module, ATTRIBUTE, Plan(recipe, tuple(outcomes), "graph"))
+    return exported
+
+
+def dynamic_shapes(program: ExportedProgram) -> Any:
+    """The program's symbolic input sizes, in the form that `torch.export.export` takes: inferred, within its ranges."""
+
+    def of(x: Tensor) -> dict[int, Any]:
+        sizes: dict[int, Any] = {}
+        for axis, size in enumerate(x.shape):
+            if isinstance(size, int):
+                continue
+            limits = program.range_constraints.get(size.node.expr)
+            # an expression has no range of its own, an open range ends in a symbol for infinity
+            low = None if limits is None else int(limits.lower)
+            high = int(limits.upper) if limits is not None and limits.upper.is_Integer else None
+            sizes[axis] = Dim.AUTO(min=low, max=high)
+        return sizes
+
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    inputs = [values.get(name) if isinstance(name, str) else name for name in program.graph_signature.user_inputs]
+    args, kwargs = tree_unflatten(inputs, program.call_spec.in_spec)
+    shapes = tree_map(lambda x: of(x) if isinstance(x, Tensor) else None, (args, kwargs))
+    return (*shapes[0], *shapes[1].values())
+
+
+def _warn_if_narrower(before: ExportedProgram, after: ExportedProgram) -> None:
+    for symbol, limits in before.range_constraints.items():
+        now = {str(s): r for s, r in after.range_constraints.items()}.get(str(symbol))
+        if now is not None and (now.lower > limits.lower or now.upper < limits.upper):
+            warnings.warn(
+                f"SLA2 narrows the exported program's {symbol} from {limits} to {now}: torch.export tells one block "
+                "from several, so lengths that leave a single block are refused at run time",
+                stacklevel=4,
+            )
+
+
+def _require_some(outcomes: Sequence[Rewrite | Miss], allow_none: bool) -> None:
+    from sla2_compile.api import nothing_replaced
+
+    if not allow_none and not any(isinstance(x, Rewrite) for x in outcomes):
+        raise nothing_replaced(outcomes)
