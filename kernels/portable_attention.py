@@ -155,7 +155,11 @@ def attention_forward(
         )
         out, rows_lse = sparse_branch(tiles)
         linear, total = linear_branch(linear_state(tiles, feature_map, linear_scope), q.dtype)
-        alpha, _, _ = mix_weight(rows_lse, total, *alpha_rows.of(bs, hq))
+        rest, gain, bias = alpha_rows.of(bs, hq)
+        alpha, _, _ = mix_weight(rows_lse, total, rest, gain, bias)
+        if linear_scope == "all":
+            # with nothing left over the branch counts as empty, though it covers all keys
+            linear.masked_fill_((rest == NEG_INF)[..., None], 0.0)
         shape = o[bs, hq].shape
         if keep_branches:
             kept[0][bs, hq], kept[1][bs, hq] = from_blocks(out, shape), from_blocks(linear, shape)

@@ -1,0 +1,54 @@
+"""Make Triton's interpreter right where it is silently wrong: bf16 dots, and casts to bf16 and FP8.
+
+As shipped (3.6 to 3.9) it multiplies the raw bits of bf16 operands, truncates fp32 -> bf16 and rounds FP8 wrongly.
+`repair` replaces both places by ml_dtypes arithmetic. bf16 arithmetic other than dots stays wrong: kernels
+go to fp32 first. FP8 saturates, as the GPU's conversion does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+FLOATS: dict[Any, Any] = {
+    tl.bfloat16: ml_dtypes.bfloat16,
+    tl.float8e4nv: ml_dtypes.float8_e4m3fn,
+    tl.float8e5: ml_dtypes.float8_e5m2,
+    tl.float16: np.float16,
+    tl.float32: np.float32,
+    tl.float64: np.float64,
+}
+
+
+def values(data: np.ndarray[Any, Any], kind: Any) -> np.ndarray[Any, Any]:
+    """Read the interpreter's raw array as numbers of this type."""
+    return data.view(FLOATS[kind]) if kind in FLOATS else data
+
+
+def convert(data: np.ndarray[Any, Any], source: Any, target: Any, rounding_mode: Any) -> np.ndarray[Any, Any]:
+    """Round to nearest even from one float type to another; FP8 saturates. Returns raw bits."""
+    x = values(np.ascontiguousarray(data), source).astype(np.float32 if source != tl.float64 else np.float64)
+    kind = FLOATS[target]
+    if target in (tl.float8e4nv, tl.float8e5):
+        limit = float(ml_dtypes.finfo(kind).max)
+        x = np.clip(x, -limit, limit)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x.astype(kind).view(getattr(np, f"uint{target.primitive_bitwidth}"))
+
+
+def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """Multiply in float32 (integers in int32) and add to d."""
+    x, y = values(a.data, a.dtype.scalar), values(b.data, b.dtype.scalar)
+    kind = np.float32 if np.issubdtype(d.data.dtype, np.floating) else np.int32
+    product = np.matmul(x.astype(kind), y.astype(kind)).astype(d.data.dtype)
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def repair() -> None:
+    """Patch the interpreter of this process."""
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot

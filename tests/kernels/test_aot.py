@@ -1,0 +1,123 @@
+"""Every launch of the CUDA path compiles for sm_80, sm_90 and sm_100 without a GPU; hot kernels do not spill.
+
+The launches are recorded from the real launcher, so tiles, warps and stages are those that would run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sla2_compile.kernels import cuda  # noqa: E402
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1",
+    torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
+
+
+@dataclass
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of each launch."""
+
+    kernel: Any
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Yield (kernel, args, kwargs) of each launch that run() makes."""
+    recorders = []
+    for name, value in vars(cuda).items():
+        if name.endswith("_kernel"):
+            recorders.append(Recorder(value))
+            monkeypatch.setattr(cuda, name, recorders[-1])
+    run()
+    for recorder in recorders:
+        yield from recorder.launches
+
+
+def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> tuple[int, int, int]:
+    """Compile one launch as Triton's launcher would specialise it; returns registers, stack bytes, shared bytes."""
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    names = list(inspect.signature(kernel.fn).parameters)
+    given = dict(zip(names, args, strict=False)) | {name: x for name, x in kwargs.items() if name in names}
+    fixed = set(kernel.do_not_specialize or ())
+    signature, constants, attrs = {}, {}, {}
+    for index, name in enumerate(names):
+        value, parameter = given[name], kernel.params[index]
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and name not in fixed:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and name not in fixed:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return found["REG"], found["STACK"], built.metadata.shared
+
+
+def call(D: int, dtype: torch.dtype, blocks: tuple[int, int], causal: bool = False, masked: bool = False) -> Any:
+    """One whole call on CPU tensors, for its launches only."""
+
+    def run() -> None:
+        q = torch.empty(1, 2, 4096, D, dtype=dtype)
+        mask = torch.ones(1, 4096, dtype=torch.bool) if masked else None
+        lut, rest, _, mean = cuda.route_forward(q, q, None, None, mask, 0.1, 8, *blocks, D**-0.5, causal)
+        args = (q, q, q, mean, lut, rest, None, None, mask, *blocks, D**-0.5, "softmax", "complement", causal, False)
+        cuda.attention_forward(*args)
+
+    return run
+
+
+HOT = ("attend_kernel", "scores_kernel", "states_kernel")
+CALLS = {
+    "D128": call(128, torch.bfloat16, (128, 64)),
+    "D64": call(64, torch.bfloat16, (128, 64)),
+    "D256": call(256, torch.float16, (64, 64)),
+    "D96 causal masked": call(96, torch.bfloat16, (32, 16), causal=True, masked=True),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_spills(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    for kernel, args, kwargs in recorded(monkeypatch, CALLS[name]):
+        registers, stack, shared = compiled(kernel, args, kwargs, arch)
+        label = f"{kernel.fn.__name__} sm_{arch}: {registers} registers, {stack} bytes of stack, {shared} of shared"
+        print(label)
+        assert shared <= SHARED_LIMIT[arch], label
+        assert kernel.fn.__name__ not in HOT or stack == 0, label
+        seen.add(kernel.fn.__name__)
+    assert set(HOT) <= seen
