@@ -34,8 +34,8 @@ class Where:
 
     @classmethod
     def of(cls, owner: str, index: int, call: AttentionCall, times: int = 1) -> Where:
-        shapes = (tuple(n if isinstance(n, int) else str(n) for n in x.shape) for x in (call.q, call.k, call.v))
-        return cls(owner, index, *shapes, str(call.q.dtype).removeprefix("torch."), call.q.device.type, times)
+        q, k, v = (tuple(n if isinstance(n, int) else str(n) for n in x.shape) for x in (call.q, call.k, call.v))
+        return cls(owner, index, q, k, v, str(call.q.dtype).removeprefix("torch."), call.q.device.type, times)
 
 
 @dataclass(frozen=True)

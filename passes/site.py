@@ -39,7 +39,9 @@ class Site(nn.Module):
     alpha_gain: nn.Parameter | None
     alpha_bias: nn.Parameter | None
 
-    def __init__(self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Build a site for calls like this one; without a call, a site that learns nothing.
 
         Args:
@@ -116,8 +118,8 @@ class Site(nn.Module):
         return {**self.__dict__, "last_routing": None, "fallbacks": Counter()}
 
     def extra_repr(self) -> str:
-        options = self.settings.options
-        return f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}, alpha={self.settings.alpha}"
+        options, alpha = self.settings.options, self.settings.alpha
+        return f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}, alpha={alpha}"
 
 
 class Sites(nn.ModuleDict):
@@ -127,11 +129,11 @@ class Sites(nn.ModuleDict):
         unseen: eager calls at positions that planning did not see; they kept full attention.
     """
 
-    def __init__(self, sites: dict[int, Site]):
+    def __init__(self, sites: dict[int, Site]) -> None:
         super().__init__({str(index): site for index, site in sites.items()})
         self.unseen = 0
 
-    def __getitem__(self, index: int | str) -> Site:  # type: ignore[override]
+    def __getitem__(self, index: int | str) -> Site:
         site = super().__getitem__(str(index))
         assert isinstance(site, Site)
         return site

@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import sla2_compile.kernels  # registers the ops, so that saved programs load
+import sla2_compile.kernels  # noqa: F401  (registers the ops, so that saved programs load)
 
 if TYPE_CHECKING:
     from sla2_compile.api import restore, transform

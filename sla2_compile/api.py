@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from sla2_compile.passes.site import Site, Sites
 from sla2_compile.plan import ATTRIBUTE, Plan, plans
 from sla2_compile.recipes import DEFAULT, Recipe
 
-M = TypeVar("M", nn.Module, ExportedProgram)
+M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
 
 def transform(
@@ -64,7 +64,7 @@ def transform(
     if isinstance(model, ExportedProgram):
         from sla2_compile.graphs import transform_exported
 
-        return transform_exported(model, chosen, allow_none)
+        return cast(M, transform_exported(model, chosen, allow_none))
     if isinstance(model, type) or not isinstance(model, nn.Module):
         kind = model if isinstance(model, type) else type(model).__name__
         raise TypeError(
@@ -76,7 +76,7 @@ def transform(
     if isinstance(model, fx.GraphModule):
         from sla2_compile.graphs import transform_graph_module
 
-        return transform_graph_module(model, chosen, example_inputs, allow_none)
+        return cast(M, transform_graph_module(model, chosen, example_inputs, allow_none))
     if example_inputs is None and example_kwargs is None:
         model.__dict__["forward"] = FirstForward(model, chosen, discover, allow_none)
         setattr(model, ATTRIBUTE, Plan(chosen, (), "pending"))
@@ -166,7 +166,7 @@ def _transform_now(
         if hasattr(modules[name], CHILD):
             kind = type(modules[name]).__name__
             raise ValueError(
-                f"{name or 'model'} ({kind}) must have no attribute {CHILD!r}, got one; rename it, since SLA2's sites "
+                f"{name or 'model'} ({kind}) must have no attribute {CHILD!r}, got one; rename it, since sites "
                 "live there. The model was left as it was"
             )
     # nothing above changed the model; nothing below can fail

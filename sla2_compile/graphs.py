@@ -82,7 +82,7 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
 
 
 def dynamic_shapes(program: ExportedProgram) -> Any:
-    """The program's symbolic input sizes, in the form that `torch.export.export` takes: inferred, within its ranges."""
+    """The program's symbolic input sizes as `torch.export.export` takes them: inferred, within their ranges."""
 
     def of(x: Tensor) -> dict[int, Any]:
         sizes: dict[int, Any] = {}

@@ -84,10 +84,8 @@ def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> N
     if not found:
         raise ValueError("model must be transformed, got one that is not; call sla2_compile.transform first")
     for name, root, plan in found:
-        recipe, replaced = plan.recipe, len(plan.rewrites)
-        log(
-            f"SLA2 in {name or type(root).__name__}: recipe {recipe.name}, {replaced} sites, {len(plan.misses)} left alone"
-        )
+        recipe, where = plan.recipe, name or type(root).__name__
+        log(f"SLA2 in {where}: recipe {recipe.name}, {len(plan.rewrites)} sites, {len(plan.misses)} left alone")
         for field, value in recipe.model_dump(exclude={"name", "overrides"}).items():
             log(f"  {field}: {value}")
         for pattern, values in recipe.overrides.items():

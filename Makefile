@@ -1,0 +1,52 @@
+# every target does its own set-up: a fresh clone needs Python 3.10+ and make, nothing else
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.demo
+
+.PHONY: help demo test lint type bench gpu golden wheel clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# torch first and alone: its exact pin keeps a CPU machine from downloading CUDA packages
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sla2_compile needs Python 3.10 or later; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch triton numpy setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+$(DEMO_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,library]'
+	@touch $@
+
+demo: $(DEMO_STAMP) ## SLA2 against full attention on a photograph: table and pictures in demo_out/
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## run the tests (no GPU needed)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: $(STAMP) ## check types
+	$(BIN)/mypy
+
+bench: $(STAMP) ## CPU benchmark: ratios to SDPA, written to benchmarks/results/
+	$(BIN)/python benchmarks/cpu.py
+
+gpu: $(STAMP) ## tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+golden: $(STAMP) ## rewrite the golden graphs of the pass tests, to be read in the diff
+	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest -q tests/passes
+
+wheel: $(STAMP) ## build the wheel and test it in a clean venv
+	.ci/wheel
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) .venv-wheel build dist demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,105 @@
+"""The command `sla2`: recipes, inspect, demo."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
+
+app = typer.Typer(help="Sparse-linear attention for PyTorch models.", no_args_is_help=True, add_completion=False)
+console = Console()
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None) -> None:
+    """List the recipes that ship with the package, or show one."""
+    if name is not None:
+        console.print(yaml.safe_dump(_checked(lambda: Recipe.of(name)).model_dump(mode="json"), sort_keys=False))
+        return
+    table = Table("recipe", "topk_ratio", "compression_ratio", "blocks", "alpha", "low bit", "QAT")
+    for key in recipe_names():
+        r = Recipe.named(key)
+        mark = f"{key} (default)" if key == DEFAULT else key
+        row = (r.topk_ratio, r.compression_ratio, f"{r.block_q} x {r.block_k}", r.alpha, r.low_bit, r.qat)
+        table.add_row(mark, *map(str, row))
+    console.print(table)
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="Where the model is made.")],
+    recipe: Annotated[str, typer.Option(help="Name or YAML path.")] = DEFAULT,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the recipe; repeatable.")] = None,
+    json: Annotated[bool, typer.Option(help="Print the report as JSON.")] = False,
+) -> None:
+    """Report what transform would do with each attention call, changing nothing.
+
+    FACTORY is called without arguments and returns (model, example_inputs) or (model, example_inputs, kwargs).
+    """
+    from sla2_compile.reporting import inspect as inspect_model
+
+    fields = _checked(lambda: _fields(set_ or []))
+    model, inputs, kwargs = _checked(lambda: _make(target))
+    found = _checked(lambda: inspect_model(model, recipe, example_inputs=inputs, example_kwargs=kwargs, **fields))
+    if json:
+        console.print_json(data=found.to_dict())
+    else:
+        console.print(found)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def demo(context: typer.Context) -> None:
+    """Run the demo on a photograph; options are passed on (see `sla2 demo --quick`). Needs a source checkout."""
+    script = Path(__file__).resolve().parent.parent / "examples" / "demo.py"
+    if not script.exists():
+        _stop(f"the demo must run from a source checkout, got {script.parent} without it; clone the repository")
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
+
+
+def _fields(pairs: list[str]) -> dict[str, Any]:
+    fields = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise ValueError(f"--set must look like field=value, got {pair!r}; for example --set topk_ratio=0.1")
+        fields[key.strip()] = yaml.safe_load(value)
+    return fields
+
+
+def _make(target: str) -> tuple[Any, Any, Any]:
+    module, colon, factory = target.partition(":")
+    if not colon:
+        raise ValueError(f"target must be MODULE:FACTORY, got {target!r}; for example my_model:build")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"target must be importable from here, got {error}; check module and name") from error
+    made = make()
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        kind = type(made).__name__
+        raise ValueError(f"{factory} must return (model, example_inputs[, kwargs]), got {kind}; return such a tuple")
+    model, inputs = made[0], made[1]
+    return model, inputs, made[2] if len(made) == 3 else {}
+
+
+def _checked(action: Any) -> Any:
+    """Run action; print a ValueError as the user's error, without a traceback."""
+    try:
+        return action()
+    except ValueError as error:
+        _stop(str(error))
+
+
+def _stop(message: str) -> None:
+    Console(stderr=True).print(message, style="red", highlight=False, markup=False)
+    raise typer.Exit(2)
