@@ -31,7 +31,7 @@ class Site(nn.Module):
     Attributes:
         settings: what the recipe says.
         last_routing: what the last eager forward chose, or None; not saved, not copied.
-        fallbacks: how many eager calls kept full attention, by reason.
+        fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
     """
 
     proj_q: nn.Parameter | None
@@ -96,8 +96,8 @@ class Site(nn.Module):
         return o
 
     def _count(self, reason: Reason) -> None:
-        # a counter inside a compiled graph would be a guard that fails on every call
-        if not torch.compiler.is_compiling():
+        # a counter inside Dynamo's graph would be a guard that fails on every call
+        if not torch.compiler.is_dynamo_compiling():
             self.fallbacks[reason.value] += 1
 
     def _check(self, call: AttentionCall, alpha_bias: Tensor) -> None:

@@ -47,6 +47,12 @@ def sla2_backend(
     inner_options = dict(fields.pop("inner_options", {}))
     recipe = Recipe.of(fields.pop("recipe", DEFAULT), **fields)
 
+    compile_inner = lookup_backend(inner_name)
+    passed_on = {**({"options": inner_options} if inner_options else {}), **({"mode": mode} if mode else {})}
+    if any(str(node.target).startswith("sla2.") for node in gm.graph.nodes):
+        # a transformed model's own sites: what its recipe left alone stays alone
+        return compile_inner(gm, list(example_inputs), **passed_on)
+
     ours = copy_graph(gm)
     outcomes = Pipeline.standard(recipe, learned=False).run(ours)
     replaced = sum(isinstance(x, Rewrite) for x in outcomes)
@@ -54,7 +60,4 @@ def sla2_backend(
     for outcome in outcomes:
         if not isinstance(outcome, Rewrite):
             log.info("left alone: %s: %s", outcome.where.owner or "model", outcome.reason.value)
-    # a graph without attention, or with a transformed model's own sites, goes on as Dynamo made it
-    compile_inner = lookup_backend(inner_name)
-    passed_on = {**({"options": inner_options} if inner_options else {}), **({"mode": mode} if mode else {})}
     return compile_inner(ours if replaced else gm, list(example_inputs), **passed_on)
