@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.feature_maps import feature_map as phi
-from sla2_compile.kernels.tiling import NEG_INF, Tiles, accumulation_dtype, cut, from_blocks, head_groups
+from sla2_compile.kernels.tiling import NEG_INF, Tiles, accumulation_dtype, block_rows, cut, head_groups
 
 
 @dataclass
@@ -22,12 +22,11 @@ class LinearState:
     """What the linear branch computes once a group; h kv heads of M query-block rows each (R = h * M).
 
     Attributes:
-        phi_q: (R, block_q, D); phi_k: (C, block_k, D), zero at keys that do not count.
-        kv_sum: (R, D, Dv) and k_sum: (R, D, 1), their sums over each row's complement.
+        phi_k: (C, block_k, D), zero at keys that do not count.
+        kv_sum: (R, D, Dv) and k_sum: (R, D, 1), sums over each row's complement.
         complement: (h, M, Tn).
     """
 
-    phi_q: Tensor
     phi_k: Tensor
     kv_sum: Tensor
     k_sum: Tensor
@@ -38,20 +37,21 @@ def linear_state(tiles: Tiles, feature_map: str, linear_scope: str) -> LinearSta
     """Build the linear branch's states of one group (Eq. 14, right)."""
     acc, dtype = tiles.acc, tiles.q.dtype
     D, Dv, heads = tiles.q.shape[2], tiles.v.shape[2], tiles.k.shape[0] // tiles.Tn
-    phi_q, phi_k = phi(tiles.q.to(acc), feature_map), phi(tiles.k.to(acc), feature_map)
+    phi_k = phi(tiles.k.to(acc), feature_map)
     if tiles.k_valid is not None:
         phi_k = phi_k * tiles.k_valid[..., None]
     complement = tiles.complement(linear_scope)
     kv = torch.bmm(phi_k.to(dtype).mT, tiles.v).view(heads, tiles.Tn, D * Dv)
     kv_sum = torch.bmm(complement, kv).view(-1, D, Dv)
     k_sum = torch.bmm(complement.to(acc), phi_k.sum(dim=1).view(heads, tiles.Tn, D)).view(-1, D, 1)
-    return LinearState(phi_q, phi_k, kv_sum, k_sum, complement)
+    return LinearState(phi_k, kv_sum, k_sum, complement)
 
 
-def linear_branch(state: LinearState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return o_linear (R, block_q, Dv), 0 where nothing is covered, and its weight phi(q) Z (R, block_q, 1)."""
-    total = torch.bmm(state.phi_q, state.k_sum)
-    numerator = torch.bmm(state.phi_q.to(dtype), state.kv_sum).to(total.dtype)
+def linear_branch(tiles: Tiles, state: LinearState, part: slice, feature_map: str) -> tuple[Tensor, Tensor]:
+    """Return o_linear (n, block_q, Dv), 0 where nothing is covered, and its weight phi(q) Z (n, block_q, 1)."""
+    phi_q = phi(tiles.q[part].to(tiles.acc), feature_map)
+    total = torch.bmm(phi_q, state.k_sum[part])
+    numerator = torch.bmm(phi_q.to(tiles.q.dtype), state.kv_sum[part]).to(tiles.acc)
     return numerator.div_(total.masked_fill(total <= 0, 1.0)), total
 
 
@@ -59,18 +59,18 @@ def sparse_branch(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Return o_sparse (R, block_q, Dv) and lse (R, block_q), in the accumulation dtype (Eq. 14, left)."""
     R, block_q, _ = tiles.q.shape
     o = tiles.q.new_empty(R, block_q, tiles.v.shape[2], dtype=tiles.acc)
-    lse = o.new_empty(R, block_q)
+    lse = o.new_empty(R, block_q, 1)
     may_be_empty = tiles.k_valid is not None or tiles.row_valid is not None
-    for part in tiles.chunks():
+    for part in tiles.chunks(tiles.keys):
         s = tiles.scores(part, tiles.gather(tiles.k, part))
         top = s.amax(dim=-1, keepdim=True)
         if may_be_empty:
             top.clamp_(min=torch.finfo(s.dtype).min)
         total = s.sub_(top).exp_().sum(dim=-1, keepdim=True)
-        weighted = torch.bmm(s.to(tiles.v.dtype), tiles.gather(tiles.v, part)).to(tiles.acc)
-        o[part] = weighted.div_(total.clamp(min=torch.finfo(s.dtype).tiny) if may_be_empty else total)
-        lse[part] = top.add_(total.log()).squeeze(-1)
-    return o, lse
+        weighted = torch.bmm(s.to(tiles.v.dtype), tiles.gather(tiles.v, part))
+        torch.div(weighted, total.clamp(min=torch.finfo(s.dtype).tiny) if may_be_empty else total, out=o[part])
+        torch.add(top, total.log_(), out=lse[part])
+    return o, lse.squeeze(-1)
 
 
 def mix_weight(
@@ -131,38 +131,34 @@ def attention_forward(
 
     o_sparse and o_linear are empty unless keep_branches (the backward needs them).
     """
-    B, Hq, Nq, _ = q.shape
+    (B, Hq, Nq, _), tm = q.shape, lut.shape[2]
     groups = Hq // k.shape[1]
     alpha_rows = AlphaRows.lay_out(log_rest, alpha_gain, alpha_bias)
-    o = q.new_empty(B, Hq, Nq, v.shape[3])
-    lse = q.new_empty(B, Hq, Nq, dtype=accumulation_dtype(q.dtype))
-    kept = tuple(torch.empty_like(o) if keep_branches else o.new_empty(0) for _ in range(2))
+    # whole blocks, so that every group writes its rows in place
+    o = q.new_empty(B, Hq, tm * block_q, v.shape[3])
+    lse = q.new_empty(B, Hq, tm * block_q, 1, dtype=accumulation_dtype(q.dtype))
+    kept = [torch.empty_like(o) for _ in range(2)] if keep_branches else []
 
     for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
         hq = slice(hs.start * groups, hs.stop * groups)
         mask = None if key_mask is None else key_mask[bs]
-        tiles = cut(
-            q[bs, hq],
-            k[bs, hs],
-            v[bs, hs],
-            k_mean[bs, hs],
-            lut[bs, hq],
-            mask,
-            block_q,
-            block_k,
-            scale,
-            is_causal,
-        )
-        out, rows_lse = sparse_branch(tiles)
-        linear, total = linear_branch(linear_state(tiles, feature_map, linear_scope), q.dtype)
+        inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
+        tiles = cut(*inputs, block_q, block_k, scale, is_causal)
+        state = linear_state(tiles, feature_map, linear_scope)
         rest, gain, bias = alpha_rows.of(bs, hq)
-        alpha, _, _ = mix_weight(rows_lse, total, rest, gain, bias)
-        if linear_scope == "all":
-            # with nothing left over the branch counts as empty, though it covers all keys
-            linear.masked_fill_((rest == NEG_INF)[..., None], 0.0)
-        shape = o[bs, hq].shape
-        if keep_branches:
-            kept[0][bs, hq], kept[1][bs, hq] = from_blocks(out, shape), from_blocks(linear, shape)
-        o[bs, hq] = from_blocks(linear.lerp_(out, alpha[..., None]), shape)
-        lse[bs, hq] = from_blocks(rows_lse[..., None], torch.Size((*shape[:3], 1))).squeeze(-1)
-    return o, lse, *kept
+        o_rows, lse_rows, *kept_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse, *kept))
+        sparse, row_lse = sparse_branch(tiles)
+        lse_rows.copy_(row_lse[..., None])
+        for part in tiles.chunks(sparse.shape[2]):
+            linear, total = linear_branch(tiles, state, part, feature_map)
+            columns = (None if x is None else x[part] for x in (gain, bias))
+            alpha, _, _ = mix_weight(row_lse[part], total, rest[part], *columns)
+            if linear_scope == "all":
+                # with nothing left over the branch counts as empty, though it covers all keys
+                linear.masked_fill_((rest[part] == NEG_INF)[..., None], 0.0)
+            if keep_branches:
+                kept_rows[0][part], kept_rows[1][part] = sparse[part], linear
+            o_rows[part] = linear.lerp_(sparse[part], alpha[..., None])
+
+    o, lse, *kept = (x[:, :, :Nq].contiguous() for x in (o, lse, *kept))
+    return o, lse.squeeze(-1), *(kept or (o.new_empty(0), o.new_empty(0)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.feature_maps import feature_map_backward
 from sla2_compile.kernels.portable_attention import AlphaRows, LinearState, linear_state, mix_weight
 from sla2_compile.kernels.tiling import NEG_INF, Tiles, cut, from_blocks, head_groups, to_blocks
@@ -27,7 +28,7 @@ def sparse_backward(tiles: Tiles, do: Tensor, lse: Tensor, shift: Tensor) -> tup
         shift: (R, block_q), what is added to dP before it is weighted: dlse - D_s.
     """
     dq, dk, dv = (torch.zeros_like(x, dtype=tiles.acc) for x in (tiles.q, tiles.k, tiles.v))
-    for part in tiles.chunks():
+    for part in tiles.chunks(tiles.keys):
         keys, values, rows = (
             tiles.gather(tiles.k, part),
             tiles.gather(tiles.v, part),
@@ -44,12 +45,12 @@ def sparse_backward(tiles: Tiles, do: Tensor, lse: Tensor, shift: Tensor) -> tup
 
 
 def linear_backward(
-    tiles: Tiles, state: LinearState, total: Tensor, do: Tensor, delta: Tensor, feature_map: str
+    tiles: Tiles, state: LinearState, phi_q: Tensor, total: Tensor, do: Tensor, delta: Tensor, feature_map: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv of the linear branch.
 
     Args:
-        total: (R, block_q, 1), phi(q) Z.
+        phi_q: (R, block_q, D); total: (R, block_q, 1), phi(q) Z.
         do: (R, block_q, Dv), gradient for o_linear; delta: (R, block_q), rowsum(do * o_linear).
     """
     heads, _, tn = state.complement.shape
@@ -57,8 +58,8 @@ def linear_backward(
     inverse = torch.where(total > 0, 1.0 / total, 0.0)
     do, delta = do * inverse, delta[..., None] * inverse
 
-    d_kv = torch.bmm(state.phi_q.mT, do)
-    d_k = -torch.bmm(state.phi_q.mT, delta)
+    d_kv = torch.bmm(phi_q.mT, do)
+    d_k = -torch.bmm(phi_q.mT, delta)
     d_phi_q = torch.bmm(do, state.kv_sum.to(acc).mT) - delta * state.k_sum.mT
 
     back = state.complement.to(acc).mT
@@ -67,7 +68,7 @@ def linear_backward(
     d_phi_k = torch.bmm(tiles.v.to(acc), d_kv.mT) + d_k
     if tiles.k_valid is not None:
         d_phi_k = d_phi_k * tiles.k_valid[..., None]
-    dq = feature_map_backward(d_phi_q, state.phi_q, feature_map)
+    dq = feature_map_backward(d_phi_q, phi_q, feature_map)
     dk = feature_map_backward(d_phi_k, state.phi_k, feature_map)
     return dq, dk, torch.bmm(state.phi_k, d_kv)
 
@@ -109,7 +110,8 @@ def attention_backward(
         g, o_s, o_l = (to_blocks(x[bs, hq], block_q).to(tiles.acc) for x in (do, o_sparse, o_linear))
         rows_lse = to_blocks(lse[bs, hq, :, None], block_q).squeeze(-1)
         state = linear_state(tiles, feature_map, linear_scope)
-        total = torch.bmm(state.phi_q, state.k_sum)
+        phi_q = phi(tiles.q.to(tiles.acc), feature_map)
+        total = torch.bmm(phi_q, state.k_sum)
         rest, gain, bias = alpha_rows.of(bs, hq)
         alpha, slope, gap = mix_weight(rows_lse, total, rest, gain, bias)
 
@@ -121,7 +123,7 @@ def attention_backward(
         g_s, g_l = alpha[..., None] * g, (1 - alpha[..., None]) * g
         safe_lse = rows_lse.masked_fill(rows_lse == NEG_INF, 0.0)
         sparse = sparse_backward(tiles, g_s, safe_lse, d_lse - (g_s * o_s).sum(dim=-1))
-        linear = linear_backward(tiles, state, total, g_l, (g_l * o_l).sum(dim=-1), feature_map)
+        linear = linear_backward(tiles, state, phi_q, total, g_l, (g_l * o_l).sum(dim=-1), feature_map)
 
         shape_q, shape_k, shape_v = q[bs, hq].shape, k[bs, hs].shape, v[bs, hs].shape
         dq[bs, hq] = from_blocks(sparse[0].add_(linear[0]), shape_q)

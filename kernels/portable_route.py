@@ -54,42 +54,42 @@ def block_scores(
     """
     B, Hq, Tq, D = q_pool.shape
     heads = k_pool.shape[1]
-    n_b = token_grid(count.log()[..., None], b, NEG_INF)[..., 0].mT
-    empty = bool((n_b == NEG_INF).any())
-    keys = token_grid(k_pool, b).transpose(2, 3).contiguous()
-    rows = token_grid(q_pool * scale, a)
-    tm, tn = rows.shape[2], keys.shape[3]
-    rows = rows.view(B, heads, Hq // heads, tm, a, D)
+    # the log of the count rides along as one more feature of the keys, against a 1 in the queries
+    log_count = count.log()[:, None, :, None].expand(B, heads, -1, 1)
+    keys = torch.cat([token_grid(k_pool, b), token_grid(log_count, b, NEG_INF)], dim=-1)
+    empty = bool((keys[..., -1] == NEG_INF).any())
+    keys = keys.permute(0, 1, 4, 3, 2).flatten(3).contiguous()
+    rows = token_grid(F.pad(q_pool * scale, (0, 1), value=1.0), a)
+    tm, tn = rows.shape[2], keys.shape[3] // b
+    rows = rows.view(B, heads, Hq // heads, tm, a, D + 1)
     peak = q_pool.new_empty(B, heads, Hq // heads, tm, tn)
     typical = torch.empty_like(peak)
     missing = -Tq % a
     step = max(1, TILE_ELEMENTS.get(q_pool.device.type, 2**26) // (a * b * tn))
     for i in range(B):
-        bias = n_b[min(i, n_b.shape[0] - 1)]
         for h in range(heads):
-            flat = keys[i, h].view(b * tn, D).mT
+            flat = keys[i, h]
             for start in range(0, tm, step):
                 part = rows[i, h, :, start : start + step]
-                scored = reduce_tokens(part.reshape(-1, a, D), flat, bias, empty)
+                scored = reduce_tokens(part.reshape(-1, a, D + 1), flat, b, empty)
                 for out, score in zip((peak, typical), scored, strict=True):
                     out[i, h, :, start : start + step] = score.view(part.shape[0], part.shape[1], tn)
             if missing:
                 # the ragged last query block holds fewer tokens: padding must not count
                 last = rows[i, h, :, -1, : a - missing]
-                peak[i, h, :, -1], typical[i, h, :, -1] = reduce_tokens(last, flat, bias, empty)
+                peak[i, h, :, -1], typical[i, h, :, -1] = reduce_tokens(last, flat, b, empty)
     return peak.flatten(1, 2), typical.flatten(1, 2)
 
 
-def reduce_tokens(rows: Tensor, keys: Tensor, bias: Tensor, may_be_empty: bool) -> tuple[Tensor, Tensor]:
+def reduce_tokens(rows: Tensor, keys: Tensor, b: int, may_be_empty: bool) -> tuple[Tensor, Tensor]:
     """Return peak and typical, (n, Tn) each.
 
     Args:
-        rows: (n, a, D), scaled tokens of n query blocks.
-        keys: (D, b * Tn), tokens of the key blocks, a block's tokens Tn apart.
-        bias: (b, Tn), log of the keys behind each token.
+        rows: (n, a, D + 1), scaled tokens of n query blocks.
+        keys: (D + 1, b * Tn), tokens of the key blocks, a block's tokens Tn apart.
     """
-    n, a, D = rows.shape
-    s = (rows.reshape(-1, D) @ keys).view(-1, *bias.shape).add_(bias)
+    n, a, width = rows.shape
+    s = (rows.reshape(-1, width) @ keys).view(n * a, b, -1)
     s = log_sum_exp(s, may_be_empty).view(n, a, -1)
     typical = s.mean(dim=1)
     return log_sum_exp(s, may_be_empty) - math.log(a), typical

@@ -30,6 +30,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to multiply in: x's own, but float32 where a CPU would only emulate x's."""
+    if x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64):
+        return x.dtype
+    native = x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return x.dtype if native else torch.float32
+
+
 def head_groups(B: int, heads: int, tokens: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Yield (batch slice, key/value head slice) rectangles that cover (B, heads)."""
     room = max(1, GROUP_TOKENS.get(device.type, 2**18) // max(1, tokens))
@@ -45,6 +53,11 @@ def to_blocks(x: Tensor, block: int) -> Tensor:
     pad = -x.shape[2] % block
     x = F.pad(x, (0, 0, 0, pad)) if pad else x
     return x.reshape(-1, block, x.shape[3])
+
+
+def block_rows(x: Tensor, bs: slice, hs: slice, block: int) -> Tensor:
+    """View (B, H, T * block, E) as the flat block rows (R, block, E) of one group of heads, to be written."""
+    return x[bs, hs].view(-1, block, x.shape[3])
 
 
 def from_blocks(x: Tensor, shape: torch.Size) -> Tensor:
@@ -78,12 +91,17 @@ class Tiles:
     Tn: int
 
     @property
+    def keys(self) -> int:
+        """Keys that one query block gathers."""
+        return self.rows.shape[1] * self.k.shape[1]
+
+    @property
     def acc(self) -> torch.dtype:
         return accumulation_dtype(self.q.dtype)
 
-    def chunks(self) -> Iterator[slice]:
-        """Slices of query-block rows whose score tile fits the cache."""
-        per_row = self.q.shape[1] * self.rows.shape[1] * self.k.shape[1]
+    def chunks(self, width: int) -> Iterator[slice]:
+        """Slices of query-block rows such that a tile of `width` columns for each query fits the cache."""
+        per_row = self.q.shape[1] * width
         step = max(1, TILE_ELEMENTS.get(self.q.device.type, 2**26) // per_row)
         for start in range(0, self.q.shape[0], step):
             yield slice(start, min(self.q.shape[0], start + step))
@@ -142,9 +160,10 @@ def cut(
     block_q: int, block_k: int, scale: float, is_causal: bool,
 ) -> Tiles:  # fmt: skip
     """Cut one group of heads into `Tiles`; tensors as in `reference.attention`, restricted to the group."""
+    dtype = compute_dtype(q)
     b, heads, Nk, _ = k.shape
     tn, tm = num_blocks(Nk, block_k), lut.shape[2]
-    smooth = (k.to(k_mean.dtype) - k_mean[:, :, None]).to(k.dtype)
+    smooth = (k.to(k_mean.dtype) - k_mean[:, :, None]).to(dtype)
     ragged = Nk % block_k != 0
     k_valid = None
     if ragged or key_mask is not None:
@@ -162,5 +181,5 @@ def cut(
     if is_causal:
         q_start = (torch.arange(tm, device=q.device) * block_q).repeat(q.shape[0] * q.shape[1])
         k_start = (torch.arange(tn, device=q.device) * block_k).repeat(b * heads)
-    tiles = (to_blocks(q, block_q), to_blocks(smooth, block_k), to_blocks(v, block_k))
+    tiles = (to_blocks(q.to(dtype), block_q), to_blocks(smooth, block_k), to_blocks(v.to(dtype), block_k))
     return Tiles(*tiles, rows, k_valid, row_valid, q_start, k_start, scale, tn)

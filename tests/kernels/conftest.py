@@ -8,8 +8,8 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _one_thread(_fresh: None) -> Iterator[None]:
     """Run on one thread: the tensors are tiny, and waiting threads cost ten times the work on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
