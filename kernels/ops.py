@@ -38,6 +38,20 @@ def route(
         )
 
 
+@route.register_kernel("cuda")
+def _(
+    q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None,
+    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float, is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels.portable_route import route_forward
+
+    check_route(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k)
+    run = cuda.route_forward if cuda.kernels_take(q, block_q, block_k, scale) else route_forward
+    with torch.autocast(q.device.type, enabled=False):
+        return run(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k, scale, is_causal)
+
+
 @route.register_fake
 def _(
     q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None,
@@ -90,6 +104,28 @@ def attention(
     )  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
         return attention_forward(
+            q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
+            block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches,
+        )  # fmt: skip
+
+
+@attention.register_kernel("cuda")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
+    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
+    block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
+    keep_branches: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels.portable_attention import attention_forward
+
+    check_attention(
+        q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
+        block_q, block_k, feature_map, linear_scope, is_causal,
+    )  # fmt: skip
+    run = cuda.attention_forward if cuda.kernels_take(q, block_q, block_k, scale) else attention_forward
+    with torch.autocast(q.device.type, enabled=False):
+        return run(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
             block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches,
         )  # fmt: skip

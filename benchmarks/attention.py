@@ -1,0 +1,264 @@
+"""Time one attention call: SLA2 against FlashAttention-2, cuDNN and FlexAttention on the same tensors in one run.
+
+    python benchmarks/attention.py --suite anchors --output benchmarks/results/attention
+    python benchmarks/attention.py --suite crossover
+    python benchmarks/attention.py --suite sweep
+
+Ours is the whole op: router, top-k, sparse branch, exact complement, mix. `eager` calls it as a user does;
+`graph` replays the same call from a CUDA graph, which leaves the GPU's own time. TFLOP/s are dense-equivalent
+(4 B H N^2 D / time) and real (what the sparse branch computes / time of the whole op).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from sla2_compile.kernels import cuda
+from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One measurement: q, k, v (B, H, N, D), the share of key blocks kept, the router's resolution."""
+
+    B: int
+    H: int
+    N: int
+    D: int
+    topk_ratio: float = 0.03
+    compression_ratio: int = 16
+    dtype: str = "bfloat16"
+    flex: bool = False
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        kind = getattr(torch, self.dtype)
+        q, k, v = (torch.randn(self.B, self.H, self.N, self.D, device="cuda", dtype=kind) for _ in range(3))
+        return q, k, v
+
+    @property
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(self.topk_ratio, self.compression_ratio, 128, 64)
+
+
+WAN, WAN_14B = (1, 12, 32760, 128), (1, 40, 75600, 128)
+RECIPES = ((0.05, 16), (0.15, 8), (0.25, 4))
+SUITES = {
+    "anchors": [
+        Shape(*WAN, 0.03, 16, flex=True), Shape(*WAN, 0.03, 0), Shape(*WAN, 0.03, 8), Shape(*WAN, 0.15, 16),
+        Shape(4, 16, 4096, 64, 0.03, 16, flex=True), Shape(1, 16, 16384, 64, 0.03, 16, flex=True),
+        Shape(*WAN_14B, 0.03, 16),
+    ],
+    "crossover": [
+        Shape(B, H, N, 64, ratio, r)
+        for B, H in ((4, 12), (1, 16))
+        for ratio, r in RECIPES
+        for N in (512, 1024, 2048, 4096, 8192, 16384)
+    ],
+    "sweep": [
+        *(Shape(1, 16, n, 64, 0.05) for n in (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)),
+        *(Shape(1, 16, 16384, 64, ratio) for ratio in (0.03, 0.05, 0.1, 0.15, 0.25, 0.5)),
+        *(Shape(1, 16, 16384, d, 0.05) for d in (64, 96, 128, 256)),
+        Shape(1, 16, 16384, 64, 0.05, dtype="float16"),
+    ],
+}  # fmt: skip
+
+
+def milliseconds(call: Call, budget: int = 60) -> float:
+    """Median time of a call, by device events; `budget` milliseconds of repeats."""
+    return triton.testing.do_bench(call, warmup=max(5, budget // 4), rep=budget, return_mode="median")
+
+
+def graphed(call: Call) -> Call:
+    """The same call as one CUDA graph replay."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_memory(call: Call) -> float:
+    """Most memory a call takes beyond its inputs, in MiB."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def flex_call(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """FlexAttention over as many random 128 x 128 blocks as the ratio keeps."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    blocks = -(-shape.N // 128)
+    kept = max(1, int(shape.topk_ratio * blocks))
+    order = torch.rand(shape.H, blocks, blocks, device="cuda").argsort(-1)[..., :kept]
+    table = torch.zeros(shape.H, blocks, blocks, dtype=torch.bool, device="cuda").scatter(-1, order, True)
+
+    def kept_block(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return table[h, i // 128, j // 128]
+
+    mask = create_block_mask(kept_block, None, shape.H, shape.N, shape.N, device="cuda", _compile=True)
+    run = torch.compile(flex_attention)
+    return lambda: run(q, k, v, block_mask=mask)
+
+
+def stages(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
+    """Device time of each kernel of one call, in milliseconds, from the profiler."""
+    call = lambda: sla2_attention(q, k, v, shape.options)  # noqa: E731
+    call()
+    repeats = 5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    total: dict[str, float] = {}
+    for event in profile.key_averages():
+        name = event.key if event.key.endswith("_kernel") and len(event.key) < 24 else "gemm and copies"
+        total[name] = total.get(name, 0.0) + event.self_device_time_total / repeats / 1e3
+    return {name: round(t, 4) for name, t in total.items() if t > 0}
+
+
+def measure(shape: Shape, detail: bool) -> dict[str, Any]:
+    """Time every competitor on one shape; a competitor that refuses leaves its error."""
+    q, k, v = shape.tensors()
+    budget = 400 if shape.N * shape.N * shape.H * shape.B > 10**11 else 60
+
+    def ours() -> Tensor:
+        with torch.no_grad():
+            return sla2_attention(q, k, v, shape.options)
+
+    def backend(kind: SDPBackend) -> Call:
+        def run() -> Tensor:
+            with sdpa_kernel(kind):
+                return sdpa(q, k, v)
+
+        return run
+
+    row: dict[str, Any] = {**asdict(shape)}
+    contenders: dict[str, Call] = {
+        "fa2": backend(SDPBackend.FLASH_ATTENTION), "cudnn": backend(SDPBackend.CUDNN_ATTENTION), "ours": ours,
+    }  # fmt: skip
+    if shape.flex:
+        contenders["flex"] = flex_call(shape, q, k, v)
+    for name, call in contenders.items():
+        try:
+            call()
+        except RuntimeError as error:
+            row[f"{name}_error"] = str(error).splitlines()[0]
+            continue
+        row[name] = milliseconds(call, budget)
+        if detail:
+            row[f"{name}_mib"] = peak_memory(call)
+    row["ours_graph"] = milliseconds(graphed(ours), budget)
+    for name in ("fa2", "cudnn"):
+        if name in row:
+            row[f"vs_{name}"] = row[name] / row["ours"]
+            row[f"vs_{name}_graph"] = row[name] / row["ours_graph"]
+    dense = 4.0 * shape.B * shape.H * shape.N**2 * shape.D
+    row["dense_tflops"] = dense / row["ours_graph"] / 1e9
+    row["real_tflops"] = row["dense_tflops"] * shape.topk_ratio
+    if detail:
+        row["stages"] = stages(shape, q, k, v)
+    return row
+
+
+def environment() -> dict[str, str]:
+    return {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version()), "python": platform.python_version(),
+        "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:]),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, times in milliseconds."""
+    columns = ["fa2", "cudnn", "flex", "ours", "ours_graph", "vs_fa2_graph", "vs_cudnn_graph", "dense_tflops"]
+    lines = ["| (B, H, N, D), dtype | top-k, r | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for row in rows:
+        shape = f"({row['B']}, {row['H']}, {row['N']}, {row['D']}), {row['dtype']}"
+        cells = [f"{row[name]:.3f}" if name in row else "-" for name in columns]
+        lines.append(f"| {shape} | {row['topk_ratio']:.0%}, {row['compression_ratio']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def crossovers(rows: list[dict[str, Any]]) -> str:
+    """First measured length from which ours stays ahead, per batch, heads and recipe."""
+    lines = []
+    for key in dict.fromkeys((r["B"], r["H"], r["topk_ratio"], r["compression_ratio"]) for r in rows):
+        mine = [r for r in rows if (r["B"], r["H"], r["topk_ratio"], r["compression_ratio"]) == key]
+        for kind in ("vs_fa2", "vs_cudnn", "vs_fa2_graph", "vs_cudnn_graph"):
+            behind = [r["N"] for r in mine if r.get(kind, 0.0) <= 1.0]
+            ahead = [r["N"] for r in mine if r["N"] > max(behind, default=0)]
+            lines.append(f"B={key[0]} H={key[1]} top-k {key[2]:.0%} r={key[3]} {kind}: {min(ahead, default='none')}")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the speed-up over each rival."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [f"{r['B']},{r['H']},{r['N']},{r['D']}\n{r['topk_ratio']:.0%} r{r['compression_ratio']}" for r in rows]
+    fig, axis = plt.subplots(figsize=(max(6, 1.1 * len(rows)), 4))
+    for offset, (kind, label) in enumerate((("vs_fa2_graph", "FlashAttention-2"), ("vs_cudnn_graph", "cuDNN"))):
+        values = [r.get(kind, 0.0) for r in rows]
+        bars = axis.bar([i + 0.4 * offset for i in range(len(rows))], values, width=0.38, label=f"over {label}")
+        axis.bar_label(bars, fmt="%.1f", fontsize=7)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.set_xticks([i + 0.2 for i in range(len(rows))], names, fontsize=7)
+    axis.set_ylabel("speed-up of the whole op")
+    axis.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, default="anchors")
+    parser.add_argument("--output", type=Path, help="prefix of the JSON, Markdown and PNG files")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/attention.py must run on a CUDA GPU, got none; see benchmarks/results instead")
+    about = environment()
+    print(json.dumps(about), "select tile", cuda.attend_tile(90, 128, 128, 64))
+    rows = []
+    for shape in SUITES[args.suite]:
+        rows.append(measure(shape, detail=args.suite == "anchors"))
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+        torch.cuda.empty_cache()
+    text = table(rows)
+    if args.suite == "crossover":
+        text += "\n\nFirst measured length from which ours stays ahead:\n\n" + crossovers(rows)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        base = str(args.output)
+        Path(base + ".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+        Path(base + ".md").write_text(f"`{json.dumps(about)}`\n\n{text}\n")
+        plot(rows, Path(base + ".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Router tokens: means over neighbouring rows of q and k, and the mean of k (SLA2, Alg. 2, lines 1-2).
+
+`pool_kernel` reads x (B, H, N, D) once and writes the mean of each ROWS neighbouring rows; for keys it also
+writes the sum of each tile, from which `center_kernel` makes k_mean and the smoothed key tokens
+(mean over rows of k - k_mean = pooled k - k_mean). No atomics: results do not depend on the order of programs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["N", "T", "tiles"])
+def pool_kernel(
+    x, mask, tokens, count, partial, stride_b, stride_h, stride_n, mask_stride, H, N, T, tiles,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """Average ROWS neighbouring rows; one program takes TILE rows of one head.
+
+    Args:
+        x: (B, H, N, D), last dim contiguous; mask: (B, N) bool.
+        tokens: (B * H, T, D), out; count: (B, T) fp32, out, rows that entered each mean (if HAS_MASK).
+        partial: (B * H, tiles, D) fp32, out, sum over the tile's rows (if PARTIAL).
+    """
+    pid = tl.program_id(0)
+    bh, tile = pid // tiles, pid % tiles
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    rows = tile * TILE + tl.arange(0, TILE)
+    dims = tl.arange(0, BLOCK_D)
+    real = rows < N
+    if HAS_MASK:
+        real = real & (tl.load(mask + b * mask_stride + rows, mask=real, other=0) != 0)
+    start = x + b * stride_b + h * stride_h
+    at = rows.to(tl.int64)[:, None] * stride_n + dims[None, :]
+    values = tl.load(start + at, mask=real[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
+
+    TOKENS: tl.constexpr = TILE // ROWS
+    total = tl.sum(tl.reshape(values, (TOKENS, ROWS, BLOCK_D)), axis=1)
+    n = tl.sum(tl.reshape(real.to(tl.float32), (TOKENS, ROWS)), axis=1)
+    mean = total / tl.maximum(n, 1.0)[:, None]
+    t = tile * TOKENS + tl.arange(0, TOKENS)
+    out = tokens + bh.to(tl.int64) * T * D + t[:, None] * D + dims[None, :]
+    tl.store(out, mean.to(tokens.dtype.element_ty), mask=(t < T)[:, None] & (dims < D)[None, :])
+    if HAS_MASK:
+        tl.store(count + b * T + t, n, mask=(t < T) & (h == 0))
+    if PARTIAL:
+        tl.store(partial + (bh.to(tl.int64) * tiles + tile) * D + dims, tl.sum(total, axis=0), mask=dims < D)
+
+
+@triton.jit(do_not_specialize=["N", "T", "tiles", "groups"])
+def center_kernel(
+    tokens, count, partial, centered, k_mean, H, N, T, tiles, groups,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Write k_mean (B * H, D) fp32 and centered = tokens - k_mean (B * H, T, D); one program a group of tokens.
+
+    Args:
+        tokens: (B * H, T, D) fp32; count: (B, T) fp32; partial: (B * H, tiles, D) fp32.
+        groups: programs a head, each taking every groups-th run of BLOCK_T tokens.
+    """
+    pid = tl.program_id(0)
+    bh, group = (pid // groups).to(tl.int64), pid % groups
+    dims, run = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
+    inside = dims < D
+    # every program of a head sums the same partial sums in the same order: cheap, and no second launch
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(0, tiles, BLOCK_T):
+        at = first + run
+        part = partial + bh * tiles * D + at[:, None] * D + dims[None, :]
+        total += tl.load(part, mask=(at < tiles)[:, None] & inside[None, :], other=0.0)
+    if HAS_MASK:
+        seen = tl.zeros((BLOCK_T,), tl.float32)
+        for first in range(0, T, BLOCK_T):
+            at = first + run
+            seen += tl.load(count + (bh // H) * T + at, mask=at < T, other=0.0)
+        n = tl.maximum(tl.sum(seen, axis=0), 1.0)
+    else:
+        n = N.to(tl.float32)
+    mean = tl.sum(total, axis=0) / n
+    if group == 0:
+        tl.store(k_mean + bh * D + dims, mean, mask=inside)
+    for first in range(group * BLOCK_T, T, groups * BLOCK_T):
+        at = first + run
+        here = bh * T * D + at[:, None] * D + dims[None, :]
+        valid = (at < T)[:, None] & inside[None, :]
+        values = tl.load(tokens + here, mask=valid, other=0.0) - mean[None, :]
+        tl.store(centered + here, values.to(centered.dtype.element_ty), mask=valid)

@@ -1,0 +1,358 @@
+"""The Triton forward kernels compute what the reference defines: one set of bodies, in the interpreter and on a GPU.
+
+err(kernel, fp64) <= 2 * (err(reference in the kernel's dtype, fp64) + eps * max|fp64|), all finite.
+On a machine without a GPU the bodies run in a process of their own, since Triton chooses its interpreter at import.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+if INTERPRETED:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import interpreter
+
+    interpreter.repair()
+
+from sla2_compile.kernels import cuda, reference  # noqa: E402
+from sla2_compile.kernels.blocks import num_blocks, num_kept  # noqa: E402
+
+
+def body(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that needs either the interpreter or a GPU."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; lengths lie off the block grid."""
+
+    B: int = 1
+    heads: int = 1
+    groups: int = 2
+    Nq: int = 139
+    Nk: int = 203
+    D: int = 64
+    Dv: int = 64
+    block_q: int = 64
+    block_k: int = 32
+    topk_ratio: float = 0.3
+    compression_ratio: int = 8
+    is_causal: bool = False
+    masked: bool = False
+    feature_map: str = "softmax"
+    linear_scope: str = "complement"
+    alpha: str = "routed"
+    projected: bool = False
+    transposed: bool = False
+    scale_of_values: float = 1.0
+    dtype: torch.dtype = torch.bfloat16
+    keep: bool = True
+    seed: int = 0
+
+    def tensors(self) -> dict[str, Any]:
+        """Inputs rounded to the kernel's dtype, on the device; keys carry an offset that smoothing removes."""
+        g = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        def heads_of(B: int, H: int, N: int, D: int, shift: bool = False) -> Tensor:
+            x = normal(B, H, N, D) + (normal(1, H, 1, D) if shift else 0.0)
+            x = (x * self.scale_of_values).to(DEVICE, self.dtype)
+            # a projection's layout (B, N, H, D), seen as (B, H, N, D)
+            return x.transpose(1, 2).contiguous().transpose(1, 2) if self.transposed else x
+
+        Hq, D, tm = self.heads * self.groups, self.D, num_blocks(self.Nq, self.block_q)
+        made: dict[str, Any] = {
+            "q": heads_of(self.B, Hq, self.Nq, D),
+            "k": heads_of(self.B, self.heads, self.Nk, D, shift=True),
+            "v": heads_of(self.B, self.heads, self.Nk, self.Dv),
+            "proj_q": (torch.eye(D) + 0.1 * normal(D, D)).float().to(DEVICE) if self.projected else None,
+            "proj_k": (torch.eye(D) + 0.1 * normal(D, D)).float().to(DEVICE) if self.projected else None,
+            "gain": normal(Hq).exp().float().to(DEVICE) if self.alpha in ("routed", "block") else None,
+            "bias": {"none": None, "head": normal(Hq, 1), "routed": normal(Hq, 1), "block": normal(1, tm)}[
+                self.alpha
+            ],
+            "mask": None,
+        }
+        made["bias"] = None if made["bias"] is None else made["bias"].float().to(DEVICE)
+        if self.masked:
+            mask = torch.rand(self.B, self.Nk, generator=g) < 0.7
+            mask[0, self.Nk // 3 : 2 * self.Nk // 3] = False
+            mask[:, 0] = True
+            made["mask"] = mask.to(DEVICE)
+        return made
+
+    def route(self, x: dict[str, Any], run: Any) -> tuple[Tensor, ...]:
+        return run(
+            x["q"], x["k"], x["proj_q"], x["proj_k"], x["mask"],
+            self.topk_ratio, self.compression_ratio, self.block_q, self.block_k, self.D**-0.5, self.is_causal,
+        )  # fmt: skip
+
+    def attention(self, x: dict[str, Any], run: Any, *rest: bool) -> tuple[Tensor, ...]:
+        return run(
+            x["q"], x["k"], x["v"], x["k_mean"], x["lut"], x["log_rest"], x["gain"], x["bias"], x["mask"],
+            self.block_q, self.block_k, self.D**-0.5, self.feature_map, self.linear_scope, self.is_causal, *rest,
+        )  # fmt: skip
+
+
+CASES = {
+    "plain": Case(),
+    "fp16": Case(dtype=torch.float16, keep=False),
+    "batch, whole-block tokens": Case(B=2, compression_ratio=0, topk_ratio=0.15, keep=False),
+    "every token, elu": Case(compression_ratio=1, feature_map="elu", block_q=32, block_k=16, Nq=75, Nk=107),
+    "all keys, relu": Case(linear_scope="all", feature_map="relu", alpha="head", compression_ratio=16),
+    "causal": Case(is_causal=True, Nq=203, keep=False),
+    "causal, longer keys, fp16": Case(is_causal=True, Nq=75, Nk=203, dtype=torch.float16, block_q=32),
+    "masked": Case(masked=True, B=2, heads=2, groups=1),
+    "causal masked": Case(is_causal=True, masked=True, Nq=203, Nk=75, alpha="block", keep=False),
+    "empty complement": Case(topk_ratio=1.0, alpha="none"),
+    "transposed, odd dims": Case(D=40, Dv=24, transposed=True, groups=1, heads=2, block_q=16, block_k=16, keep=False),
+    "D 96": Case(D=96, Dv=96, block_q=128, block_k=64, transposed=True, topk_ratio=0.5, keep=False),
+    "D 128": Case(D=128, Dv=128, block_q=128, block_k=64, Nq=333, Nk=457, projected=True, compression_ratio=16),
+    "D 256": Case(D=256, Dv=256, block_q=64, block_k=64, compression_ratio=4, groups=1, keep=False),
+    "one block": Case(Nq=7, Nk=5, groups=1),
+    "three keys": Case(Nq=70, Nk=3, topk_ratio=0.5, keep=False),
+    "large values": Case(scale_of_values=1e3, keep=False, compression_ratio=4),
+    "block 128 x 128": Case(block_q=128, block_k=128, Nq=300, Nk=700, topk_ratio=0.4, D=128, Dv=64, keep=False),
+}
+
+
+def exact(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same numbers in another dtype, for the reference."""
+    return {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in x.items()}
+
+
+def assert_oracle(name: str, got: Tensor, low: Tensor, want: Tensor, eps: float) -> float:
+    """STYLE.md's rule; where the exact value is -inf, all must be. Returns error over allowance."""
+    finite = want.isfinite()
+    assert torch.equal(got.isfinite(), finite), f"{name}: not finite where it must be, or the reverse"
+    if not finite.any():
+        return 0.0
+    want = want[finite]
+    err = (got.double()[finite] - want).abs().max().item()
+    low_error = (low.double()[finite] - want).abs()
+    # the plain reference overflows in fp16 or loses rows to NaN where the kernel need not: it earns no allowance
+    base = low_error[low_error.isfinite()]
+    allowed = 2 * ((base.max().item() if len(base) else 0.0) + eps * want.abs().max().item())
+    print(f"{name}: error {err:.3e}, allowed {allowed:.3e}")
+    assert err <= allowed, f"{name}: error {err:.3e}, allowed {allowed:.3e}"
+    return err / max(allowed, 1e-300)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every buffer that a launch will write with NaN (or a wild integer) first."""
+
+    def poison(x: Tensor) -> Tensor:
+        return x.fill_(float("nan") if x.is_floating_point() else 12345)
+
+    new_empty, empty_like = Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+def rounded_scores(case: Case, x: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The reference's block scores in dtype, with its causal mask."""
+    y = exact(x, dtype)
+    k = y["k"] - reference.masked_mean(y["k"], y["mask"])[:, :, None]
+    args = (y["proj_q"], y["proj_k"], y["mask"], case.compression_ratio, case.block_q, case.block_k, case.D**-0.5)
+    peak, typical = reference.block_scores(y["q"], k, *args)
+    if case.is_causal:
+        allowed, _ = reference.causal_blocks(case.Nq, case.Nk, case.block_q, case.block_k, peak.device)
+        peak, typical = (s.masked_fill(~allowed, float("-inf")) for s in (peak, typical))
+    return peak, typical
+
+
+@body
+@pytest.mark.parametrize("name", CASES)
+def test_route(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores and k_mean by the oracle; then table, log_rest and entropy are those of the kernel's own scores."""
+    case = CASES[name]
+    x, kept = case.tensors(), {}
+
+    class Spy:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                kept["peak"], kept["typical"] = args[:2]
+                select[grid](*args, **kwargs)
+
+            return launch
+
+    select = cuda.select_kernel
+    monkeypatch.setattr(cuda, "select_kernel", Spy())
+    lut, log_rest, entropy, k_mean = case.route(x, cuda.route_forward)
+    eps = torch.finfo(case.dtype).eps
+
+    low, want = (rounded_scores(case, x, dtype) for dtype in (case.dtype, torch.float64))
+    peak, typical = kept["peak"].double(), kept["typical"].double()
+    tn = peak.shape[-1]
+    forced = torch.zeros(1, dtype=torch.bool, device=peak.device)
+    if case.is_causal:
+        allowed, forced = reference.causal_blocks(case.Nq, case.Nk, case.block_q, case.block_k, peak.device)
+        peak, typical = (s.masked_fill(~allowed, float("-inf")) for s in (peak, typical))
+    assert_oracle("peak", peak, low[0], want[0], eps)
+    assert_oracle("typical", typical, low[1], want[1], eps)
+    mean, mean_low = (reference.masked_mean(x["k"].to(dtype), x["mask"]) for dtype in (torch.float64, case.dtype))
+    assert_oracle("k_mean", k_mean, mean_low, mean, eps)
+
+    rank = peak.masked_fill(forced & (peak > float("-inf")), float("inf"))
+    K = num_kept(tn, case.topk_ratio, case.block_q, case.block_k, case.is_causal)
+    values, chosen = rank.topk(K, dim=-1)
+    table = chosen.masked_fill(values == float("-inf"), tn).sort(dim=-1).values
+    assert torch.equal(lut, table.masked_fill(table == tn, -1).int())
+    block_mask = torch.zeros_like(peak, dtype=torch.bool).scatter(-1, chosen, values > float("-inf"))
+    torch.testing.assert_close(
+        log_rest.double(), typical.masked_fill(block_mask, float("-inf")).logsumexp(-1), rtol=1e-5, atol=1e-4
+    )
+    log_p = peak - peak.logsumexp(dim=-1, keepdim=True)
+    spread = -torch.where(peak > float("-inf"), log_p.exp() * log_p, 0.0).sum(dim=-1)
+    torch.testing.assert_close(entropy.double(), spread, rtol=1e-4, atol=1e-4)
+
+
+@body
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name: str) -> None:
+    """One look-up table for all three, so that rounding in the router cannot choose another block."""
+    case = CASES[name]
+    x = case.tensors()
+    wide = exact(x, torch.float64)
+    x["lut"], log_rest, _, k_mean = case.route(wide, reference.route)
+    x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
+    got = case.attention(x, cuda.attention_forward, case.keep)
+    low = case.attention(exact(x, case.dtype), reference.attention)
+    want = case.attention(exact(x, torch.float64), reference.attention)
+    names = ("o", "lse", "o_sparse", "o_linear") if case.keep else ("o", "lse")
+    for part, a, b, c in zip(names, got, low, want, strict=False):
+        assert a.dtype == (torch.float32 if part == "lse" else case.dtype)
+        assert_oracle(part, a, b, c, torch.finfo(case.dtype).eps)
+    assert case.keep or got[2].numel() == got[3].numel() == 0
+
+
+@body
+def test_empty_complement_is_full_attention() -> None:
+    case = CASES["empty complement"]
+    x = case.tensors()
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
+    assert (x["log_rest"] == float("-inf")).all()
+    o = case.attention(x, cuda.attention_forward, False)[0]
+    q, k, v = (x[n].double() for n in "qkv")
+    k, v = (t.repeat_interleave(case.groups, dim=1) for t in (k, v))
+    full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    low = torch.nn.functional.scaled_dot_product_attention(*(t.to(case.dtype) for t in (q, k, v)))
+    assert_oracle("o", o, low, full, torch.finfo(case.dtype).eps)
+
+
+@body
+@pytest.mark.parametrize("change", ["zeros", "constant", "no key at all"])
+def test_degenerate_inputs_stay_finite(change: str) -> None:
+    case = replace(Case(), feature_map="relu", masked=change == "no key at all")
+    x = case.tensors()
+    if change == "no key at all":
+        x["mask"][:] = False
+    else:
+        for name in "qkv":
+            x[name].fill_(0.0 if change == "zeros" else 3.0)
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
+    o, lse, _, _ = case.attention(x, cuda.attention_forward, False)
+    assert o.isfinite().all()
+    if change == "no key at all":
+        assert (lse == float("-inf")).all()
+        assert not o.any()
+        assert (x["lut"] == -1).all()
+
+
+@body
+def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded memory for the states: many launches give what one gives."""
+    case = replace(Case(), B=2, heads=3, keep=False)
+    x = case.tensors()
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
+    whole = case.attention(x, cuda.attention_forward, False)[0]
+    monkeypatch.setattr(cuda, "STATE_BYTES", 1)
+    assert torch.equal(whole, case.attention(x, cuda.attention_forward, False)[0])
+
+
+def test_rule_of_the_kernels() -> None:
+    x = torch.zeros(1, 1, 4, 8)
+    assert cuda.kernels_take(x.bfloat16(), 128, 64, 0.1)
+    assert cuda.kernels_take(x.half(), 16, 16, 0.1)
+    for y, block_q, block_k, scale in ((x, 64, 64, 1.0), (x.half(), 8, 64, 1.0), (x.half(), 64, 256, 1.0)):
+        assert not cuda.kernels_take(y, block_q, block_k, scale)
+    assert not cuda.kernels_take(x.half(), 64, 64, -1.0)
+
+
+if not INTERPRETED:
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_graph_capture(dtype: torch.dtype) -> None:
+        """The whole call replays from a CUDA graph: no synchronisation, no plan on the host."""
+        from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+
+        q, k, v = (torch.randn(2, 4, 1111, 64, device=DEVICE, dtype=dtype) for _ in range(3))
+        want = sla2_attention(q, k, v, AttentionOptions())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o = sla2_attention(q, k, v, AttentionOptions())
+        o.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(o, want)
+
+    @pytest.mark.gpu
+    def test_new_length_compiles_nothing() -> None:
+        from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+
+        def call(n: int) -> None:
+            q = torch.randn(1, 2, n, 64, device=DEVICE, dtype=torch.bfloat16)
+            sla2_attention(q, q, q, AttentionOptions())
+
+        def built() -> int:
+            kernels = [x for name, x in vars(cuda).items() if name.endswith("_kernel")]
+            return sum(len(x.device_caches[torch.cuda.current_device()][0]) for x in kernels)
+
+        for n in (3001, 3072):
+            call(n)
+        before = built()
+        for n in (2049, 2050, 2600, 3000, 3333, 4096):
+            call(n)
+        assert built() == before
+
+    @pytest.mark.gpu
+    def test_gradients_reach_everything() -> None:
+        """Autograd on a GPU: Triton forward, portable backward."""
+        from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+
+        q, k, v = (torch.randn(1, 2, 700, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+        grads = []
+        for dtype in (torch.bfloat16, torch.float32):
+            y = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+            o = sla2_attention(y[0], y[1], y[2], AttentionOptions(topk_ratio=1.0, block_q=64, block_k=32))
+            o.float().square().sum().backward()
+            grads.append([t.grad.double().flatten() for t in y if t.grad is not None])
+        for low, high in zip(*grads, strict=True):
+            assert torch.nn.functional.cosine_similarity(low, high, dim=0) > 0.999
+
+    def test_bodies_in_the_interpreter() -> None:
+        """Run this file's bodies without a GPU."""
+        env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
