@@ -1,0 +1,336 @@
+"""SLA2 on a real photograph: full attention against each recipe, on one CPU.
+
+    python examples/demo.py [--quick] [--out demo_out]
+
+A small pixel-space transformer (`jit.py`) is trained on the photograph for half a minute, then denoises it cut into
+4096 and 16384 tokens. Prints what each recipe costs and what it gets wrong; writes pictures of the key blocks that
+the router chose and all figures as `results.json`. Nothing is cached: every figure is measured in this run.
+`--quick` is a smoke test of a few seconds: same path, a smaller model, fewer tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sla2_compile
+
+# this folder, for whoever runs the file by its path from elsewhere
+sys.path.append(str(Path(__file__).parent))
+
+from demo_measure import Call, RecordAttention, mass_of_top_keys, relative_error, timed_forward
+from demo_picture import Selection, draw_selection
+from demo_train import load_photo, resize, train
+from jit import JiT, JiTConfig, noisy
+
+FULL = "full attention"
+RECIPES = ("max_speedup", "balanced", "high_quality", "paper")
+# points of the photo whose query blocks are drawn: the face, the model shuttle, the flag
+POINTS = [(0.25, 0.43), (0.33, 0.82), (0.42, 0.07)]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work the demo does; `photos` are sides in pixels, `rounds` the timed forwards of each model."""
+
+    config: JiTConfig
+    steps: int
+    seconds: float
+    photos: tuple[int, ...]
+    rounds: int
+    library_depth: int
+    library_side: int
+
+
+NORMAL = Size(JiTConfig(), 100, 60.0, (256, 512), 2, 4, 512)
+QUICK = Size(JiTConfig(width=128, depth=2), 6, 10.0, (128,), 2, 1, 256)
+
+
+@dataclass
+class Row:
+    """What one model did at one size. Errors are relative to full attention: ||o - o_full|| / ||o_full||.
+
+    Attributes:
+        name: recipe, or `FULL`.
+        tokens: length of the sequence.
+        sparsity: share of key blocks the sparse branch skipped.
+        seconds: best wall time of a forward; attention_seconds: of its attention calls alone.
+        peak_mib: largest resident memory of a forward over what was in use before it.
+        output_error: of the model's output.
+        site_errors: of each attention call, by owner, fed with the q, k, v of the full model.
+    """
+
+    name: str
+    tokens: int
+    sparsity: float = 0.0
+    seconds: float = float("inf")
+    attention_seconds: float = float("inf")
+    peak_mib: float = 0.0
+    output_error: float = 0.0
+    site_errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def site_error(self) -> float:
+        return sum(self.site_errors.values()) / max(1, len(self.site_errors))
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def owners(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (name, module) of each module that has sites, in the order of a forward."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "sla2")]
+
+
+def record(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Call]:
+    """Return the attention calls of one full forward."""
+    with torch.no_grad(), RecordAttention() as recorder:
+        model(*inputs)
+    return recorder.calls
+
+
+@torch.no_grad()
+def run_sites(model: nn.Module, calls: list[Call]) -> tuple[float, dict[str, float]]:
+    """Feed each site of a transformed model the q, k, v of the full model's call.
+
+    Returns:
+        seconds of all sites together, and the relative error of each, by owner.
+    """
+    total, errors = 0.0, {}
+    for (name, owner), call in zip(owners(model), calls, strict=True):
+        start = time.perf_counter()
+        o = owner.sla2[0](call.q, call.k, call.v)  # type: ignore[index, operator]
+        total += time.perf_counter() - start
+        errors[name] = relative_error(o, call.o)
+    return total, errors
+
+
+@torch.no_grad()
+def run_full(calls: list[Call]) -> float:
+    """Return the seconds that full attention takes for these calls."""
+    start = time.perf_counter()
+    for call in calls:
+        F.scaled_dot_product_attention(call.q, call.k, call.v)
+    return time.perf_counter() - start
+
+
+def compare(
+    model: nn.Module, inputs: tuple[Tensor, ...], tokens: int, rounds: int, min_seq_len: int | str, console: Console
+) -> tuple[list[Row], dict[str, nn.Module]]:
+    """Measure model as it is and with each recipe; each round goes over all of them in turn.
+
+    Returns:
+        a row for each, full attention first, and the transformed copies by recipe.
+    """
+    with progress_bar(console) as progress:
+        task = progress.add_task(f"{tokens} tokens", total=1 + 2 * rounds * (1 + len(RECIPES)))
+        calls = record(model, inputs)
+        progress.advance(task)
+        models = {
+            name: sla2_compile.transform(copy.deepcopy(model), name, example_inputs=inputs, min_seq_len=min_seq_len)
+            for name in RECIPES
+        }
+        rows = {name: Row(name, tokens) for name in (FULL, *RECIPES)}
+        truth: Tensor | None = None
+        for _ in range(rounds):
+            for name, row in rows.items():
+                out, seconds, mib = timed_forward(models.get(name, model), inputs)
+                # full attention comes first
+                truth = out if truth is None else truth
+                row.output_error = relative_error(out, truth)
+                row.seconds, row.peak_mib = min(row.seconds, seconds), max(row.peak_mib, mib)
+                progress.advance(task)
+        for _ in range(rounds):
+            for name, row in rows.items():
+                if name == FULL:
+                    seconds = run_full(calls)
+                else:
+                    seconds, row.site_errors = run_sites(models[name], calls)
+                row.attention_seconds = min(row.attention_seconds, seconds)
+                progress.advance(task)
+        for name, candidate in models.items():
+            rows[name].sparsity = sla2_compile.get_sla2_statistics(candidate)["mean/sparsity"]
+    return list(rows.values()), models
+
+
+def comparison_table(rows: list[Row], what: str) -> Table:
+    """Return the rows of one size as a table."""
+    full = rows[0]
+    table = Table(title=f"{full.tokens} tokens, {what}", title_justify="left")
+    table.add_column("attention", no_wrap=True)
+    for column in ("blocks\nskipped", "model\nseconds", "model\nspeed-up", "attention\nspeed-up", "peak memory\nMiB"):
+        table.add_column(column, justify="right")
+    table.add_column("output\nerror", justify="right")
+    table.add_column("site error\nmean (worst)", justify="right")
+    for row in rows:
+        cells = [row.name, f"{row.sparsity:.0%}", f"{row.seconds:.2f}", f"{full.seconds / row.seconds:.1f}x"]
+        cells += [f"{full.attention_seconds / row.attention_seconds:.1f}x", f"{row.peak_mib:.0f}"]
+        errors = list(row.site_errors.values())
+        cells += [f"{row.output_error:.3f}", f"{row.site_error:.2f} ({max(errors):.2f})"] if errors else ["", ""]
+        table.add_row(*cells)
+    return table
+
+
+def sites_table(rows: list[Row]) -> Table:
+    """Return the error of each site under each recipe."""
+    table = Table(title=f"Error of each site, {rows[0].tokens} tokens", title_justify="left")
+    table.add_column("site", no_wrap=True)
+    for row in rows[1:]:
+        table.add_column(row.name, justify="right")
+    for site in rows[1].site_errors:
+        table.add_row(f"{site}.sla2[0]", *(f"{row.site_errors[site]:.3f}" for row in rows[1:]))
+    return table
+
+
+def denoising_inputs(photo: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (z_t, t, y): the photo (1, 3, H, W) at side x side, half noise from a fixed seed."""
+    x, t = resize(photo, side), torch.tensor([0.5])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    return noisy(x, t, noise), t, torch.tensor([0])
+
+
+def train_and_compare(size: Size, photo: Tensor, console: Console) -> tuple[JiT, dict[str, Any]]:
+    """Train the demo's model, and say whether that changed what attention does and how well SLA2 follows it."""
+    torch.manual_seed(0)
+    model = JiT(size.config).eval()
+    inputs = denoising_inputs(photo, size.photos[0])
+
+    def look() -> tuple[float, float]:
+        calls = record(model, inputs)
+        trial = sla2_compile.transform(copy.deepcopy(model), "balanced", example_inputs=inputs, min_seq_len=0)
+        errors = run_sites(trial, calls)[1].values()
+        return sum(map(mass_of_top_keys, calls)) / len(calls), sum(errors) / len(errors)
+
+    before = look()
+    with progress_bar(console) as progress:
+        task = progress.add_task("training", total=size.steps)
+        start = time.perf_counter()
+        steps, loss = train(model, photo, size.steps, size.seconds, lambda _: progress.advance(task))
+        seconds = time.perf_counter() - start
+    after = look()
+    figures = {"steps": steps, "seconds": seconds, "loss": loss}
+    for key, values in (("mass_in_top_5_percent", (before[0], after[0])), ("site_error", (before[1], after[1]))):
+        figures[f"{key}_untrained"], figures[f"{key}_trained"] = values
+    console.print(
+        f"Trained {steps} steps in {seconds:.0f} s on crops of the photo (256 and 1024 tokens), loss {loss:.2f}. "
+        f"The strongest 5 % of keys held {before[0]:.0%} of the attention before, {after[0]:.0%} after; "
+        f"the mean site error of recipe balanced was {before[1]:.2f} before, {after[1]:.2f} after."
+    )
+    return model, figures
+
+
+def draw(
+    models: dict[str, nn.Module], row_of: dict[str, Row], photo: Tensor, side: int, config: JiTConfig, out: Path
+) -> list[Path]:
+    """Write one picture for each recipe; returns their paths."""
+    grid, paths = (side // config.patch, side // config.patch), []
+    for name, model in models.items():
+        selections = []
+        for layer, (_, owner) in enumerate(owners(model)):
+            routing = owner.sla2[0].last_routing  # type: ignore[index, union-attr]
+            blocks = (routing.block_q, routing.block_k)
+            selections.append(Selection(f"layer {layer + 1}", routing.lut, *blocks, grid, config.tile))
+        tokens, chosen = row_of[name].tokens, selections[0].lut.shape[-1]
+        title = f"{name}: {row_of[name].sparsity:.0%} of the key blocks skipped"
+        subtitle = (
+            f"{tokens} tokens in key blocks of {selections[0].block_k}; framed in white: {len(POINTS)} query blocks of "
+            f"{selections[0].block_q}; in its colour: the {chosen} key blocks that each computes exactly"
+        )
+        path = out / f"selected_blocks_{name}.png"
+        heads = list(range(selections[0].lut.shape[1]))
+        draw_selection(resize(photo, side), selections, heads, POINTS, title, subtitle, path)
+        paths.append(path)
+    return paths
+
+
+def library_model(size: Size, console: Console) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
+    """Return a small vision transformer of `transformers` with random weights, or None if it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        console.print("No model from a library: transformers is not installed (pip install 'sla2_compile\\[library]').")
+        return None
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=256, num_hidden_layers=size.library_depth, num_attention_heads=4, image_size=size.library_side,
+        patch_size=8, attn_implementation="sdpa",
+    )  # fmt: skip
+    return Dinov2Model(config).eval(), (resize(load_photo(), size.library_side),)
+
+
+class FirstOutput(nn.Module):
+    """Gives the first output of a model that returns a record of several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(*inputs)[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for pictures and results.json")
+    args = parser.parse_args(argv)
+    size, out = (QUICK if args.quick else NORMAL), args.out
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    # tables need this much where there is no terminal to ask
+    console = Console() if sys.stdout.isatty() else Console(width=118)
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, float32"
+    console.print(f"[bold]sla2_compile demo[/bold]: {machine}")
+    results: dict[str, Any] = {"machine": machine, "quick": args.quick}
+
+    photo = load_photo()
+    model, results["training"] = train_and_compare(size, photo, console)
+    min_seq_len: int | str = 0 if args.quick else "auto"
+    for side in size.photos:
+        tokens = (side // size.config.patch) ** 2
+        rows, models = compare(model, denoising_inputs(photo, side), tokens, size.rounds, min_seq_len, console)
+        results[f"jit_{tokens}"] = [asdict(row) for row in rows]
+        console.print(comparison_table(rows, "one denoising step"))
+    console.print(sites_table(rows))
+    console.print(
+        "Speed-ups and memory are those of this CPU; the router is not calibrated (no stage 1), so errors are where "
+        "training starts, not where it ends. Site error: a site fed with the full model's q, k, v."
+    )
+    console.print(sla2_compile.report(models["balanced"]))
+    pictures = draw(models, {row.name: row for row in rows}, photo, size.photos[-1], size.config, out)
+
+    found = library_model(size, console)
+    if found is not None:
+        library, inputs = FirstOutput(found[0]), found[1]
+        tokens = (size.library_side // 8) ** 2 + 1
+        rows, models = compare(library, inputs, tokens, size.rounds, min_seq_len, console)
+        results[f"library_{tokens}"] = [asdict(row) for row in rows]
+        console.print(comparison_table(rows, type(found[0]).__name__))
+        console.print(sla2_compile.report(models["balanced"]))
+
+    results["seconds"] = time.perf_counter() - start
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"{results['seconds']:.0f} s. Pictures: {', '.join(map(str, pictures))}; figures: {out / 'results.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""Measures one forward: seconds, peak memory, what its attention calls took and returned."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+MIB = 2**20
+
+
+@dataclass
+class Call:
+    """One full attention call of a forward: q, k, v and o (B, H, N, D), and the seconds it took."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    seconds: float
+
+
+class RecordAttention(TorchFunctionMode):
+    """Keeps the arguments and results of each `F.scaled_dot_product_attention` call made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.perf_counter()
+        o = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(Call(*args[:3], o, time.perf_counter() - start))
+        return o
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system, so that the next peak does not hide in memory kept from the last."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+@dataclass
+class Peak:
+    """Largest resident memory of the process during a piece of code, in MiB over what it was before."""
+
+    mib: float = 0.0
+
+
+@contextmanager
+def peak_memory(every: float = 0.002) -> Iterator[Peak]:
+    """Sample the process's resident memory from a thread while the body runs."""
+    release_memory()
+    process, stop, peak = psutil.Process(), threading.Event(), Peak()
+    before = process.memory_info().rss
+    highest = before
+
+    def sample() -> None:
+        nonlocal highest
+        while not stop.wait(every):
+            highest = max(highest, process.memory_info().rss)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        highest = max(highest, process.memory_info().rss)
+        stop.set()
+        thread.join()
+        peak.mib = (highest - before) / MIB
+
+
+@torch.no_grad()
+def timed_forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, float, float]:
+    """Run model once. Returns its output, wall seconds, and peak memory in MiB over what was in use before."""
+    with peak_memory() as peak:
+        start = time.perf_counter()
+        out = model(*inputs)
+        seconds = time.perf_counter() - start
+    return out, seconds, peak.mib
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """Return ||x - truth|| / ||truth||."""
+    return ((x - truth).norm() / truth.norm()).item()
+
+
+def mass_of_top_keys(call: Call, share: float = 0.05, rows: int = 64) -> float:
+    """Return how much of a row's attention its strongest `share` of keys holds, averaged over some rows and heads.
+
+    Even attention gives about `share`; 1.0 means that the other keys do not matter.
+    """
+    N = call.q.shape[2]
+    some = torch.linspace(0, N - 1, rows).long()
+    p = torch.softmax(call.q[:, :, some] @ call.k.mT * call.q.shape[3] ** -0.5, dim=-1)
+    return p.topk(max(1, int(share * N)), dim=-1).values.sum(dim=-1).mean().item()
