@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import _lru_cache_wrapper
@@ -52,7 +53,7 @@ def discover(
     if any(p.is_meta for p in model.parameters()):
         raise _does_not_run(model, first or RuntimeError("a model on the meta device cannot run")) from first
     try:
-        with _undo(model, values=True), torch.random.fork_rng(devices=[]):
+        with _undo(model, largest=sys.maxsize), torch.random.fork_rng(devices=[]):
             return _record(model, args, kwargs), "real"
     except Exception as error:  # as above
         raise _does_not_run(model, error) from error
@@ -74,7 +75,8 @@ def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         return mode.from_tensor(x.detach().to("meta") if on_meta else x.detach())
 
     try:
-        with _undo(model), torch.random.fork_rng(devices=[]):
+        # fake tensors compute scalars for real, also those of a buffer such as a step counter
+        with _undo(model, largest=1), torch.random.fork_rng(devices=[]):
             fake_args, fake_kwargs = tree_map_only(Tensor, fake, (tuple(args), dict(kwargs)))
             with mode:
                 seen = _record(model, fake_args, fake_kwargs)
@@ -166,24 +168,25 @@ def _is_score_map(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _undo(model: nn.Module, values: bool = False) -> Iterator[None]:
-    """Put every module's attributes back afterwards; with values, what buffers hold as well."""
+def _undo(model: nn.Module, largest: int) -> Iterator[None]:
+    """Put every module's attributes back afterwards, and what buffers of at most `largest` elements hold."""
     saved = []
     for module in model.modules():
         plain = {k: (v, v.copy() if type(v) in (dict, list, set) else None) for k, v in module.__dict__.items()}
-        saved.append((module, plain, [b.clone() for b in module.buffers(recurse=False)] if values else []))
+        buffers = [b for b in module.buffers(recurse=False) if b.numel() <= largest and not b.is_meta]
+        saved.append((module, plain, [(b, b.clone()) for b in buffers]))
     try:
         yield
     finally:
-        for module, plain, buffers in saved:
+        for module, plain, values in saved:
             module.__dict__.clear()
             for name, (value, content) in plain.items():
                 if content is not None:
                     value.clear()
                     value.extend(content) if isinstance(value, list) else value.update(content)
                 module.__dict__[name] = value
-            for buffer, old in zip(module.buffers(recurse=False), buffers, strict=False):
-                buffer.copy_(old)
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 def _drop_cached_fakes(mode: FakeTensorMode) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +63,9 @@ def restore_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: bool) -> ExportedProgram:
     """Return a new program with SLA2 in it; weights are shared, the old program stays as it was.
 
+    Symbolic sizes stay symbolic. torch.export tells a size of one from a larger one, so the new program's own
+    guards refuse lengths that keep a single key block if the example keeps several, and the other way round.
+
     Raises:
         ValueError: the program was exported without example inputs, or nothing was replaced.
     """
@@ -76,7 +78,6 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
     args, kwargs = program.example_inputs
     shapes = dynamic_shapes(program)
     exported = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes)
-    _warn_if_narrower(program, exported)
     setattr(exported.graph_module, ATTRIBUTE, Plan(recipe, tuple(outcomes), "graph"))
     return exported
 
@@ -101,17 +102,6 @@ def dynamic_shapes(program: ExportedProgram) -> Any:
     args, kwargs = tree_unflatten(inputs, program.call_spec.in_spec)
     shapes = tree_map(lambda x: of(x) if isinstance(x, Tensor) else None, (args, kwargs))
     return (*shapes[0], *shapes[1].values())
-
-
-def _warn_if_narrower(before: ExportedProgram, after: ExportedProgram) -> None:
-    for symbol, limits in before.range_constraints.items():
-        now = {str(s): r for s, r in after.range_constraints.items()}.get(str(symbol))
-        if now is not None and (now.lower > limits.lower or now.upper < limits.upper):
-            warnings.warn(
-                f"SLA2 narrows the exported program's {symbol} from {limits} to {now}: torch.export tells one block "
-                "from several, so lengths that leave a single block are refused at run time",
-                stacklevel=4,
-            )
 
 
 def _require_some(outcomes: Sequence[Rewrite | Miss], allow_none: bool) -> None:

@@ -1,0 +1,103 @@
+"""Small models that the tests share. Module level, so that they pickle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class Attention(nn.Module):
+    """Self-attention over (B, N, dim)."""
+
+    def __init__(self, dim: int = 32, heads: int = 2) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+
+class Net(nn.Module):
+    """Residual attention blocks, optionally with a graph break in each, or checkpointed."""
+
+    def __init__(
+        self, depth: int = 3, dim: int = 32, graph_break: bool = False, use_checkpoint: bool = False
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention(dim) for _ in range(depth))
+        self.graph_break, self.use_checkpoint = graph_break, use_checkpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.graph_break:
+                torch._dynamo.graph_break()
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.use_checkpoint else block(x))
+        return x
+
+
+class SelfAndCross(nn.Module):
+    """One owner with two calls: attention over x, then to the context's tokens."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.proj(x)[:, None]
+        y = F.scaled_dot_product_attention(q, q, q)
+        c = self.proj(context)[:, None]
+        return (y + F.scaled_dot_product_attention(query=y, key=c, value=c))[:, 0]
+
+
+class Shared(nn.Module):
+    """One attention module called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.again = self.attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.attention(self.attention(x)))
+
+
+class Caching(nn.Module):
+    """Keeps tensors that its first forward makes: an attribute, a buffer, and a dict entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.positions: Tensor | None = None
+        self.cache: dict[str, Tensor] = {}
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.positions is None:
+            self.positions = torch.linspace(0, 1, x.shape[1])[:, None]
+        self.cache.setdefault("scale", torch.tensor(0.5))
+        self.steps += 1
+        return self.attention(x + self.positions * self.cache["scale"])
+
+
+class DataDependent(nn.Module):
+    """Cannot run under fake tensors: reads a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x) * (2.0 if x.sum().item() > 0 else 1.0)
+
+
+class Masked(nn.Module):
+    """Attention with whatever options the test wants."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]

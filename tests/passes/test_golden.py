@@ -1,0 +1,139 @@
+"""What each pass does to a graph, as text: run `make golden` to rewrite, then read the diff."""
+
+from __future__ import annotations
+
+import torch
+from expecttest import TestCase
+from torch import nn
+from torch.nn import functional as F
+
+from sla2_compile.passes.clean_up import CleanUp
+from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
+from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.pipeline import Pipeline
+from sla2_compile.passes.replace_attention import ReplaceAttention, undo
+from sla2_compile.passes.select_attention import SelectAttention
+from sla2_compile.recipes import Recipe
+
+RECIPE = Recipe.of("balanced", min_seq_len=0)
+
+
+class TwoCalls(nn.Module):
+    def forward(self, q, k, v, bias):
+        plain = F.scaled_dot_product_attention(query=q, key=k, value=v, scale=0.5)
+        return plain + F.scaled_dot_product_attention(q, k, v, bias)
+
+
+def traced():
+    q = [torch.randn(1, 2, 100, 16) for _ in range(3)]
+    program = torch.export.export(TwoCalls(), (*q, torch.randn(1, 1, 100, 100)))
+    gm = program.module(check_guards=False)
+    gm.graph.eliminate_dead_code()
+    return gm
+
+
+def text(gm):
+    return "\n".join(line.rstrip() for line in str(gm.graph).strip().splitlines())
+
+
+class GoldenTests(TestCase):
+    maxDiff = None
+
+    def test_normalize_sdpa(self):
+        gm = traced()
+        assert NormalizeSDPA().run(gm).changed == 2
+        self.assertExpectedInline(
+            text(gm),
+            """\
+graph():
+    %q : [num_users=2] = placeholder[target=q]
+    %k : [num_users=2] = placeholder[target=k]
+    %v : [num_users=2] = placeholder[target=v]
+    %bias : [num_users=1] = placeholder[target=bias]
+    %scaled_dot_product_attention : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %k, %v), kwargs = {attn_mask: None, dropout_p: 0.0, is_causal: False, scale: 0.5, enable_gqa: False})
+    %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %k, %v), kwargs = {attn_mask: %bias, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %add : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%scaled_dot_product_attention, %scaled_dot_product_attention_1), kwargs = {})
+    return (add,)""",
+        )
+        assert NormalizeSDPA().run(gm).changed == 0
+
+    def test_select_attention(self):
+        gm = traced()
+        NormalizeSDPA().run(gm)
+        before = text(gm)
+        result = SelectAttention(RECIPE).run(gm)
+        assert text(gm) == before
+        lines = [
+            f"{type(o).__name__} {o.reason.value}"
+            if isinstance(o, Miss)
+            else f"{type(o).__name__} {o.topk} of {o.tn}"
+            for o in result.outcomes
+        ]
+        self.assertExpectedInline(
+            "\n".join(lines),
+            """\
+Rewrite 1 of 7
+Miss additive bias""",
+        )
+        assert SelectAttention(RECIPE).run(gm).outcomes == []
+
+    def test_replace_attention(self):
+        gm = traced()
+        NormalizeSDPA().run(gm)
+        SelectAttention(RECIPE).run(gm)
+        assert ReplaceAttention().run(gm).changed == 1
+        self.assertExpectedInline(
+            text(gm),
+            """\
+graph():
+    %q : [num_users=2] = placeholder[target=q]
+    %k : [num_users=2] = placeholder[target=k]
+    %v : [num_users=2] = placeholder[target=v]
+    %bias : [num_users=1] = placeholder[target=bias]
+    %sla2_0 : [num_users=1] = call_module[target=sla2.0](args = (%q, %k, %v), kwargs = {attn_mask: None, dropout_p: 0.0, is_causal: False, scale: 0.5, enable_gqa: False})
+    %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %k, %v), kwargs = {attn_mask: %bias, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %add : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%sla2_0, %scaled_dot_product_attention_1), kwargs = {})
+    return (add,)""",
+        )
+        assert ReplaceAttention().run(gm).changed == 0
+
+    def test_clean_up(self):
+        gm = traced()
+        with gm.graph.inserting_before(gm.graph.output_node()):
+            gm.graph.call_function(torch.neg, (next(iter(gm.graph.nodes)),))
+        before = text(gm)
+        assert CleanUp().run(gm).changed == 1
+        assert text(gm) != before
+        assert CleanUp().run(gm).changed == 0
+
+    def test_whole_pipeline_and_undo(self):
+        gm = traced()
+        inputs = [torch.randn(1, 2, 100, 16) for _ in range(3)] + [torch.randn(1, 1, 100, 100)]
+        expected = gm(*inputs)
+        outcomes = Pipeline.standard(RECIPE).run(gm)
+        assert [type(o) for o in outcomes] == [Rewrite, Miss]
+        self.assertExpectedInline(
+            text(gm),
+            """\
+graph():
+    %q : [num_users=2] = placeholder[target=q]
+    %k : [num_users=2] = placeholder[target=k]
+    %v : [num_users=2] = placeholder[target=v]
+    %bias : [num_users=1] = placeholder[target=bias]
+    %sla2_0 : [num_users=1] = call_module[target=sla2.0](args = (%q, %k, %v), kwargs = {attn_mask: None, dropout_p: 0.0, is_causal: False, scale: 0.5, enable_gqa: False})
+    %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %k, %v), kwargs = {attn_mask: %bias, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %add : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%sla2_0, %scaled_dot_product_attention_1), kwargs = {})
+    return (add,)""",
+        )
+        self.assertExpectedInline(
+            "\n".join(gm.state_dict()),
+            """\
+sla2.0.proj_q
+sla2.0.proj_k
+sla2.0.alpha_gain
+sla2.0.alpha_bias""",
+        )
+        assert Pipeline.standard(RECIPE).run(gm) == []
+        assert undo(gm) == 1
+        assert torch.equal(gm(*inputs), expected)
+        assert list(gm.state_dict()) == []

@@ -1,0 +1,64 @@
+"""The command line: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from sla2_compile.cli import app
+
+FACTORY = "tests.test_cli:build"
+
+
+def build():
+    import torch
+
+    from tests import models
+
+    return models.Net(depth=2), (torch.randn(1, 600, 32),)
+
+
+def wrong():
+    return 3
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    return lambda *args: CliRunner().invoke(app, list(args))
+
+
+def test_recipes(run):
+    result = run("recipes")
+    assert result.exit_code == 0
+    assert "max_speedup" in result.output
+    assert "topk_ratio: 0.15" in run("recipes", "balanced").output
+
+
+def test_inspect(run):
+    result = run("inspect", FACTORY, "--set", "min_seq_len=0")
+    assert result.exit_code == 0
+    assert "2 of 2 attention calls replaced" in result.output
+    data = json.loads(run("inspect", FACTORY, "--json", "--recipe", "paper", "--set", "min_seq_len=0").output)
+    assert data["recipe"]["name"] == "paper"
+    assert len(data["calls"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("recipes", "balancd"), "did you mean 'balanced'?"),
+        (("inspect", "nowhere"), "must be MODULE:FACTORY"),
+        (("inspect", "tests.test_cli:missing"), "must be importable"),
+        (("inspect", "tests.test_cli:wrong"), "must return (model, example_inputs"),
+        (("inspect", FACTORY, "--set", "topk"), "--set must look like field=value"),
+        (("inspect", FACTORY, "--set", "topk_ratio=7"), "topk_ratio must be less than or equal to 1.0"),
+    ],
+)
+def test_errors_are_one_message(run, args, message):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.output

@@ -1,0 +1,114 @@
+"""report, inspect, statistics and the printed configuration: the numbers they show are the true ones."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+import sla2_compile
+from sla2_compile.reporting import inspect
+from tests import models
+
+ANY = {"min_seq_len": 0}
+
+
+def test_report_counts_blocks_and_flops():
+    x = torch.randn(1, 256, 32)
+    model = sla2_compile.transform(
+        models.Net(depth=1), example_inputs=(x,), block_q=32, block_k=16, topk_ratio=0.25, compression_ratio=8, **ANY
+    )
+    report = sla2_compile.report(model)
+    (rewrite,) = report.rewrites
+    assert (rewrite.tm, rewrite.tn, rewrite.topk, rewrite.sparsity) == (8, 16, 4, 0.75)
+    heads, n, d = 2, 256, 16
+    assert rewrite.full_flops == heads * 4 * n * n * d
+    sparse, linear, router = 4 * n * 64 * d, 2 * (n + n + 8 * 16) * d * d, 2 * 32 * 32 * d
+    assert rewrite.flops == heads * (sparse + linear + router)
+    assert report.flops_saved == 1 - rewrite.flops / rewrite.full_flops
+    model(x)
+    assert model.blocks[0].sla2[0].last_routing.lut.shape == (1, 2, 8, 4)
+
+
+def test_report_prints_and_serialises(x):
+    model = sla2_compile.transform(models.Net(), example_inputs=(x,), exclude="blocks.1", **ANY)
+    report = sla2_compile.report(model)
+    text = str(report)
+    assert "2 of 3 attention calls replaced" in text
+    assert "excluded by the recipe" in text
+    assert "blocks.2" in text
+    data = json.loads(json.dumps(report.to_dict()))
+    assert [call["replaced"] for call in data["calls"]] == [True, False, True]
+    assert data["recipe"]["exclude"] == ["blocks.1"]
+
+
+def test_report_of_parts_and_of_an_untouched_model(x):
+    outer = torch.nn.Sequential(models.Net(depth=1), models.Net(depth=1))
+    assert sla2_compile.report(outer).outcomes == ()
+    sla2_compile.transform(outer[1], example_inputs=(x,), **ANY)
+    (rewrite,) = sla2_compile.report(outer).rewrites
+    assert rewrite.where.owner == "1.blocks.0"
+    sla2_compile.restore(outer)
+    assert sla2_compile.report(outer).outcomes == ()
+
+
+def test_inspect_changes_nothing(x):
+    model = models.Net()
+    before = [dict(m.__dict__) for m in model.modules()]
+    report = inspect(model, "balanced", example_inputs=(x,), **ANY)
+    assert len(report.rewrites) == 3
+    assert [m.__dict__.keys() for m in model.modules()] == [b.keys() for b in before]
+    assert inspect(torch.nn.Linear(32, 32), example_inputs=(x,)).outcomes == ()
+
+
+def test_statistics(x):
+    model = sla2_compile.transform(
+        models.Net(depth=2), example_inputs=(x,), block_q=32, block_k=16, topk_ratio=0.5, **ANY
+    )
+    with pytest.raises(ValueError, match="eager"):
+        sla2_compile.get_sla2_statistics(model)
+    model(x)
+    stats = sla2_compile.get_sla2_statistics(model)
+    assert all(isinstance(v, float) and math.isfinite(v) for v in stats.values())
+    # 13 key blocks of 16 for 200 tokens, 6 kept
+    assert stats["blocks.1.sla2.0/sparsity"] == pytest.approx(1 - 6 / 13)
+    assert 0 <= stats["mean/alpha_min"] <= stats["mean/alpha_mean"] <= stats["mean/alpha_max"] <= 1
+    assert 0 < stats["mean/router_entropy"] <= math.log(13) + 1e-4
+    with torch.no_grad():
+        model.blocks[0].sla2[0].alpha_bias.fill_(50.0)
+    model(x)
+    assert sla2_compile.get_sla2_statistics(model)["blocks.0.sla2.0/alpha_min"] == pytest.approx(1.0)
+
+
+def test_statistics_of_full_ratio_and_of_alpha_modes(x):
+    for fields, low, high in (
+        ({"topk_ratio": 1.0}, 1.0, 1.0),
+        ({"alpha": "head"}, 0.94, 0.96),
+        ({"alpha": "block"}, 0.94, 0.96),
+    ):
+        model = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), **{**ANY, **fields})
+        model(x)
+        stats = sla2_compile.get_sla2_statistics(model)
+        assert low <= stats["mean/alpha_min"] <= stats["mean/alpha_max"] <= high
+
+
+def test_statistics_need_a_transformed_model(x):
+    with pytest.raises(ValueError, match=r"sla2_compile\.transform first"):
+        sla2_compile.get_sla2_statistics(models.Net())
+    with pytest.raises(ValueError, match="must be transformed"):
+        sla2_compile.log_sla2_config(models.Net())
+
+
+def test_log_config(x):
+    lines: list[str] = []
+    model = sla2_compile.transform(
+        models.Net(depth=2), example_inputs=(x,), overrides={"blocks.1": {"topk_ratio": 0.4}}, **ANY
+    )
+    sla2_compile.log_sla2_config(model, lines.append)
+    assert lines[0] == "SLA2 in Net: recipe balanced, 2 sites, 0 left alone"
+    assert "  topk_ratio: 0.15" in lines
+    assert "  override blocks.1: {'topk_ratio': 0.4}" in lines
+    # two projections of 16 x 16, gain and bias of 2 heads, in each of two sites
+    assert lines[-1] == f"  parameters added: {2 * (2 * 16 * 16 + 4)}"
