@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def feature_map(x: Tensor, name: str) -> Tensor:
-    """Apply phi over the last dim of x; x is expected in the accumulation dtype."""
+def feature_map(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+    """Apply phi over the last dim of x, in out's memory if given; x is expected in the accumulation dtype."""
     if name == "softmax":
-        return torch.softmax(x, dim=-1)
-    if name == "elu":
-        return F.elu(x) + 1.0
-    return F.relu(x)
+        return torch.softmax(x, dim=-1, out=out)
+    result = F.elu(x) + 1.0 if name == "elu" else F.relu(x)
+    return result if out is None else out.copy_(result)
 
 
 def feature_map_backward(grad: Tensor, phi: Tensor, name: str) -> Tensor:

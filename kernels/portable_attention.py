@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.feature_maps import feature_map as phi
-from sla2_compile.kernels.tiling import NEG_INF, Tiles, accumulation_dtype, block_rows, cut, head_groups
+from sla2_compile.kernels.tiling import NEG_INF, Scratch, Tiles, accumulation_dtype, block_rows, cut, head_groups
 
 
 @dataclass
@@ -35,41 +35,52 @@ class LinearState:
 
 def linear_state(tiles: Tiles, feature_map: str, linear_scope: str) -> LinearState:
     """Build the linear branch's states of one group (Eq. 14, right)."""
-    acc, dtype = tiles.acc, tiles.q.dtype
+    acc, dtype, scratch = tiles.acc, tiles.q.dtype, tiles.scratch
     D, Dv, heads = tiles.q.shape[2], tiles.v.shape[2], tiles.k.shape[0] // tiles.Tn
-    phi_k = phi(tiles.k.to(acc), feature_map)
+    phi_k = phi(tiles.k.to(acc), feature_map, out=scratch("phi_k", tuple(tiles.k.shape), acc))
     if tiles.k_valid is not None:
-        phi_k = phi_k * tiles.k_valid[..., None]
+        phi_k.mul_(tiles.k_valid[..., None])
     complement = tiles.complement(linear_scope)
-    kv = torch.bmm(phi_k.to(dtype).mT, tiles.v).view(heads, tiles.Tn, D * Dv)
-    kv_sum = torch.bmm(complement, kv).view(-1, D, Dv)
+    kv = scratch("kv", (heads * tiles.Tn, D, Dv), dtype)
+    torch.bmm(phi_k.to(dtype).mT, tiles.v, out=kv)
+    kv_sum = scratch("kv_sum", (*complement.shape[:2], D * Dv), dtype)
+    torch.bmm(complement, kv.view(heads, tiles.Tn, D * Dv), out=kv_sum)
     k_sum = torch.bmm(complement.to(acc), phi_k.sum(dim=1).view(heads, tiles.Tn, D)).view(-1, D, 1)
-    return LinearState(phi_k, kv_sum, k_sum, complement)
+    return LinearState(phi_k, kv_sum.view(-1, D, Dv), k_sum, complement)
 
 
 def linear_branch(tiles: Tiles, state: LinearState, part: slice, feature_map: str) -> tuple[Tensor, Tensor]:
     """Return o_linear (n, block_q, Dv), 0 where nothing is covered, and its weight phi(q) Z (n, block_q, 1)."""
-    phi_q = phi(tiles.q[part].to(tiles.acc), feature_map)
+    q, kv_sum = tiles.q[part], state.kv_sum[part]
+    phi_q = phi(q.to(tiles.acc), feature_map, out=tiles.scratch("phi_q", tuple(q.shape), tiles.acc))
     total = torch.bmm(phi_q, state.k_sum[part])
-    numerator = torch.bmm(phi_q.to(tiles.q.dtype), state.kv_sum[part]).to(tiles.acc)
+    numerator = tiles.scratch("linear", (*q.shape[:2], kv_sum.shape[2]), q.dtype)
+    numerator = torch.bmm(phi_q.to(q.dtype), kv_sum, out=numerator).to(tiles.acc)
     return numerator.div_(total.masked_fill(total <= 0, 1.0)), total
 
 
 def sparse_branch(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Return o_sparse (R, block_q, Dv) and lse (R, block_q), in the accumulation dtype (Eq. 14, left)."""
-    R, block_q, _ = tiles.q.shape
-    o = tiles.q.new_empty(R, block_q, tiles.v.shape[2], dtype=tiles.acc)
-    lse = o.new_empty(R, block_q, 1)
+    (R, block_q, _), Dv = tiles.q.shape, tiles.v.shape[2]
+    o = tiles.scratch("sparse", (R, block_q, Dv), tiles.acc)
+    lse = tiles.scratch("lse", (R, block_q, 1), tiles.acc)
     may_be_empty = tiles.k_valid is not None or tiles.row_valid is not None
+    # a row's maximum need not be found and subtracted where exp cannot overflow: two passes less
+    shift = not tiles.scores_are_small()
     for part in tiles.chunks(tiles.keys):
-        s = tiles.scores(part, tiles.gather(tiles.k, part))
-        top = s.amax(dim=-1, keepdim=True)
-        if may_be_empty:
-            top.clamp_(min=torch.finfo(s.dtype).min)
-        total = s.sub_(top).exp_().sum(dim=-1, keepdim=True)
-        weighted = torch.bmm(s.to(tiles.v.dtype), tiles.gather(tiles.v, part))
+        keys, values = tiles.gather(part)
+        s = tiles.scores(part, keys)
+        if shift:
+            # the least finite number keeps exp(-inf - top) at 0 in rows that see no key
+            top = s.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+            s.sub_(top)
+        total = s.exp_().sum(dim=-1, keepdim=True)
+        weighted = tiles.scratch("weighted", (*s.shape[:2], Dv), values.dtype)
+        torch.bmm(s.to(values.dtype), values, out=weighted)
         torch.div(weighted, total.clamp(min=torch.finfo(s.dtype).tiny) if may_be_empty else total, out=o[part])
-        torch.add(top, total.log_(), out=lse[part])
+        torch.log(total, out=lse[part])
+        if shift:
+            lse[part] += top
     return o, lse.squeeze(-1)
 
 
@@ -138,12 +149,13 @@ def attention_forward(
     o = q.new_empty(B, Hq, tm * block_q, v.shape[3])
     lse = q.new_empty(B, Hq, tm * block_q, 1, dtype=accumulation_dtype(q.dtype))
     kept = [torch.empty_like(o) for _ in range(2)] if keep_branches else []
+    scratch = Scratch(q.device)
 
     for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
         hq = slice(hs.start * groups, hs.stop * groups)
         mask = None if key_mask is None else key_mask[bs]
         inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
-        tiles = cut(*inputs, block_q, block_k, scale, is_causal)
+        tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
         state = linear_state(tiles, feature_map, linear_scope)
         rest, gain, bias = alpha_rows.of(bs, hq)
         o_rows, lse_rows, *kept_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse, *kept))

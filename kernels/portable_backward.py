@@ -16,7 +16,7 @@ from torch import Tensor
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.feature_maps import feature_map_backward
 from sla2_compile.kernels.portable_attention import AlphaRows, LinearState, linear_state, mix_weight
-from sla2_compile.kernels.tiling import NEG_INF, Tiles, cut, from_blocks, head_groups, to_blocks
+from sla2_compile.kernels.tiling import NEG_INF, Scratch, Tiles, cut, from_blocks, head_groups, to_blocks
 
 
 def sparse_backward(tiles: Tiles, do: Tensor, lse: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,11 +29,7 @@ def sparse_backward(tiles: Tiles, do: Tensor, lse: Tensor, shift: Tensor) -> tup
     """
     dq, dk, dv = (torch.zeros_like(x, dtype=tiles.acc) for x in (tiles.q, tiles.k, tiles.v))
     for part in tiles.chunks(tiles.keys):
-        keys, values, rows = (
-            tiles.gather(tiles.k, part),
-            tiles.gather(tiles.v, part),
-            tiles.rows[part].flatten(),
-        )
+        (keys, values), rows = tiles.gather(part), tiles.rows[part].flatten()
         p = tiles.scores(part, keys).sub_(lse[part, :, None]).exp_()
         do_part = do[part].to(values.dtype)
         dv.index_add_(0, rows, torch.bmm(p.to(values.dtype).mT, do_part).to(tiles.acc).view(-1, *dv.shape[1:]))
@@ -90,23 +86,14 @@ def attention_backward(
     alpha_rows = AlphaRows.lay_out(log_rest, alpha_gain, alpha_bias)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dk_mean = torch.empty_like(k_mean)
+    scratch = Scratch(q.device)
     d_logit, d_gain = log_rest.new_empty(B, Hq, tm), log_rest.new_empty(B, Hq, tm)
 
     for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
         hq = slice(hs.start * groups, hs.stop * groups)
         mask = None if key_mask is None else key_mask[bs]
-        tiles = cut(
-            q[bs, hq],
-            k[bs, hs],
-            v[bs, hs],
-            k_mean[bs, hs],
-            lut[bs, hq],
-            mask,
-            block_q,
-            block_k,
-            scale,
-            is_causal,
-        )
+        inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
+        tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
         g, o_s, o_l = (to_blocks(x[bs, hq], block_q).to(tiles.acc) for x in (do, o_sparse, o_linear))
         rows_lse = to_blocks(lse[bs, hq, :, None], block_q).squeeze(-1)
         state = linear_state(tiles, feature_map, linear_scope)

@@ -8,6 +8,7 @@ simply owns `Hq / Hkv` times as many query blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ NEG_INF = float("-inf")
 # GPUs want enough work for one launch
 TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
+
+# exp(40) times any sensible value, summed over any sensible length, is far from float32's end
+SMALL_SCORE = 40.0
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,11 +52,46 @@ def head_groups(B: int, heads: int, tokens: int, device: torch.device) -> Iterat
             yield slice(b, min(B, b + step_b)), slice(h, min(heads, h + step_h))
 
 
+class Scratch:
+    """Memory that one call reuses from chunk to chunk and from group to group.
+
+    Fresh pages cost a CPU several times the arithmetic that is done in them (benchmarks/NOTES_CPU.md).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the memory of this name as an uninitialised tensor; what it held before is gone."""
+        size, held = math.prod(shape), self.held.get(name)
+        if held is None or held.numel() < size or held.dtype != dtype:
+            held = self.held[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return held[:size].view(shape)
+
+
 def to_blocks(x: Tensor, block: int) -> Tensor:
     """(b, h, N, D) -> (b * h * ceil(N / block), block, D), zero padded; a view where strides allow."""
     pad = -x.shape[2] % block
     x = F.pad(x, (0, 0, 0, pad)) if pad else x
     return x.reshape(-1, block, x.shape[3])
+
+
+def padded(x: Tensor, block: int, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
+    """Return uninitialised (b, h, ceil(N / block) * block, D) memory for x, zero behind its N tokens."""
+    b, h, N, D = x.shape
+    memory = scratch(name, (b, h, num_blocks(N, block) * block, D), dtype)
+    memory[:, :, N:] = 0
+    return memory
+
+
+def copy_to_blocks(x: Tensor, block: int, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
+    """`to_blocks` in the given dtype: a view where one will do, else a copy in scratch memory."""
+    if x.dtype == dtype and x.is_contiguous() and x.shape[2] % block == 0:
+        return x.view(-1, block, x.shape[3])
+    memory = padded(x, block, dtype, scratch, name)
+    memory[:, :, : x.shape[2]] = x
+    return memory.view(-1, block, x.shape[3])
 
 
 def block_rows(x: Tensor, bs: slice, hs: slice, block: int) -> Tensor:
@@ -77,6 +116,7 @@ class Tiles:
         q_start: (R,) first token of each query block, for causal masks (None when not causal).
         k_start: (C,) first token of each key block (None when not causal).
         scale: multiplies q k^T.
+        scratch: memory of the call.
     """
 
     q: Tensor
@@ -89,6 +129,7 @@ class Tiles:
     k_start: Tensor | None
     scale: float
     Tn: int
+    scratch: Scratch
 
     @property
     def keys(self) -> int:
@@ -106,18 +147,29 @@ class Tiles:
         for start in range(0, self.q.shape[0], step):
             yield slice(start, min(self.q.shape[0], start + step))
 
-    def gather(self, blocks: Tensor, part: slice) -> Tensor:
-        """Selected blocks of these query rows, side by side: (n, K * block_k, D)."""
-        rows = self.rows[part]
-        picked = blocks.view(blocks.shape[0], -1).index_select(0, rows.flatten())
-        return picked.view(rows.shape[0], -1, blocks.shape[2])
+    def gather(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Selected keys (n, K * block_k, D) and values (n, K * block_k, Dv) of these query rows, side by side."""
+        rows, picked = self.rows[part], []
+        for name, blocks in (("keys", self.k), ("values", self.v)):
+            memory = self.scratch(name, (rows.numel(), blocks[0].numel()), blocks.dtype)
+            torch.index_select(blocks.view(blocks.shape[0], -1), 0, rows.flatten(), out=memory)
+            picked.append(memory.view(rows.shape[0], -1, blocks.shape[2]))
+        return picked[0], picked[1]
 
     def scores(self, part: slice, keys: Tensor) -> Tensor:
         """Scaled and masked scores of these rows, (n, block_q, K * block_k), in the accumulation dtype."""
         q = self.q[part]
-        s = torch.baddbmm(q.new_empty(1, 1, 1), q, keys.mT, beta=0.0, alpha=self.scale).to(self.acc)
+        s = self.scratch("scores", (*q.shape[:2], keys.shape[1]), q.dtype)
+        s = torch.baddbmm(s, q, keys.mT, beta=0.0, alpha=self.scale, out=s).to(self.acc)
         hidden = self._hidden(part)
         return s if hidden is None else s.masked_fill_(hidden, NEG_INF)
+
+    def scores_are_small(self) -> bool:
+        """Whether exp(score) can neither overflow nor vanish, by |q . k| <= |q| |k|; never asked of a GPU."""
+        if self.q.device.type != "cpu":
+            return False
+        longest = [torch.linalg.vector_norm(x, dim=-1).max().item() for x in (self.q, self.k)]
+        return abs(self.scale) * longest[0] * longest[1] < SMALL_SCORE
 
     def _hidden(self, part: slice) -> Tensor | None:
         """(n, 1 or block_q, K * block_k) bool, True where a score must not count; None where all count."""
@@ -157,13 +209,14 @@ class Tiles:
 
 def cut(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, key_mask: Tensor | None,
-    block_q: int, block_k: int, scale: float, is_causal: bool,
+    block_q: int, block_k: int, scale: float, is_causal: bool, scratch: Scratch,
 ) -> Tiles:  # fmt: skip
     """Cut one group of heads into `Tiles`; tensors as in `reference.attention`, restricted to the group."""
     dtype = compute_dtype(q)
     b, heads, Nk, _ = k.shape
     tn, tm = num_blocks(Nk, block_k), lut.shape[2]
-    smooth = (k.to(k_mean.dtype) - k_mean[:, :, None]).to(dtype)
+    smooth = padded(k, block_k, dtype, scratch, "k")
+    torch.sub(k, k_mean[:, :, None], out=smooth[:, :, :Nk])
     ragged = Nk % block_k != 0
     k_valid = None
     if ragged or key_mask is not None:
@@ -181,5 +234,9 @@ def cut(
     if is_causal:
         q_start = (torch.arange(tm, device=q.device) * block_q).repeat(q.shape[0] * q.shape[1])
         k_start = (torch.arange(tn, device=q.device) * block_k).repeat(b * heads)
-    tiles = (to_blocks(q.to(dtype), block_q), to_blocks(smooth, block_k), to_blocks(v.to(dtype), block_k))
-    return Tiles(*tiles, rows, k_valid, row_valid, q_start, k_start, scale, tn)
+    return Tiles(
+        copy_to_blocks(q, block_q, dtype, scratch, "q"),
+        smooth.view(-1, block_k, k.shape[3]),
+        copy_to_blocks(v, block_k, dtype, scratch, "v"),
+        rows, k_valid, row_valid, q_start, k_start, scale, tn, scratch,
+    )  # fmt: skip

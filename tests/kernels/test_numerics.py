@@ -222,7 +222,7 @@ def test_attention_by_the_oracle(case: Case, dtype: torch.dtype) -> None:
 
 
 @examples(60)
-@given(cases(whole_blocks=1), st.sampled_from(LOW), st.sampled_from(["softmax", "elu"]))
+@given(cases(whole_blocks=3), st.sampled_from(LOW), st.sampled_from(["softmax", "elu"]))
 def test_gradients_by_the_oracle(case: Case, dtype: torch.dtype, feature_map: str) -> None:
     """Without relu: where phi(q) Z is almost 0, block states lose digits that the plain sum over keys keeps."""
     case = replace(case, feature_map=feature_map, B=2, heads=2, groups=2)
@@ -243,9 +243,8 @@ def test_gradients_by_the_oracle(case: Case, dtype: torch.dtype, feature_map: st
             o = case.attention(y, run)[0]
         o.backward(do.to(kind))
         grads = {name: y[name].grad.flatten() for name in wanted if y[name] is not None}
-        alpha = [grads.pop(name) for name in ("gain", "bias") if name in grads]
-        # a handful of sums: together they are a sample of the reference's rounding, alone each is a matter of luck
-        results.append(grads | ({"alpha": torch.cat(alpha)} if alpha else {}))
+        # in float32 a few rows' rounding is a matter of luck in either: the gradient is judged as one vector
+        results.append(grads if dtype == torch.bfloat16 else {"all": torch.cat(list(grads.values()))})
     got, low, exact = results
     for name in exact:
         assert_oracle(name, got[name], low[name], exact[name], torch.finfo(dtype).eps)
