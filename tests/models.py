@@ -75,6 +75,7 @@ class Caching(nn.Module):
         self.attention = Attention()
         self.positions: Tensor | None = None
         self.cache: dict[str, Tensor] = {}
+        self.steps: Tensor
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import sla2_compile
 from sla2_compile.recipes import RecipeError
 from tests import models
 
-ANY = {"min_seq_len": 0}
+ANY: dict[str, Any] = {"min_seq_len": 0}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sla2_compile.passes.rules import Reason
 from sla2_compile.plan import ATTRIBUTE
 from tests import models
 
-ANY = {"min_seq_len": 0}
+ANY: dict[str, Any] = {"min_seq_len": 0}
 
 
 def transformed(model, *inputs, **fields):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import sla2_compile
 from sla2_compile.reporting import inspect
 from tests import models
 
-ANY = {"min_seq_len": 0}
+ANY: dict[str, Any] = {"min_seq_len": 0}
 
 
 def test_report_counts_blocks_and_flops():
