@@ -10,63 +10,121 @@ log_rest is the router's estimate and counts as a constant.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.feature_maps import feature_map_backward
 from sla2_compile.kernels.portable_attention import AlphaRows, LinearState, linear_state, mix_weight
-from sla2_compile.kernels.tiling import NEG_INF, Scratch, Tiles, cut, from_blocks, head_groups, to_blocks
+from sla2_compile.kernels.tiling import (
+    NEG_INF,
+    Scratch,
+    Tiles,
+    copy_to_blocks,
+    cut,
+    from_blocks,
+    head_groups,
+    to_blocks,
+)
 
 
-def sparse_backward(tiles: Tiles, do: Tensor, lse: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq (R, block_q, D), dk (C, block_k, D), dv (C, block_k, Dv) of the sparse branch.
+@dataclass
+class RowGradients:
+    """What the backward knows of a group's query rows before it turns to the keys.
+
+    Attributes:
+        alpha: (R, block_q, 1), the mix.
+        d_logit, d_gain: (R,), gradients for each query block's bias and gain.
+        shift: (R, block_q, 1), what is added to dP before it is weighted: dlse - D_s.
+        dq: (R, block_q, D), of the linear branch.
+        d_kv: (R, D, Dv) and d_k: (R, D, 1), for the row's sums over its complement.
+    """
+
+    alpha: Tensor
+    d_logit: Tensor
+    d_gain: Tensor
+    shift: Tensor
+    dq: Tensor
+    d_kv: Tensor
+    d_k: Tensor
+
+
+def row_backward(
+    tiles: Tiles, state: LinearState, do: Tensor, lse: Tensor, o_sparse: Tensor, o_linear: Tensor,
+    log_rest: Tensor, gain: Tensor | None, bias: Tensor | None, feature_map: str,
+) -> RowGradients:  # fmt: skip
+    """Go back through the mix and through phi(q) H / (phi(q) Z).
 
     Args:
-        do: (R, block_q, Dv), gradient for o_sparse.
-        lse: (R, block_q), finite.
-        shift: (R, block_q), what is added to dP before it is weighted: dlse - D_s.
+        do, o_sparse, o_linear: (R, block_q, Dv); lse: (R, block_q); log_rest, gain, bias: (R, 1).
     """
-    dq, dk, dv = (torch.zeros_like(x, dtype=tiles.acc) for x in (tiles.q, tiles.k, tiles.v))
-    for part in tiles.chunks(tiles.keys):
-        (keys, values), rows = tiles.gather(part), tiles.rows[part].flatten()
-        p = tiles.scores(part, keys).sub_(lse[part, :, None]).exp_()
-        do_part = do[part].to(values.dtype)
-        dv.index_add_(0, rows, torch.bmm(p.to(values.dtype).mT, do_part).to(tiles.acc).view(-1, *dv.shape[1:]))
-        ds = torch.bmm(do_part, values.mT).to(tiles.acc).add_(shift[part, :, None]).mul_(p).mul_(tiles.scale)
-        ds = ds.to(keys.dtype)
-        dq[part] = torch.bmm(ds, keys).to(tiles.acc)
-        dk.index_add_(0, rows, torch.bmm(ds.mT, tiles.q[part]).to(tiles.acc).view(-1, *dk.shape[1:]))
-    return dq, dk, dv
+    (R, block_q, D), Dv, acc, new = tiles.q.shape, do.shape[2], tiles.acc, tiles.scratch
+    rows = RowGradients(
+        alpha=new("alpha", (R, block_q, 1), acc),
+        d_logit=new("d_logit", (R,), acc),
+        d_gain=new("d_gain", (R,), acc),
+        shift=new("shift", (R, block_q, 1), acc),
+        dq=new("dq", (R, block_q, D), acc),
+        d_kv=new("d_kv_rows", (R, D, Dv), acc),
+        d_k=new("d_k_rows", (R, D, 1), acc),
+    )
+    for part in tiles.chunks(4 * D):
+        g, kv_sum, k_sum = do[part], state.kv_sum[part].to(acc), state.k_sum[part]
+        phi_q = phi(tiles.q[part].to(acc), feature_map)
+        total = torch.bmm(phi_q, k_sum)
+        own_gain, own_bias = (None if x is None else x[part] for x in (gain, bias))
+        alpha, slope, gap = mix_weight(lse[part], total, log_rest[part], own_gain, own_bias)
+        along_sparse, along_linear = ((g * x[part]).sum(dim=-1) for x in (o_sparse, o_linear))
+
+        d_logit = (along_sparse - along_linear) * slope
+        rows.d_logit[part], rows.d_gain[part] = d_logit.sum(dim=1), (d_logit * gap).sum(dim=1)
+        if own_gain is not None:
+            d_lse = d_logit * own_gain
+        else:
+            d_lse = d_logit if own_bias is None else torch.zeros_like(d_logit)
+        rows.alpha[part] = alpha[..., None]
+        rows.shift[part] = (d_lse - alpha * along_sparse)[..., None]
+
+        weight = torch.where(total > 0, (1.0 - alpha[..., None]) / total, 0.0)
+        g, delta = g * weight, along_linear[..., None] * weight
+        torch.bmm(phi_q.mT, g, out=rows.d_kv[part])
+        torch.bmm(phi_q.mT, delta, out=rows.d_k[part]).neg_()
+        d_phi_q = torch.bmm(g, kv_sum.mT).sub_(delta * k_sum.mT)
+        rows.dq[part] = feature_map_backward(d_phi_q, phi_q, feature_map)
+    return rows
 
 
-def linear_backward(
-    tiles: Tiles, state: LinearState, phi_q: Tensor, total: Tensor, do: Tensor, delta: Tensor, feature_map: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv of the linear branch.
-
-    Args:
-        phi_q: (R, block_q, D); total: (R, block_q, 1), phi(q) Z.
-        do: (R, block_q, Dv), gradient for o_linear; delta: (R, block_q), rowsum(do * o_linear).
-    """
-    heads, _, tn = state.complement.shape
-    acc = tiles.acc
-    inverse = torch.where(total > 0, 1.0 / total, 0.0)
-    do, delta = do * inverse, delta[..., None] * inverse
-
-    d_kv = torch.bmm(phi_q.mT, do)
-    d_k = -torch.bmm(phi_q.mT, delta)
-    d_phi_q = torch.bmm(do, state.kv_sum.to(acc).mT) - delta * state.k_sum.mT
-
+def key_backward(tiles: Tiles, state: LinearState, rows: RowGradients, feature_map: str) -> tuple[Tensor, Tensor]:
+    """Return dk (C, block_k, D) and dv (C, block_k, Dv) of the linear branch: every row that covers a block adds."""
+    (heads, _, tn), acc = state.complement.shape, tiles.acc
     back = state.complement.to(acc).mT
-    d_kv = torch.bmm(back, d_kv.view(heads, -1, d_kv.shape[1] * d_kv.shape[2])).view(heads * tn, *d_kv.shape[1:])
-    d_k = torch.bmm(back, d_k.view(heads, -1, d_k.shape[1])).view(heads * tn, 1, -1)
-    d_phi_k = torch.bmm(tiles.v.to(acc), d_kv.mT) + d_k
+    d_kv, d_k = (
+        torch.bmm(back, x.view(heads, -1, x[0].numel())).view(heads * tn, *x.shape[1:]) for x in (rows.d_kv, rows.d_k)
+    )
+    d_phi_k = torch.baddbmm(d_k.mT, tiles.v.to(acc), d_kv.mT)
     if tiles.k_valid is not None:
-        d_phi_k = d_phi_k * tiles.k_valid[..., None]
-    dq = feature_map_backward(d_phi_q, phi_q, feature_map)
-    dk = feature_map_backward(d_phi_k, state.phi_k, feature_map)
-    return dq, dk, torch.bmm(state.phi_k, d_kv)
+        d_phi_k.mul_(tiles.k_valid[..., None])
+    return feature_map_backward(d_phi_k, state.phi_k, feature_map), torch.bmm(state.phi_k, d_kv)
+
+
+def add_sparse_backward(
+    tiles: Tiles, rows: RowGradients, do: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Add the sparse branch's share to dq (R, block_q, D), dk (C, block_k, D) and dv (C, block_k, Dv)."""
+    dtype = tiles.v.dtype
+    safe_lse = lse.masked_fill(lse == NEG_INF, 0.0)[..., None]
+    for part in tiles.chunks(tiles.keys):
+        (keys, values), picked = tiles.gather(part), tiles.rows[part].flatten()
+        p = tiles.scores(part, keys).sub_(safe_lse[part]).exp_()
+        g = (do[part] * rows.alpha[part]).to(dtype)
+        dv.index_add_(0, picked, torch.bmm(p.to(dtype).mT, g).to(tiles.acc).view(-1, *dv.shape[1:]))
+        ds = torch.bmm(g, values.mT, out=tiles.scratch("ds", tuple(p.shape), dtype)).to(tiles.acc)
+        ds = ds.add_(rows.shift[part]).mul_(p).to(dtype)
+        dq[part] += torch.bmm(ds, keys).mul_(tiles.scale)
+        d_keys = torch.bmm(ds.mT, tiles.q[part]).to(tiles.acc)
+        dk.index_add_(0, picked, d_keys.view(-1, *dk.shape[1:]), alpha=tiles.scale)
 
 
 def attention_backward(
@@ -94,32 +152,23 @@ def attention_backward(
         mask = None if key_mask is None else key_mask[bs]
         inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
         tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
-        g, o_s, o_l = (to_blocks(x[bs, hq], block_q).to(tiles.acc) for x in (do, o_sparse, o_linear))
-        rows_lse = to_blocks(lse[bs, hq, :, None], block_q).squeeze(-1)
+        g, o_s, o_l = (
+            copy_to_blocks(x[bs, hq], block_q, tiles.acc, scratch, name)
+            for name, x in (("do", do), ("o_sparse", o_sparse), ("o_linear", o_linear))
+        )
+        row_lse = to_blocks(lse[bs, hq, :, None], block_q).squeeze(-1)
         state = linear_state(tiles, feature_map, linear_scope)
-        phi_q = phi(tiles.q.to(tiles.acc), feature_map)
-        total = torch.bmm(phi_q, state.k_sum)
-        rest, gain, bias = alpha_rows.of(bs, hq)
-        alpha, slope, gap = mix_weight(rows_lse, total, rest, gain, bias)
+        rows = row_backward(tiles, state, g, row_lse, o_s, o_l, *alpha_rows.of(bs, hq), feature_map)
+        dk_rows, dv_rows = key_backward(tiles, state, rows, feature_map)
+        add_sparse_backward(tiles, rows, g, row_lse, rows.dq, dk_rows, dv_rows)
 
-        d_alpha = (g * (o_s - o_l)).sum(dim=-1) * slope
-        if gain is not None:
-            d_lse = d_alpha * gain
-        else:
-            d_lse = d_alpha if bias is None else torch.zeros_like(d_alpha)
-        g_s, g_l = alpha[..., None] * g, (1 - alpha[..., None]) * g
-        safe_lse = rows_lse.masked_fill(rows_lse == NEG_INF, 0.0)
-        sparse = sparse_backward(tiles, g_s, safe_lse, d_lse - (g_s * o_s).sum(dim=-1))
-        linear = linear_backward(tiles, state, phi_q, total, g_l, (g_l * o_l).sum(dim=-1), feature_map)
-
-        shape_q, shape_k, shape_v = q[bs, hq].shape, k[bs, hs].shape, v[bs, hs].shape
-        dq[bs, hq] = from_blocks(sparse[0].add_(linear[0]), shape_q)
-        dk_smooth = from_blocks(sparse[1].add_(linear[1]), shape_k)
+        dq[bs, hq] = from_blocks(rows.dq, dq[bs, hq].shape)
+        dk_smooth = from_blocks(dk_rows, dk[bs, hs].shape)
         dk[bs, hs] = dk_smooth
         dk_mean[bs, hs] = -dk_smooth.sum(dim=2)
-        dv[bs, hs] = from_blocks(sparse[2].add_(linear[2]), shape_v)
-        d_logit[bs, hq] = d_alpha.sum(dim=1).view(d_logit[bs, hq].shape)
-        d_gain[bs, hq] = (d_alpha * gap).sum(dim=1).view(d_gain[bs, hq].shape)
+        dv[bs, hs] = from_blocks(dv_rows, dv[bs, hs].shape)
+        d_logit[bs, hq] = rows.d_logit.view(d_logit[bs, hq].shape)
+        d_gain[bs, hq] = rows.d_gain.view(d_gain[bs, hq].shape)
 
     gain_grad, bias_grad = q.new_empty(0), q.new_empty(0)
     if alpha_gain is not None:

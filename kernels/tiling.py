@@ -22,7 +22,7 @@ NEG_INF = float("-inf")
 
 # elements of one score tile, and tokens of one group of heads: CPUs want tiles that stay in the L2 cache,
 # GPUs want enough work for one launch
-TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
 
 # exp(40) times any sensible value, summed over any sensible length, is far from float32's end
