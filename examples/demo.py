@@ -26,14 +26,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import sla2_compile
 
 # this folder, for whoever runs the file by its path from elsewhere
 sys.path.append(str(Path(__file__).parent))
 
-from demo_measure import Call, RecordAttention, mass_of_top_keys, relative_error, timed_forward
+from demo_measure import Call, RecordAttention, mass_of_top_keys, one_thread, relative_error, timed_forward
 from demo_picture import Selection, draw_selection
 from demo_train import load_photo, resize, train
 from jit import JiT, JiTConfig, noisy
@@ -46,19 +45,18 @@ POINTS = [(0.25, 0.43), (0.33, 0.82), (0.42, 0.07)]
 
 @dataclass(frozen=True)
 class Size:
-    """How much work the demo does; `photos` are sides in pixels, `rounds` the timed forwards of each model."""
+    """How much work the demo does; `photos` are (side in pixels, timed forwards of each model)."""
 
     config: JiTConfig
     steps: int
     seconds: float
-    photos: tuple[int, ...]
-    rounds: int
+    photos: tuple[tuple[int, int], ...]
     library_depth: int
     library_side: int
 
 
-NORMAL = Size(JiTConfig(), 100, 60.0, (256, 512), 2, 4, 512)
-QUICK = Size(JiTConfig(width=128, depth=2), 6, 10.0, (128,), 2, 1, 256)
+NORMAL = Size(JiTConfig(), 120, 45.0, ((256, 2), (512, 1)), 4, 512)
+QUICK = Size(JiTConfig(width=128, depth=2), 6, 10.0, ((128, 1),), 1, 256)
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Row:
         name: recipe, or `FULL`.
         tokens: length of the sequence.
         sparsity: share of key blocks the sparse branch skipped.
-        seconds: best wall time of a forward; attention_seconds: of its attention calls alone.
+        seconds: least CPU time of a forward in one thread; attention_seconds: of its attention calls alone.
         peak_mib: largest resident memory of a forward over what was in use before it.
         output_error: of the model's output.
         site_errors: of each attention call, by owner, fed with the q, k, v of the full model.
@@ -111,24 +109,15 @@ def run_sites(model: nn.Module, calls: list[Call]) -> tuple[float, dict[str, flo
     """Feed each site of a transformed model the q, k, v of the full model's call.
 
     Returns:
-        seconds of all sites together, and the relative error of each, by owner.
+        CPU seconds of all sites together, and the relative error of each, by owner.
     """
     total, errors = 0.0, {}
     for (name, owner), call in zip(owners(model), calls, strict=True):
-        start = time.perf_counter()
+        start = time.thread_time()
         o = owner.sla2[0](call.q, call.k, call.v)  # type: ignore[index, operator]
-        total += time.perf_counter() - start
+        total += time.thread_time() - start
         errors[name] = relative_error(o, call.o)
     return total, errors
-
-
-@torch.no_grad()
-def run_full(calls: list[Call]) -> float:
-    """Return the seconds that full attention takes for these calls."""
-    start = time.perf_counter()
-    for call in calls:
-        F.scaled_dot_product_attention(call.q, call.k, call.v)
-    return time.perf_counter() - start
 
 
 def compare(
@@ -140,9 +129,7 @@ def compare(
         a row for each, full attention first, and the transformed copies by recipe.
     """
     with progress_bar(console) as progress:
-        task = progress.add_task(f"{tokens} tokens", total=1 + 2 * rounds * (1 + len(RECIPES)))
-        calls = record(model, inputs)
-        progress.advance(task)
+        task = progress.add_task(f"{tokens} tokens", total=rounds * (2 + 2 * len(RECIPES)))
         models = {
             name: sla2_compile.transform(copy.deepcopy(model), name, example_inputs=inputs, min_seq_len=min_seq_len)
             for name in RECIPES
@@ -158,12 +145,12 @@ def compare(
                 row.seconds, row.peak_mib = min(row.seconds, seconds), max(row.peak_mib, mib)
                 progress.advance(task)
         for _ in range(rounds):
-            for name, row in rows.items():
-                if name == FULL:
-                    seconds = run_full(calls)
-                else:
-                    seconds, row.site_errors = run_sites(models[name], calls)
-                row.attention_seconds = min(row.attention_seconds, seconds)
+            calls = record(model, inputs)
+            rows[FULL].attention_seconds = min(rows[FULL].attention_seconds, sum(call.seconds for call in calls))
+            progress.advance(task)
+            for name, candidate in models.items():
+                seconds, rows[name].site_errors = run_sites(candidate, calls)
+                rows[name].attention_seconds = min(rows[name].attention_seconds, seconds)
                 progress.advance(task)
         for name, candidate in models.items():
             rows[name].sparsity = sla2_compile.get_sla2_statistics(candidate)["mean/sparsity"]
@@ -175,7 +162,7 @@ def comparison_table(rows: list[Row], what: str) -> Table:
     full = rows[0]
     table = Table(title=f"{full.tokens} tokens, {what}", title_justify="left")
     table.add_column("attention", no_wrap=True)
-    for column in ("blocks\nskipped", "model\nseconds", "model\nspeed-up", "attention\nspeed-up", "peak memory\nMiB"):
+    for column in ("blocks\nskipped", "model\nCPU s", "model\nspeed-up", "attention\nspeed-up", "peak memory\nMiB"):
         table.add_column(column, justify="right")
     table.add_column("output\nerror", justify="right")
     table.add_column("site error\nmean (worst)", justify="right")
@@ -210,7 +197,7 @@ def train_and_compare(size: Size, photo: Tensor, console: Console) -> tuple[JiT,
     """Train the demo's model, and say whether that changed what attention does and how well SLA2 follows it."""
     torch.manual_seed(0)
     model = JiT(size.config).eval()
-    inputs = denoising_inputs(photo, size.photos[0])
+    inputs = denoising_inputs(photo, size.photos[0][0])
 
     def look() -> tuple[float, float]:
         calls = record(model, inputs)
@@ -247,32 +234,21 @@ def draw(
             routing = owner.sla2[0].last_routing  # type: ignore[index, union-attr]
             blocks = (routing.block_q, routing.block_k)
             selections.append(Selection(f"layer {layer + 1}", routing.lut, *blocks, grid, config.tile))
-        tokens, chosen = row_of[name].tokens, selections[0].lut.shape[-1]
-        title = f"{name}: {row_of[name].sparsity:.0%} of the key blocks skipped"
+        first = selections[0]
+        chosen = first.lut.shape[-1]
+        # more than a fifth of the picture in colour hides the photo, and colours begin to cover each other
+        points = POINTS if len(POINTS) * (1 - row_of[name].sparsity) < 0.2 else POINTS[:1]
+        title = f"recipe {name}: {row_of[name].sparsity:.0%} of the key blocks skipped"
+        what = f"white frames: {len(points)} query blocks" if len(points) > 1 else "white frame: a query block"
         subtitle = (
-            f"{tokens} tokens in key blocks of {selections[0].block_k}; framed in white: {len(POINTS)} query blocks of "
-            f"{selections[0].block_q}; in its colour: the {chosen} key blocks that each computes exactly"
+            f"Photo as {row_of[name].tokens} tokens; {what} of {first.block_q} tokens; "
+            f"same colour: the {chosen} of {grid[0] * grid[1] // first.block_k} key blocks computed exactly for it"
         )
         path = out / f"selected_blocks_{name}.png"
-        heads = list(range(selections[0].lut.shape[1]))
-        draw_selection(resize(photo, side), selections, heads, POINTS, title, subtitle, path)
+        heads = list(range(first.lut.shape[1]))
+        draw_selection(resize(photo, side), selections, heads, points, title, subtitle, path)
         paths.append(path)
     return paths
-
-
-def library_model(size: Size, console: Console) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
-    """Return a small vision transformer of `transformers` with random weights, or None if it is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        console.print("No model from a library: transformers is not installed (pip install 'sla2_compile\\[library]').")
-        return None
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=256, num_hidden_layers=size.library_depth, num_attention_heads=4, image_size=size.library_side,
-        patch_size=8, attn_implementation="sdpa",
-    )  # fmt: skip
-    return Dinov2Model(config).eval(), (resize(load_photo(), size.library_side),)
 
 
 class FirstOutput(nn.Module):
@@ -286,50 +262,74 @@ class FirstOutput(nn.Module):
         return self.model(*inputs)[0]
 
 
+def library_model(
+    size: Size, photo: Tensor, console: Console
+) -> tuple[str, nn.Module, tuple[Tensor, ...], int] | None:
+    """Return the name, model, inputs and tokens of a small DINOv2, or None if `transformers` is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        console.print("No model from a library: transformers is not installed (pip install transformers).")
+        return None
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    side, patch = size.library_side, 8
+    config = Dinov2Config(
+        hidden_size=256, num_hidden_layers=size.library_depth, num_attention_heads=4, image_size=side,
+        patch_size=patch,
+    )  # fmt: skip
+    model = FirstOutput(Dinov2Model(config).eval())
+    return "Dinov2Model", model, (resize(photo, side),), (side // patch) ** 2 + 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for pictures and results.json")
     args = parser.parse_args(argv)
-    size, out = (QUICK if args.quick else NORMAL), args.out
-    out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     # tables need this much where there is no terminal to ask
     console = Console() if sys.stdout.isatty() else Console(width=118)
-    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, float32"
+    with one_thread():
+        run(QUICK if args.quick else NORMAL, args.out, console)
+    return 0
+
+
+def run(size: Size, out: Path, console: Console) -> None:
+    """Do the whole demo and write what it found to the folder `out`."""
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    machine = f"torch {torch.__version__}, {platform.machine()}, one thread, float32"
     console.print(f"[bold]sla2_compile demo[/bold]: {machine}")
-    results: dict[str, Any] = {"machine": machine, "quick": args.quick}
+    results: dict[str, Any] = {"machine": machine, "quick": size is QUICK}
+    min_seq_len: int | str = 0 if size is QUICK else "auto"
 
     photo = load_photo()
     model, results["training"] = train_and_compare(size, photo, console)
-    min_seq_len: int | str = 0 if args.quick else "auto"
-    for side in size.photos:
+    for side, rounds in size.photos:
         tokens = (side // size.config.patch) ** 2
-        rows, models = compare(model, denoising_inputs(photo, side), tokens, size.rounds, min_seq_len, console)
+        rows, models = compare(model, denoising_inputs(photo, side), tokens, rounds, min_seq_len, console)
         results[f"jit_{tokens}"] = [asdict(row) for row in rows]
         console.print(comparison_table(rows, "one denoising step"))
     console.print(sites_table(rows))
     console.print(
-        "Speed-ups and memory are those of this CPU; the router is not calibrated (no stage 1), so errors are where "
-        "training starts, not where it ends. Site error: a site fed with the full model's q, k, v."
+        "CPU seconds of one thread, on this machine. Errors are relative to full attention, before the router is "
+        "calibrated: where training starts, not where it ends. Site error: a site fed with the full model's q, k, v."
     )
     console.print(sla2_compile.report(models["balanced"]))
-    pictures = draw(models, {row.name: row for row in rows}, photo, size.photos[-1], size.config, out)
+    pictures = draw(models, {row.name: row for row in rows}, photo, side, size.config, out)
 
-    found = library_model(size, console)
+    found = library_model(size, photo, console)
     if found is not None:
-        library, inputs = FirstOutput(found[0]), found[1]
-        tokens = (size.library_side // 8) ** 2 + 1
-        rows, models = compare(library, inputs, tokens, size.rounds, min_seq_len, console)
+        name, library, inputs, tokens = found
+        rows, models = compare(library, inputs, tokens, 1, min_seq_len, console)
         results[f"library_{tokens}"] = [asdict(row) for row in rows]
-        console.print(comparison_table(rows, type(found[0]).__name__))
+        console.print(comparison_table(rows, f"{name} of transformers with random weights"))
         console.print(sla2_compile.report(models["balanced"]))
 
     results["seconds"] = time.perf_counter() - start
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"{results['seconds']:.0f} s. Pictures: {', '.join(map(str, pictures))}; figures: {out / 'results.json'}")
-    return 0
+    written = "\n  ".join(map(str, (*pictures, out / "results.json")))
+    console.print(f"Done in {results['seconds']:.0f} s. Written:\n  {written}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Measures one forward: seconds, peak memory, what its attention calls took and returned."""
+"""Measures one forward: seconds, peak memory, what its attention calls took and returned.
+
+Times are CPU seconds of the calling thread while torch uses one thread (`one_thread`): on a machine that does other
+things too, wall times of two threads waiting for each other say more about those other things.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ MIB = 2**20
 
 @dataclass
 class Call:
-    """One full attention call of a forward: q, k, v and o (B, H, N, D), and the seconds it took."""
+    """One full attention call of a forward: q, k, v and o (B, H, N, D), and the CPU seconds it took."""
 
     q: Tensor
     k: Tensor
@@ -39,11 +43,22 @@ class RecordAttention(TorchFunctionMode):
         self.calls: list[Call] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        start = time.perf_counter()
+        start = time.thread_time()
         o = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
-            self.calls.append(Call(*args[:3], o, time.perf_counter() - start))
+            self.calls.append(Call(args[0], args[1], args[2], o, time.thread_time() - start))
         return o
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread for a while."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def release_memory() -> None:
@@ -87,11 +102,11 @@ def peak_memory(every: float = 0.002) -> Iterator[Peak]:
 
 @torch.no_grad()
 def timed_forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, float, float]:
-    """Run model once. Returns its output, wall seconds, and peak memory in MiB over what was in use before."""
+    """Run model once. Returns its output, CPU seconds, and peak memory in MiB over what was in use before."""
     with peak_memory() as peak:
-        start = time.perf_counter()
+        start = time.thread_time()
         out = model(*inputs)
-        seconds = time.perf_counter() - start
+        seconds = time.thread_time() - start
     return out, seconds, peak.mib
 
 

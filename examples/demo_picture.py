@@ -61,7 +61,7 @@ class Selection:
 
 
 def outline(regions: np.ndarray, width: int) -> np.ndarray:
-    """Return where (H, W) regions (int, -1 outside) meet another region, as a bool map `width` pixels thick inside."""
+    """Return the border, `width` pixels inside, of each region of an (H, W) int map (-1: no region), as bool."""
     edge = np.zeros(regions.shape, dtype=bool)
     padded = np.pad(regions, width, constant_values=-2)
     for distance in range(1, width + 1):
@@ -80,11 +80,11 @@ def draw_panel(photo: np.ndarray, selection: Selection, head: int, blocks: list[
         return x.repeat(scale, axis=0).repeat(scale, axis=1)
 
     grey = photo.mean(axis=2, keepdims=True)
-    picture = 0.34 * (0.75 * grey + 0.25 * photo)
+    picture = 0.42 * (0.8 * grey + 0.2 * photo)
     for block, colour in zip(blocks, COLOURS, strict=False):
         regions = pixels(selection.key_blocks(head, block))
         chosen = regions >= 0
-        picture[chosen] = 0.55 * photo[chosen] + 0.45 * np.array(colour)
+        picture[chosen] = 0.62 * photo[chosen] + 0.38 * np.array(colour)
         picture[outline(regions, 1)] = colour
     for block, colour in zip(blocks, COLOURS, strict=False):
         regions = np.where(pixels(selection.query_map(block)), 0, -1)
@@ -109,18 +109,16 @@ def draw_selection(
         path: of the PNG.
     """
     pixels = ((photo[0].permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy().astype(np.float64)
-    rows, columns, side, top = len(selections), len(heads), 2.3, 0.78
-    figure = Figure(figsize=(columns * side, rows * side + top), dpi=110, facecolor="white")
-    height = rows * side + top
-    grid = figure.add_gridspec(
-        rows, columns, left=0.035, right=0.998, bottom=0.004, top=1 - top / height, wspace=0.02, hspace=0.02
-    )
-    figure.text(0.035, 1 - 0.09 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
-    figure.text(0.035, 1 - 0.33 / height, subtitle, ha="left", va="top", fontsize=8.5, color="0.3")
+    rows, columns, side, gap, left, top = len(selections), len(heads), 2.3, 0.05, 0.3, 0.72
+    width, height = left + columns * (side + gap), top + rows * (side + gap)
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+    figure.text(left / width, 1 - 0.07 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
+    figure.text(left / width, 1 - 0.30 / height, subtitle, ha="left", va="top", fontsize=8.5, color="0.3")
     for i, selection in enumerate(selections):
         blocks = [selection.query_block_at(*point) for point in where]
         for j, head in enumerate(heads):
-            axes = figure.add_subplot(grid[i, j])
+            x, y = left + j * (side + gap), height - top - i * (side + gap) - side
+            axes = figure.add_axes((x / width, y / height, side / width, side / height))
             axes.imshow(draw_panel(pixels, selection, head, blocks), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])

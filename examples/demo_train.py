@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"
 # (tokens along a side, images a step): the same number of tokens in each step
-STEPS = ((16, 8), (32, 2))
+STEPS = ((16, 4), (32, 1))
 
 
 def load_photo(path: Path = PHOTO) -> Tensor:

@@ -7,9 +7,9 @@ RMS-normed q and k, 2-D RoPE, SwiGLU, `F.scaled_dot_product_attention`. Any reso
 
 Shapes: images (B, C, H, W); tokens (B, N, width), N = gh * gw of a grid gh = H / patch, gw = W / patch.
 
-Tokens are kept in square tiles (all of the first tile, then all of the next) instead of row by row. Attention
-does not see the order, since the positions travel with the tokens, but SLA2's blocks do: a block of 64
-neighbours in the sequence is then an 8 x 8 square of the image instead of a thin strip.
+Tokens are kept in square tiles, in Z-order within each, instead of row by row. Attention does not see the order,
+since the positions travel with the tokens, but SLA2's blocks do: 64 tokens in a row are then an 8 x 8 square of
+the image, and 8 of them a 2 x 4 patch, instead of thin strips.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class JiTConfig:
         mlp_ratio: hidden over outer width of SwiGLU.
         classes: number of labels.
         channels: of the image.
-        tile: side, in tokens, of the squares that order the sequence; 1 means row by row.
+        tile: side, in tokens, of the squares that order the sequence, a power of 2; 1 means row by row, which is
+            also what a grid gets that the tile does not divide.
         rope_base: slowest wavelength of RoPE over its fastest.
         rope_grid: positions run from 0 to this along the longer side, whatever the resolution.
     """
@@ -57,6 +58,8 @@ class JiTConfig:
                 f"width must be a multiple of head_dim = {self.head_dim}, got {self.width}; "
                 f"take {math.ceil(self.width / self.head_dim) * self.head_dim}"
             )
+        if self.tile < 1 or self.tile & (self.tile - 1):
+            raise ValueError(f"tile must be a power of 2, got {self.tile}; take 8, or 1 for row by row")
         if self.head_dim % 4:
             raise ValueError(f"head_dim must be a multiple of 4, got {self.head_dim}; 2-D RoPE rotates pairs twice")
 
@@ -238,10 +241,10 @@ class JiT(nn.Module):
             ValueError: H or W is no multiple of patch, or C is another number of channels.
         """
         B, C, H, W = x.shape
-        p, tile = self.config.patch, self.config.tile
-        if C != self.config.channels or H % p or W % p:
+        p, tile, channels = self.config.patch, self.config.tile, self.config.channels
+        if channels != C or H % p or W % p:
             raise ValueError(
-                f"x must be (B, {self.config.channels}, H, W) with H and W multiples of {p}, got {tuple(x.shape)}; "
+                f"x must be (B, {channels}, H, W) with H and W multiples of {p}, got {tuple(x.shape)}; "
                 "crop or resize it"
             )
         gh, gw = H // p, W // p
