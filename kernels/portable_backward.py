@@ -29,6 +29,9 @@ from sla2_compile.kernels.tiling import (
     to_blocks,
 )
 
+# a row whose phi(q) Z lies below has no gradient through its linear branch: 1 / (phi(q) Z) would overflow
+LEAST_WEIGHT = 1e-30
+
 
 @dataclass
 class RowGradients:
@@ -87,7 +90,7 @@ def row_backward(
         rows.alpha[part] = alpha[..., None]
         rows.shift[part] = (d_lse - alpha * along_sparse)[..., None]
 
-        weight = torch.where(total > 0, (1.0 - alpha[..., None]) / total, 0.0)
+        weight = torch.where(total > LEAST_WEIGHT, (1.0 - alpha[..., None]) / total, 0.0)
         g, delta = g * weight, along_linear[..., None] * weight
         torch.bmm(phi_q.mT, g, out=rows.d_kv[part])
         torch.bmm(phi_q.mT, delta, out=rows.d_k[part]).neg_()

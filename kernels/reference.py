@@ -153,7 +153,8 @@ def attention(
     s = ((q @ k.mT) * scale).masked_fill(~(visible & selected), NEG_INF)
     lse = s.logsumexp(dim=-1)
     has_sparse = lse > NEG_INF
-    p = (s - lse.masked_fill(~has_sparse, 0.0)[..., None]).exp()
+    # not exp(s - lse): in 16 bits a large lse is rounded by more than exp can bear
+    p = s.masked_fill(~has_sparse[..., None], 0.0).softmax(dim=-1) * has_sparse[..., None]
     o_sparse = p @ v
 
     in_linear = visible & ~selected if linear_scope == "complement" else visible
