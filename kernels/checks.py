@@ -41,6 +41,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
             raise fail(name, f"have q's batch size {q.shape[0]}", x.shape[0], "expand it first")
         if x.shape[2] == 0:
             raise fail(name, "have at least one token", tuple(x.shape), "skip attention over empty sequences")
+        if x.shape[1] == 0:
+            raise fail(name, "have at least one head", tuple(x.shape), "skip attention without heads")
         if x.shape[3] > MAX_HEAD_DIM or x.shape[3] == 0:
             raise fail(name, f"have a head dim from 1 to {MAX_HEAD_DIM}", x.shape[3], "use full attention here")
     if k.shape[3] != q.shape[3]:

@@ -31,8 +31,10 @@ def reference_attention(
     lut, log_rest, _, k_mean = reference.route(
         q, k, None, None, key_mask, options.topk_ratio, options.compression_ratio, *sizes, scale, is_causal
     )
-    kind = (options.feature_map, options.linear_scope, is_causal)
-    return reference.attention(q, k, v, k_mean, lut, log_rest, None, alpha_bias, key_mask, *sizes, scale, *kind)[0]
+    return reference.attention(
+        q, k, v, k_mean, lut, log_rest, None, alpha_bias, key_mask,
+        *sizes, scale, options.feature_map, options.linear_scope, is_causal,
+    )[0]  # fmt: skip
 
 
 both = pytest.mark.parametrize("run", [reference_attention, sla2_attention], ids=["reference", "portable"])
@@ -173,9 +175,8 @@ def test_any_shape_and_layout_gives_what_the_reference_gives(
     q, k, v = qkv(**sizes, dtype=dtype)
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     # the same choice of blocks for all: rounding in the router must not decide
-    wide = [x.double() for x in (q, k, v)]
     whole = torch.full((1, 1), 0.3)
-    exact = reference_attention(*wide, OPTIONS, is_causal=is_causal, alpha_bias=whole)
+    exact = reference_attention(q.double(), k.double(), v.double(), OPTIONS, is_causal=is_causal, alpha_bias=whole)
     low = reference_attention(q, k, v, OPTIONS, is_causal=is_causal, alpha_bias=whole.to(dtype))
     assert_as_exact_as(low, sla2_attention(q, k, v, OPTIONS, is_causal=is_causal, alpha_bias=whole), exact)
 

@@ -6,6 +6,8 @@ err(portable, fp64) <= 2 * (err(reference in portable's dtype, fp64) + eps * max
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sla2_compile.kernels import portable_route, reference
+from sla2_compile.kernels import portable_route, reference, tiling
 from sla2_compile.kernels.blocks import router_tokens
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 from sla2_compile.kernels.ops import attention, route
@@ -144,6 +146,15 @@ def cast(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def multiplying(native: bool) -> Iterator[None]:
+    """Multiply in the inputs' dtype, as on a CPU with matrix units, or in whatever this CPU does best."""
+    with pytest.MonkeyPatch.context() as patch:
+        if native:
+            patch.setattr(tiling, "compute_dtype", lambda x: x.dtype)
+        yield
+
+
 def shared_route(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """Inputs that dtype holds exactly, and one look-up table for all: rounding must not choose another block."""
     x = cast(cast(case.tensors(), dtype), torch.float64)
@@ -194,7 +205,7 @@ def test_block_scores_by_the_oracle(case: Case, dtype: torch.dtype) -> None:
     sizes = (case.compression_ratio, case.block_q, case.block_k, case.D**-0.5)
     scores = []
     for kind in (dtype, torch.float64):
-        y = {name: None if t is None else t.to(kind) for name, t in x.items() if name != "mask"}
+        y = cast(x, kind)
         k = y["k"] - reference.masked_mean(y["k"], x["mask"])[:, :, None]
         scores.append(reference.block_scores(y["q"], k, y["proj_q"], y["proj_k"], x["mask"], *sizes))
     (rows_q, a), (rows_k, b) = (router_tokens(size, case.compression_ratio) for size in (case.block_q, case.block_k))
@@ -210,20 +221,22 @@ def test_block_scores_by_the_oracle(case: Case, dtype: torch.dtype) -> None:
 
 
 @examples(100)
-@given(cases(), st.sampled_from(LOW))
-def test_attention_by_the_oracle(case: Case, dtype: torch.dtype) -> None:
+@given(cases(), st.sampled_from(LOW), st.booleans())
+def test_attention_by_the_oracle(case: Case, dtype: torch.dtype, native: bool) -> None:
     x = shared_route(case, dtype)
     exact = case.attention(cast(x, torch.float64), reference.attention)
     low = case.attention(cast(x, dtype), reference.attention)
     # sla2::route hands over in the accumulation dtype
-    got = case.attention(cast(x, dtype) | {name: x[name].float() for name in ("log_rest", "k_mean")}, attention, True)
-    for name, *values in zip(("o", "lse", "o_sparse", "o_linear"), got, low, exact, strict=True):
-        assert_oracle(name, *values, torch.finfo(dtype).eps)
+    handed = cast(x, dtype) | {name: x[name].float() for name in ("log_rest", "k_mean")}
+    with multiplying(native):
+        got = case.attention(handed, attention, True)
+    for name, ours, theirs, want in zip(("o", "lse", "o_sparse", "o_linear"), got, low, exact, strict=True):
+        assert_oracle(name, ours, theirs, want, torch.finfo(dtype).eps)
 
 
 @examples(60)
-@given(cases(whole_blocks=3), st.sampled_from(LOW), st.sampled_from(["softmax", "elu"]))
-def test_gradients_by_the_oracle(case: Case, dtype: torch.dtype, feature_map: str) -> None:
+@given(cases(whole_blocks=3), st.sampled_from(LOW), st.sampled_from(["softmax", "elu"]), st.booleans())
+def test_gradients_by_the_oracle(case: Case, dtype: torch.dtype, feature_map: str, native: bool) -> None:
     """Without relu: where phi(q) Z is almost 0, block states lose digits that the plain sum over keys keeps."""
     case = replace(case, feature_map=feature_map, B=2, heads=2, groups=2)
     x = shared_route(case, dtype)
@@ -237,11 +250,11 @@ def test_gradients_by_the_oracle(case: Case, dtype: torch.dtype, feature_map: st
         # k is smoothed inside, as in a whole call: the gradient of its mean alone is a sum that cancels
         if run is attention:
             y["log_rest"], y["k_mean"] = x["log_rest"].float(), reference.masked_mean(y["k"].float(), y["mask"])
-            o = case.attention(y, run, True)[0]
+            with multiplying(native):
+                case.attention(y, run, True)[0].backward(do)
         else:
             y["k_mean"] = reference.masked_mean(y["k"], y["mask"])
-            o = case.attention(y, run)[0]
-        o.backward(do.to(kind))
+            case.attention(y, run)[0].backward(do.to(kind))
         grads = {name: y[name].grad.flatten() for name in wanted if y[name] is not None}
         # in float32 a few rows' rounding is a matter of luck in either: the gradient is judged as one vector
         results.append(grads if dtype == torch.bfloat16 else {"all": torch.cat(list(grads.values()))})

@@ -250,6 +250,7 @@ def test_routing_tells_what_was_chosen() -> None:
     options = AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3)
     o, routing = attend(q, k, v, options)
     lut, log_rest, entropy, k_mean = reference.route(q, k, None, None, None, 0.3, 8, 32, 16, 0.25, False)
+    assert routing is not None
     assert (routing.block_q, routing.block_k, routing.Tn) == (32, 16, 7)
     assert torch.equal(routing.lut, lut)
     torch.testing.assert_close(routing.log_rest, log_rest)
