@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sla2_compile.passes.key_masks import to_key_mask
+
 
 @dataclass
 class AttentionCall:
@@ -35,18 +37,8 @@ class AttentionCall:
         )  # fmt: skip
 
     def key_mask(self) -> Tensor | None:
-        """The mask as (B, Nk) bool, for a mask that `is_key_mask` accepts."""
-        if self.attn_mask is None:
-            return None
-        mask = self.attn_mask
-        while mask.dim() < 4:
-            mask = mask[None]
-        return mask[:, 0, 0].expand(self.q.shape[0], self.k.shape[2])
-
-
-def is_key_mask(mask: Tensor) -> bool:
-    """Whether a mask hides whole keys: boolean, and the same for every head and query."""
-    return mask.dtype == torch.bool and all(mask.shape[i] == 1 for i in range(max(0, mask.dim() - 3), mask.dim() - 1))
+        """The mask as (B, Nk) bool, for a mask that hides whole keys (`key_masks.py`)."""
+        return None if self.attn_mask is None else to_key_mask(self.attn_mask, self.q.shape[0], self.k.shape[2])
 
 
 def bind(

@@ -1,7 +1,7 @@
 """Which attention calls SLA2 takes, and the fixed list of reasons why it leaves one alone.
 
 The same function decides at planning time (fake tensors), in graphs (example values) and at run time
-(real tensors, SymInts under torch.compile): it looks at metadata only.
+(real tensors, SymInts under torch.compile). It looks at metadata; only an additive mask's values are read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 
 from sla2_compile.kernels.blocks import shorter
 from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
-from sla2_compile.passes.call import AttentionCall, is_key_mask
+from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.key_masks import hides_or_keeps, same_for_all_queries
 
 if TYPE_CHECKING:
     from sla2_compile.passes.settings import SiteSettings
@@ -35,7 +36,9 @@ class Reason(str, Enum):
     CAUSAL_ALL_KEYS = "causal with linear_scope 'all'"
     EXCLUDED = "excluded by the recipe"
     LAYER_RANGE = "outside start_layer..end_layer"
-    MULTIHEAD = "inside nn.MultiheadAttention"
+    WEIGHTS = "attention weights requested"
+    EXTRA_KEYS = "extra keys of nn.MultiheadAttention (bias_k, bias_v, add_zero_attn, static_k, static_v)"
+    MULTIHEAD = "inside nn.MultiheadAttention (graphs only; transform the nn.Module)"
     HAND_WRITTEN = "softmax written by hand, possibly attention"
     UNSEEN = "call not seen when the model was planned"
 
@@ -60,10 +63,11 @@ def why_not(call: AttentionCall, settings: SiteSettings) -> Reason | None:
     if call.dropout_p > 0.0:
         return Reason.DROPOUT
     if call.attn_mask is not None:
-        if call.attn_mask.dtype != torch.bool:
+        boolean = call.attn_mask.dtype == torch.bool
+        if not same_for_all_queries(call.attn_mask):
+            return Reason.QUERY_MASK if boolean else Reason.BIAS
+        if call.attn_mask.requires_grad or not (boolean or hides_or_keeps(call.attn_mask)):
             return Reason.BIAS
-        if not is_key_mask(call.attn_mask):
-            return Reason.QUERY_MASK
     if call.is_causal and settings.options.linear_scope == "all":
         return Reason.CAUSAL_ALL_KEYS
     return _too_short(q.shape[2], k.shape[2], settings.shortest(q.device.type))

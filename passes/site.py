@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
+from sla2_compile.passes import multihead
 from sla2_compile.passes.call import AttentionCall, bind
 from sla2_compile.passes.rules import Reason, why_not
 from sla2_compile.passes.settings import SiteSettings
@@ -82,7 +83,7 @@ class Site(nn.Module):
         call = bind(*args, **kwargs)
         reason = why_not(call, self.settings)
         if reason is not None:
-            self._count(reason)
+            self.count(reason)
             return call.full_attention()
         if self.alpha_bias is not None:
             self._check(call, self.alpha_bias)
@@ -95,7 +96,8 @@ class Site(nn.Module):
             self.last_routing = routing
         return o
 
-    def _count(self, reason: Reason) -> None:
+    def count(self, reason: Reason) -> None:
+        """Remember that a call kept full attention."""
         # a counter inside Dynamo's graph would be a guard that fails on every call
         if not torch.compiler.is_dynamo_compiling():
             self.fallbacks[reason.value] += 1
@@ -142,6 +144,24 @@ class Sites(nn.ModuleDict):
         """Answer the index-th call of one forward of the owner, given the call's arguments."""
         if str(index) in self:
             return self[index](*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            self.unseen += 1
+        self._count()
         return bind(*args, **kwargs).full_attention()
+
+    def answer_multihead(self, index: int, function: Any, args: Any, kwargs: Any) -> Any:
+        """Answer the index-th call, one of F.multi_head_attention_forward (given as function)."""
+        given = multihead.arguments(args, kwargs)
+        if str(index) not in self:
+            self._count()
+            return function(*args, **kwargs)
+        reason = multihead.why_whole(given)
+        if reason is not None:
+            self[index].count(reason)
+            return function(*args, **kwargs)
+        call = multihead.inner_call(given)
+        o = self[index](call.q, call.k, call.v, call.attn_mask, call.dropout_p, call.is_causal)
+        return multihead.outer_result(given, o)
+
+    def _count(self) -> None:
+        # an owner without any site only shields its calls from the owners around it
+        if len(self) > 0 and not torch.compiler.is_dynamo_compiling():
+            self.unseen += 1

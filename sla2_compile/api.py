@@ -162,6 +162,10 @@ def _transform_now(
     for s in seen:
         if s.call is not None and s.where.owner not in owners and _inside(s.where.owner, owners):
             owners[s.where.owner] = {}
+    # nn.TransformerEncoder turns padded batches into nested tensors, unless a function mode is active: be one
+    for name in [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoder) and n not in owners]:
+        if any(name == "" or owner.startswith(f"{name}.") for owner in list(owners)):
+            owners[name] = {}
     for name in owners:
         if hasattr(modules[name], CHILD):
             kind = type(modules[name]).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sla2_compile.passes import multihead
 from sla2_compile.passes.site import Sites
 
 CHILD = "sla2"
@@ -35,6 +37,10 @@ class RedirectAttention(TorchFunctionMode):
             index = self.index
             self.index = index + 1
             return self.sites.answer(index, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            index = self.index
+            self.index = index + 1
+            return self.sites.answer_multihead(index, func, args, kwargs)
         if func is Tensor.unflatten:
             # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
             return torch.unflatten(*args, **kwargs)
@@ -56,10 +62,17 @@ class SiteForward:
         self.function = type(owner).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.owner, nn.MultiheadAttention):
+            args, kwargs = multihead.without_fused_path(args, kwargs)
         with RedirectAttention(self.owner.sla2):  # type: ignore[arg-type]
             if self.own is not None:
                 return self.own(*args, **kwargs)
             return self.function(self.owner, *args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        """The original's: torch.export names a root module's source by it."""
+        return (self.own or self.function).__code__
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -72,8 +85,15 @@ class SiteForward:
 
 def install(owner: nn.Module, sites: Sites) -> None:
     """Give owner its sites. The caller has checked that `owner.sla2` is free."""
+    if isinstance(owner, nn.MultiheadAttention):
+        # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
+        sites.register_forward_pre_hook(_never_called)
     owner.add_module(CHILD, sites)
     owner.__dict__["forward"] = SiteForward(owner)
+
+
+def _never_called(module: nn.Module, args: Any) -> None:
+    """A hook that is there to be seen: containers have no forward of their own."""
 
 
 def remove(owner: nn.Module) -> None:

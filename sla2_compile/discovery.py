@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from sla2_compile.passes import multihead
 from sla2_compile.passes.call import AttentionCall, bind
 from sla2_compile.passes.outcome import Where
 from sla2_compile.passes.rules import Reason
@@ -72,7 +73,8 @@ def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     on_meta = any(p.is_meta for p in model.parameters())
 
     def fake(x: Tensor) -> Tensor:
-        return mode.from_tensor(x.detach().to("meta") if on_meta else x.detach())
+        made = mode.from_tensor(x.detach().to("meta") if on_meta else x.detach())
+        return made.requires_grad_(x.requires_grad)
 
     try:
         # fake tensors compute scalars for real, also those of a buffer such as a step counter
@@ -92,7 +94,8 @@ def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 def _copy(call: AttentionCall, mode: FakeTensorMode) -> AttentionCall:
     def blank(x: Tensor) -> Tensor:
         with mode:
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        return made.requires_grad_(x.requires_grad)
 
     mask = None if call.attn_mask is None else blank(call.attn_mask)
     return replace(call, q=blank(call.q), k=blank(call.k), v=blank(call.v), attn_mask=mask)
@@ -138,9 +141,11 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self._see("sdpa", None, bind(*args, **kwargs))
+            self._see("attention", None, bind(*args, **kwargs))
         elif func is F.multi_head_attention_forward:
-            self._see("mha", Reason.MULTIHEAD, None)
+            given = multihead.arguments(args, kwargs)
+            reason = multihead.why_whole(given)
+            self._see("attention", reason, None if reason else multihead.inner_call(given))
         elif func in SOFTMAX and args and _is_score_map(args, kwargs):
             self._see("softmax", Reason.HAND_WRITTEN, None)
         return func(*args, **kwargs)
@@ -148,8 +153,8 @@ class Recorder(TorchFunctionMode):
     def _see(self, what: str, reason: Reason | None, call: Any) -> None:
         frame = self.frames[-1]
         owner = self.names[id(frame[0])]
-        index = frame[1] if what == "sdpa" else 0
-        if what == "sdpa":
+        index = frame[1] if what == "attention" else 0
+        if what == "attention":
             frame[1] += 1
         key = (owner, index, what)
         if key in self.seen:

@@ -1,0 +1,109 @@
+"""nn.MultiheadAttention and nn.TransformerEncoder: SLA2 inside them, and no fused path around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sla2_compile
+from sla2_compile.passes.rules import Reason
+from sla2_compile.statistics import sites
+
+ANY: dict[str, Any] = {"min_seq_len": 0, "topk_ratio": 1.0}
+
+
+def layer(**options):
+    return nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, **{"batch_first": True, **options})
+
+
+MODELS = {
+    "layer": layer,
+    "sequence first": lambda: layer(batch_first=False),
+    "encoder": lambda: nn.TransformerEncoder(layer(), 2),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+def test_encoder(kind, padded, training):
+    model, x = MODELS[kind]().train(training), torch.randn(3, 130, 32)
+    lengths = torch.tensor([100, 130, 7])
+    padding = torch.arange(130) >= lengths[:, None]
+    if kind == "sequence first":
+        x, padding = x.transpose(0, 1), padding
+    kwargs = {"src_key_padding_mask": padding} if padded else {}
+    real = (~padding).T if kind == "sequence first" else ~padding
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        expected = model(x, **kwargs)
+        sla2_compile.transform(model, example_inputs=(x,), example_kwargs=kwargs, **ANY)
+        got = model(x, **kwargs)
+        assert all(site.last_routing is not None for _, site in sites(model))
+        # what stands behind padding is nobody's business: nested tensors put zeros there
+        torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-5)
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, **kwargs)[real], got[real], rtol=1e-4, atol=1e-5)
+        for strict in (False, True):
+            program = torch.export.export(model, (x,), kwargs, strict=strict)
+            assert str(program.graph).count("sla2.attention") == len(list(sites(model)))
+        sla2_compile.restore(model)
+        assert torch.equal(model(x, **kwargs), expected)
+    assert list(model.state_dict()) == keys
+
+
+def test_gradients_match():
+    model, x = layer(), torch.randn(2, 90, 32)
+    model(x).square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    sla2_compile.transform(model, example_inputs=(x,), **ANY)
+    model(x).square().mean().backward()
+    for name, p in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_causal_cross_and_separate_projections():
+    attention = nn.MultiheadAttention(32, 2, kdim=24, vdim=16, batch_first=True)
+    q, k, v = torch.randn(2, 90, 32), torch.randn(2, 70, 24), torch.randn(2, 70, 16)
+    expected = attention(q, k, v, need_weights=False)[0]
+    options = {"need_weights": False}
+    sla2_compile.transform(attention, example_inputs=(q, k, v), example_kwargs=options, **ANY)
+    torch.testing.assert_close(attention(q, k, v, need_weights=False)[0], expected)
+
+    attention, x = nn.MultiheadAttention(32, 2, batch_first=True), torch.randn(2, 90, 32)
+    mask = nn.Transformer.generate_square_subsequent_mask(90)
+    options = {"need_weights": False, "attn_mask": mask, "is_causal": True}
+    expected = attention(x, x, x, **options)[0]
+    sla2_compile.transform(attention, example_inputs=(x, x, x), example_kwargs=options, **ANY)
+    torch.testing.assert_close(attention(x, x, x, **options)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "reason"),
+    [
+        ({}, {}, Reason.WEIGHTS),
+        ({"add_bias_kv": True}, {"need_weights": False}, Reason.EXTRA_KEYS),
+        ({}, {"need_weights": False, "attn_mask": torch.zeros(90, 90)}, Reason.BIAS),
+        ({"dropout": 0.1}, {"need_weights": False}, Reason.DROPOUT),
+    ],
+)
+def test_reasons(build, options, reason):
+    attention, x = nn.MultiheadAttention(32, 2, batch_first=True, **build), torch.randn(2, 90, 32)
+    with pytest.raises(ValueError, match=reason.value.partition("(")[0]):
+        sla2_compile.transform(attention, example_inputs=(x, x, x), example_kwargs=options, **ANY)
+
+
+def test_another_call_pattern_falls_back_and_is_counted():
+    attention, x = nn.MultiheadAttention(32, 2, batch_first=True).eval(), torch.randn(2, 90, 32)
+    expected = attention(x, x, x)
+    options = {"need_weights": False}
+    sla2_compile.transform(attention, example_inputs=(x, x, x), example_kwargs=options, **ANY)
+    got = attention(x, x, x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert sla2_compile.report(attention).fallbacks == {"sla2.0": {Reason.WEIGHTS.value: 1}}
