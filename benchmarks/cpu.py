@@ -1,0 +1,267 @@
+"""SLA2 against full attention on this CPU: whole call, both ways, several lengths; and from which length on it wins.
+
+    python benchmarks/cpu.py                    # everything; about five minutes
+    python benchmarks/cpu.py table --threads 2  # one part, one thread count
+
+Ratios compare figures of one run. One thread is measured in process time, which other work on the machine disturbs
+least; several threads in wall time, for which the machine must be quiet. Each figure is the least of several runs,
+taken in turns with full attention's. Writes benchmarks/results/cpu.json and cpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+
+RESULTS = Path(__file__).parent / "results"
+SETTINGS = {"max_speedup": (0.05, 16), "balanced": (0.15, 8), "high_quality": (0.25, 4)}
+TARGETS = {
+    ("forward", 16384, "max_speedup"): 10.0,
+    ("forward", 16384, "balanced"): 4.5,
+    ("forward", 4096, "balanced"): 4.0,
+    ("forward and backward", 4096, "balanced"): 3.5,
+}
+LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+H, D = 8, 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; times in milliseconds."""
+
+    what: str
+    dtype: str
+    threads: int
+    B: int
+    N: int
+    setting: str
+    block_q: int
+    block_k: int
+    full_ms: float
+    sla2_ms: float
+
+    @property
+    def ratio(self) -> float:
+        return self.full_ms / self.sla2_ms
+
+
+def milliseconds(fn: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
+    fn()
+    return 1e3 * (clock() - start)
+
+
+def compare(
+    what: str, dtype: torch.dtype, threads: int, B: int, N: int, settings: list[str], seconds: float
+) -> list[Row]:
+    """Time full attention and each setting in turns for about so many seconds, three rounds at least."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    grad = what == "forward and backward"
+    q, k, v = (torch.randn(B, H, N, D, dtype=dtype, requires_grad=grad) for _ in range(3))
+    do = torch.randn(B, H, N, D, dtype=dtype)
+    clock = time.process_time if threads == 1 else time.perf_counter
+
+    def run(attention: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+        if not grad:
+            return attention
+
+        def both_ways() -> None:
+            for x in (q, k, v):
+                x.grad = None
+            attention().backward(do)
+
+        return both_ways
+
+    options = {name: AttentionOptions(*SETTINGS[name]) for name in settings}
+    calls = {"full": run(lambda: F.scaled_dot_product_attention(q, k, v))}
+    calls |= {name: run(lambda o=o: sla2_attention(q, k, v, o)) for name, o in options.items()}  # type: ignore[misc]
+    for call in calls.values():
+        call()
+    best = dict.fromkeys(calls, float("inf"))
+    rounds, until = 0, time.perf_counter() + seconds
+    while rounds < 3 or time.perf_counter() < until:
+        rounds += 1
+        for name, call in calls.items():
+            best[name] = min(best[name], milliseconds(call, clock))
+    kind = str(dtype).removeprefix("torch.")
+    return [
+        Row(what, kind, threads, B, N, name, *options[name].block_sizes(N, N), best["full"], best[name])
+        for name in settings
+    ]
+
+
+def peak_memory(call: str, N: int) -> float:
+    """MB that one call adds to the process's peak, in a process of its own; one thread, fp32."""
+    code = f"""
+import resource, torch
+from torch.nn.functional import scaled_dot_product_attention as full
+from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small = [torch.randn(1, {H}, 512, {D}) for _ in range(3)]
+q, k, v = (torch.randn(1, {H}, {N}, {D}) for _ in range(3))
+run = lambda q, k, v: {call}
+with torch.no_grad():
+    run(*small)
+    before = peak()
+    run(q, k, v)
+print(peak() - before)
+"""
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    units = "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX"
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {units}"
+
+
+def table(threads: int) -> list[Row]:
+    rows = []
+    every = list(SETTINGS)
+    for what, dtype, N, seconds in (
+        ("forward", torch.float32, 1024, 2.0),
+        ("forward", torch.float32, 4096, 6.0),
+        ("forward", torch.float32, 16384, 20.0),
+        ("forward", torch.bfloat16, 4096, 6.0),
+        ("forward and backward", torch.float32, 4096, 10.0),
+    ):
+        for row in compare(what, dtype, threads, 1, N, every, seconds):
+            rows.append(row)
+            print(line(row), flush=True)
+    return rows
+
+
+def crossover(threads: int) -> list[Row]:
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for B in (1, 4):
+            for N in LENGTHS:
+                rows += compare("forward", dtype, threads, B, N, list(SETTINGS), 0.5)
+                print(
+                    "  ".join(f"{row.setting} {row.ratio:.2f}x" for row in rows[-3:]),
+                    dtype,
+                    f"B={B} N={N}",
+                    flush=True,
+                )
+    return rows
+
+
+def first_length(rows: list[Row]) -> str:
+    """The least length from which on SLA2 is faster at all lengths measured."""
+    won = ""
+    for row in sorted(rows, key=lambda r: -r.N):
+        if row.ratio <= 1.0:
+            break
+        won = str(row.N)
+    return won or f"> {LENGTHS[-1]}"
+
+
+def line(row: Row) -> str:
+    target = TARGETS.get((row.what, row.N, row.setting)) if row.dtype == "float32" and row.threads == 1 else None
+    goal = "" if target is None else f"{target:g}x: " + ("reached" if row.ratio >= target else "missed")
+    cells = (
+        row.what, row.dtype, row.threads, row.N, row.setting, f"{row.block_q} x {row.block_k}",
+        f"{row.full_ms:.1f}", f"{row.sla2_ms:.1f}", f"**{row.ratio:.2f}x**", goal,
+    )  # fmt: skip
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def report(machine: dict[str, Any], rows: list[Row], lengths: list[Row], memory: dict[str, float]) -> str:
+    head = [f"# CPU: {machine['cpu']}", "", f"torch {machine['torch']}; `{machine['command']}`.", ""]
+    settings = ", ".join(f"{name} = topk {a:g}, compression {b}" for name, (a, b) in SETTINGS.items())
+    head += [
+        f"q, k, v (B, {H}, N, {D}), normal; {settings}. Milliseconds: process time on one thread, wall time on more.",
+        "",
+    ]
+    out = head
+    if rows:
+        out += ["## Whole call against F.scaled_dot_product_attention, B=1", ""]
+        out += [
+            "| what | dtype | threads | N | setting | blocks | full ms | SLA2 ms | ratio | target |",
+            "|" + "---|" * 10,
+        ]
+        out += [line(row) for row in rows] + [""]
+    if memory:
+        out += ["## Peak memory that one forward adds, N=16384, float32", "", "| call | MB |", "|---|---|"]
+        out += [f"| {name} | {mb:.0f} |" for name, mb in memory.items()] + [""]
+    if lengths:
+        out += ["## Length from which on SLA2 is faster", "", "| dtype | B | " + " | ".join(SETTINGS) + " |"]
+        out += ["|" + "---|" * (2 + len(SETTINGS))]
+        for dtype, B in dict.fromkeys((r.dtype, r.B) for r in lengths):
+            cells = [
+                first_length([r for r in lengths if (r.dtype, r.B, r.setting) == (dtype, B, s)]) for s in SETTINGS
+            ]
+            out.append(f"| {dtype} | {B} | " + " | ".join(cells) + " |")
+        out += [
+            "",
+            "Ratios, " + " / ".join(SETTINGS) + ":",
+            "",
+            "| dtype | B | " + " | ".join(map(str, LENGTHS)) + " |",
+        ]
+        out += ["|" + "---|" * (2 + len(LENGTHS))]
+        for dtype, B in dict.fromkeys((r.dtype, r.B) for r in lengths):
+            of = {(r.N, r.setting): r.ratio for r in lengths if (r.dtype, r.B) == (dtype, B)}
+            cells = [" / ".join(f"{of[N, s]:.2f}" for s in SETTINGS) for N in LENGTHS]
+            out.append(f"| {dtype} | {B} | " + " | ".join(cells) + " |")
+        out.append("")
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=["all", "table", "crossover", "memory"], default="all")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts of the table")
+    given = parser.parse_args()
+    machine = {
+        "cpu": cpu_model(),
+        "torch": torch.__version__,
+        "command": " ".join(["python benchmarks/cpu.py", *sys.argv[1:]]),
+    }
+    print(*machine.values(), sep="\n", flush=True)
+    rows: list[Row] = []
+    lengths: list[Row] = []
+    memory: dict[str, float] = {}
+    if given.part in ("all", "memory"):
+        memory["full attention"] = peak_memory("full(q, k, v)", 16384)
+        for name, (topk_ratio, ratio) in SETTINGS.items():
+            memory[name] = peak_memory(f"sla2_attention(q, k, v, AttentionOptions({topk_ratio}, {ratio}))", 16384)
+        print(memory, flush=True)
+    if given.part in ("all", "table"):
+        for threads in given.threads:
+            rows += table(threads)
+    if given.part in ("all", "crossover"):
+        lengths = crossover(1)
+    found = {
+        **machine,
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+        "crossover": [asdict(row) | {"ratio": row.ratio} for row in lengths],
+        "peak_memory_mb": memory,
+    }
+    text = report(machine, rows, lengths, memory)
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "cpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "cpu.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
