@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -97,7 +98,9 @@ class Site(nn.Module):
         return o
 
     def count(self, reason: Reason) -> None:
-        """Remember that a call kept full attention."""
+        """Remember that a call kept full attention; an export, which keeps no counters, is told at once."""
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            warnings.warn(f"an SLA2 site keeps full attention in this export: {reason.value}", stacklevel=2)
         # a counter inside Dynamo's graph would be a guard that fails on every call
         if not torch.compiler.is_dynamo_compiling():
             self.fallbacks[reason.value] += 1
