@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from sla2_compile import debug
 from sla2_compile.carrier import CHILD, SiteForward, install, is_owner, remove
 from sla2_compile.discovery import discover
 from sla2_compile.passes.outcome import Miss, Rewrite
@@ -18,6 +19,7 @@ from sla2_compile.passes.select import SeenCall, select
 from sla2_compile.passes.site import Site, Sites
 from sla2_compile.plan import ATTRIBUTE, Plan, plans
 from sla2_compile.recipes import DEFAULT, Recipe
+from sla2_compile.reporting import report
 
 M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
@@ -177,6 +179,7 @@ def _transform_now(
     for name, sites in owners.items():
         install(modules[name], Sites(sites))
     setattr(model, ATTRIBUTE, Plan(recipe, tuple(outcomes), found))
+    debug.show_report(lambda: report(model))
 
 
 def _inside(name: str, owners: Mapping[str, Any]) -> bool:

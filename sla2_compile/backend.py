@@ -14,10 +14,12 @@ from typing import Any
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from sla2_compile import debug
 from sla2_compile.graphs import copy_graph
 from sla2_compile.passes.outcome import Rewrite
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.recipes import DEFAULT, Recipe
+from sla2_compile.reporting import Report
 
 log = logging.getLogger("sla2_compile")
 
@@ -54,7 +56,8 @@ def sla2_backend(
         return compile_inner(gm, list(example_inputs), **passed_on)
 
     ours = copy_graph(gm)
-    outcomes = Pipeline.standard(recipe, learned=False).run(ours)
+    outcomes = Pipeline.standard(recipe, learned=False).run(ours, debug.observers())
+    debug.show_report(lambda: Report(tuple(outcomes), recipe, "graph", {}))
     replaced = sum(isinstance(x, Rewrite) for x in outcomes)
     log.info("%d of %d attention calls of one graph replaced, recipe %s", replaced, len(outcomes), recipe.name)
     for outcome in outcomes:

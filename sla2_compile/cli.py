@@ -6,7 +6,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
+
+if TYPE_CHECKING:
+    from sla2_compile.reporting import Report
 
 app = typer.Typer(help="Sparse-linear attention for PyTorch models.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -39,6 +42,7 @@ def inspect(
     target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="Where the model is made.")],
     recipe: Annotated[str, typer.Option(help="Name or YAML path.")] = DEFAULT,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the recipe; repeatable.")] = None,
+    pipeline: Annotated[str, typer.Option(help="Run these passes on the exported graph, and print it.")] = "",
     json: Annotated[bool, typer.Option(help="Print the report as JSON.")] = False,
 ) -> None:
     """Report what transform would do with each attention call, changing nothing.
@@ -49,7 +53,11 @@ def inspect(
 
     fields = _checked(lambda: _fields(set_ or []))
     model, inputs, kwargs = _checked(lambda: _make(target))
-    found = _checked(lambda: inspect_model(model, recipe, example_inputs=inputs, example_kwargs=kwargs, **fields))
+    if pipeline:
+        found = _checked(lambda: _run_passes(model, inputs, kwargs, pipeline))
+    else:
+        options = {"example_inputs": inputs, "example_kwargs": kwargs, **fields}
+        found = _checked(lambda: inspect_model(model, recipe, **options))
     if json:
         console.print_json(data=found.to_dict())
     else:
@@ -63,6 +71,22 @@ def demo(context: typer.Context) -> None:
     if not script.exists():
         _stop(f"the demo must run from a source checkout, got {script.parent} without it; clone the repository")
     raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
+
+
+def _run_passes(model: Any, inputs: Any, kwargs: Any, text: str) -> Report:
+    """Export the model, run the passes on its graph, print the graph, and return what became of its calls."""
+    import torch
+
+    from sla2_compile.debug import observers
+    from sla2_compile.passes.pipeline import Pipeline
+    from sla2_compile.passes.printer import graph_text
+    from sla2_compile.reporting import Report
+
+    passes = Pipeline.parse(text)
+    gm = torch.export.export(model, tuple(inputs), dict(kwargs)).module()
+    outcomes = passes.run(gm, observers())
+    console.print(graph_text(gm), markup=False, highlight=False, soft_wrap=True)
+    return Report(tuple(outcomes), None, "graph", {})
 
 
 def _fields(pairs: list[str]) -> dict[str, Any]:

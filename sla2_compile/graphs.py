@@ -12,11 +12,13 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_map, tree_unflatten
 
+from sla2_compile import debug
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.replace_attention import site_nodes, undo
 from sla2_compile.plan import ATTRIBUTE, Plan
 from sla2_compile.recipes import Recipe
+from sla2_compile.reporting import Report
 
 
 def transform_graph_module(
@@ -33,12 +35,12 @@ def transform_graph_module(
         FakeTensorProp(work, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
     elif not any("val" in node.meta or "example_value" in node.meta for node in work.graph.nodes):
         raise ValueError("graph must carry fake values, got a plain trace; pass example_inputs, or use torch.export")
-    outcomes = Pipeline.standard(recipe).run(work)
+    outcomes = Pipeline.standard(recipe).run(work, debug.observers())
     _require_some(outcomes, allow_none)
     for node, site in list(site_nodes(work)):
         gm.add_submodule(str(node.target), site)
     gm.graph = work.graph
-    setattr(gm, ATTRIBUTE, Plan(recipe, tuple(outcomes), "graph"))
+    _keep(gm, recipe, outcomes)
     return gm
 
 
@@ -73,12 +75,12 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
         raise ValueError("program must hold its example inputs, got none; export it again and keep them")
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
-    outcomes = Pipeline.standard(recipe).run(gm)
+    outcomes = Pipeline.standard(recipe).run(gm, debug.observers())
     _require_some(outcomes, allow_none)
     args, kwargs = program.example_inputs
     shapes = dynamic_shapes(program)
     exported = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes)
-    setattr(exported.graph_module, ATTRIBUTE, Plan(recipe, tuple(outcomes), "graph"))
+    _keep(exported.graph_module, recipe, outcomes)
     return exported
 
 
@@ -102,6 +104,12 @@ def dynamic_shapes(program: ExportedProgram) -> Any:
     args, kwargs = tree_unflatten(inputs, program.call_spec.in_spec)
     shapes = tree_map(lambda x: of(x) if isinstance(x, Tensor) else None, (args, kwargs))
     return (*shapes[0], *shapes[1].values())
+
+
+def _keep(gm: fx.GraphModule, recipe: Recipe, outcomes: Sequence[Rewrite | Miss]) -> None:
+    plan = Plan(recipe, tuple(outcomes), "graph")
+    setattr(gm, ATTRIBUTE, plan)
+    debug.show_report(lambda: Report(plan.outcomes, recipe, plan.discovery, {}))
 
 
 def _require_some(outcomes: Sequence[Rewrite | Miss], allow_none: bool) -> None:

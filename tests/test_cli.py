@@ -46,6 +46,15 @@ def test_inspect(run):
     assert len(data["calls"]) == 2
 
 
+def test_inspect_with_a_pipeline(run):
+    text = "normalize-sdpa,select-attention{min_seq_len=0},replace-attention"
+    result = run("inspect", FACTORY, "--pipeline", text)
+    assert result.exit_code == 0
+    assert "call_module[target=blocks.0.sla2.0]" in result.output
+    assert "2 of 2 attention calls replaced" in result.output
+    assert "pass must be one of" in run("inspect", FACTORY, "--pipeline", "nonsense").stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

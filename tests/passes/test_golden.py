@@ -11,6 +11,7 @@ from sla2_compile.passes.clean_up import CleanUp
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.pipeline import Pipeline
+from sla2_compile.passes.printer import graph_text
 from sla2_compile.passes.replace_attention import ReplaceAttention, undo
 from sla2_compile.passes.select_attention import SelectAttention
 from sla2_compile.recipes import Recipe
@@ -32,10 +33,6 @@ def traced():
     return gm
 
 
-def text(gm):
-    return "\n".join(line.rstrip() for line in str(gm.graph).strip().splitlines())
-
-
 class GoldenTests(TestCase):
     maxDiff = None
 
@@ -43,7 +40,7 @@ class GoldenTests(TestCase):
         gm = traced()
         assert NormalizeSDPA().run(gm).changed == 2
         self.assertExpectedInline(
-            text(gm),
+            graph_text(gm),
             """\
 graph():
     %q : [num_users=2] = placeholder[target=q]
@@ -60,9 +57,9 @@ graph():
     def test_select_attention(self):
         gm = traced()
         NormalizeSDPA().run(gm)
-        before = text(gm)
+        before = graph_text(gm)
         result = SelectAttention(RECIPE).run(gm)
-        assert text(gm) == before
+        assert graph_text(gm) == before
         lines = [
             f"{type(o).__name__} {o.reason.value}"
             if isinstance(o, Miss)
@@ -83,7 +80,7 @@ Miss additive bias""",
         SelectAttention(RECIPE).run(gm)
         assert ReplaceAttention().run(gm).changed == 1
         self.assertExpectedInline(
-            text(gm),
+            graph_text(gm),
             """\
 graph():
     %q : [num_users=2] = placeholder[target=q]
@@ -101,9 +98,9 @@ graph():
         gm = traced()
         with gm.graph.inserting_before(gm.graph.output_node()):
             gm.graph.call_function(torch.neg, (next(iter(gm.graph.nodes)),))
-        before = text(gm)
+        before = graph_text(gm)
         assert CleanUp().run(gm).changed == 1
-        assert text(gm) != before
+        assert graph_text(gm) != before
         assert CleanUp().run(gm).changed == 0
 
     def test_whole_pipeline_and_undo(self):
@@ -113,7 +110,7 @@ graph():
         outcomes = Pipeline.standard(RECIPE).run(gm)
         assert [type(o) for o in outcomes] == [Rewrite, Miss]
         self.assertExpectedInline(
-            text(gm),
+            graph_text(gm),
             """\
 graph():
     %q : [num_users=2] = placeholder[target=q]
