@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.feature_maps import feature_map as phi
-from sla2_compile.kernels.tiling import NEG_INF, Scratch, Tiles, accumulation_dtype, block_rows, cut, head_groups
+from sla2_compile.kernels.tiling import (
+    NEG_INF,
+    Scratch,
+    Tiles,
+    accumulation_dtype,
+    block_rows,
+    cut,
+    head_groups,
+    products_are_small,
+)
 
 
 @dataclass
@@ -66,7 +75,7 @@ def sparse_branch(tiles: Tiles) -> tuple[Tensor, Tensor]:
     lse = tiles.scratch("lse", (R, block_q, 1), tiles.acc)
     may_be_empty = tiles.k_valid is not None or tiles.row_valid is not None
     # a row's maximum need not be found and subtracted where exp cannot overflow: two passes less
-    shift = not tiles.scores_are_small()
+    shift = not products_are_small(tiles.q, tiles.k, tiles.scale)
     for part in tiles.chunks(tiles.keys):
         keys, values = tiles.gather(part)
         s = tiles.scores(part, keys)

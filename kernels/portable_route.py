@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
-from sla2_compile.kernels.tiling import NEG_INF, TILE_ELEMENTS, accumulation_dtype
+from sla2_compile.kernels.tiling import NEG_INF, TILE_ELEMENTS, accumulation_dtype, products_are_small
 
 
 def pool_tokens(x: Tensor, rows: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,7 @@ def block_scores(
     log_count = count.log()[:, None, :, None].expand(B, heads, -1, 1)
     keys = torch.cat([token_grid(k_pool, b), token_grid(log_count, b, NEG_INF)], dim=-1)
     empty = bool((keys[..., -1] == NEG_INF).any())
+    small = products_are_small(q_pool, k_pool, scale)
     keys = keys.permute(0, 1, 4, 3, 2).flatten(3).contiguous()
     rows = token_grid(F.pad(q_pool * scale, (0, 1), value=1.0), a)
     tm, tn = rows.shape[2], keys.shape[3] // b
@@ -71,25 +72,30 @@ def block_scores(
             flat = keys[i, h]
             for start in range(0, tm, step):
                 part = rows[i, h, :, start : start + step]
-                scored = reduce_tokens(part.reshape(-1, a, D + 1), flat, b, empty)
+                scored = reduce_tokens(part.reshape(-1, a, D + 1), flat, b, empty, small)
                 for out, score in zip((peak, typical), scored, strict=True):
                     out[i, h, :, start : start + step] = score.view(part.shape[0], part.shape[1], tn)
             if missing:
                 # the ragged last query block holds fewer tokens: padding must not count
                 last = rows[i, h, :, -1, : a - missing]
-                peak[i, h, :, -1], typical[i, h, :, -1] = reduce_tokens(last, flat, b, empty)
+                peak[i, h, :, -1], typical[i, h, :, -1] = reduce_tokens(last, flat, b, empty, small)
     return peak.flatten(1, 2), typical.flatten(1, 2)
 
 
-def reduce_tokens(rows: Tensor, keys: Tensor, b: int, may_be_empty: bool) -> tuple[Tensor, Tensor]:
+def reduce_tokens(rows: Tensor, keys: Tensor, b: int, may_be_empty: bool, small: bool) -> tuple[Tensor, Tensor]:
     """Return peak and typical, (n, Tn) each.
 
     Args:
         rows: (n, a, D + 1), scaled tokens of n query blocks.
         keys: (D + 1, b * Tn), tokens of the key blocks, a block's tokens Tn apart.
+        may_be_empty: whether a block may hold no real key.
+        small: whether exp(score) can neither overflow nor vanish.
     """
     n, a, width = rows.shape
     s = (rows.reshape(-1, width) @ keys).view(n * a, b, -1)
+    if small:
+        total = s.exp_().sum(dim=1).view(n, a, -1)
+        return total.sum(dim=1).log_().sub_(math.log(a)), total.log().mean(dim=1)
     s = log_sum_exp(s, may_be_empty).view(n, a, -1)
     typical = s.mean(dim=1)
     return log_sum_exp(s, may_be_empty) - math.log(a), typical

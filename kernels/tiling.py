@@ -42,6 +42,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if native else torch.float32
 
 
+def products_are_small(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Whether exp(scale * q . k) can neither overflow nor vanish, by |q . k| <= |q| |k|; never asked of a GPU."""
+    if q.device.type != "cpu" or q.numel() == 0 or k.numel() == 0:
+        return False
+    longest = [torch.linalg.vector_norm(x, dim=-1).max().item() for x in (q, k)]
+    return abs(scale) * longest[0] * longest[1] < SMALL_SCORE
+
+
 def head_groups(B: int, heads: int, tokens: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Yield (batch slice, key/value head slice) rectangles that cover (B, heads)."""
     room = max(1, GROUP_TOKENS.get(device.type, 2**18) // max(1, tokens))
@@ -163,13 +171,6 @@ class Tiles:
         s = torch.baddbmm(s, q, keys.mT, beta=0.0, alpha=self.scale, out=s).to(self.acc)
         hidden = self._hidden(part)
         return s if hidden is None else s.masked_fill_(hidden, NEG_INF)
-
-    def scores_are_small(self) -> bool:
-        """Whether exp(score) can neither overflow nor vanish, by |q . k| <= |q| |k|; never asked of a GPU."""
-        if self.q.device.type != "cpu":
-            return False
-        longest = [torch.linalg.vector_norm(x, dim=-1).max().item() for x in (self.q, self.k)]
-        return abs(self.scale) * longest[0] * longest[1] < SMALL_SCORE
 
     def _hidden(self, part: slice) -> Tensor | None:
         """(n, 1 or block_q, K * block_k) bool, True where a score must not count; None where all count."""
