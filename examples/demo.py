@@ -39,8 +39,8 @@ from jit import JiT, JiTConfig, noisy
 
 FULL = "full attention"
 RECIPES = ("max_speedup", "balanced", "high_quality", "paper")
-# points of the photo whose query blocks are drawn: the face, the model shuttle, the flag
-POINTS = [(0.25, 0.43), (0.33, 0.82), (0.42, 0.07)]
+# points of the photo whose query blocks are drawn: the face, the model shuttle, the badge
+POINTS = [(0.25, 0.43), (0.42, 0.82), (0.74, 0.33)]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Size:
     library_side: int
 
 
-NORMAL = Size(JiTConfig(), 120, 45.0, ((256, 2), (512, 1)), 4, 512)
+NORMAL = Size(JiTConfig(), 100, 40.0, ((256, 2), (512, 1)), 4, 512)
 QUICK = Size(JiTConfig(width=128, depth=2), 6, 10.0, ((128, 1),), 1, 256)
 
 
@@ -246,7 +246,7 @@ def draw(
         )
         path = out / f"selected_blocks_{name}.png"
         heads = list(range(first.lut.shape[1]))
-        draw_selection(resize(photo, side), selections, heads, points, title, subtitle, path)
+        draw_selection(photo, selections, heads, points, title, subtitle, path)
         paths.append(path)
     return paths
 

@@ -13,12 +13,18 @@ import numpy as np
 import torch
 from jit import to_grid
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 mpl.use("Agg")
 
-# one colour for each query block: they must differ from each other, from the photo's orange, and in brightness
-COLOURS = ((0.10, 0.85, 1.00), (1.00, 0.85, 0.10), (1.00, 0.30, 0.75))
+# a panel is drawn with this many pixels a side, whatever the tokens, so that lines are as thick everywhere
+SIDE = 512
+# brightness of what is not chosen
+DIMMED = 0.5
+# one for each query block
+COLOURS = ((0.10, 0.85, 1.00), (1.00, 0.85, 0.10), (1.00, 0.35, 0.75))
 
 
 @dataclass(frozen=True)
@@ -73,32 +79,44 @@ def outline(regions: np.ndarray, width: int) -> np.ndarray:
 
 
 def draw_panel(photo: np.ndarray, selection: Selection, head: int, blocks: list[int]) -> np.ndarray:
-    """Return the photo (H, W, 3) dimmed, with the key blocks chosen for each query block in its colour."""
-    scale = photo.shape[0] // selection.grid[0]
+    """Return the photo (SIDE, SIDE) dimmed, with the key blocks chosen for each query block in its colour, in RGB."""
 
     def pixels(x: np.ndarray) -> np.ndarray:
-        return x.repeat(scale, axis=0).repeat(scale, axis=1)
+        rows, columns = (np.arange(SIDE) * n // SIDE for n in selection.grid)
+        return x[rows][:, columns]
 
-    grey = photo.mean(axis=2, keepdims=True)
-    picture = 0.42 * (0.8 * grey + 0.2 * photo)
+    picture = np.repeat(DIMMED * photo[:, :, None], 3, axis=2)
     for block, colour in zip(blocks, COLOURS, strict=False):
         regions = pixels(selection.key_blocks(head, block))
-        chosen = regions >= 0
-        picture[chosen] = 0.62 * photo[chosen] + 0.38 * np.array(colour)
+        picture[regions >= 0] = (0.3 + 0.6 * photo[regions >= 0])[:, None] * colour
         picture[outline(regions, 1)] = colour
     for block, colour in zip(blocks, COLOURS, strict=False):
         regions = np.where(pixels(selection.query_map(block)), 0, -1)
-        picture[regions == 0] = 0.4 * photo[regions == 0] + 0.6 * np.array(colour)
-        picture[outline(regions, 5)] = 0.0
+        picture[regions == 0] = (0.4 + 0.6 * photo[regions == 0])[:, None] * colour
+        picture[outline(regions, 6)] = 0.0
         picture[outline(regions, 4)] = 1.0
     return picture.clip(0, 1)
+
+
+def palette() -> Image.Image:
+    """Return the 256 colours of a picture: greys, and each of `COLOURS` from dark to full.
+
+    As a palette image a picture takes a third of the space, which matters where it lives in a repository.
+    """
+    # a step before white, because Pillow looks colours up coarsely and the background must stay white
+    greys = np.append(np.linspace(0, 0.95, 84), 1.0)
+    ramps = [greys[:, None] * np.ones(3)]
+    ramps += [np.linspace(0.25, 1, 57)[:, None] * np.array(colour) for colour in COLOURS]
+    holder = Image.new("P", (1, 1))
+    holder.putpalette((np.concatenate(ramps) * 255).round().astype(np.uint8).tobytes())
+    return holder
 
 
 def draw_selection(
     photo: Tensor, selections: list[Selection], heads: list[int], where: list[tuple[float, float]], title: str,
     subtitle: str, path: Path,
 ) -> None:  # fmt: skip
-    """Write a PNG: a row for each site, a column for each head.
+    """Write a PNG: a row for each site, a column for each head; the photo in grey, so that all colour is choice.
 
     Args:
         photo: (1, 3, H, W) in [-1, 1].
@@ -108,8 +126,11 @@ def draw_selection(
         title, subtitle: above the panels.
         path: of the PNG.
     """
-    pixels = ((photo[0].permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy().astype(np.float64)
-    rows, columns, side, gap, left, top = len(selections), len(heads), 2.3, 0.05, 0.3, 0.72
+    photo = F.interpolate(photo, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+    pixels = ((photo[0].mean(0) + 1) / 2).clamp(0, 1).numpy().astype(np.float64)
+    rows, columns, gap, left, top = len(selections), len(heads), 0.05, 0.3, 0.72
+    # few columns get larger panels: the subtitle needs the width
+    side = max(2.2, 8.8 / columns)
     width, height = left + columns * (side + gap), top + rows * (side + gap)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     figure.text(left / width, 1 - 0.07 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
@@ -119,7 +140,7 @@ def draw_selection(
         for j, head in enumerate(heads):
             x, y = left + j * (side + gap), height - top - i * (side + gap) - side
             axes = figure.add_axes((x / width, y / height, side / width, side / height))
-            axes.imshow(draw_panel(pixels, selection, head, blocks), interpolation="nearest")
+            axes.imshow(draw_panel(pixels, selection, head, blocks), interpolation="antialiased")
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
@@ -129,3 +150,5 @@ def draw_selection(
             if j == 0:
                 axes.set_ylabel(selection.name, fontsize=9, labelpad=3)
     figure.savefig(path)
+    picture = Image.open(path).convert("RGB")
+    picture.quantize(palette=palette(), dither=Image.Dither.NONE).save(path, optimize=True)
