@@ -46,7 +46,8 @@ def transform(
         example_inputs, example_kwargs: one set of inputs for forward. With them the calls are found at once,
             without computing (fake tensors; a model on the meta device can be planned). Without them the first
             forward finds them; learned parameters then appear too late for an optimizer built before it.
-        discover: "fake", "real" (one true forward), or "auto": fake, and real where that fails.
+        discover: "fake", "real" (one true forward), or "auto": fake, and real where that fails or shows masks that
+            a library may build only while it is traced.
         allow_none: return the model unchanged, instead of raising, if nothing was replaced.
         **overrides: any field of Recipe, for example topk_ratio=0.1.
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from sla2_compile.passes import multihead
 from sla2_compile.passes.call import AttentionCall, bind
+from sla2_compile.passes.key_masks import same_for_all_queries
 from sla2_compile.passes.outcome import Where
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.select import SeenCall
@@ -38,20 +39,24 @@ def discover(
 
     Args:
         args, kwargs: one set of inputs; only shapes and dtypes matter under fake tensors.
-        how: "fake" (no computation), "real" (one true forward), or "auto": fake, and real if that fails.
+        how: "fake" (no computation), "real" (one true forward), or "auto": fake, and real if that fails or shows
+            masks over queries, which some libraries build only while they are traced (in eager they pass is_causal).
 
     Raises:
         ValueError: the model does not run on these inputs; the cause is chained.
     """
     first: Exception | None = None
+    on_meta = any(p.is_meta for p in model.parameters())
     if how != "real":
         try:
-            return _trace_fake(model, args, kwargs), "fake"
+            seen = _trace_fake(model, args, kwargs, on_meta)
+            if how == "fake" or on_meta or not any(_masks_queries(s) for s in seen):
+                return seen, "fake"
         except Exception as error:  # the model's own code may raise anything; what is left is reported below
             if how == "fake":
                 raise _does_not_run(model, error) from error
             first = error
-    if any(p.is_meta for p in model.parameters()):
+    if on_meta:
         raise _does_not_run(model, first or RuntimeError("a model on the meta device cannot run")) from first
     try:
         with _undo(model, largest=sys.maxsize), torch.random.fork_rng(devices=[]):
@@ -68,9 +73,13 @@ def _does_not_run(model: nn.Module, error: Exception) -> ValueError:
     )
 
 
-def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SeenCall]:
+def _masks_queries(seen: SeenCall) -> bool:
+    mask = None if seen.call is None else seen.call.attn_mask
+    return mask is not None and not same_for_all_queries(mask)
+
+
+def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], on_meta: bool) -> list[SeenCall]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    on_meta = any(p.is_meta for p in model.parameters())
 
     def fake(x: Tensor) -> Tensor:
         made = mode.from_tensor(x.detach().to("meta") if on_meta else x.detach())
