@@ -55,7 +55,7 @@ class Size:
     library_side: int
 
 
-NORMAL = Size(JiTConfig(), 100, 40.0, ((256, 2), (512, 1)), 4, 512)
+NORMAL = Size(JiTConfig(), 100, 30.0, ((256, 2), (512, 1)), 4, 512)
 QUICK = Size(JiTConfig(width=128, depth=2), 6, 10.0, ((128, 1),), 1, 256)
 
 
