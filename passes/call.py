@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sla2_compile.passes.key_masks import to_key_mask
-
 
 @dataclass
 class AttentionCall:
@@ -35,10 +33,6 @@ class AttentionCall:
             self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal,
             scale=self.scale, enable_gqa=self.enable_gqa,
         )  # fmt: skip
-
-    def key_mask(self) -> Tensor | None:
-        """The mask as (B, Nk) bool, for a mask that hides whole keys (`key_masks.py`)."""
-        return None if self.attn_mask is None else to_key_mask(self.attn_mask, self.q.shape[0], self.k.shape[2])
 
 
 def bind(

@@ -1,7 +1,7 @@
 """Which attention calls SLA2 takes, and the fixed list of reasons why it leaves one alone.
 
 The same function decides at planning time (fake tensors), in graphs (example values) and at run time
-(real tensors, SymInts under torch.compile). It looks at metadata; only an additive mask's values are read.
+(real tensors, SymInts under torch.compile). It looks at metadata only (`masks.py` reads masks).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from sla2_compile.kernels.blocks import shorter
 from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
 from sla2_compile.passes.call import AttentionCall
-from sla2_compile.passes.key_masks import hides_or_keeps, same_for_all_queries
+from sla2_compile.passes.masks import MaskView
 
 if TYPE_CHECKING:
     from sla2_compile.passes.settings import SiteSettings
@@ -47,8 +47,8 @@ MIN_SEQ_LEN = {"cpu": 512, "cuda": 4096}
 """What `min_seq_len: auto` means by device type: the shortest length at which SLA2 was measured to win."""
 
 
-def why_not(call: AttentionCall, settings: SiteSettings) -> Reason | None:
-    """Return why SLA2 must not take this call, or None if it takes it."""
+def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) -> Reason | None:
+    """Return why SLA2 must not take this call, or None if it takes it; mask is what `read_mask` made of its mask."""
     q, k, v = call.q, call.k, call.v
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return Reason.RANK
@@ -62,13 +62,10 @@ def why_not(call: AttentionCall, settings: SiteSettings) -> Reason | None:
         return Reason.BROADCAST
     if call.dropout_p > 0.0:
         return Reason.DROPOUT
-    if call.attn_mask is not None:
-        boolean = call.attn_mask.dtype == torch.bool
-        if not same_for_all_queries(call.attn_mask):
-            return Reason.QUERY_MASK if boolean else Reason.BIAS
-        if call.attn_mask.requires_grad or not (boolean or hides_or_keeps(call.attn_mask)):
-            return Reason.BIAS
-    if call.is_causal and settings.options.linear_scope == "all":
+    if mask is None:
+        assert call.attn_mask is not None
+        return Reason.QUERY_MASK if call.attn_mask.dtype == torch.bool else Reason.BIAS
+    if mask.is_causal and settings.options.linear_scope == "all":
         return Reason.CAUSAL_ALL_KEYS
     return _too_short(q.shape[2], k.shape[2], settings.shortest(q.device.type))
 

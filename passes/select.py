@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.masks import read_mask
 from sla2_compile.passes.outcome import Miss, Rewrite, Where
 from sla2_compile.passes.rules import Reason, why_not
 from sla2_compile.passes.settings import SiteSettings
@@ -58,7 +59,7 @@ def select(seen: Sequence[SeenCall], recipe: Recipe) -> list[Rewrite | Miss]:
         if reason is None and not recipe.start_layer <= layer < (recipe.end_layer or layer + 1):
             reason = Reason.LAYER_RANGE
         if reason is None and s.call is not None:
-            reason = why_not(s.call, settings)
+            reason = why_not(s.call, read_mask(s.call), settings)
         if reason is None and s.call is not None:
             outcomes.append(Rewrite.of(s.where, s.call, settings))
         else:

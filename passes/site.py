@@ -14,6 +14,7 @@ from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
 from sla2_compile.passes import multihead
 from sla2_compile.passes.call import AttentionCall, bind
+from sla2_compile.passes.masks import Structure, read_mask
 from sla2_compile.passes.rules import Reason, why_not
 from sla2_compile.passes.settings import SiteSettings
 
@@ -32,6 +33,7 @@ class Site(nn.Module):
 
     Attributes:
         settings: what the recipe says.
+        structure: what the call's mask was when the model was planned; None if unknown.
         last_routing: what the last eager forward chose, or None; not saved, not copied.
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
     """
@@ -53,11 +55,14 @@ class Site(nn.Module):
         """
         super().__init__()
         self.settings = settings
+        self.structure: Structure | None = None
         self.last_routing: Routing | None = None
         self.fallbacks: Counter[str] = Counter()
         for name in ("proj_q", "proj_k", "alpha_gain", "alpha_bias"):
             self.register_parameter(name, None)
         if call is not None:
+            mask = read_mask(call)
+            self.structure = None if mask is None else mask.structure
             self._make_parameters(call, dtype or call.q.dtype)
 
     def _make_parameters(self, call: AttentionCall, dtype: torch.dtype) -> None:
@@ -82,15 +87,17 @@ class Site(nn.Module):
             ValueError: the site's parameters are not where q is; alpha="block" at another length.
         """
         call = bind(*args, **kwargs)
-        reason = why_not(call, self.settings)
-        if reason is not None:
+        mask = read_mask(call, self.structure)
+        reason = why_not(call, mask, self.settings)
+        if reason is not None or mask is None:
+            assert reason is not None
             self.count(reason)
             return call.full_attention()
         if self.alpha_bias is not None:
             self._check(call, self.alpha_bias)
         o, routing = attend(
             call.q, call.k, call.v, self.settings.options,
-            key_mask=call.key_mask(), is_causal=call.is_causal, scale=call.scale,
+            key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
             proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
         )  # fmt: skip
         if routing is not None:

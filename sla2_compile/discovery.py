@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from sla2_compile.passes import multihead
 from sla2_compile.passes.call import AttentionCall, bind
-from sla2_compile.passes.key_masks import same_for_all_queries
+from sla2_compile.passes.masks import same_for_all_queries
 from sla2_compile.passes.outcome import Where
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.select import SeenCall
