@@ -40,6 +40,8 @@ class Reason(str, Enum):
     EXTRA_KEYS = "extra keys of nn.MultiheadAttention (bias_k, bias_v, add_zero_attn, static_k, static_v)"
     MULTIHEAD = "inside nn.MultiheadAttention (graphs only; transform the nn.Module)"
     HAND_WRITTEN = "softmax written by hand, possibly attention"
+    WEIGHTS_USED = "softmax weights or scores are used elsewhere"
+    LOOK_ALIKE = "looks like token attention, and is not"
     UNSEEN = "call not seen when the model was planned"
 
 
