@@ -16,10 +16,10 @@ from torch import Tensor
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.tiling import (
     NEG_INF,
-    Scratch,
     Tiles,
     accumulation_dtype,
     block_rows,
+    call_memory,
     cut,
     head_groups,
     products_are_small,
@@ -158,28 +158,28 @@ def attention_forward(
     o = q.new_empty(B, Hq, tm * block_q, v.shape[3])
     lse = q.new_empty(B, Hq, tm * block_q, 1, dtype=accumulation_dtype(q.dtype))
     kept = [torch.empty_like(o) for _ in range(2)] if keep_branches else []
-    scratch = Scratch(q.device)
 
-    for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
-        hq = slice(hs.start * groups, hs.stop * groups)
-        mask = None if key_mask is None else key_mask[bs]
-        inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
-        tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
-        state = linear_state(tiles, feature_map, linear_scope)
-        rest, gain, bias = alpha_rows.of(bs, hq)
-        o_rows, lse_rows, *kept_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse, *kept))
-        sparse, row_lse = sparse_branch(tiles)
-        lse_rows.copy_(row_lse[..., None])
-        for part in tiles.chunks(sparse.shape[2]):
-            linear, total = linear_branch(tiles, state, part, feature_map)
-            columns = (None if x is None else x[part] for x in (gain, bias))
-            alpha, _, _ = mix_weight(row_lse[part], total, rest[part], *columns)
-            if linear_scope == "all":
-                # with nothing left over the branch counts as empty, though it covers all keys
-                linear.masked_fill_((rest[part] == NEG_INF)[..., None], 0.0)
-            if keep_branches:
-                kept_rows[0][part], kept_rows[1][part] = sparse[part], linear
-            o_rows[part] = linear.lerp_(sparse[part], alpha[..., None])
+    with call_memory(q.device) as scratch:
+        for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
+            hq = slice(hs.start * groups, hs.stop * groups)
+            mask = None if key_mask is None else key_mask[bs]
+            inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
+            tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
+            state = linear_state(tiles, feature_map, linear_scope)
+            rest, gain, bias = alpha_rows.of(bs, hq)
+            o_rows, lse_rows, *kept_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse, *kept))
+            sparse, row_lse = sparse_branch(tiles)
+            lse_rows.copy_(row_lse[..., None])
+            for part in tiles.chunks(sparse.shape[2]):
+                linear, total = linear_branch(tiles, state, part, feature_map)
+                columns = (None if x is None else x[part] for x in (gain, bias))
+                alpha, _, _ = mix_weight(row_lse[part], total, rest[part], *columns)
+                if linear_scope == "all":
+                    # with nothing left over the branch counts as empty, though it covers all keys
+                    linear.masked_fill_((rest[part] == NEG_INF)[..., None], 0.0)
+                if keep_branches:
+                    kept_rows[0][part], kept_rows[1][part] = sparse[part], linear
+                o_rows[part] = linear.lerp_(sparse[part], alpha[..., None])
 
     o, lse, *kept = (x[:, :, :Nq].contiguous() for x in (o, lse, *kept))
     return o, lse.squeeze(-1), *(kept or (o.new_empty(0), o.new_empty(0)))

@@ -20,8 +20,8 @@ from sla2_compile.kernels.feature_maps import feature_map_backward
 from sla2_compile.kernels.portable_attention import AlphaRows, LinearState, linear_state, mix_weight
 from sla2_compile.kernels.tiling import (
     NEG_INF,
-    Scratch,
     Tiles,
+    call_memory,
     copy_to_blocks,
     cut,
     from_blocks,
@@ -147,31 +147,31 @@ def attention_backward(
     alpha_rows = AlphaRows.lay_out(log_rest, alpha_gain, alpha_bias)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dk_mean = torch.empty_like(k_mean)
-    scratch = Scratch(q.device)
     d_logit, d_gain = log_rest.new_empty(B, Hq, tm), log_rest.new_empty(B, Hq, tm)
 
-    for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
-        hq = slice(hs.start * groups, hs.stop * groups)
-        mask = None if key_mask is None else key_mask[bs]
-        inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
-        tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
-        g, o_s, o_l = (
-            copy_to_blocks(x[bs, hq], block_q, tiles.acc, scratch, name)
-            for name, x in (("do", do), ("o_sparse", o_sparse), ("o_linear", o_linear))
-        )
-        row_lse = to_blocks(lse[bs, hq, :, None], block_q).squeeze(-1)
-        state = linear_state(tiles, feature_map, linear_scope)
-        rows = row_backward(tiles, state, g, row_lse, o_s, o_l, *alpha_rows.of(bs, hq), feature_map)
-        dk_rows, dv_rows = key_backward(tiles, state, rows, feature_map)
-        add_sparse_backward(tiles, rows, g, row_lse, rows.dq, dk_rows, dv_rows)
+    with call_memory(q.device) as scratch:
+        for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
+            hq = slice(hs.start * groups, hs.stop * groups)
+            mask = None if key_mask is None else key_mask[bs]
+            inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
+            tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
+            g, o_s, o_l = (
+                copy_to_blocks(x[bs, hq], block_q, tiles.acc, scratch, name)
+                for name, x in (("do", do), ("o_sparse", o_sparse), ("o_linear", o_linear))
+            )
+            row_lse = to_blocks(lse[bs, hq, :, None], block_q).squeeze(-1)
+            state = linear_state(tiles, feature_map, linear_scope)
+            rows = row_backward(tiles, state, g, row_lse, o_s, o_l, *alpha_rows.of(bs, hq), feature_map)
+            dk_rows, dv_rows = key_backward(tiles, state, rows, feature_map)
+            add_sparse_backward(tiles, rows, g, row_lse, rows.dq, dk_rows, dv_rows)
 
-        dq[bs, hq] = from_blocks(rows.dq, dq[bs, hq].shape)
-        dk_smooth = from_blocks(dk_rows, dk[bs, hs].shape)
-        dk[bs, hs] = dk_smooth
-        dk_mean[bs, hs] = -dk_smooth.sum(dim=2)
-        dv[bs, hs] = from_blocks(dv_rows, dv[bs, hs].shape)
-        d_logit[bs, hq] = rows.d_logit.view(d_logit[bs, hq].shape)
-        d_gain[bs, hq] = rows.d_gain.view(d_gain[bs, hq].shape)
+            dq[bs, hq] = from_blocks(rows.dq, dq[bs, hq].shape)
+            dk_smooth = from_blocks(dk_rows, dk[bs, hs].shape)
+            dk[bs, hs] = dk_smooth
+            dk_mean[bs, hs] = -dk_smooth.sum(dim=2)
+            dv[bs, hs] = from_blocks(dv_rows, dv[bs, hs].shape)
+            d_logit[bs, hq] = rows.d_logit.view(d_logit[bs, hq].shape)
+            d_gain[bs, hq] = rows.d_gain.view(d_gain[bs, hq].shape)
 
     gain_grad, bias_grad = q.new_empty(0), q.new_empty(0)
     if alpha_gain is not None:

@@ -9,7 +9,9 @@ simply owns `Hq / Hkv` times as many query blocks.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,9 @@ NEG_INF = float("-inf")
 # GPUs want enough work for one launch
 TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
+
+# what a thread keeps between calls at most
+KEPT_BYTES = 2**26
 
 # exp(40) times any sensible value, summed over any sensible length, is far from float32's end
 SMALL_SCORE = 40.0
@@ -61,7 +66,7 @@ def head_groups(B: int, heads: int, tokens: int, device: torch.device) -> Iterat
 
 
 class Scratch:
-    """Memory that one call reuses from chunk to chunk and from group to group.
+    """Memory that a call reuses from chunk to chunk and from group to group.
 
     Fresh pages cost a CPU several times the arithmetic that is done in them (benchmarks/NOTES_CPU.md).
     """
@@ -74,8 +79,23 @@ class Scratch:
         """Return the memory of this name as an uninitialised tensor; what it held before is gone."""
         size, held = math.prod(shape), self.held.get(name)
         if held is None or held.numel() < size or held.dtype != dtype:
-            held = self.held[name] = torch.empty(size, dtype=dtype, device=self.device)
+            # memory made in inference mode could not be written outside it
+            with torch.inference_mode(False):
+                held = self.held[name] = torch.empty(size, dtype=dtype, device=self.device)
         return held[:size].view(shape)
+
+
+_of_thread = threading.local()
+
+
+@contextmanager
+def call_memory(device: torch.device) -> Iterator[Scratch]:
+    """Lend one call its `Scratch`: on a CPU the thread's own, which stays for the next call while it is small."""
+    kept = _of_thread.__dict__.pop("scratch", None) if device.type == "cpu" else None
+    scratch = kept or Scratch(device)
+    yield scratch
+    if device.type == "cpu" and sum(x.nbytes for x in scratch.held.values()) <= KEPT_BYTES:
+        _of_thread.scratch = scratch
 
 
 def to_blocks(x: Tensor, block: int) -> Tensor:

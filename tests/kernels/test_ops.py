@@ -261,3 +261,22 @@ def test_routing_tells_what_was_chosen() -> None:
     )  # fmt: skip
     torch.testing.assert_close(routing.lse, want[1][..., ::32])
     torch.testing.assert_close(o, want[0])
+
+
+def test_memory_kept_between_calls_is_never_handed_out() -> None:
+    """A thread's next call, of another size, dtype or mode, leaves the results of the last one alone."""
+    options = AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3)
+    results = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            q, k, v = qkv("transposed", False, dtype)
+            q.requires_grad_(mode is torch.enable_grad)
+            with mode():
+                o = sla2_attention(q, k, v, options)
+            kept = [o]
+            if mode is torch.enable_grad:
+                kept.extend(torch.autograd.grad(o.sum(), [q]))
+            results += [(x, x.detach().clone()) for x in kept]
+            sla2_attention(torch.ones(1, 2, 200, 16), torch.ones(1, 2, 300, 16), torch.ones(1, 2, 300, 8), options)
+    for now, then in results:
+        assert torch.equal(now, then)
