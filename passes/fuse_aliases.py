@@ -1,0 +1,64 @@
+"""`Writes`: which tensors share memory, and who writes into them when. A data-flow walk alone does not see it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, fx
+
+from sla2_compile.passes.fuse_reader import CASTS, PERMUTES, REGROUP, Reader
+
+VIEWS = (REGROUP | CASTS | PERMUTES) | frozenset(
+    "getitem expand expand_as slice select narrow unbind split chunk tensor_split split_with_sizes diagonal detach "
+    "as_strided unfold real imag view_as_real view_as_complex unsafe_chunk unsafe_split hsplit vsplit T H mH data "
+    "broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d identity dropout".split()
+)
+"""Operations whose result may share memory with what they are given."""
+
+
+class Writes:
+    """The in-place writes of a graph, by the memory that they touch."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.parent: dict[Hashable, Hashable] = {}
+        # nodes that share memory in one class: by what the operation may do, and by the fakes' storage
+        for node in reader.gm.graph.nodes:
+            self.add(node)
+        self.writes = [
+            (reader.position[node], node, {self._root(x) for x in written})
+            for node in reader.gm.graph.nodes
+            if (written := reader.writes(node))
+        ]
+
+    def add(self, node: fx.Node) -> None:
+        """Take in one node."""
+        for other in self._shares(node):
+            self._join(node, other)
+        value = self.reader.value(node)
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            self._join(node, value.untyped_storage()._cdata)
+
+    def _root(self, key: Hashable) -> Hashable:
+        while (up := self.parent.get(key, key)) != key:
+            key = up
+        return key
+
+    def _join(self, a: Hashable, b: Hashable) -> None:
+        a, b = self._root(a), self._root(b)
+        if a != b:
+            self.parent[a] = b
+
+    def _shares(self, node: fx.Node) -> list[fx.Node]:
+        name = self.reader.name(node)
+        if isinstance(node.target, torch._ops.OpOverload):
+            may = any(r.alias_info for r in node.target._schema.returns) or name in VIEWS
+        else:
+            may = name in VIEWS or bool(self.reader.writes(node))
+        return node.all_input_nodes if may else []
+
+    def between(self, node: fx.Node, start: fx.Node, end: fx.Node) -> fx.Node | None:
+        """The first node after `start` and before `end` that writes into node's memory, or None."""
+        first, last, root = self.reader.position[start], self.reader.position[end], self._root(node)
+        return next((n for i, n, roots in self.writes if first < i < last and root in roots), None)

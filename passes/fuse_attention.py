@@ -1,0 +1,75 @@
+"""fuse-attention: attention written by hand becomes one call of scaled_dot_product_attention.
+
+    softmax(scale * q k^T + mask) v        q (B, H, Nq, D), k (B, H, Nk, D), v (B, H, Nk, Dv)
+
+Each softmax is matched against one pattern (`fuse_match`), on the graph's data flow and fake shapes: whatever
+cannot be proven stays as it is, with the part that did not fit as its reason. The rewrite (`fuse_emit`) gives the
+same values up to rounding, with one exception: a query whose keys are all filled with -inf or with the smallest
+number gets zeros, as scaled_dot_product_attention has it, and not nan or the mean of all values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from sla2_compile.passes.base import Pass, PassResult
+from sla2_compile.passes.fuse_aliases import Writes
+from sla2_compile.passes.fuse_emit import Emitter
+from sla2_compile.passes.fuse_explain import NoFit, near_attention
+from sla2_compile.passes.fuse_match import Match, Matcher
+from sla2_compile.passes.fuse_reader import Reader
+from sla2_compile.passes.outcome import Miss, Where
+from sla2_compile.passes.select_attention import DECISION, owner_of
+
+
+@dataclass(frozen=True)
+class FuseAttention(Pass):
+    """matmul, softmax, matmul -> scaled_dot_product_attention in the normal form; a `Miss` for each near miss."""
+
+    name: ClassVar[str] = "fuse-attention"
+    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        result = PassResult()
+        reader = Reader(gm)
+        found = [n for n in gm.graph.nodes if n in reader.live and reader.name(n) in ("softmax", "softmax_")]
+        if not found:
+            return result
+        writes, matcher = Writes(reader), Matcher(reader)
+        for softmax in found:
+            if DECISION in softmax.meta:
+                continue
+            try:
+                match = matcher.match(softmax)
+                new = Emitter(reader, writes, match).emit()
+            except NoFit as miss:
+                if near_attention(reader, softmax):
+                    where = Where(owner_of(softmax), 0, (), (), (), "", "")
+                    softmax.meta[DECISION] = Miss(where, miss.reason, miss.detail)
+                    result.outcomes.append(softmax.meta[DECISION])
+                continue
+            match.values.replace_all_uses_with(new)
+            _remove(match, reader)
+            result.changed += 1
+        return result
+
+
+def _remove(match: Match, reader: Reader) -> None:
+    """Erase what a call replaced, and what only that read."""
+    graph = match.values.graph
+    for node in sorted(match.nodes, key=reader.position.__getitem__, reverse=True):
+        _erase(node)
+    for node in reversed(list(graph.nodes)):
+        useless = node.op.startswith("call_") and not node.users and node in reader.live
+        if useless and reader.writes(node) is None and not node.is_impure():
+            graph.erase_node(node)
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node with the users that it has left: dead ones, and assertions about its metadata."""
+    for user in list(node.users):
+        _erase(user)
+    node.graph.erase_node(node)

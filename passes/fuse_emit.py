@@ -1,0 +1,271 @@
+"""Writing a match down: q, k, v as (B, H, N, D), one call of scaled_dot_product_attention, the result as it was."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sla2_compile.passes.fuse_aliases import Writes
+from sla2_compile.passes.fuse_builder import Builder
+from sla2_compile.passes.fuse_explain import NoFit
+from sla2_compile.passes.fuse_match import Factor, Match, Operand, Term
+from sla2_compile.passes.fuse_reader import Reader, known, product, same
+from sla2_compile.passes.normalize_sdpa import SDPA
+from sla2_compile.passes.rules import Reason
+
+KEEPS_LAYOUT = frozenset(
+    "to type type_as float half bfloat16 double alias dropout mul div add sub neg relu gelu silu sigmoid tanh "
+    "transpose permute swapaxes movedim unsqueeze squeeze reshape flatten unflatten getitem slice select expand "
+    "chunk split unbind identity".split()
+)
+"""Operations whose result may be laid out in memory like their input."""
+
+
+@dataclass
+class Source:
+    """An operand after the walk back to where it comes from: axes in order, batch of these sizes (broadcast)."""
+
+    node: fx.Node
+    axes: tuple[str, ...]
+    batch: tuple[Any, ...]
+    factors: list[Factor]
+
+
+class Emitter:
+    """Writes one match into its graph."""
+
+    def __init__(self, reader: Reader, writes: Writes, match: Match) -> None:
+        self.reader, self.writes, self.match = reader, writes, match
+        terms = [t.node for t in match.trail.terms]
+        self.build = Builder(reader, writes, match.values, [match.q.node, match.k.node, match.v.node, *terms])
+
+    def emit(self) -> fx.Node:
+        """Insert the call and return the node that takes the place of the values product; nothing is removed.
+
+        Raises:
+            NoFit: something is written in place meanwhile, or a symbolic size cannot be read.
+        """
+        try:
+            return self._emit()
+        except NoFit:
+            self.build.discard()
+            raise
+
+    def _emit(self) -> fx.Node:
+        match, build, reader = self.match, self.build, self.reader
+        dtype = reader.value(match.v.node).dtype
+        scores, weights = match.scores[:-2], match.weights
+        q, k = (self._source(x, scores, dtype, scaled=True) for x in (match.q, match.k))
+        v = self._source(match.v, weights, dtype, scaled=False)
+        batch = self._batch([scores, weights, q.batch, k.batch, v.batch, *(s[:-2] for s in self._score_shapes())])
+        whole = (*batch, *match.scores[-2:])
+        k_heads, v_heads = self._fewer_heads(k, batch), self._fewer_heads(v, batch)
+        grouped = k_heads is not None and v_heads is not None and known(k_heads[1] == v_heads[1])
+        nodes = [self._four(q, batch, None)]
+        nodes += [self._four(x, batch, h[0] if grouped and h else None) for x, h in ((k, k_heads), (v, v_heads))]
+        dtypes = [reader.value(x).dtype for x in nodes]
+        for other in dtypes:
+            dtype = torch.promote_types(dtype, other)
+
+        numbers = [f for f in (*match.trail.factors, *q.factors, *k.factors) if f.shape is None]
+        for factor in match.trail.factors:
+            if factor.shape is not None:
+                scale = build.overlay(self._steady(factor.value, match.values), factor.shape, whole)
+                nodes[0] = build(torch.div if factor.divides else torch.mul, nodes[0], scale)
+        nodes = [x if reader.value(x).dtype == dtype else build("to", x, dtype) for x in nodes]
+        mask = self._mask(whole, dtype)
+        out = build(
+            SDPA, *nodes, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=self._number(numbers),
+            enable_gqa=grouped,
+        )  # fmt: skip
+        return self._result(out, batch, weights)
+
+    def _source(self, operand: Operand, full: Sequence[Any], dtype: torch.dtype, scaled: bool) -> Source:
+        """Walk an operand back through casts, scales and permutations that the call does not need."""
+        reader, node, axes, at = self.reader, operand.node, operand.axes, operand.reader
+        factors: list[Factor] = []
+        batch = tuple(full)
+        while reader.writes(node) is None:
+            wanted = tuple(sorted(axes, key=_rank))
+            under = reader.casts(node)
+            if under is not None:
+                old, new = reader.value(under).dtype, reader.value(node).dtype
+                # an upcast of q and k to more than v has is what the kernels do anyway
+                if old != new and not (scaled and old == dtype):
+                    break
+                at, node = node, under
+            elif scaled and (step := self._scale_of(node)) is not None:
+                at, (node, factor) = node, step
+                factors.append(factor)
+            elif axes != wanted and (order := reader.order(node)) is not None:
+                source = reader.first(node)
+                assert source is not None
+                axes = tuple(axes[order.index(i)] for i in range(len(axes)))
+                at, node = node, source
+            elif len(batch) == 1 and axes[:1] == ("b0",) and (split := self._split(node)) is not None:
+                batch, axes = (reader.shape(split) or ())[:2], ("b0", "b1", *axes[1:])
+                at, node = node, split
+            else:
+                break
+        self._steady(node, at)
+        # the later steps read what the earlier ones read
+        return Source(node, axes, batch, factors)
+
+    def _steady(self, node: fx.Node, at: fx.Node) -> fx.Node:
+        """Refuse a tensor that is written between its reading and the new call."""
+        writer = self.writes.between(node, at, self.match.values)
+        if writer is not None and writer not in self.match.nodes:
+            raise NoFit(Reason.HAND_WRITTEN, f"{node.name} is written in place before the values ({writer.name})")
+        return node
+
+    def _scale_of(self, node: fx.Node) -> tuple[fx.Node, Factor] | None:
+        """The tensor and the number of x * c, c * x or x / c."""
+        reader, name = self.reader, self.reader.name(node)
+        if name not in ("mul", "div"):
+            return None
+        a, b = reader.arg(node, 0, "input", "self"), reader.arg(node, 1, "other")
+        for x, c in ((a, b), (b, a))[: 1 if name == "div" else 2]:
+            number = reader.number(c)
+            if number is not None and isinstance(x, fx.Node) and same(reader.shape(x) or (), reader.shape(node) or ()):
+                kept = reader.value(x).dtype == reader.value(node).dtype
+                return (x, Factor(number, name == "div")) if kept else None
+        return None
+
+    def _split(self, node: fx.Node) -> fx.Node | None:
+        """x (B, H, a, b) of a node that is x as (B * H, a, b)."""
+        x = self.reader.regroups(node)
+        old, new = self.reader.shape(x) or (), self.reader.shape(node) or ()
+        return x if x is not None and len(old) == 4 and len(new) == 3 and same(old[2:], new[1:]) else None
+
+    def _score_shapes(self) -> list[tuple[Any, ...]]:
+        tail = self.match.scores[-2:]
+        return [s for s in self.match.trail.shapes if same(s[-2:], tail)]
+
+    def _batch(self, groups: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
+        """Batch and heads: the first way of writing the batch axes that has two of them."""
+        total = product(self.match.scores[:-2])
+        for group in groups:
+            if len(group) == 2 and known(product(group) == total):
+                return group[0], group[1]
+        first = groups[0]
+        return (first[0], 1) if len(first) == 1 else (product(first[:-1]), first[-1])
+
+    def _fewer_heads(self, x: Source, batch: Sequence[Any]) -> tuple[fx.Node, Any] | None:
+        """x (B, Hkv, N, D) of keys or values that are written out for each of more query heads, and Hkv."""
+        reader, node = self.reader, x.node
+        shape = reader.shape(node) or ()
+        if x.axes != ("b0", "b1", "n", "d") or not same(x.batch, batch):
+            return None
+        if known(shape[1] == 1) and not known(batch[1] == 1) and known(shape[0] == batch[0]):
+            return node, 1
+        if reader.name(node) == "repeat_interleave":
+            source, dim = reader.first(node), reader.arg(node, 2, "dim")
+            if source is None or not isinstance(reader.arg(node, 1, "repeats"), int) or dim not in (1, -3):
+                return None
+        else:
+            wide = reader.regroups(node)
+            narrow = reader.first(wide) if wide is not None and reader.name(wide) in ("expand", "repeat") else None
+            source = reader.regroups(narrow) if narrow is not None else None
+            if wide is None or narrow is None or source is None:
+                return None
+            a, b = reader.shape(narrow) or (), reader.shape(wide) or ()
+            if len(a) != 5 or len(b) != 5 or not known(a[2] == 1) or not same((*a[:2], *a[3:]), (*b[:2], *b[3:])):
+                return None
+        size = reader.shape(source) or ()
+        if len(size) != 4 or not same((size[0], *size[2:]), (shape[0], *shape[2:])):
+            return None
+        return self._steady(source, source), size[1]
+
+    def _four(self, x: Source, batch: Sequence[Any], grouped: fx.Node | None) -> fx.Node:
+        """The operand as (B, H, N, D)."""
+        if grouped is not None:
+            return grouped
+        wanted = tuple(sorted(x.axes, key=_rank))
+        node = self.build.permute(x.node, [x.axes.index(axis) for axis in wanted])
+        for i in range(len(x.batch)):
+            if f"b{i}" not in wanted:
+                node = self.build(torch.unsqueeze, node, i)
+        node = self.build.batch(node, x.batch, batch)
+        if not same(self.build.shape(node)[:2], batch):
+            node = self.build("expand", node, *(self.build.size(n) for n in batch), -1, -1)
+        return node
+
+    def _number(self, factors: Sequence[Factor]) -> Any:
+        """The product of all factors that are numbers, symbolic ones as nodes."""
+        total: Any = 1.0
+        for f in factors:
+            if not isinstance(f.value, fx.Node):
+                total = total / f.value if f.divides else total * f.value
+        for f in factors:
+            if isinstance(f.value, fx.Node):
+                total = self.build(operator.truediv if f.divides else operator.mul, total, f.value)
+        return total
+
+    def _mask(self, whole: Sequence[Any], dtype: torch.dtype) -> fx.Node | None:
+        """All masks and biases as one attn_mask."""
+        build, keep, bias = self.build, None, None
+        for term in reversed(self.match.trail.terms):
+            x = self._term(term, whole)
+            if term.keep is not None:
+                keep = x if keep is None else build(torch.logical_and, keep, x)
+            else:
+                bias = x if bias is None else build(torch.add, bias, x)
+        if bias is not None and self.reader.value(bias).dtype != dtype:
+            bias = build("to", bias, dtype)
+        if bias is None or keep is None:
+            return bias if keep is None else keep
+        return build(torch.where, keep, bias, -torch.inf)
+
+    def _term(self, term: Term, whole: Sequence[Any]) -> fx.Node:
+        build, reader, node = self.build, self.reader, self._steady(term.node, term.reader)
+        if term.keep is not None:
+            source = reader.first(node)
+            twice = reader.name(node) == "logical_not" and source is not None and reader.writes(node) is None
+            if not term.keep and twice and source is not None and reader.value(source).dtype == torch.bool:
+                return build.overlay(self._steady(source, node), term.shape, whole)
+            node = build.overlay(node, term.shape, whole)
+            return node if term.keep else build(torch.logical_not, node)
+        node = build.overlay(node, term.shape, whole)
+        number = self._number([f for f in term.factors if f.shape is None])
+        if number != 1.0:
+            node = build(torch.mul, node, number)
+        for f in term.factors:
+            if f.shape is not None:
+                other = build.overlay(self._steady(f.value, self.match.values), f.shape, whole)
+                node = build(torch.div if f.divides else torch.mul, node, other)
+        return node
+
+    def _result(self, out: fx.Node, batch: Sequence[Any], weights: Sequence[Any]) -> fx.Node:
+        """The call's result (B, H, Nq, Dv) in the axes, dtype and, where someone asks, layout of the values product."""
+        build, reader, old = self.build, self.reader, self.match.values
+        out = build.batch(out, batch, weights)
+        names = (*(f"b{i}" for i in range(len(weights))), "n", "d")
+        out = build.permute(out, [names.index(axis) for axis in self.match.out_axes])
+        if reader.value(out).dtype != reader.value(old).dtype:
+            out = build("to", out, reader.value(old).dtype)
+        if not same(build.shape(out), reader.shape(old) or ()):
+            raise NoFit(Reason.HAND_WRITTEN, "weights are shared by several batches of values")
+        return build("contiguous", out) if self._viewed(old) else out
+
+    def _viewed(self, node: fx.Node) -> bool:
+        """Whether the result's layout in memory matters: something views it without a copy."""
+        todo, seen = [node], set()
+        while todo:
+            for user in todo.pop().users:
+                name = self.reader.name(user).removesuffix("_")
+                if name in ("view", "view_as", "as_strided", "reshape_alias") or user.op == "output":
+                    return True
+                if name in KEEPS_LAYOUT and user not in seen:
+                    seen.add(user)
+                    todo.append(user)
+        return False
+
+
+def _rank(axis: str) -> int:
+    """Batch axes in order, then n, then d."""
+    return {"n": 1000, "d": 1001}.get(axis, int(axis[1:]) if axis[1:] else 0)

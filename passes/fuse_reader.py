@@ -1,0 +1,254 @@
+"""`Reader`: one way to read the nodes of a graph, whatever traced it: torch functions, methods, aten overloads, modules."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+REGROUP = frozenset(
+    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as reshape_alias".split()
+)
+"""Operations that keep the row-major order of all elements and only write the shape differently."""
+
+CASTS = frozenset("to type type_as float half bfloat16 double contiguous clone alias to_copy".split())
+"""Operations that give the same values, in another dtype or memory layout."""
+
+PERMUTES = frozenset("transpose permute swapaxes swapdims movedim moveaxis t mT numpy_T".split())
+
+ALIASES = {
+    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "iadd": "add_",
+    "imul": "mul_", "itruediv": "div_", "isub": "sub_", "_softmax": "softmax", "special_softmax": "softmax",
+    "_unsafe_view": "view", "unsafe_view": "view", "_to_copy": "to_copy", "invert": "logical_not",
+    "bitwise_not": "logical_not", "_reshape_alias": "reshape_alias", "lift_fresh_copy": "alias", "lift_fresh": "alias",
+    "convert_element_type": "to", "inv": "logical_not",
+}  # fmt: skip
+
+ASSERTIONS = frozenset({"_assert_tensor_metadata"})
+"""Nodes that read a tensor's metadata and nothing else: no use of its values."""
+
+
+def known(condition: Any) -> bool:
+    """Whether a comparison of sizes holds for every size the graph was traced for; adds no guard."""
+    return statically_known_true(condition)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two shapes are the same for every size the graph was traced for."""
+    return len(a) == len(b) and all(known(x == y) for x, y in zip(a, b, strict=True))
+
+
+def product(sizes: Any) -> Any:
+    """The number of elements of these axes."""
+    total: Any = 1
+    for n in sizes:
+        total = total * n
+    return total
+
+
+class Reader:
+    """Answers what a node does, reads and holds.
+
+    Attributes:
+        gm: the graph module.
+        position: of each node in the graph.
+        live: nodes that reach an output or have an effect.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.modules = dict(gm.named_modules())
+        self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.live: set[fx.Node] = set()
+        todo = [n for n in gm.graph.nodes if n.op == "output" or self.writes(n) is not None or self._effect(n)]
+        while todo:
+            node = todo.pop()
+            if node not in self.live:
+                self.live.add(node)
+                todo += node.all_input_nodes
+
+    def add(self, node: fx.Node, at: fx.Node) -> None:
+        """Take in a node that was inserted right before `at`."""
+        self.position[node] = self.position[at]
+        self.live.add(node)
+
+    def _effect(self, node: fx.Node) -> bool:
+        return node.op not in ("placeholder", "get_attr") and node.is_impure() and self.name(node) not in ASSERTIONS
+
+    def name(self, node: fx.Node) -> str:
+        """Name of the operation in one spelling; an in-place one ends in an underscore."""
+        name = ""
+        if node.op == "call_method":
+            name = str(node.target)
+        elif node.op == "call_module":
+            module = self.modules.get(str(node.target))
+            name = type(module).__name__.lower() if type(module).__module__.startswith("torch.nn") else "module"
+            name += "_" if getattr(module, "inplace", False) else ""
+        elif isinstance(node.target, torch._ops.OpOverload):
+            name = node.target._schema.name.partition("::")[2]
+        elif node.target is getattr:
+            name = str(node.args[1])
+        elif node.op == "call_function":
+            name = getattr(node.target, "__name__", "")
+            name += "_" if _says_inplace(node) else ""
+        return ALIASES.get(name, name)
+
+    def arg(self, node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
+        """An argument by position or by any of its names."""
+        if index < len(node.args):
+            return node.args[index]
+        return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+    def first(self, node: fx.Node) -> fx.Node | None:
+        """The tensor that a node works on, or None."""
+        x = self.arg(node, 0, "input", "self")
+        return x if isinstance(x, fx.Node) else None
+
+    def value(self, x: Any) -> Any:
+        """The fake value of an argument: a tensor, a SymInt, a constant; None where the graph does not tell."""
+        if not isinstance(x, fx.Node):
+            return x
+        return x.meta.get("example_value", x.meta.get("val"))
+
+    def shape(self, x: Any) -> tuple[Any, ...] | None:
+        """The shape of a tensor argument, or None."""
+        value = self.value(x)
+        return tuple(value.shape) if isinstance(value, Tensor) else None
+
+    def number(self, x: Any) -> Any:
+        """x as a factor: a number, or the node of a symbolic number; None for a tensor that may vary."""
+        if isinstance(x, (int, float)) and not isinstance(x, bool):
+            return x
+        if not isinstance(x, fx.Node):
+            return None
+        if isinstance(self.value(x), (int, float, torch.SymInt, torch.SymFloat)):
+            return x
+        return self._constant(x)
+
+    def _constant(self, node: fx.Node) -> float | None:
+        """The value of a 0-d tensor that the graph makes from a constant."""
+        name = self.name(node)
+        if self.shape(node) != ():
+            return None
+        filler = {"full": 1, "scalar_tensor": 0, "tensor": 0}.get(name)
+        if filler is not None:
+            value = self.arg(node, filler, "fill_value", "s", "data")
+            return float(value) if isinstance(value, (int, float)) else None
+        source = self.first(node)
+        if name in CASTS and source is not None:
+            return self._constant(source)
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            return float(getattr(self.gm, str(node.target)))
+        return None
+
+    def axis(self, node: fx.Node, axis: int) -> int:
+        """An axis counted from the front."""
+        shape = self.shape(node)
+        return axis % len(shape) if shape else axis
+
+    def order(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Where each axis of a permuting node comes from, or None if the node permutes nothing."""
+        name, x = self.name(node), self.first(node)
+        shape = self.shape(x)
+        if name not in PERMUTES or x is None or shape is None:
+            return None
+        axes = list(range(len(shape)))
+        if name in ("mT", "t", "numpy_T"):
+            if len(axes) < 2 or (name != "mT" and len(axes) > 2):
+                return None
+            return (*axes[:-2], axes[-1], axes[-2])
+        first, second = self.arg(node, 1, "dim0", "dims", "axis0", "source"), self.arg(node, 2, "dim1", "destination")
+        if name == "permute":
+            dims = first if isinstance(first, (list, tuple)) else node.args[1:]
+            return tuple(int(d) % len(axes) for d in dims)
+        if second is None:
+            second = self.arg(node, 2, "axis1")
+        if not isinstance(first, int) or not isinstance(second, int):
+            return None
+        a, b = first % len(axes), second % len(axes)
+        if name in ("movedim", "moveaxis"):
+            axes.insert(b, axes.pop(a))
+        else:
+            axes[a], axes[b] = axes[b], axes[a]
+        return tuple(axes)
+
+    def regroups(self, node: fx.Node) -> fx.Node | None:
+        """The tensor that node writes in another shape, elements in the same order; None for any other node."""
+        name, x = self.name(node), self.first(node)
+        old, new = self.shape(x), self.shape(node)
+        if x is None or old is None or new is None:
+            return None
+        if name in REGROUP and self.value(x).dtype == self.value(node).dtype:
+            return x
+        if name in ("expand", "expand_as", "slice") and same(old, new):
+            return x
+        if name == "getitem":
+            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            if all(i is None or i is Ellipsis or i == slice(None) for i in index if not isinstance(i, fx.Node)):
+                return None if any(isinstance(i, fx.Node) for i in index) else x
+        return None
+
+    def casts(self, node: fx.Node) -> fx.Node | None:
+        """The tensor whose values node holds in another floating dtype or layout; None for any other node."""
+        x = self.first(node)
+        a, b = self.value(x), self.value(node)
+        if self.name(node) not in CASTS or x is None or not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return None
+        kept = a.device == b.device and a.shape == b.shape
+        return x if kept and a.is_floating_point() and b.is_floating_point() else None
+
+    def users(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Nodes that use a node's values and matter."""
+        return (user for user in node.users if user in self.live)
+
+    def writes(self, node: fx.Node) -> list[fx.Node] | None:
+        """Tensors that node writes into, or None if it writes nothing."""
+        target = node.target
+        if node.op in ("placeholder", "get_attr", "output"):
+            return None
+        if isinstance(target, torch._ops.OpOverload):
+            if not target._schema.is_mutable:
+                return None
+            values = [*node.args, *[None] * (len(target._schema.arguments) - len(node.args))]
+            pairs = zip(values, target._schema.arguments, strict=True)
+            named = [(node.kwargs.get(a.name, x), a) for x, a in pairs]
+            return [x for x, a in named if isinstance(x, fx.Node) and a.alias_info and a.alias_info.is_write]
+        name = self.name(node)
+        written = [x for x in (self.first(node), node.kwargs.get("out")) if isinstance(x, fx.Node)]
+        if name in ("setitem", "delitem") or "out" in node.kwargs or (name.endswith("_") and name[:1] != "_"):
+            return written
+        return list(node.all_input_nodes) if self._unknown(node) else None
+
+    def _unknown(self, node: fx.Node) -> bool:
+        """Whether node runs code that is not PyTorch's, and so may write into anything that it is given."""
+        if node.op == "call_module":
+            module = self.modules.get(str(node.target))
+            place = type(module).__module__
+            # export's own checks, and our sites
+            return not place.startswith(("torch.", "sla2_compile.")) and str(node.target) != "_guards_fn"
+        if node.op != "call_function":
+            return False
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+        place = getattr(node.target, "__module__", None) or "torch"
+        return place.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins")
+
+
+def _says_inplace(node: fx.Node) -> bool:
+    """Whether a functional that can work in place is told to."""
+    if node.target in (operator.getitem, operator.setitem):
+        return False
+    if node.kwargs.get("inplace"):
+        return True
+    index = {"dropout": 3, "relu": 1, "silu": 1, "mish": 1, "hardtanh": 3, "leaky_relu": 2, "elu": 2}
+    at = index.get(getattr(node.target, "__name__", ""), -1)
+    return 0 <= at < len(node.args) and node.args[at] is True
+
+
+def module_of(reader: Reader, node: fx.Node) -> nn.Module | None:
+    """The module that a call_module node calls."""
+    return reader.modules.get(str(node.target)) if node.op == "call_module" else None
