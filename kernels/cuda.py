@@ -9,7 +9,7 @@
 | scale > 0 | scale <= 0 (the running maximum is taken before scaling) |
 | any head dim, length, strides, grouped heads, causal, key_mask | |
 
-Launches: pool q, pool k, centre k, scores, select | states, complement, GEMM, attend. Nothing waits for the
+Launches: pool q, pool k, centre k, scores, select | states, complement, GEMM, linear, attend. Nothing waits for the
 device, nothing depends on values, so a call can be captured in a CUDA graph. Lengths are plain arguments of the
 kernels: a new length compiles nothing, except that `select_kernel` knows the next power of two of Tn.
 """
@@ -24,14 +24,22 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.kernels.triton_attend import attend_kernel
+from sla2_compile.kernels.triton_linear import linear_kernel
 from sla2_compile.kernels.triton_pool import center_kernel, pool_kernel
 from sla2_compile.kernels.triton_scores import scores_kernel
 from sla2_compile.kernels.triton_select import select_kernel
 from sla2_compile.kernels.triton_states import complement_kernel, states_kernel
 
+SCORES = (128, 32, 4)
+"""`scores_kernel`: query tokens and key blocks a program, warps. Like the next two, the best of those tried on sm_90."""
+STATES = (4, 128, None)
+"""`states_kernel`: warps, columns of v a program, registers a thread."""
+LINEAR = (64, 8, 4, 2)
+"""`linear_kernel`: rows a tile, warps, tiles a program, pipeline stages."""
 STATE_BYTES = 1 << 30
 """Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
 
@@ -56,22 +64,26 @@ def capability(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """How `attend_kernel` cuts its work: rows a program, columns of phi a step, warps, pipeline stages."""
+    """How `attend_kernel` cuts its work: rows a program, warps, pipeline stages, registers a thread."""
 
     block_m: int
-    chunk: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def attend_tile(arch: int, width: int, block_q: int, block_k: int) -> Tile:
     """Choose the tile for a head dim padded to `width`; measured on sm_90, compiled without spills elsewhere."""
     if width > 128:
-        return Tile(min(block_q, 32), 64, 8, 2)
-    stages = 3 if arch >= 90 else 2
+        return Tile(min(block_q, 32), 8, 2)
     if width == 128 and (arch < 90 or block_k > 64):
-        return Tile(min(block_q, 64), 32, 8, 2)
-    return Tile(min(block_q, 128), min(width, 32), 8 if block_q >= 128 else 4, stages)
+        return Tile(min(block_q, 64), 8, 2)
+    if arch == 90 and width <= 64:
+        return Tile(min(block_q, 64), 4, 3, 96)
+    if block_q < 128:
+        return Tile(block_q, 4, 2)
+    # 128 registers let two programs share a multiprocessor: one computes while the other waits
+    return Tile(128, 8, 2, 128 if arch == 90 else None)
 
 
 def packed(x: Tensor) -> Tensor:
@@ -84,12 +96,25 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def describable(x: Tensor) -> bool:
+    """Whether the copy engine can read tiles of x: 16-byte strides and address, no expanded dim."""
+    strides = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides) and x.shape[3] % 8 == 0
+
+
+def descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Describe x (B, H, N, D) for the copy engine, in tiles of rows x width."""
+    # the stride of a dim of size 1 is never used, but must be valid
+    strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, width])
+
+
 def pool(
     x: Tensor, mask: Tensor | None, rows: int, dtype: torch.dtype, partial: bool
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Pool x (B, H, N, D) by `rows`; returns tokens (B, H, T, D), count, partial sums and number of tiles."""
     B, H, N, D = x.shape
-    T, tile = num_blocks(N, rows), 128 if D <= 128 else max(64, rows)
+    T, tile = num_blocks(N, rows), 256 if D <= 64 else 128
     tiles = num_blocks(N, tile)
     tokens = x.new_empty(B, H, T, D, dtype=dtype)
     count = x.new_empty(B if mask is not None else 0, T, dtype=torch.float32)
@@ -97,7 +122,7 @@ def pool(
     mask_stride = 0 if mask is None else mask.stride(0)
     pool_kernel[(tiles * B * H,)](
         x, x if mask is None else mask, tokens, count, sums, *x.stride()[:3], mask_stride, H, N, T, tiles,
-        D=D, BLOCK_D=padded(D), ROWS=rows, TILE=tile, HAS_MASK=mask is not None, PARTIAL=partial, num_warps=8,
+        D=D, BLOCK_D=padded(D), ROWS=rows, TILE=tile, HAS_MASK=mask is not None, PARTIAL=partial, num_warps=4,
     )  # fmt: skip
     return tokens, count, sums, tiles
 
@@ -119,10 +144,11 @@ def route_forward(
         k_mean = k_tokens.new_empty(B, heads, D)
         centered = torch.empty_like(k_tokens, dtype=q.dtype if proj_k is None else torch.float32)
         Tk = k_tokens.shape[2]
+        bonus = k_mean.new_empty(B, Tk)
         groups = min(16, num_blocks(Tk, 64))
         center_kernel[(B * heads * groups,)](
-            k_tokens, count, partial, centered, k_mean, heads, Nk, Tk, tiles, groups,
-            D=D, BLOCK_D=padded(D), BLOCK_T=32, HAS_MASK=masked, num_warps=8,
+            k_tokens, count, partial, centered, k_mean, bonus, heads, Nk, Tk, tiles, groups,
+            D=D, BLOCK_D=padded(D), ROWS=rows_k, BLOCK_T=32, HAS_MASK=masked, num_warps=8,
         )  # fmt: skip
         if proj_q is not None:
             q_tokens = (q_tokens @ proj_q.to(torch.float32).mT).to(q.dtype)
@@ -131,12 +157,11 @@ def route_forward(
         peak = k_mean.new_empty(B, Hq, tm, tn)
         typical = torch.empty_like(peak)
         Tq = q_tokens.shape[2]
-        block_n = min(64, padded(tn))
-        grid = num_blocks(Tq, 128) * num_blocks(tn, block_n) * B * Hq
-        scores_kernel[(grid,)](
-            q_tokens, centered, count, peak, typical, Hq, Hq // heads, Nk, Tq, Tk, tm, tn, scale,
-            D=D, BLOCK_D=padded(D), A=a, B=b, ROWS_K=rows_k, BLOCK_T=128, BLOCK_N=block_n,
-            HAS_COUNT=masked, num_warps=8,
+        block_t, block_n, warps = SCORES
+        block_t, block_n = max(a, min(block_t, padded(Tq))), min(block_n, padded(tn))
+        scores_kernel[(num_blocks(Tq, block_t) * num_blocks(tn, block_n) * B * Hq,)](
+            q_tokens, centered, bonus, peak, typical, Hq, Hq // heads, Tq, Tk, tm, tn, scale,
+            D=D, BLOCK_D=padded(D), A=a, B=b, BLOCK_T=block_t, BLOCK_N=block_n, FAST=q.is_cuda, num_warps=warps,
         )  # fmt: skip
         kept = num_kept(tn, topk_ratio, block_q, block_k, is_causal)
         lut = q.new_empty(B, Hq, tm, kept, dtype=torch.int32)
@@ -168,6 +193,9 @@ def attention_forward(
     o = q.new_empty(B, Hq, Nq, DV)
     lse = q.new_empty(B, Hq, Nq, dtype=torch.float32)
     o_sparse, o_linear = (torch.empty_like(o) if keep_branches else o.new_empty(0) for _ in range(2))
+    # the linear branch lies in o until the sparse branch mixes it in
+    linear = o_linear if keep_branches else o
+    weight, shift = torch.empty_like(lse), torch.empty_like(lse)
     masked = key_mask is not None
     mask = packed(key_mask) if key_mask is not None else q
     mask_stride = mask.stride(0) if masked else 0
@@ -180,35 +208,51 @@ def attention_forward(
     z_at = num_blocks(D, 16) * 16 * row_dv
     state = z_at + num_blocks(D, 16) * 16
     dims = {
-        "D": D, "DV": DV, "BLOCK_D": block_d, "ROW_DV": row_dv, "STATE": state, "Z_AT": z_at, "FEATURE_MAP": feature_map,
+        "D": D, "DV": DV, "BLOCK_D": block_d, "ROW_DV": row_dv, "STATE": state, "Z_AT": z_at,
+        "FEATURE_MAP": feature_map,
     }  # fmt: skip
-    per_head = state * (tn + groups * tm) * q.element_size()
+    # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
+    wide_tn = num_blocks(tn, 8) * 8
+    per_head = state * (wide_tn + groups * tm) * q.element_size()
     step = max(1, min(B * heads, STATE_BYTES // per_head))
-    state_dv = block_dv if block_d <= 128 else min(block_dv, 64)
     wide = max(block_d, block_dv) > 128
     tile = attend_tile(capability(q.device), max(block_d, block_dv), block_q, block_k)
+    tma = capability(q.device) >= 90 and describable(k) and describable(v)
+    tiles = (descriptor(k, block_k, block_d), descriptor(v, block_k, block_dv)) if tma else (k, v)
     with on_device(q):
+        arch = capability(q.device)
+        s_warps, s_dv, s_regs = STATES if not wide else (8, 64, None)
+        if arch != 90:
+            s_dv = 64
+        l_m, l_warps, l_jobs, l_stages = LINEAR if not wide else (32, 8, 1, 1)
         for first in range(0, B * heads, step):
             n = min(step, B * heads - first)
-            states = q.new_empty(n, tn, state)
-            states_kernel[(n * tn, num_blocks(block_dv, state_dv))](
-                k, v, k_mean, mask, states, *k.stride()[:3], *v.stride()[:3], mask_stride, heads, Nk, tn, first,
-                **dims, BLOCK_DV=state_dv, BLOCK_K=block_k, HAS_MASK=masked, num_warps=8 if wide else 4,
+            states = q.new_empty(n, wide_tn, state)
+            states_kernel[(n * wide_tn, num_blocks(block_dv, s_dv))](
+                k, v, k_mean, mask, states, *k.stride()[:3], *v.stride()[:3], mask_stride, heads, Nk, wide_tn, first,
+                **dims, BLOCK_DV=min(block_dv, s_dv), BLOCK_K=block_k, HAS_MASK=masked,
+                num_warps=s_warps, maxnreg=s_regs,
             )  # fmt: skip
-            complement = q.new_empty(n, groups * tm, tn)
+            complement = q.new_empty(n, groups * tm, wide_tn)
             complement_kernel[(n * groups * tm,)](
-                lut, complement, tm, tn, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
+                lut, complement, tm, tn, wide_tn, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
                 BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_N=512, CAUSAL=is_causal, ALL=linear_scope == "all",
                 num_warps=2,
             )  # fmt: skip
             summed = torch.bmm(complement, states)
-            attend_kernel[(n * groups * tm * (block_q // tile.block_m),)](
-                q, k, v, k_mean, lut, log_rest, gain, bias, mask, summed, o, lse, o_sparse, o_linear,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, bias.stride(0), bias.stride(1),
-                Hq, groups, Nq, Nk, tm, tn, topk, first * groups, scale,
-                **dims, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=tile.block_m,
-                CHUNK=tile.chunk, ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=masked, KEEP=keep_branches,
-                FUSED=q.dtype == torch.bfloat16 and not keep_branches,
-                STAGES=tile.stages, num_warps=tile.warps,
+            block_m = min(block_q, l_m)
+            linear_kernel[(n * groups * num_blocks(tm * (block_q // block_m), l_jobs),)](
+                q, k_mean, log_rest, summed, linear, weight, shift, *q.stride()[:3], Hq, groups, Nq, tm,
+                first * groups,
+                **dims, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_M=block_m, CHUNK=block_d if not wide else 64,
+                JOBS=l_jobs, STAGES=l_stages, num_warps=l_warps,
             )  # fmt: skip
+        attend_kernel[(B * Hq * tm * (block_q // tile.block_m),)](
+            q, k, v, *tiles, lut, log_rest, gain, bias, mask, linear, weight, shift, o, lse, o_sparse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, bias.stride(0), bias.stride(1),
+            Hq, groups, Nq, Nk, tm, topk, scale,
+            D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=tile.block_m,
+            ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=masked, KEEP=keep_branches, TMA=tma, STAGES=tile.stages,
+            num_warps=tile.warps, maxnreg=tile.registers,
+        )  # fmt: skip
     return o, lse, o_sparse, o_linear

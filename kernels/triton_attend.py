@@ -1,6 +1,6 @@
-"""Sparse branch over the look-up table, linear branch from the summed states, and their mix, in one pass.
+"""Sparse branch over the look-up table, and the mix with the linear branch in its last write.
 
-    o_sparse = softmax(q K_sel^T * scale) V_sel,  o_linear = phi(q) H_i / (phi(q) Z_i)      (SLA2, Eq. 14)
+    o_sparse = softmax(q K_sel^T * scale) V_sel                                                (SLA2, Eq. 14)
     o = alpha * o_sparse + (1 - alpha) * o_linear,  alpha = sigmoid(gain * (lse - log_rest) + bias)   (Eq. 13)
 K is read as it is: subtracting k_mean shifts a row's scores by one constant, so the softmax does not see it and
 lse is corrected at the end by - scale * q k_mean. That saves a smoothed copy of K and its rounding.
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from sla2_compile.kernels.triton_states import feature_map
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -44,86 +42,29 @@ def table_counts(row, topk, q_start, Nk, BLOCK_K: tl.constexpr, WIDTH: tl.conste
     return whole, real
 
 
-@triton.jit
-def row_statistics(
-    q, state, mean, D: tl.constexpr, BLOCK_D: tl.constexpr, Z_AT: tl.constexpr, FEATURE_MAP: tl.constexpr
-):
-    """Return phi's row maximum and 1 / row sum (softmax only), phi(q) Z and q mean, each (rows,).
-
-    Taken before the loop over keys, while no accumulator holds registers.
-
-    Args:
-        q: (rows, BLOCK_D); state: pointer to one [H, Z]; mean: pointer to k_mean (D,).
-    """
-    dims = tl.arange(0, BLOCK_D)
-    inside = dims < D
-    q = q.to(tl.float32)
-    z = tl.load(state + Z_AT + dims, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.sum(q * tl.load(mean + dims, mask=inside, other=0.0)[None, :], axis=1)
-    top, norm = shift, shift
-    if FEATURE_MAP == "softmax":
-        q = tl.where(inside[None, :], q, NEG_INF)
-        top = tl.max(q, axis=1)
-        phi_q = tl.exp(q - top[:, None])
-        norm = 1.0 / tl.sum(phi_q, axis=1)
-        weight = tl.sum(phi_q * z[None, :], axis=1) * norm
-    else:
-        weight = tl.sum(feature_map(q, inside, FEATURE_MAP) * z[None, :], axis=1)
-    return top, norm, weight, shift
-
-
-@triton.jit
-def add_linear(
-    acc, factor, top, norm, q_rows, row_in, state, dtype: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, ROW_DV: tl.constexpr,
-    FEATURE_MAP: tl.constexpr,
-):  # fmt: skip
-    """Return acc + factor * phi(q) H, in chunks of the head dim so that H never sits whole.
-
-    Args:
-        acc: (rows, BLOCK_DV) fp32; factor: (rows,); q_rows: (rows,) pointers to the rows of q.
-    """
-    columns = tl.arange(0, BLOCK_DV)
-    for start in tl.static_range(0, BLOCK_D, CHUNK):
-        dims = start + tl.arange(0, CHUNK)
-        inside = dims < D
-        q = tl.load(q_rows[:, None] + dims[None, :], mask=row_in[:, None] & inside[None, :], other=0.0)
-        q = q.to(tl.float32)
-        if FEATURE_MAP == "softmax":
-            phi_q = tl.where(inside[None, :], tl.exp(q - top[:, None]) * norm[:, None], 0.0)
-        else:
-            phi_q = feature_map(q, inside, FEATURE_MAP)
-        h_at = state + dims[:, None] * ROW_DV + columns[None, :]
-        h = tl.load(h_at, mask=inside[:, None] & (columns < DV)[None, :], other=0.0)
-        acc = tl.dot((phi_q * factor[:, None]).to(dtype), h, acc)
-    return acc
-
-
-@triton.jit(do_not_specialize=["Nq", "Nk", "Tm", "Tn", "topk", "first"])
+@triton.jit(do_not_specialize=["Nq", "Nk", "Tm", "topk"])
 def attend_kernel(
-    q, k, v, k_mean, lut, log_rest, gain, bias, key_mask, states, o, lse, o_sparse, o_linear,
+    q, k, v, k_tiles, v_tiles, lut, log_rest, gain, bias, key_mask, linear, weight, shift, o, lse, o_sparse,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    mask_stride, bias_stride_h, bias_stride_m, Hq, groups, Nq, Nk, Tm, Tn, topk, first, scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROW_DV: tl.constexpr,
-    STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, FEATURE_MAP: tl.constexpr, ALPHA: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, KEEP: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr,
+    mask_stride, bias_stride_h, bias_stride_m, Hq, groups, Nq, Nk, Tm, topk, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, ALPHA: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr, KEEP: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute o and lse of BLOCK_M rows of one query block.
 
     Args:
-        q: (B, Hq, Nq, D), k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, DV), last dim contiguous; k_mean: (B, Hkv, D).
+        q: (B, Hq, Nq, D), k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, DV), last dim contiguous.
+        k_tiles, v_tiles: tensor descriptors of k and v with tiles of one block (if TMA).
         lut: (B, Hq, Tm, topk); log_rest: (B, Hq, Tm); gain: (Hq,), bias: strided (Hq, Tm) as ALPHA says.
-        states: (n, Tm, STATE) summed states of the query heads from `first` on.
-        o, o_sparse, o_linear: (B, Hq, Nq, DV), out, the last two if KEEP; lse: (B, Hq, Nq) fp32, out.
-        ALPHA: 0 neither, 1 bias, 2 gain and bias. FUSED: weigh phi(q) before the product with H, so that both
-            branches share one accumulator; needs bf16's range and no KEEP.
+        linear, weight, shift: `linear_kernel`'s o_linear (B, Hq, Nq, DV), its weight and q k_mean (B, Hq, Nq).
+        o: (B, Hq, Nq, DV), out, may be the same memory as linear; o_sparse: as o, out if KEEP.
+        lse: (B, Hq, Nq) fp32, out. ALPHA: 0 neither, 1 bias, 2 gain and bias.
     """
     SPLITS: tl.constexpr = BLOCK_Q // BLOCK_M
     pid = tl.program_id(0)
-    local, tile = (pid // (Tm * SPLITS)).to(tl.int64), pid % (Tm * SPLITS)
+    bh, tile = (pid // (Tm * SPLITS)).to(tl.int64), pid % (Tm * SPLITS)
     i = tile // SPLITS
-    bh = local + first
     b, h = bh // Hq, bh % Hq
     h_kv = h // groups
     rows = i * BLOCK_Q + (tile % SPLITS) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -135,9 +76,6 @@ def attend_kernel(
     k_tile = k + b * k_stride_b + h_kv * k_stride_h + offsets[None, :] * k_stride_n + dims[:, None]
     v_tile = v + b * v_stride_b + h_kv * v_stride_h + offsets[:, None] * v_stride_n + columns[None, :]
     table = lut + (bh * Tm + i) * topk
-    state = states + (local * Tm + i) * STATE
-    mean = k_mean + (b * (Hq // groups) + h_kv) * D
-    phi_top, phi_norm, weight, shift = row_statistics(q_tile, state, mean, D, BLOCK_D, Z_AT, FEATURE_MAP)
 
     # entries ascend, so the tiles that need a mask (ragged, causal diagonal, absent) are the last ones
     if HAS_MASK:
@@ -154,15 +92,15 @@ def attend_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for n in tl.range(0, whole, num_stages=STAGES):
-        # a table from elsewhere may hold anything: never read outside k and v
-        j = tl.minimum(tl.maximum(tl.load(table + n), 0), Nk // BLOCK_K - 1).to(tl.int64) * BLOCK_K
-        if BLOCK_D == D:
-            keys = tl.load(k_tile + j * k_stride_n)
+        if TMA:
+            # fewer registers than pointers, so that two programs fit a multiprocessor; fills with 0 outside
+            place = [b.to(tl.int32), h_kv.to(tl.int32), tl.load(table + n) * BLOCK_K, 0]
+            keys = tl.trans(tl.reshape(k_tiles.load(place), (BLOCK_K, BLOCK_D)))
+            values = tl.reshape(v_tiles.load(place), (BLOCK_K, BLOCK_DV))
         else:
+            # a table from elsewhere may hold anything: never read outside k and v
+            j = tl.minimum(tl.maximum(tl.load(table + n), 0), Nk // BLOCK_K - 1).to(tl.int64) * BLOCK_K
             keys = tl.load(k_tile + j * k_stride_n, mask=(dims < D)[:, None], other=0.0)
-        if BLOCK_DV == DV:
-            values = tl.load(v_tile + j * v_stride_n)
-        else:
             values = tl.load(v_tile + j * v_stride_n, mask=(columns < DV)[None, :], other=0.0)
         acc, top, total = softmax_step(tl.dot(q_tile, keys), values, acc, top, total, log2_scale, False)
     for n in tl.range(whole, real, num_stages=2):
@@ -171,9 +109,17 @@ def attend_kernel(
         seen = (j >= 0) & (at < Nk)
         if HAS_MASK:
             seen = seen & (tl.load(key_mask + b * mask_stride + at, mask=seen, other=0) != 0)
-        start = j.to(tl.int64) * BLOCK_K
-        keys = tl.load(k_tile + start * k_stride_n, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
-        values = tl.load(v_tile + start * v_stride_n, mask=seen[:, None] & (columns < DV)[None, :], other=0.0)
+        if TMA:
+            place = [b.to(tl.int32), h_kv.to(tl.int32), j * BLOCK_K, 0]
+            keys = tl.trans(tl.reshape(k_tiles.load(place), (BLOCK_K, BLOCK_D)))
+            values = tl.reshape(v_tiles.load(place), (BLOCK_K, BLOCK_DV))
+            if HAS_MASK:
+                # a masked row may hold anything: 0 * NaN must not enter the sum
+                values = tl.where(seen[:, None], values, 0.0).to(v.dtype.element_ty)
+        else:
+            start = j.to(tl.int64) * BLOCK_K
+            keys = tl.load(k_tile + start * k_stride_n, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
+            values = tl.load(v_tile + start * v_stride_n, mask=seen[:, None] & (columns < DV)[None, :], other=0.0)
         visible = seen[None, :]
         if CAUSAL:
             visible = visible & (at[None, :] <= rows[:, None])
@@ -181,12 +127,14 @@ def attend_kernel(
         acc, top, total = softmax_step(s, values, acc, top, total, log2_scale, True)
 
     has_sparse = total > 0.0
-    log_sum = top * LN_2 + tl.log(tl.where(has_sparse, total, 1.0)) - shift * scale
+    at = bh * Nq + rows
+    log_sum = top * LN_2 + tl.log(tl.where(has_sparse, total, 1.0))
+    log_sum -= tl.load(shift + at, mask=row_in, other=0.0) * scale
     log_sum = tl.where(has_sparse, log_sum, NEG_INF)
-    tl.store(lse + bh * Nq + rows, log_sum, mask=row_in)
+    tl.store(lse + at, log_sum, mask=row_in)
 
     rest = tl.load(log_rest + bh * Tm + i)
-    has_linear = tl.where(rest > NEG_INF, weight, 0.0) > 0.0
+    has_linear = tl.load(weight + at, mask=row_in, other=0.0) > 0.0
     logit = tl.where(has_sparse & has_linear, log_sum, 0.0) - tl.where(has_sparse & has_linear, rest, 0.0)
     if ALPHA == 1:
         logit = logit * 0.0 + tl.load(bias + h * bias_stride_h + i * bias_stride_m).to(tl.float32)
@@ -196,27 +144,11 @@ def attend_kernel(
     alpha = 1.0 / (1.0 + tl.exp(-logit))
     alpha = tl.where(has_linear, tl.where(has_sparse, alpha, 0.0), 1.0)
 
-    dtype: tl.constexpr = v.dtype.element_ty
-    inverse = tl.where(has_sparse, 1.0 / total, 0.0)
-    share = tl.where(has_linear, 1.0 / weight, 0.0)
-    out = (bh * Nq + rows)[:, None] * DV + columns[None, :]
+    out = at[:, None] * DV + columns[None, :]
     inside = row_in[:, None] & (columns < DV)[None, :]
-    if FUSED:
-        acc = acc * (alpha * inverse)[:, None]
-        acc = add_linear(
-            acc, (1.0 - alpha) * share, phi_top, phi_norm, q_rows, row_in, state, dtype,
-            D, DV, BLOCK_D, BLOCK_DV, CHUNK, ROW_DV, FEATURE_MAP,
-        )  # fmt: skip
-        tl.store(o + out, acc.to(o.dtype.element_ty), mask=inside)
-    else:
-        acc = acc * inverse[:, None]
-        linear = add_linear(
-            tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), share * 0.0 + 1.0, phi_top, phi_norm, q_rows, row_in, state,
-            dtype, D, DV, BLOCK_D, BLOCK_DV, CHUNK, ROW_DV, FEATURE_MAP,
-        )  # fmt: skip
-        linear = tl.where(has_linear[:, None], linear * share[:, None], 0.0)
-        if KEEP:
-            tl.store(o_sparse + out, acc.to(o.dtype.element_ty), mask=inside)
-            tl.store(o_linear + out, linear.to(o.dtype.element_ty), mask=inside)
-        acc = alpha[:, None] * acc + (1.0 - alpha)[:, None] * linear
-        tl.store(o + out, acc.to(o.dtype.element_ty), mask=inside)
+    other = tl.load(linear + out, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.where(has_sparse, 1.0 / total, 0.0)
+    if KEEP:
+        tl.store(o_sparse + out, (acc * inverse[:, None]).to(o.dtype.element_ty), mask=inside)
+    mixed = acc * (alpha * inverse)[:, None] + other * (1.0 - alpha)[:, None]
+    tl.store(o + out, mixed.to(o.dtype.element_ty), mask=inside)

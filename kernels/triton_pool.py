@@ -10,6 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# stands for "no key here": finite, so that differences of two such scores are 0 and not NaN
+EMPTY = tl.constexpr(-1.0e30)
+
 
 @triton.jit(do_not_specialize=["N", "T", "tiles"])
 def pool_kernel(
@@ -27,18 +30,26 @@ def pool_kernel(
     pid = tl.program_id(0)
     bh, tile = pid // tiles, pid % tiles
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    rows = tile * TILE + tl.arange(0, TILE)
+    # rows are summed in runs of at most 16 by a loop, each thread on its own columns: no exchange between threads
+    RUN: tl.constexpr = ROWS if ROWS < 16 else 16
+    RUNS: tl.constexpr = TILE // RUN
+    first = tile * TILE + tl.arange(0, RUNS) * RUN
     dims = tl.arange(0, BLOCK_D)
-    real = rows < N
-    if HAS_MASK:
-        real = real & (tl.load(mask + b * mask_stride + rows, mask=real, other=0) != 0)
-    start = x + b * stride_b + h * stride_h
-    at = rows.to(tl.int64)[:, None] * stride_n + dims[None, :]
-    values = tl.load(start + at, mask=real[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
+    start = x + b * stride_b + h * stride_h + first.to(tl.int64)[:, None] * stride_n + dims[None, :]
+    total = tl.zeros((RUNS, BLOCK_D), tl.float32)
+    n = tl.zeros((RUNS,), tl.float32)
+    for r in tl.static_range(RUN):
+        real = first + r < N
+        if HAS_MASK:
+            real = real & (tl.load(mask + b * mask_stride + first + r, mask=real, other=0) != 0)
+        values = tl.load(start + r * stride_n, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+        total += values.to(tl.float32)
+        n += real.to(tl.float32)
 
     TOKENS: tl.constexpr = TILE // ROWS
-    total = tl.sum(tl.reshape(values, (TOKENS, ROWS, BLOCK_D)), axis=1)
-    n = tl.sum(tl.reshape(real.to(tl.float32), (TOKENS, ROWS)), axis=1)
+    if TOKENS != RUNS:
+        total = tl.sum(tl.reshape(total, (TOKENS, RUNS // TOKENS, BLOCK_D)), axis=1)
+        n = tl.sum(tl.reshape(n, (TOKENS, RUNS // TOKENS)), axis=1)
     mean = total / tl.maximum(n, 1.0)[:, None]
     t = tile * TOKENS + tl.arange(0, TOKENS)
     out = tokens + bh.to(tl.int64) * T * D + t[:, None] * D + dims[None, :]
@@ -51,10 +62,12 @@ def pool_kernel(
 
 @triton.jit(do_not_specialize=["N", "T", "tiles", "groups"])
 def center_kernel(
-    tokens, count, partial, centered, k_mean, H, N, T, tiles, groups,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, HAS_MASK: tl.constexpr,
+    tokens, count, partial, centered, k_mean, bonus, H, N, T, tiles, groups,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Write k_mean (B * H, D) fp32 and centered = tokens - k_mean (B * H, T, D); one program a group of tokens.
+    """Write k_mean (B * H, D) fp32, centered = tokens - k_mean (B * H, T, D) and bonus (B, T) fp32.
+
+    bonus is log2 of the rows behind a token, or EMPTY where there are none. One program a group of tokens.
 
     Args:
         tokens: (B * H, T, D) fp32; count: (B, T) fp32; partial: (B * H, tiles, D) fp32.
@@ -87,3 +100,9 @@ def center_kernel(
         valid = (at < T)[:, None] & inside[None, :]
         values = tl.load(tokens + here, mask=valid, other=0.0) - mean[None, :]
         tl.store(centered + here, values.to(centered.dtype.element_ty), mask=valid)
+        if HAS_MASK:
+            rows = tl.load(count + (bh // H) * T + at, mask=at < T, other=0.0)
+        else:
+            rows = tl.minimum(tl.maximum(N - at * ROWS, 0), ROWS).to(tl.float32)
+        rows = tl.where(rows > 0.0, tl.log2(tl.maximum(rows, 1.0)), EMPTY)
+        tl.store(bonus + (bh // H) * T + at, rows, mask=(at < T) & (bh % H == 0))

@@ -11,25 +11,42 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+from sla2_compile.kernels.triton_pool import EMPTY
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# stands for "no key here": finite, so that differences of two such scores are 0 and not NaN
-EMPTY = tl.constexpr(-1.0e30)
 
 
-@triton.jit(do_not_specialize=["Nk", "Tq", "Tk", "Tm", "Tn", "groups"])
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    """log2 by the special-function unit if FAST; else by a polynomial of 25 instructions, as the interpreter must."""
+    if FAST:
+        return libdevice.fast_log2f(x)
+    return tl.log2(x)
+
+
+@triton.jit
+def add_score(top, total, s):
+    """Take s into a running log-sum-exp (log2 units) with a single exponential an element."""
+    step = s - top
+    e = tl.exp2(-tl.abs(step))
+    return tl.maximum(top, s), tl.where(step > 0.0, total * e + 1.0, total + e)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "Tm", "Tn", "groups"])
 def scores_kernel(
-    q_tokens, k_tokens, count, peak, typical, Hq, groups, Nk, Tq, Tk, Tm, Tn, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS_K: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, HAS_COUNT: tl.constexpr,
+    q_tokens, k_tokens, bonus, peak, typical, Hq, groups, Tq, Tk, Tm, Tn, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Score BLOCK_T query tokens (BLOCK_T / A query blocks) against BLOCK_N key blocks.
 
     Args:
-        q_tokens: (batch * Hq, Tq, D); k_tokens: (batch * Hkv, Tk, D); count: (batch, Tk) fp32 (if HAS_COUNT).
+        q_tokens: (batch * Hq, Tq, D); k_tokens: (batch * Hkv, Tk, D); bonus: (batch, Tk) fp32, log2 n_b.
         peak, typical: (batch * Hq, Tm, Tn) fp32, out, natural log; -inf for a block with no real key.
-        groups: query heads a key head. A, B: tokens of a query and a key block. ROWS_K: rows of a key token.
+        groups: query heads a key head. A, B: tokens of a query and a key block.
     """
     tiles_t, tiles_n = tl.cdiv(Tq, BLOCK_T), tl.cdiv(Tn, BLOCK_N)
     pid = tl.program_id(0)
@@ -49,19 +66,10 @@ def scores_kernel(
         token = j * B + t
         k_at = k_tokens + kv * Tk * D + token[None, :] * D + dims[:, None]
         k = tl.load(k_at, mask=(token < Tk)[None, :] & (dims < D)[:, None], other=0.0)
-        if HAS_COUNT:
-            n = tl.load(count + (bh // Hq).to(tl.int64) * Tk + token, mask=token < Tk, other=0.0)
-        else:
-            n = tl.minimum(tl.maximum(Nk - token * ROWS_K, 0), ROWS_K).to(tl.float32)
-        bonus = tl.log2(tl.maximum(n, 1.0))
-        s = tl.dot(q, k) * (scale * LOG2_E) + bonus[None, :]
-        s = tl.where((n > 0.0)[None, :], s, EMPTY)
-        # running log-sum-exp with a single exponential an element
-        step = s - top
-        e = tl.exp2(-tl.abs(step))
-        total = tl.where(step > 0.0, total * e + 1.0, total + e)
-        top = tl.maximum(top, s)
-    z = top + tl.log2(total)
+        extra = tl.load(bonus + (bh // Hq).to(tl.int64) * Tk + token, mask=token < Tk, other=EMPTY)
+        s = tl.dot(q, k) * (scale * LOG2_E) + extra[None, :]
+        top, total = add_score(top, total, s)
+    z = top + log2(total, FAST)
 
     BLOCKS: tl.constexpr = BLOCK_T // A
     i = tile_t * BLOCKS + tl.arange(0, BLOCKS)
@@ -72,7 +80,7 @@ def scores_kernel(
         z_peak = tl.reshape(tl.where((rows < Tq)[:, None], z, EMPTY), (BLOCKS, A, BLOCK_N))
         z_mean = tl.reshape(tl.where((rows < Tq)[:, None], z, 0.0), (BLOCKS, A, BLOCK_N))
         high = tl.max(z_peak, axis=1)
-        high += tl.log2(tl.sum(tl.exp2(z_peak - high[:, None, :]), axis=1)) - tl.log2(real)[:, None]
+        high += log2(tl.sum(tl.exp2(z_peak - high[:, None, :]), axis=1), FAST) - log2(real, FAST)[:, None]
         mean = tl.sum(z_mean, axis=1) / real[:, None]
     inside = (i < Tm)[:, None] & (j < Tn)[None, :]
     out = bh.to(tl.int64) * Tm * Tn + i[:, None].to(tl.int64) * Tn + j[None, :]

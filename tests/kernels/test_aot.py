@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from sla2_compile.kernels import cuda  # noqa: E402
 
@@ -56,8 +57,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[tuple[Any, t
 
 def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> tuple[int, int, int]:
     """Compile one launch as Triton's launcher would specialise it; returns registers, stack bytes, shared bytes."""
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if kwargs.get(name) is not None}
     names = list(inspect.signature(kernel.fn).parameters)
+    # on a CPU the launcher asks for what the interpreter can do
+    kwargs = {name: True if name == "FAST" else x for name, x in kwargs.items()}
     given = dict(zip(names, args, strict=False)) | {name: x for name, x in kwargs.items() if name in names}
     fixed = set(kernel.do_not_specialize or ())
     signature, constants, attrs = {}, {}, {}
@@ -68,6 +71,8 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: i
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attrs[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1 and name not in fixed:
@@ -100,7 +105,9 @@ def call(D: int, dtype: torch.dtype, blocks: tuple[int, int], causal: bool = Fal
     return run
 
 
-HOT = ("attend_kernel", "scores_kernel", "states_kernel")
+HOT = ("attend_kernel", "scores_kernel", "states_kernel", "linear_kernel")
+# a cap of 128 registers, for two programs a multiprocessor, pays although a few registers go to the stack
+ALLOWED_STACK = {"attend_kernel": 32}
 CALLS = {
     "D128": call(128, torch.bfloat16, (128, 64)),
     "D64": call(64, torch.bfloat16, (128, 64)),
@@ -119,6 +126,6 @@ def test_compiles_without_spills(name: str, arch: int, monkeypatch: pytest.Monke
         label = f"{kernel.fn.__name__} sm_{arch}: {registers} registers, {stack} bytes of stack, {shared} of shared"
         print(label)
         assert shared <= SHARED_LIMIT[arch], label
-        assert kernel.fn.__name__ not in HOT or stack == 0, label
+        assert stack <= ALLOWED_STACK.get(kernel.fn.__name__, 0), label
         seen.add(kernel.fn.__name__)
     assert set(HOT) <= seen

@@ -183,8 +183,11 @@ def rounded_scores(case: Case, x: dict[str, Any], dtype: torch.dtype) -> tuple[T
 @body
 @pytest.mark.parametrize("name", CASES)
 def test_route(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_route(CASES[name], monkeypatch)
+
+
+def check_route(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores and k_mean by the oracle; then table, log_rest and entropy are those of the kernel's own scores."""
-    case = CASES[name]
     x, kept = case.tensors(), {}
 
     class Spy:
@@ -227,10 +230,30 @@ def test_route(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @body
+@pytest.mark.parametrize("name", ["plain", "masked", "causal masked", "D 96", "transposed, odd dims", "large values"])
+def test_attention_with_the_copy_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of K and V through tensor descriptors, as on sm_90, also in the interpreter."""
+    if INTERPRETED:
+        monkeypatch.setattr(cuda, "capability", lambda device: 90)
+    check_attention(CASES[name])
+
+
+@body
+@pytest.mark.parametrize("name", ["plain", "masked", "causal masked", "D 96", "large values"])
+def test_attention_with_pointers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of K and V through pointers, as on chips without a copy engine."""
+    monkeypatch.setattr(cuda, "describable", lambda x: False)
+    check_attention(CASES[name])
+
+
+@body
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name: str) -> None:
+    check_attention(CASES[name])
+
+
+def check_attention(case: Case) -> None:
     """One look-up table for all three, so that rounding in the router cannot choose another block."""
-    case = CASES[name]
     x = case.tensors()
     wide = exact(x, torch.float64)
     x["lut"], log_rest, _, k_mean = case.route(wide, reference.route)
@@ -343,7 +366,7 @@ if not INTERPRETED:
         q, k, v = (torch.randn(1, 2, 700, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
         grads = []
         for dtype in (torch.bfloat16, torch.float32):
-            y = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+            y = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
             o = sla2_attention(y[0], y[1], y[2], AttentionOptions(topk_ratio=1.0, block_q=64, block_k=32))
             o.float().square().sum().backward()
             grads.append([t.grad.double().flatten() for t in y if t.grad is not None])
