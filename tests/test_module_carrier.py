@@ -387,7 +387,7 @@ def test_short_calls_at_run_time_are_counted():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"attn_mask": torch.zeros(1, 1, 96, 96)}, Reason.BIAS),
+        ({"attn_mask": torch.randn(1, 1, 96, 96)}, Reason.BIAS),
         ({"attn_mask": torch.zeros(1, 1, 1, 96, requires_grad=True)}, Reason.BIAS),
         ({"attn_mask": torch.ones(1, 2, 96, 96, dtype=torch.bool)}, Reason.QUERY_MASK),
         ({"dropout_p": 0.1}, Reason.DROPOUT),

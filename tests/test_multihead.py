@@ -88,7 +88,7 @@ def test_causal_cross_and_separate_projections():
     [
         ({}, {}, Reason.WEIGHTS),
         ({"add_bias_kv": True}, {"need_weights": False}, Reason.EXTRA_KEYS),
-        ({}, {"need_weights": False, "attn_mask": torch.zeros(90, 90)}, Reason.BIAS),
+        ({}, {"need_weights": False, "attn_mask": torch.randn(90, 90)}, Reason.BIAS),
         ({"dropout": 0.1}, {"need_weights": False}, Reason.DROPOUT),
     ],
 )
