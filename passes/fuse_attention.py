@@ -4,8 +4,8 @@
 
 Each softmax is matched against one pattern (`fuse_match`), on the graph's data flow and fake shapes: whatever
 cannot be proven stays as it is, with the part that did not fit as its reason. The rewrite (`fuse_emit`) gives the
-same values up to rounding, with one exception: a query whose keys are all filled with -inf or with the smallest
-number gets zeros, as scaled_dot_product_attention has it, and not nan or the mean of all values.
+same values up to rounding, with one exception: a query whose keys are all filled with -inf gets zeros, as
+scaled_dot_product_attention has it, and not nan.
 """
 
 from __future__ import annotations

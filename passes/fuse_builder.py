@@ -98,10 +98,10 @@ class Builder:
     def batch(self, x: fx.Node, old: Sequence[Any], new: Sequence[Any]) -> fx.Node:
         """x (old, a, b), where an axis of `old` may be one and repeat, as (new, a, b); both hold the same batch."""
         tail = self.shape(x)[-2:]
-        if same(old, new):
-            return x
         if not same(self.shape(x)[:-2], old):
             x = self("expand", x, *(self.size(n) for n in old), -1, -1)
+        if same(old, new):
+            return x
         if len(old) == 1 and len(new) == 2 and known(new[1] == 1):
             return self(torch.unsqueeze, x, 1)
         if len(old) == 2 and len(new) == 1 and known(old[1] == 1):

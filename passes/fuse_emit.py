@@ -66,8 +66,9 @@ class Emitter:
         whole = (*batch, *match.scores[-2:])
         k_heads, v_heads = self._fewer_heads(k, batch), self._fewer_heads(v, batch)
         grouped = k_heads is not None and v_heads is not None and known(k_heads[1] == v_heads[1])
-        nodes = [self._four(q, batch, None)]
-        nodes += [self._four(x, batch, h[0] if grouped and h else None) for x, h in ((k, k_heads), (v, v_heads))]
+        nodes = [self._four(q, batch)]
+        for x, heads in ((k, k_heads), (v, v_heads)):
+            nodes.append(self._four(x, (batch[0], heads[1]), heads[0]) if grouped and heads else self._four(x, batch))
         dtypes = [reader.value(x).dtype for x in nodes]
         for other in dtypes:
             dtype = torch.promote_types(dtype, other)
@@ -131,7 +132,11 @@ class Emitter:
         a, b = reader.arg(node, 0, "input", "self"), reader.arg(node, 1, "other")
         for x, c in ((a, b), (b, a))[: 1 if name == "div" else 2]:
             number = reader.number(c)
-            if number is not None and isinstance(x, fx.Node) and same(reader.shape(x) or (), reader.shape(node) or ()):
+            if (
+                number is not None
+                and isinstance(x, fx.Node)
+                and same(reader.shape(x) or (), reader.shape(node) or ())
+            ):
                 kept = reader.value(x).dtype == reader.value(node).dtype
                 return (x, Factor(number, name == "div")) if kept else None
         return None
@@ -155,14 +160,21 @@ class Emitter:
         first = groups[0]
         return (first[0], 1) if len(first) == 1 else (product(first[:-1]), first[-1])
 
-    def _fewer_heads(self, x: Source, batch: Sequence[Any]) -> tuple[fx.Node, Any] | None:
-        """x (B, Hkv, N, D) of keys or values that are written out for each of more query heads, and Hkv."""
+    def _fewer_heads(self, x: Source, batch: Sequence[Any]) -> tuple[fx.Node | None, Any] | None:
+        """Keys or values for fewer heads than there are queries: (x (B, Hkv, N, D), Hkv).
+
+        None instead of x if the operand itself has one head or no axis of heads; None if it has all heads.
+        """
         reader, node = self.reader, x.node
         shape = reader.shape(node) or ()
-        if x.axes != ("b0", "b1", "n", "d") or not same(x.batch, batch):
+        if not same(x.batch, batch):
+            return None
+        if sorted(x.axes) == ["b0", "d", "n"] and known(shape[x.axes.index("b0")] == batch[0]):
+            return None, 1
+        if x.axes != ("b0", "b1", "n", "d"):
             return None
         if known(shape[1] == 1) and not known(batch[1] == 1) and known(shape[0] == batch[0]):
-            return node, 1
+            return None, 1
         if reader.name(node) == "repeat_interleave":
             source, dim = reader.first(node), reader.arg(node, 2, "dim")
             if source is None or not isinstance(reader.arg(node, 1, "repeats"), int) or dim not in (1, -3):
@@ -181,19 +193,18 @@ class Emitter:
             return None
         return self._steady(source, source), size[1]
 
-    def _four(self, x: Source, batch: Sequence[Any], grouped: fx.Node | None) -> fx.Node:
-        """The operand as (B, H, N, D)."""
-        if grouped is not None:
-            return grouped
+    def _four(self, x: Source, batch: Sequence[Any], heads: fx.Node | None = None) -> fx.Node:
+        """The operand as (B, H, N, D); `heads` holds it already."""
+        if heads is not None:
+            return heads
         wanted = tuple(sorted(x.axes, key=_rank))
         node = self.build.permute(x.node, [x.axes.index(axis) for axis in wanted])
         for i in range(len(x.batch)):
             if f"b{i}" not in wanted:
                 node = self.build(torch.unsqueeze, node, i)
-        node = self.build.batch(node, x.batch, batch)
-        if not same(self.build.shape(node)[:2], batch):
-            node = self.build("expand", node, *(self.build.size(n) for n in batch), -1, -1)
-        return node
+        if same(self.build.shape(node)[:-2], batch):
+            return node
+        return self.build.batch(node, x.batch, batch)
 
     def _number(self, factors: Sequence[Factor]) -> Any:
         """The product of all factors that are numbers, symbolic ones as nodes."""
@@ -207,29 +218,43 @@ class Emitter:
         return total
 
     def _mask(self, whole: Sequence[Any], dtype: torch.dtype) -> fx.Node | None:
-        """All masks and biases as one attn_mask."""
-        build, keep, bias = self.build, None, None
+        """All masks and biases as one attn_mask: boolean if hidden scores are -inf, else numbers to add."""
+        build, reader, bias = self.build, self.reader, None
+        keeps: dict[bool, fx.Node] = {}
         for term in reversed(self.match.trail.terms):
-            x = self._term(term, whole)
             if term.keep is not None:
-                keep = x if keep is None else build(torch.logical_and, keep, x)
+                x = self._kept(term, whole)
+                keeps[term.finite] = build(torch.logical_and, keeps[term.finite], x) if term.finite in keeps else x
             else:
+                x = self._added(term, whole)
                 bias = x if bias is None else build(torch.add, bias, x)
-        if bias is not None and self.reader.value(bias).dtype != dtype:
+        if bias is not None and reader.value(bias).dtype != dtype:
             bias = build("to", bias, dtype)
-        if bias is None or keep is None:
-            return bias if keep is None else keep
-        return build(torch.where, keep, bias, -torch.inf)
+        if True in keeps:
+            # a query whose keys are all set to one number attends to all of them alike: a boolean cannot say so
+            if bias is None:
+                bias = build(torch.zeros, (), dtype=dtype, device=reader.value(keeps[True]).device)
+            bias = build(torch.where, keeps[True], bias, torch.finfo(dtype).min)
+        keep = keeps.get(False)
+        return keep if bias is None else bias if keep is None else build(torch.where, keep, bias, -torch.inf)
 
-    def _term(self, term: Term, whole: Sequence[Any]) -> fx.Node:
+    def _kept(self, term: Term, whole: Sequence[Any]) -> fx.Node:
+        """A boolean mask, True where a score is kept."""
         build, reader, node = self.build, self.reader, self._steady(term.node, term.reader)
-        if term.keep is not None:
-            source = reader.first(node)
-            twice = reader.name(node) == "logical_not" and source is not None and reader.writes(node) is None
-            if not term.keep and twice and source is not None and reader.value(source).dtype == torch.bool:
-                return build.overlay(self._steady(source, node), term.shape, whole)
-            node = build.overlay(node, term.shape, whole)
-            return node if term.keep else build(torch.logical_not, node)
+        if term.keep:
+            return build.overlay(node, term.shape, whole)
+        source = reader.first(node)
+        if reader.name(node) == "logical_not" and source is not None and reader.value(source).dtype == torch.bool:
+            return build.overlay(self._steady(source, node), term.shape, whole)
+        return build(torch.logical_not, build.overlay(node, term.shape, whole))
+
+    def _added(self, term: Term, whole: Sequence[Any]) -> fx.Node:
+        """A bias, times what its sum with the scores is multiplied with."""
+        build, reader, node = self.build, self.reader, self._steady(term.node, term.reader)
+        source = reader.first(node)
+        if reader.name(node) in ("reshape_as", "view_as") and reader.arg(node, 1, "other") in self.match.nodes:
+            assert source is not None
+            node = build.reshape(self._steady(source, node), build.shape(node))
         node = build.overlay(node, term.shape, whole)
         number = self._number([f for f in term.factors if f.shape is None])
         if number != 1.0:

@@ -6,6 +6,7 @@ to scaled_dot_product_attention (scale, masks); anything else raises `NoFit` wit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,7 @@ class Term:
     Attributes:
         node: a float tensor to add, or a bool tensor.
         keep: for a bool tensor, the value that keeps a score; None for one to add.
+        finite: for a bool tensor, whether hidden scores are set to a finite number, and not to -inf.
         factors: what the sum is multiplied with afterwards.
         reader: the node that reads it.
     """
@@ -50,6 +52,7 @@ class Term:
     keep: bool | None
     factors: tuple[Factor, ...]
     reader: fx.Node
+    finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ class Matcher:
             hides = isinstance(number, (int, float)) and number <= max(HIDDEN, torch.finfo(reader.value(x).dtype).min)
             positive = all(isinstance(f.value, (int, float)) and f.value > 0 for f in trail.factors)
             if hides and positive:
-                term = Term(mask, shape, keep, (), node)
+                term = Term(mask, shape, keep, (), node, number > -math.inf)
                 tries.append((x, replace(trail, terms=(*trail.terms, term))))
         if not tries:
             value = options[0][2]
@@ -292,11 +295,17 @@ class Matcher:
         reader = self.reader
         for node in chain:
             for user in reader.users(node):
-                if user in inside:
+                if user in inside or self._asks_shape(user, node, inside):
                     continue
                 if any(reader.writes(u) is not None for u in (user, *user.users)):
                     raise NoFit(Reason.HAND_WRITTEN, f"bias written in place ({reader.name(user)} of the scores)")
                 raise NoFit(Reason.WEIGHTS_USED, f"scores are also {_used_by(reader, user)}")
+
+    def _asks_shape(self, user: fx.Node, node: fx.Node, inside: frozenset[fx.Node]) -> bool:
+        """Whether a mask that the match takes over asks the scores for their shape."""
+        reader = self.reader
+        asks = reader.name(user) in ("reshape_as", "view_as") and reader.first(user) is not node
+        return asks and all(u in inside for u in reader.users(user))
 
     # forward: the weights
 

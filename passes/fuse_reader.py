@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-REGROUP = frozenset(
-    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as reshape_alias".split()
-)
+REGROUP = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as reshape_alias".split())
 """Operations that keep the row-major order of all elements and only write the shape differently."""
 
 CASTS = frozenset("to type type_as float half bfloat16 double contiguous clone alias to_copy".split())

@@ -6,6 +6,7 @@ where the contracted axis comes from: in token attention it is an axis of featur
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 from torch import fx
@@ -58,7 +59,14 @@ def _step(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.Node
     last = axis == len(shape) - 1
     if node.op in ("placeholder", "get_attr"):
         return Role.FEATURES if last else Role.POSITIONS
-    x = reader.first(node)
+    if (made := read_product(reader, node)) is not None:
+        return [
+            (operand, axes.index(made.out[axis]))
+            for operand, axes in ((made.left, made.left_axes), (made.right, made.right_axes))
+            if made.out[axis] in axes
+        ]
+    # addmm(bias, x, weight)
+    x = reader.arg(node, 1, "mat1") if name == "addmm" else reader.first(node)
     if x is None or name == "cat":
         x = next((n for n in node.all_input_nodes if len(reader.shape(n) or ()) == len(shape)), None)
         return Role.UNKNOWN if x is None else [(x, axis)]
@@ -69,12 +77,6 @@ def _step(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.Node
         if last:
             return Role.FEATURES
         return Role.POSITIONS if name == "embedding" else [(x, axis)]
-    if (made := read_product(reader, node)) is not None:
-        return [
-            (operand, axes.index(made.out[axis]))
-            for operand, axes in ((made.left, made.left_axes), (made.right, made.right_axes))
-            if made.out[axis] in axes
-        ]
     order = reader.order(node)
     if order is not None:
         return [(x, order[axis])]
@@ -125,12 +127,25 @@ def _of_item(reader: Reader, node: fx.Node, x: fx.Node, axis: int) -> Role | lis
 
 
 def _of_regrouped(reader: Reader, node: fx.Node, x: fx.Node, axis: int) -> Role | list[tuple[fx.Node, int]]:
-    pairs = match_groups(reader.shape(x) or (), reader.shape(node) or ())
-    for old, new in pairs or ():
+    sizes, new_sizes = reader.shape(x) or (), reader.shape(node) or ()
+    for old, new in match_groups(sizes, new_sizes) or ():
         if axis in new:
-            # an axis of one is made of nothing
-            return [(x, a) for a in old if not known(reader.shape(x)[a] == 1)] or Role.UNKNOWN  # type: ignore[index]
+            low, high = _extent(new_sizes, new, axis)
+            # axes of one are made of nothing
+            parts = [(a, *_extent(sizes, old, a)) for a in old if not known(sizes[a] == 1)]
+            return [(x, a) for a, start, end in parts if start < high and low < end] or Role.UNKNOWN
     return Role.UNKNOWN
+
+
+def _extent(shape: tuple, run: range, axis: int) -> tuple[float, float]:
+    """The offsets, in elements of its run of axes, between which an axis steps; wide where sizes are symbolic."""
+    low, high = 1.0, 1.0
+    for a in reversed(run):
+        if a < axis:
+            break
+        n = shape[a] if isinstance(shape[a], int) else math.inf
+        low, high = (low if high == math.inf else high), high * n
+    return low, high
 
 
 def _of_same(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.Node, int]]:

@@ -58,10 +58,14 @@ class SelectAttention(Pass):
     recipe: Recipe = field(default_factory=lambda: Recipe.of(DEFAULT))
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        found = [(node, seen) for node, seen in _attention(gm.graph) if DECISION not in node.meta]
-        outcomes = select([seen for _, seen in found], self.recipe)
-        for (node, _), outcome in zip(found, outcomes, strict=True):
-            node.meta[DECISION] = outcome
+        found = _attention(gm.graph)
+        # what was decided before, as fuse-attention does, still counts as a layer
+        decided = select([seen for _, seen in found], self.recipe)
+        outcomes = []
+        for (node, _), outcome in zip(found, decided, strict=True):
+            if DECISION not in node.meta:
+                node.meta[DECISION] = outcome
+                outcomes.append(outcome)
         return PassResult(0, outcomes)
 
     def options(self) -> dict[str, Any]:
