@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo
+ZOO_VENV := .venv-zoo
+ZOO_STAMP := $(ZOO_VENV)/.installed
 
-.PHONY: help demo test lint type bench gpu golden wheel clean
+.PHONY: help demo test lint type bench gpu golden zoo wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,8 +47,19 @@ gpu: $(STAMP) ## tests that need a CUDA device
 golden: $(STAMP) ## rewrite the golden graphs of the pass tests, to be read in the diff
 	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest -q tests/passes
 
+# in a venv of its own: the libraries are large, and nothing else may come to need them
+$(ZOO_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sla2_compile needs Python 3.10 or later; set PYTHON=...")'
+	$(PYTHON) -m venv $(ZOO_VENV)
+	$(ZOO_VENV)/bin/python -m pip install -q -c constraints.txt torch triton numpy setuptools wheel
+	$(ZOO_VENV)/bin/python -m pip install -q -c constraints.txt -e '.[zoo]'
+	@touch $@
+
+zoo: $(ZOO_STAMP) ## models of transformers, diffusers and others: found, rewritten, compiled, exported; docs/zoo.md
+	$(ZOO_VENV)/bin/python -m tests.zoo
+
 wheel: $(STAMP) ## build the wheel and test it in a clean venv
 	.ci/wheel
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .venv-wheel build dist demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-wheel $(ZOO_VENV) build dist demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,87 @@
+"""The zoo's results as rows, for the terminal and for docs/zoo.md."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from tests.zoo import check
+from tests.zoo.entry import Entry
+
+COLUMNS = ("model", "calls", "SLA2", "left alone", "parity error", "gradients", "compile", "export", "strict export")
+
+HEAD = """# Compatibility: the model zoo
+
+Written by `make zoo` with {versions}, CPU; do not edit. {models} tiny models with random weights (`tests/zoo/`), of which
+{changed} have attention that SLA2 takes; {fallbacks}.
+
+| column | meaning |
+|---|---|
+| calls | attention calls that one forward makes, as `sla2_compile.report` lists them |
+| SLA2 | calls that became SLA2, with `min_seq_len={shortest}` |
+| left alone | the other calls, by reason |
+| parity error | largest difference to the original output, as a share of the largest output, where `topk_ratio=1.0` makes SLA2 full attention; checked against the original in float64 |
+| gradients | learned parameters of sites that one backward gives a gradient, at `topk_ratio={sparse}` |
+| compile | sites that are SLA2 under `torch.compile` (aot_eager), with the same output as in eager mode |
+| export, strict export | sites that are SLA2 in `torch.export`, `strict=False` and `strict=True`, likewise |
+
+`restore` gives every model its original output back, bit for bit, and its original state dict. A dash means that there
+is no SLA2 to speak of: the model is left alone, and its output is the original's.
+
+"""  # noqa: E501  (a Markdown table row is one line)
+
+
+def row(entry: Entry) -> tuple[str, ...]:
+    """One model's results, as text."""
+    calls = check.calls(entry)
+    left = ", ".join(f"{count} x {reason}" for reason, count in sorted(calls.left.items()))
+    name = f"{entry.name}: {entry.note}" if entry.note else entry.name
+    found = (name, str(calls.rewritten + calls.left.total()), str(calls.rewritten), left)
+    compiled, exported, strict = check.compiled(entry), check.exported(entry, False), check.exported(entry, True)
+    traced = tuple(_traced(x, calls.rewritten) for x in (compiled, exported, strict))
+    if not calls.rewritten:
+        return (*found, "-", "-", *traced)
+    alphas = check.alphas(entry)
+    reached = alphas - len(check.without_gradient(entry))
+    parity = check.parity(entry)
+    wrong = "" if parity.error <= parity.allowed else " **too large**"
+    return (*found, f"{parity.difference:.0e}{wrong}", f"{reached} of {alphas}", *traced)
+
+
+def _traced(traced: check.Traced, rewritten: int) -> str:
+    if traced.model_fails:
+        return "the original fails too"
+    if traced.failure:
+        return f"**fails**: {traced.failure[:80]}"
+    if traced.difference is not None and traced.difference > check.SAME:
+        return f"**differs** by {traced.difference:.0e}"
+    if traced.inside < rewritten:
+        return f"{traced.inside} of {rewritten}, the others full attention"
+    return f"{traced.inside} of {rewritten}" if rewritten else "-"
+
+
+def document(entries: list[Entry]) -> str:
+    """docs/zoo.md."""
+    names = ("torch", "transformers", "diffusers")
+    versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
+    head = HEAD.format(
+        versions=versions,
+        models=len(entries),
+        changed=sum(check.calls(entry).rewritten > 0 for entry in entries),
+        fallbacks=_fallbacks(entries),
+        shortest=check.MIN_SEQ_LEN,
+        sparse=check.SPARSE,
+    )
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row(entry) for entry in entries)]
+    return (
+        head + "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    )
+
+
+def _fallbacks(entries: list[Entry]) -> str:
+    lost = [e for e in entries if any(0 <= t.inside < check.calls(e).rewritten for t in _traces(e) if not t.failure)]
+    return f"{len(lost)} of these fall back to full attention in a compiler's trace" if lost else "none falls back"
+
+
+def _traces(entry: Entry) -> tuple[check.Traced, ...]:
+    return check.compiled(entry), check.exported(entry, False), check.exported(entry, True)
