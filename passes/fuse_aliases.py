@@ -9,11 +9,12 @@ from torch import Tensor, fx
 
 from sla2_compile.passes.fuse_reader import CASTS, PERMUTES, REGROUP, Reader
 
-VIEWS = (REGROUP | CASTS | PERMUTES) | frozenset(
-    "getitem expand expand_as slice select narrow unbind split chunk tensor_split split_with_sizes diagonal detach "
-    "as_strided unfold real imag view_as_real view_as_complex unsafe_chunk unsafe_split hsplit vsplit T H mH data "
-    "broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d identity dropout".split()
-)
+VIEWS = (REGROUP | CASTS | PERMUTES) | frozenset({
+    "getitem", "expand", "expand_as", "slice", "select", "narrow", "unbind", "split", "chunk", "tensor_split",
+    "split_with_sizes", "diagonal", "detach", "as_strided", "unfold", "real", "imag", "view_as_real",
+    "view_as_complex", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "T", "H", "mH", "data", "broadcast_to",
+    "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "identity", "dropout",
+})  # fmt: skip
 """Operations whose result may share memory with what they are given."""
 
 
@@ -56,9 +57,22 @@ class Writes:
             may = any(r.alias_info for r in node.target._schema.returns) or name in VIEWS
         else:
             may = name in VIEWS or bool(self.reader.writes(node))
-        return node.all_input_nodes if may else []
+        if name.endswith("_as"):
+            return [x for x in (self.reader.first(node),) if x is not None]
+        # sizes and indices belong to no memory
+        return [x for x in node.all_input_nodes if may and self._may_hold_tensors(x)]
+
+    def _may_hold_tensors(self, node: fx.Node) -> bool:
+        value = self.reader.value(node)
+        items = value if isinstance(value, (tuple, list)) else (value,)
+        return value is None or any(isinstance(x, Tensor) for x in items)
 
     def between(self, node: fx.Node, start: fx.Node, end: fx.Node) -> fx.Node | None:
         """The first node after `start` and before `end` that writes into node's memory, or None."""
         first, last, root = self.reader.position[start], self.reader.position[end], self._root(node)
         return next((n for i, n, roots in self.writes if first < i < last and root in roots), None)
+
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that write into node's memory."""
+        root = self._root(node)
+        return [n for _, n, roots in self.writes if root in roots]

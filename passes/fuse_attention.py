@@ -19,7 +19,8 @@ from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.fuse_aliases import Writes
 from sla2_compile.passes.fuse_emit import Emitter
 from sla2_compile.passes.fuse_explain import NoFit, near_attention
-from sla2_compile.passes.fuse_match import Match, Matcher
+from sla2_compile.passes.fuse_match import Matcher
+from sla2_compile.passes.fuse_pattern import Match
 from sla2_compile.passes.fuse_reader import Reader
 from sla2_compile.passes.outcome import Miss, Where
 from sla2_compile.passes.select_attention import DECISION, owner_of
@@ -38,7 +39,8 @@ class FuseAttention(Pass):
         found = [n for n in gm.graph.nodes if n in reader.live and reader.name(n) in ("softmax", "softmax_")]
         if not found:
             return result
-        writes, matcher = Writes(reader), Matcher(reader)
+        writes = Writes(reader)
+        matcher = Matcher(reader, writes)
         for softmax in found:
             if DECISION in softmax.meta:
                 continue

@@ -153,5 +153,5 @@ def _autocasts(graph: fx.Graph, place: fx.Node) -> list[tuple[str, Any, bool]]:
             device, dtype, enabled = (*node.args, None, True)[:3] if len(node.args) < 3 else node.args[:3]
             active[node] = (str(device), dtype, bool(enabled))
         elif name == "_exit_autocast":
-            active.pop(node.args[0], None)  # type: ignore[call-overload]
+            active.pop(node.args[0], None)
     return list(active.values())

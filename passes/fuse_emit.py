@@ -13,16 +13,17 @@ from torch import fx
 from sla2_compile.passes.fuse_aliases import Writes
 from sla2_compile.passes.fuse_builder import Builder
 from sla2_compile.passes.fuse_explain import NoFit
-from sla2_compile.passes.fuse_match import Factor, Match, Operand, Term
+from sla2_compile.passes.fuse_pattern import Factor, Match, Operand, Term
 from sla2_compile.passes.fuse_reader import Reader, known, product, same
 from sla2_compile.passes.normalize_sdpa import SDPA
 from sla2_compile.passes.rules import Reason
 
-KEEPS_LAYOUT = frozenset(
-    "to type type_as float half bfloat16 double alias dropout mul div add sub neg relu gelu silu sigmoid tanh "
-    "transpose permute swapaxes movedim unsqueeze squeeze reshape flatten unflatten getitem slice select expand "
-    "chunk split unbind identity".split()
-)
+KEEPS_LAYOUT = frozenset({
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "alias", "dropout", "mul", "div", "add", "sub",
+    "neg", "relu", "gelu", "silu", "sigmoid", "tanh", "transpose", "permute", "swapaxes", "movedim", "unsqueeze",
+    "squeeze", "reshape", "flatten", "unflatten", "getitem", "slice", "select", "expand", "chunk", "split",
+    "unbind", "identity",
+})  # fmt: skip
 """Operations whose result may be laid out in memory like their input."""
 
 
@@ -62,6 +63,7 @@ class Emitter:
         scores, weights = match.scores[:-2], match.weights
         q, k = (self._source(x, scores, dtype, scaled=True) for x in (match.q, match.k))
         v = self._source(match.v, weights, dtype, scaled=False)
+        build.sizes += [q.node, k.node, v.node]
         batch = self._batch([scores, weights, q.batch, k.batch, v.batch, *(s[:-2] for s in self._score_shapes())])
         whole = (*batch, *match.scores[-2:])
         k_heads, v_heads = self._fewer_heads(k, batch), self._fewer_heads(v, batch)
@@ -113,8 +115,13 @@ class Emitter:
                 at, node = node, split
             else:
                 break
-        self._steady(node, at)
         # the later steps read what the earlier ones read
+        self._steady(node, at)
+        sizes = dict(zip(axes, self.build.shape(node), strict=True))
+        if not all(
+            known(sizes.get(f"b{i}", 1) == n) or known(sizes.get(f"b{i}", 1) == 1) for i, n in enumerate(batch)
+        ):
+            raise NoFit(Reason.HAND_WRITTEN, "weights are shared by several batches of values")
         return Source(node, axes, batch, factors)
 
     def _steady(self, node: fx.Node, at: fx.Node) -> fx.Node:
@@ -266,15 +273,16 @@ class Emitter:
         return node
 
     def _result(self, out: fx.Node, batch: Sequence[Any], weights: Sequence[Any]) -> fx.Node:
-        """The call's result (B, H, Nq, Dv) in the axes, dtype and, where someone asks, layout of the values product."""
+        """The call's result (B, H, Nq, Dv) in the values product's axes and dtype, and layout where it matters."""
         build, reader, old = self.build, self.reader, self.match.values
         out = build.batch(out, batch, weights)
         names = (*(f"b{i}" for i in range(len(weights))), "n", "d")
         out = build.permute(out, [names.index(axis) for axis in self.match.out_axes])
         if reader.value(out).dtype != reader.value(old).dtype:
             out = build("to", out, reader.value(old).dtype)
-        if not same(build.shape(out), reader.shape(old) or ()):
-            raise NoFit(Reason.HAND_WRITTEN, "weights are shared by several batches of values")
+        if self.writes.writers(old):
+            # the call keeps its result for the backward pass: who writes into it gets a copy
+            return build(torch.clone, out, memory_format=torch.contiguous_format)
         return build("contiguous", out) if self._viewed(old) else out
 
     def _viewed(self, node: fx.Node) -> bool:

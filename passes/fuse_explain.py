@@ -10,7 +10,9 @@ from sla2_compile.passes.rules import Reason
 
 MIXERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution", "einsum"})
 LAYERS = MIXERS | {"layer_norm", "group_norm", "batch_norm", "embedding"}
-BANDS = frozenset("as_strided unfold pad constant_pad_nd diagonal".split())
+BANDS = frozenset({
+    "as_strided", "unfold", "pad", "constant_pad_nd", "diagonal",
+})  # fmt: skip
 HEADS = "mixes heads between {} (talking heads)"
 
 
@@ -38,14 +40,16 @@ def explain_scores(reader: Reader, node: fx.Node, depth: int) -> NoFit:
         return NoFit(Reason.LOOK_ALIKE, HEADS.format("scores and softmax"), depth)
     if name == "tanh":
         return NoFit(Reason.HAND_WRITTEN, "softcap: tanh on the scores", depth)
-    if name in BANDS:
-        return NoFit(Reason.LOOK_ALIKE, f"banded scores ({name})", depth)
+    if name in BANDS or beneath in BANDS:
+        return NoFit(Reason.LOOK_ALIKE, f"banded scores ({name if name in BANDS else beneath})", depth)
     if name in MIXERS and depth > 1:
         return NoFit(Reason.LOOK_ALIKE, HEADS.format("scores and softmax"), depth)
     if node.op in ("placeholder", "get_attr") or name in LAYERS:
         return NoFit(Reason.LOOK_ALIKE, f"scores come from {name or 'an input'}, not from q k^T", depth)
     if name in ("getitem", "wrap_with_autocast", "wrap_with_set_grad_enabled") and "wrap" in name + beneath:
         return NoFit(Reason.HAND_WRITTEN, "scores come from another graph (autocast or gradient mode block)", depth)
+    if not _reaches(reader, node, back=True):
+        return NoFit(Reason.LOOK_ALIKE, f"softmax of no product of queries and keys (of {name})", depth)
     return NoFit(Reason.HAND_WRITTEN, f"scores pass through {name}", depth)
 
 
@@ -72,12 +76,15 @@ def near_attention(reader: Reader, softmax: fx.Node) -> bool:
     return _reaches(reader, softmax, back=True) or _reaches(reader, softmax, back=False)
 
 
-def _reaches(reader: Reader, softmax: fx.Node, back: bool) -> bool:
+def _reaches(reader: Reader, start: fx.Node, back: bool) -> bool:
     """Whether a product lies within a few steps, with no layer in between."""
-    todo = [(softmax, 8)]
+    todo, seen = [(start, 8)], {start}
     while todo:
-        node, left = todo.pop()
+        node, left = todo.pop(0)
         for other in node.all_input_nodes if back else node.users:
+            if other in seen:
+                continue
+            seen.add(other)
             if read_product(reader, other) is not None:
                 return True
             if left and reader.name(other) not in LAYERS and other.op not in ("placeholder", "output"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from sla2_compile.passes.fuse_reader import Reader
+from sla2_compile.passes.fuse_reader import Reader, known
 
 MATMULS = frozenset({"matmul", "bmm", "mm", "__matmul__"})
 
@@ -88,7 +88,7 @@ def _matmul(reader: Reader, node: fx.Node, left: Any, right: Any) -> Product | N
 def _einsum(reader: Reader, node: fx.Node) -> Product | None:
     equation = reader.arg(node, 0, "equation")
     rest = reader.arg(node, 1, "operands", "tensors")
-    operands = list(rest) if isinstance(rest, (list, tuple)) else list(node.args[1:])
+    operands: list[Any] = list(rest) if isinstance(rest, (list, tuple)) else list(node.args[1:])
     if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
         return None
     inputs, _, out = equation.replace(" ", "").partition("->")
@@ -106,6 +106,12 @@ def _einsum(reader: Reader, node: fx.Node) -> Product | None:
         axes = [a.replace("...", dots[len(dots) - n :]) for a, n in zip(axes, counts, strict=True)]
         out = out.replace("...", dots)
     repeated = any(len(set(a)) != len(a) for a in (*axes, out))
+    # einsum repeats an axis of one, also one that it sums over
+    both = [(a, n) for a, n in zip(axes[0], shapes[0] or (), strict=False) if a in axes[1] and a not in out]
+    if not all(
+        known(n == (shapes[1] or ())[axes[1].index(a)]) for a, n in both if len(axes[1]) == len(shapes[1] or ())
+    ):
+        return None
     if repeated or any(len(a) != len(s or ()) for a, s in zip(axes, shapes, strict=True)):
         return None
     return Product(node, operands[0], operands[1], axes[0], axes[1], out)

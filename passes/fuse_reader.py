@@ -1,4 +1,4 @@
-"""`Reader`: one way to read the nodes of a graph, whatever traced it: torch functions, methods, aten overloads, modules."""
+"""`Reader`: one way to read a graph's nodes, whatever traced it: functions, methods, aten overloads, modules."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-REGROUP = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as reshape_alias".split())
+REGROUP = frozenset({
+    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "reshape_alias",
+})  # fmt: skip
 """Operations that keep the row-major order of all elements and only write the shape differently."""
 
-CASTS = frozenset("to type type_as float half bfloat16 double contiguous clone alias to_copy".split())
+CASTS = frozenset({
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "alias", "to_copy",
+})  # fmt: skip
 """Operations that give the same values, in another dtype or memory layout."""
 
-PERMUTES = frozenset("transpose permute swapaxes swapdims movedim moveaxis t mT numpy_T".split())
+PERMUTES = frozenset({
+    "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT", "numpy_T",
+})  # fmt: skip
 
 ALIASES = {
     "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "iadd": "add_",
-    "imul": "mul_", "itruediv": "div_", "isub": "sub_", "_softmax": "softmax", "special_softmax": "softmax",
-    "_unsafe_view": "view", "unsafe_view": "view", "_to_copy": "to_copy", "invert": "logical_not",
-    "bitwise_not": "logical_not", "_reshape_alias": "reshape_alias", "lift_fresh_copy": "alias", "lift_fresh": "alias",
-    "convert_element_type": "to", "inv": "logical_not",
+    "imul": "mul_", "itruediv": "div_", "isub": "sub_", "ipow": "pow_", "ifloordiv": "floor_divide_", "imod": "mod_",
+    "imatmul": "matmul_", "iand": "bitwise_and_", "ior": "bitwise_or_", "ixor": "bitwise_xor_",
+    "and_": "bitwise_and", "or_": "bitwise_or", "not_": "logical_not", "is_": "is", "_softmax": "softmax",
+    "special_softmax": "softmax", "_unsafe_view": "view", "_to_copy": "to_copy", "invert": "logical_not",
+    "inv": "logical_not", "bitwise_not": "logical_not", "_reshape_alias": "reshape_alias",
+    "lift_fresh_copy": "alias", "lift_fresh": "alias",
 }  # fmt: skip
 
 ASSERTIONS = frozenset({"_assert_tensor_metadata"})
@@ -55,12 +63,14 @@ class Reader:
         gm: the graph module.
         position: of each node in the graph.
         live: nodes that reach an output or have an effect.
+        switches: where the graph turns gradients on or off.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.modules = dict(gm.named_modules())
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.switches = [i for node, i in self.position.items() if "set_grad_enabled" in str(node.target)]
         self.live: set[fx.Node] = set()
         todo = [n for n in gm.graph.nodes if n.op == "output" or self.writes(n) is not None or self._effect(n)]
         while todo:
@@ -161,7 +171,7 @@ class Reader:
             return (*axes[:-2], axes[-1], axes[-2])
         first, second = self.arg(node, 1, "dim0", "dims", "axis0", "source"), self.arg(node, 2, "dim1", "destination")
         if name == "permute":
-            dims = first if isinstance(first, (list, tuple)) else node.args[1:]
+            dims: Any = first if isinstance(first, (list, tuple)) else node.args[1:]
             return tuple(int(d) % len(axes) for d in dims)
         if second is None:
             second = self.arg(node, 2, "axis1")
@@ -186,8 +196,8 @@ class Reader:
             return x
         if name == "getitem":
             index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-            if all(i is None or i is Ellipsis or i == slice(None) for i in index if not isinstance(i, fx.Node)):
-                return None if any(isinstance(i, fx.Node) for i in index) else x
+            if all(i is None or i is Ellipsis or (isinstance(i, slice) and i == slice(None)) for i in index):
+                return x
         return None
 
     def casts(self, node: fx.Node) -> fx.Node | None:
@@ -217,8 +227,8 @@ class Reader:
             return [x for x, a in named if isinstance(x, fx.Node) and a.alias_info and a.alias_info.is_write]
         name = self.name(node)
         written = [x for x in (self.first(node), node.kwargs.get("out")) if isinstance(x, fx.Node)]
-        if name in ("setitem", "delitem") or "out" in node.kwargs or (name.endswith("_") and name[:1] != "_"):
-            return written
+        if name in ("setitem", "delitem") or "out" in node.kwargs or (name.endswith("_") and name[-2:] != "__"):
+            return written or list(node.all_input_nodes)
         return list(node.all_input_nodes) if self._unknown(node) else None
 
     def _unknown(self, node: fx.Node) -> bool:
@@ -250,3 +260,17 @@ def _says_inplace(node: fx.Node) -> bool:
 def module_of(reader: Reader, node: fx.Node) -> nn.Module | None:
     """The module that a call_module node calls."""
     return reader.modules.get(str(node.target)) if node.op == "call_module" else None
+
+
+def dropout_of(reader: Reader, node: fx.Node) -> Any:
+    """The probability with which a dropout node drops; 0 outside training."""
+    module = module_of(reader, node)
+    if module is not None:
+        return float(getattr(module, "p", 0.0)) if module.training else 0.0
+    p, train = reader.arg(node, 1, "p", default=0.5), reader.arg(node, 2, "training", "train", default=True)
+    return p if train is not False else 0.0
+
+
+def floating(value: Any) -> bool:
+    """Whether a fake value is a tensor of floats."""
+    return isinstance(value, Tensor) and value.is_floating_point()

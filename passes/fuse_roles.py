@@ -15,10 +15,10 @@ from sla2_compile.passes.fuse_products import read_product
 from sla2_compile.passes.fuse_reader import Reader, known, product
 
 FEATURES_LAST = frozenset({"linear", "addmm", "embedding", "nondynamicallyquantizablelinear"})
-CONVOLUTIONS = frozenset(
-    "conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d "
-    "convtranspose1d convtranspose2d convtranspose3d".split()
-)
+CONVOLUTIONS = frozenset({
+    "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "convtranspose1d", "convtranspose2d", "convtranspose3d",
+})  # fmt: skip
 
 
 class Role(Enum):
