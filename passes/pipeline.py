@@ -11,6 +11,7 @@ from torch import fx
 from sla2_compile.passes.base import Pass, PassResult, parse_pass, split_top
 from sla2_compile.passes.clean_up import CleanUp
 from sla2_compile.passes.fuse_attention import FuseAttention
+from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.replace_attention import ReplaceAttention
@@ -43,7 +44,16 @@ class Pipeline:
     @classmethod
     def standard(cls, recipe: Recipe, learned: bool = True) -> Pipeline:
         """The passes of `transform` on a graph, in order (DESIGN: one pipeline, read top to bottom)."""
-        return cls((NormalizeSDPA(), FuseAttention(), SelectAttention(recipe), ReplaceAttention(learned), CleanUp()))
+        return cls(
+            (
+                InlineAutocast(),
+                NormalizeSDPA(),
+                FuseAttention(),
+                SelectAttention(recipe),
+                ReplaceAttention(learned),
+                CleanUp(),
+            )
+        )
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:

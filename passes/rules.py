@@ -42,6 +42,7 @@ class Reason(str, Enum):
     HAND_WRITTEN = "softmax written by hand, possibly attention"
     WEIGHTS_USED = "softmax weights or scores are used elsewhere"
     LOOK_ALIKE = "looks like token attention, and is not"
+    PATTERN = "call pattern without a graph: original forward"
     UNSEEN = "call not seen when the model was planned"
 
 

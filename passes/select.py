@@ -23,12 +23,15 @@ class SeenCall:
     Attributes:
         where: owner, position, shapes.
         call: its arguments; None where the carrier saw only a hint (`reason` says which).
-        reason: why the carrier itself cannot rewrite it, or None.
+        reason: why the carrier itself cannot rewrite it, or None; detail: more about that.
+        around: names of the modules whose forwards the call stands in, the owner first.
     """
 
     where: Where
     call: AttentionCall | None
     reason: Reason | None = None
+    detail: str = ""
+    around: tuple[str, ...] = ()
 
 
 def layer_numbers(owners: Sequence[str]) -> dict[str, int]:
@@ -64,7 +67,7 @@ def select(seen: Sequence[SeenCall], recipe: Recipe) -> list[Rewrite | Miss]:
             outcomes.append(Rewrite.of(s.where, s.call, settings))
         else:
             assert reason is not None
-            outcomes.append(Miss(s.where, reason, _detail(reason, s, settings, layer)))
+            outcomes.append(Miss(s.where, reason, s.detail or _detail(reason, s, settings, layer)))
     return outcomes
 
 

@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sla2_compile import debug
-from sla2_compile.carrier import CHILD, SiteForward, install, is_owner, remove
+from sla2_compile.captured import CHILD
+from sla2_compile.carrier import SiteForward, install, is_owner, remove
 from sla2_compile.discovery import discover
+from sla2_compile.hand_written import find_hand_written
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.select import SeenCall, select
 from sla2_compile.passes.site import Site, Sites
@@ -149,7 +151,8 @@ class FirstForward:
 def _transform_now(
     model: nn.Module, recipe: Recipe, args: Sequence[Any], kwargs: Mapping[str, Any], how: str, allow_none: bool
 ) -> None:
-    seen, found = discover(model, args, kwargs, how)
+    found = discover(model, args, kwargs, how)
+    seen, captured = find_hand_written(model, found)
     outcomes = select(seen, recipe)
     rewrites = [x for x in outcomes if isinstance(x, Rewrite)]
     if not rewrites and not allow_none:
@@ -178,8 +181,8 @@ def _transform_now(
             )
     # nothing above changed the model; nothing below can fail
     for name, sites in owners.items():
-        install(modules[name], Sites(sites))
-    setattr(model, ATTRIBUTE, Plan(recipe, tuple(outcomes), found))
+        install(modules[name], Sites(sites), captured.get(name))
+    setattr(model, ATTRIBUTE, Plan(recipe, tuple(outcomes), found.how))
     debug.show_report(lambda: report(model))
 
 

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sla2_compile.captured import CHILD, CapturedForward
 from sla2_compile.passes import multihead
 from sla2_compile.passes.site import Sites
-
-CHILD = "sla2"
-"""Name of the child module that holds an owner's sites."""
 
 
 class RedirectAttention(TorchFunctionMode):
@@ -53,21 +51,32 @@ class SiteForward:
     Attributes:
         owner: the module.
         own: the forward that the instance already had in its __dict__, or None for its class's.
+        captured: graphs that run in the place of the original, for attention written by hand, or None.
         function: the class's forward; stored, because looking it up inside a trace breaks the graph.
     """
 
-    def __init__(self, owner: nn.Module) -> None:
+    def __init__(self, owner: nn.Module, captured: CapturedForward | None = None) -> None:
         self.owner = owner
         self.own = owner.__dict__.get("forward")
         self.function = type(owner).forward
+        self.captured = captured
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.captured is not None:
+            graph = self.captured.find(self._original, args, kwargs)
+            if graph is None:
+                return self._original(*args, **kwargs)
+            with RedirectAttention(self.owner.sla2):  # type: ignore[arg-type]
+                return graph(self.owner, args, kwargs)
         if isinstance(self.owner, nn.MultiheadAttention):
             args, kwargs = multihead.without_fused_path(args, kwargs)
         with RedirectAttention(self.owner.sla2):  # type: ignore[arg-type]
-            if self.own is not None:
-                return self.own(*args, **kwargs)
-            return self.function(self.owner, *args, **kwargs)
+            return self._original(*args, **kwargs)
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return self.function(self.owner, *args, **kwargs)
 
     @property
     def __code__(self) -> CodeType:
@@ -83,13 +92,13 @@ class SiteForward:
         return original.replace(parameters=list(original.parameters.values())[1:])
 
 
-def install(owner: nn.Module, sites: Sites) -> None:
+def install(owner: nn.Module, sites: Sites, captured: CapturedForward | None = None) -> None:
     """Give owner its sites. The caller has checked that `owner.sla2` is free."""
     if isinstance(owner, nn.MultiheadAttention):
         # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
         sites.register_forward_pre_hook(_never_called)
     owner.add_module(CHILD, sites)
-    owner.__dict__["forward"] = SiteForward(owner)
+    owner.__dict__["forward"] = SiteForward(owner, captured)
 
 
 def _never_called(module: nn.Module, args: Any) -> None:

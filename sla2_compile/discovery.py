@@ -11,7 +11,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import _lru_cache_wrapper
 from typing import Any
 
@@ -32,10 +32,27 @@ from sla2_compile.passes.select import SeenCall
 SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
 
-def discover(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], how: str = "auto"
-) -> tuple[list[SeenCall], str]:
-    """Return the attention calls of one forward of model, in order, and how they were found ("fake" or "real").
+# arguments of a module's forward, by its name
+Inputs = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What one forward showed.
+
+    Attributes:
+        seen: the attention calls, in order.
+        how: "fake" or "real".
+        inputs: what the modules around softmaxes written by hand were called with (fake tensors, if fake).
+    """
+
+    seen: list[SeenCall]
+    how: str
+    inputs: Inputs
+
+
+def discover(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], how: str = "auto") -> Discovery:
+    """Find the attention calls of one forward of model.
 
     Args:
         args, kwargs: one set of inputs; only shapes and dtypes matter under fake tensors.
@@ -49,9 +66,9 @@ def discover(
     on_meta = any(p.is_meta for p in model.parameters())
     if how != "real":
         try:
-            seen = _trace_fake(model, args, kwargs, on_meta)
-            if how == "fake" or on_meta or not any(_masks_queries(s) for s in seen):
-                return seen, "fake"
+            found = _trace_fake(model, args, kwargs, on_meta)
+            if how == "fake" or on_meta or not any(_masks_queries(s) for s in found.seen):
+                return found
         except Exception as error:  # the model's own code may raise anything; what is left is reported below
             if how == "fake":
                 raise _does_not_run(model, error) from error
@@ -60,7 +77,8 @@ def discover(
         raise _does_not_run(model, first or RuntimeError("a model on the meta device cannot run")) from first
     try:
         with _undo(model, largest=sys.maxsize), torch.random.fork_rng(devices=[]):
-            return _record(model, args, kwargs), "real"
+            seen, inputs = _record(model, args, kwargs)
+            return Discovery(seen, "real", inputs)
     except Exception as error:  # as above
         raise _does_not_run(model, error) from error
 
@@ -78,53 +96,73 @@ def _masks_queries(seen: SeenCall) -> bool:
     return mask is not None and not same_for_all_queries(mask)
 
 
-def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], on_meta: bool) -> list[SeenCall]:
+def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], on_meta: bool) -> Discovery:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(x: Tensor) -> Tensor:
         made = mode.from_tensor(x.detach().to("meta") if on_meta else x.detach())
         return made.requires_grad_(x.requires_grad)
 
+    seen: list[SeenCall] = []
+    inputs: Inputs = {}
     try:
         # fake tensors compute scalars for real, also those of a buffer such as a step counter
         with _undo(model, largest=1), torch.random.fork_rng(devices=[]):
             fake_args, fake_kwargs = tree_map_only(Tensor, fake, (tuple(args), dict(kwargs)))
             with mode:
-                seen = _record(model, fake_args, fake_kwargs)
+                seen, inputs = _record(model, fake_args, fake_kwargs)
             del fake_args, fake_kwargs
-        # the calls are kept as fakes of a mode of their own, so that what is left of this mode is a leak
+        # what is kept is kept as fakes of a mode of its own, so that what is left of this mode is a leak
         keep = FakeTensorMode()
-        return [s if s.call is None else replace(s, call=_copy(s.call, keep)) for s in seen]
+        kept = [s if s.call is None else replace(s, call=_copy(s.call, keep)) for s in seen]
+        return Discovery(kept, "fake", tree_map_only(Tensor, lambda x: _blank(x, keep), inputs))
     finally:
-        seen = []
+        seen, inputs = [], {}
         _drop_cached_fakes(mode)
 
 
 def _copy(call: AttentionCall, mode: FakeTensorMode) -> AttentionCall:
-    def blank(x: Tensor) -> Tensor:
-        with mode:
-            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        return made.requires_grad_(x.requires_grad)
-
-    mask = None if call.attn_mask is None else blank(call.attn_mask)
-    return replace(call, q=blank(call.q), k=blank(call.k), v=blank(call.v), attn_mask=mask)
+    mask = None if call.attn_mask is None else _blank(call.attn_mask, mode)
+    return replace(call, q=_blank(call.q, mode), k=_blank(call.k, mode), v=_blank(call.v, mode), attn_mask=mask)
 
 
-def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SeenCall]:
+def _blank(x: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return made.requires_grad_(x.requires_grad)
+
+
+def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[SeenCall], Inputs]:
     recorder = Recorder(model)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), recorder.hooks(model), recorder:
         model(*args, **kwargs)
-    return list(recorder.seen.values())
+    return list(recorder.seen.values()), recorder.inputs
+
+
+@dataclass
+class Frame:
+    """One forward that is running: its module, its arguments, and the attention calls it made so far."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    calls: int = 0
 
 
 class Recorder(TorchFunctionMode):
-    """Records attention calls with their owners. `seen` maps (owner, position, what) to the first such call."""
+    """Records attention calls with their owners.
+
+    Attributes:
+        seen: the first call of each (owner, position, what).
+        inputs: arguments of the modules around each softmax that may be attention written by hand.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
-        self.frames: list[list[Any]] = []
+        self.frames: list[Frame] = []
         self.seen: dict[tuple[str, int, str], SeenCall] = {}
+        self.inputs: Inputs = {}
 
     @contextlib.contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
@@ -133,7 +171,7 @@ class Recorder(TorchFunctionMode):
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
             yield
@@ -141,8 +179,8 @@ class Recorder(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self.frames.append([module, 0])
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.frames.append(Frame(module, args, kwargs))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.frames.pop()
@@ -161,17 +199,24 @@ class Recorder(TorchFunctionMode):
 
     def _see(self, what: str, reason: Reason | None, call: Any) -> None:
         frame = self.frames[-1]
-        owner = self.names[id(frame[0])]
-        index = frame[1] if what == "attention" else 0
+        owner = self.names[id(frame.module)]
+        index = frame.calls if what == "attention" else 0
         if what == "attention":
-            frame[1] += 1
+            frame.calls += 1
         key = (owner, index, what)
         if key in self.seen:
             old = self.seen[key]
             self.seen[key] = replace(old, where=replace(old.where, times=old.where.times + 1))
             return
-        where = Where(owner, index, (), (), (), "", "") if call is None else Where.of(owner, index, call)
-        self.seen[key] = SeenCall(where, call, reason)
+        if call is not None:
+            self.seen[key] = SeenCall(Where.of(owner, index, call), call, reason)
+            return
+        # the softmax may be a module of its own, and its two products stand in the module around it
+        around = list(reversed(self.frames[-3:])) if what == "softmax" else []
+        names = tuple(self.names[id(f.module)] for f in around)
+        for name, f in zip(names, around, strict=True):
+            self.inputs.setdefault(name, (f.args, f.kwargs))
+        self.seen[key] = SeenCall(Where(owner, index, (), (), (), "", ""), None, reason, "", names)
 
 
 def _is_score_map(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from sla2_compile.carrier import is_owner
 from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.site import Site, Sites
-from sla2_compile.plan import Plan, plans
+from sla2_compile.plan import plans
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,13 +148,14 @@ def inspect(
     Args and errors as `transform`; finding no call to replace is no error here.
     """
     from sla2_compile.discovery import discover
+    from sla2_compile.hand_written import find_hand_written
     from sla2_compile.passes.select import select
     from sla2_compile.recipes import Recipe
 
     chosen = Recipe.of(recipe, **overrides)
-    seen, how = discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
-    plan = Plan(chosen, tuple(select(seen, chosen)), how)
-    return Report(plan.outcomes, chosen, how, {})
+    found = discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
+    seen, _ = find_hand_written(model, found)
+    return Report(tuple(select(seen, chosen)), chosen, found.how, {})
 
 
 def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:
@@ -171,7 +174,9 @@ def _fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
         if isinstance(module, Site):
             counts = module.fallbacks
         elif isinstance(module, Sites) and module.unseen:
-            counts = Counter({"call not seen when the model was planned": module.unseen})
+            counts = Counter({Reason.UNSEEN.value: module.unseen})
+        elif is_owner(module) and (captured := module.forward.captured) is not None and captured.refused:
+            counts = Counter({Reason.PATTERN.value: captured.refused})
         if counts:
             found[name] = dict(counts)
     return found

@@ -23,6 +23,46 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
 
 
+class HandWritten(Attention):
+    """`Attention` spelt out; options make it stranger.
+
+    island: scores in float32 with autocast off. softmax_module: softmax as a child. twist: something that keeps it
+    from being a plain attention call.
+    """
+
+    def __init__(
+        self, dim: int = 32, heads: int = 2, island: bool = False, softmax_module: bool = False, twist: str = ""
+    ):
+        super().__init__(dim, heads)
+        self.scale, self.island, self.twist = (dim // heads) ** -0.5, island, twist
+        self.softmax = nn.Softmax(dim=-1) if softmax_module else None
+        if twist == "talking heads":
+            self.talk = nn.Linear(heads, heads)
+        if twist == "writes a buffer":
+            self.calls: Tensor
+            self.register_buffer("calls", torch.zeros(()))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.island:
+            with torch.autocast(q.device.type, enabled=False):
+                return q.float() @ k.float().transpose(-2, -1) * self.scale
+        return (q * self.scale) @ k.transpose(-2, -1)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        s = self.scores(q, k)
+        weights = s.softmax(dim=-1).to(v.dtype) if self.softmax is None else self.softmax(s)
+        if self.twist == "talking heads":
+            weights = self.talk(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.twist == "writes a buffer":
+            self.calls += 1
+        if self.twist == "data dependent" and not bool(weights.sum() > 0):
+            weights = weights * 0
+        out = self.out((weights @ v).transpose(1, 2).reshape(B, N, C))
+        return (out, weights) if self.twist == "weights" else out
+
+
 class Net(nn.Module):
     """Residual attention blocks, optionally with a graph break in each, or checkpointed."""
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sla2_compile.passes.clean_up import CleanUp
+from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.pipeline import Pipeline
@@ -25,6 +26,13 @@ class TwoCalls(nn.Module):
         return plain + F.scaled_dot_product_attention(q, k, v, bias)
 
 
+class Island(nn.Module):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            y = x.float() @ x.float()
+        return y + 1
+
+
 def traced():
     q = [torch.randn(1, 2, 100, 16) for _ in range(3)]
     program = torch.export.export(TwoCalls(), (*q, torch.randn(1, 1, 100, 100)))
@@ -35,6 +43,28 @@ def traced():
 
 class GoldenTests(TestCase):
     maxDiff = None
+
+    def test_inline_autocast(self):
+        gm = torch.export.export(Island(), (torch.randn(4, 4),)).module(check_guards=False)
+        gm.graph.eliminate_dead_code()
+        assert InlineAutocast().run(gm).changed == 1
+        self.assertExpectedInline(
+            graph_text(gm),
+            """\
+graph():
+    %x : [num_users=2] = placeholder[target=x]
+    %_assert_tensor_metadata_default : [num_users=0] = call_function[target=torch.ops.aten._assert_tensor_metadata.default](args = (%x,), kwargs = {dtype: torch.float32, device: cpu, layout: torch.strided})
+    %to : [num_users=2] = call_function[target=torch.ops.aten.to.dtype](args = (%x, torch.float32), kwargs = {})
+    %_assert_tensor_metadata_default_1 : [num_users=0] = call_function[target=torch.ops.aten._assert_tensor_metadata.default](args = (%to,), kwargs = {dtype: torch.float32, device: cpu, layout: torch.strided})
+    %to_1 : [num_users=1] = call_function[target=torch.ops.aten.to.dtype](args = (%to, torch.float32), kwargs = {})
+    %matmul_1 : [num_users=1] = call_function[target=torch.ops.aten.matmul.default](args = (%to_1, %to_1), kwargs = {})
+    %add : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%matmul_1, 1), kwargs = {})
+    return (add,)""",
+        )
+        assert InlineAutocast().run(gm).changed == 0
+        gm.recompile()
+        x = torch.randn(4, 4)
+        assert torch.equal(gm(x), Island()(x))
 
     def test_normalize_sdpa(self):
         gm = traced()

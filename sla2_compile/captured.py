@@ -1,0 +1,255 @@
+"""Owners whose attention is written by hand: their forward as a graph, guarded by what the graph was made for.
+
+A function mode sees no attention in matmul, softmax, matmul. So the owner's forward is exported, the pass
+fuse-attention turns what it can prove into `F.scaled_dot_product_attention`, and that graph runs in the place of the
+forward, under the same mode as any owner. A graph holds one call pattern only: shapes, dtypes, devices, constants,
+autocast, training mode, and the state of the modules in it. Another pattern gets a graph of its own, up to a limit,
+or the original forward; never a wrong result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.fuse_attention import FuseAttention
+from sla2_compile.passes.inline_autocast import InlineAutocast
+from sla2_compile.passes.normalize_sdpa import NormalizeSDPA, is_normal
+from sla2_compile.passes.outcome import Miss
+from sla2_compile.passes.pipeline import Pipeline
+from sla2_compile.passes.select_attention import value_of
+
+CHILD = "sla2"
+"""Name of the child module that holds an owner's sites."""
+
+MAX_GRAPHS = 8
+"""Call patterns of one owner that get a graph; further ones run the original forward."""
+
+log = logging.getLogger("sla2_compile")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What one graph was made for; compared at every call, metadata only.
+
+    Attributes:
+        tree: how args and kwargs nest.
+        leaves: (shape, dtype, device) of a tensor, (type, value) of any other argument.
+        autocast: the dtype that autocast gives on this device, or None where it is off.
+        state: of the owner and the modules in it, as `module_state` gives it.
+    """
+
+    tree: TreeSpec
+    leaves: tuple[Any, ...]
+    autocast: torch.dtype | None
+    state: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, owner: nn.Module, args: Any, kwargs: Any) -> Pattern:
+        leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
+        return cls(tree, tuple(_leaf(x) for x in leaves), _autocast(leaves), module_state(owner))
+
+    def fits(self, args: Any, kwargs: Any) -> bool:
+        """Whether a call has this pattern; the state of modules aside."""
+        leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
+        if tree != self.tree or len(leaves) != len(self.leaves) or _autocast(leaves) != self.autocast:
+            return False
+        return all(_leaf(x) == known for x, known in zip(leaves, self.leaves, strict=True))
+
+
+def _leaf(x: Any) -> tuple[Any, ...]:
+    return (tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else (type(x).__name__, x)
+
+
+def _autocast(leaves: Sequence[Any]) -> torch.dtype | None:
+    device = next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def module_state(owner: nn.Module) -> tuple[Any, ...]:
+    """What the code of the owner and its parts may depend on besides arguments and tensors; its sites aside."""
+    parts = [(name, module) for name, module in owner.named_modules() if name.partition(".")[0] != CHILD]
+    return tuple((name, *_one_state(module, name == "")) for name, module in parts)
+
+
+def _one_state(module: nn.Module, is_owner: bool) -> tuple[Any, ...]:
+    simple = (bool, int, float, str, torch.dtype, type(None))
+    plain = tuple((k, v) for k, v in sorted(module.__dict__.items()) if isinstance(v, simple) and k[0] != "_")
+    # the owner's own hooks and forward run around the graph, those of the modules in it would be passed by
+    if is_owner:
+        return type(module), plain
+    return (
+        type(module),
+        plain,
+        len(module._forward_hooks),
+        len(module._forward_pre_hooks),
+        "forward" in module.__dict__,
+    )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One captured forward: a pure function of weights and arguments, and how many attention calls it makes.
+
+    Attributes:
+        run: takes the weights of `names`, then the flat arguments; returns the flat results.
+        names: parameters and buffers of the owner that the graph reads.
+        out_spec: how the results nest.
+        calls: attention calls in it.
+    """
+
+    run: fx.GraphModule
+    names: tuple[str, ...]
+    out_spec: TreeSpec
+    calls: int
+
+    def __call__(self, owner: nn.Module, args: Any, kwargs: Any) -> Any:
+        tensors = {**dict(owner.named_parameters()), **dict(owner.named_buffers())}
+        leaves, _ = tree_flatten((tuple(args), dict(kwargs)))
+        return tree_unflatten(self.run(*(tensors[name] for name in self.names), *leaves), self.out_spec)
+
+    def __deepcopy__(self, memo: Any) -> Graph:
+        # holds no weights and never changes
+        return self
+
+
+class CapturedForward:
+    """The graphs of one owner.
+
+    Attributes:
+        owner: the module.
+        known: patterns met, with their graphs; None where there is none with the planned number of calls.
+        refused: calls that ran the original forward instead (eager and non-strict export).
+    """
+
+    def __init__(self, owner: nn.Module, pattern: Pattern, graph: Graph) -> None:
+        self.owner = owner
+        self.known: list[tuple[Pattern, Graph | None]] = [(pattern, graph)]
+        self.planned = graph.calls
+        self.refused = 0
+
+    def find(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Graph | None:
+        """Return the graph for this call, making one if need be, or None: run the original forward."""
+        graph = None
+        for index, (pattern, made) in enumerate(self.known):
+            if pattern.fits(args, kwargs) and self.in_state(index):
+                graph = made
+                break
+        else:
+            if not torch.compiler.is_compiling() and len(self.known) < MAX_GRAPHS:
+                graph = self._add(forward, args, kwargs)
+        if graph is None and not torch.compiler.is_dynamo_compiling():
+            self.refused += 1
+        return graph
+
+    def also_in_the_other_mode(self, args: Any, kwargs: Any) -> None:
+        """Make the graph of this call for training too if planned in eval, and the other way round.
+
+        A compiler's trace can make none, and models are often planned in one mode and compiled in the other.
+        """
+        modes = [(module, module.training) for module in self.owner.modules()]
+        try:
+            self.owner.train(not self.owner.training)
+            self._add(self.owner.forward, args, kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    @torch.compiler.assume_constant_result
+    def in_state(self, index: int) -> bool:
+        """Whether the modules are as they were for one of the patterns; asked once by a compiler's trace."""
+        return module_state(self.owner) == self.known[index][0].state
+
+    def _add(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Graph | None:
+        graph, _, why = capture(self.owner, forward, args, kwargs)
+        if graph is None or graph.calls != self.planned:
+            name = type(self.owner).__name__
+            log.warning("%s: a new call pattern runs the original forward: %s", name, why or "other attention calls")
+            graph = None
+        self.known.append((Pattern.of(self.owner, args, kwargs), graph))
+        return graph
+
+
+class _Forward(nn.Module):
+    """The owner under its original forward, with its own names of parameters, for torch.export."""
+
+    def __init__(self, owner: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__.update(
+            {k: v for k, v in owner.__dict__.items() if k in ("_parameters", "_buffers", "_modules")}
+        )
+        self.__dict__["_non_persistent_buffers_set"] = owner._non_persistent_buffers_set
+        self.training = owner.training
+        self.__dict__["original"] = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["original"](*args, **kwargs)
+
+
+def _blank(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_()
+
+
+def capture(
+    owner: nn.Module, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Graph | None, list[AttentionCall], str]:
+    """Export one call of the owner and fuse the attention in it.
+
+    Args:
+        forward: the owner's original, bound.
+        args, kwargs: of the call; only shapes, dtypes and constants matter.
+
+    Returns:
+        the graph and its attention calls (fake values); or None, and why not: what kept the owner from being
+        traced, or attention from being found.
+    """
+    blank = tree_map_only(Tensor, _blank, (tuple(args), dict(kwargs)))
+    try:
+        # the graph keeps the grad mode that it is traced in
+        with torch.enable_grad():
+            program = torch.export.export(_Forward(owner, forward), *blank, strict=False)
+    except Exception as error:  # the owner's own code may raise anything under the tracer; it then stays as it is
+        return (
+            None,
+            [],
+            f"cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        )
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    outcomes = Pipeline((InlineAutocast(), NormalizeSDPA(), FuseAttention())).run(gm)
+    nodes = [node for node in gm.graph.nodes if is_normal(node)]
+    calls = [AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values()))) for node in nodes]
+    if not calls:
+        misses = [x for x in outcomes if isinstance(x, Miss)]
+        return None, [], "; ".join(dict.fromkeys(m.detail or m.reason.value for m in misses)) or "no attention found"
+    return _pure(gm, len(calls)), calls, ""
+
+
+def _pure(gm: fx.GraphModule, calls: int) -> Graph:
+    """Turn the weights that gm holds into inputs: each call brings the owner's of that time, on any thread."""
+    graph, spec = gm.graph, gm._out_spec
+    assert spec is not None
+    names: dict[str, fx.Node] = {}
+    first = next(iter(graph.nodes))
+    reads = [n for n in graph.nodes if n.op == "get_attr"]
+    for node in reads:
+        name = str(node.target)
+        if name not in names:
+            with graph.inserting_before(first):
+                names[name] = graph.placeholder(f"weight_{len(names)}")
+        node.replace_all_uses_with(names[name])
+    for node in reads:
+        graph.erase_node(node)
+    # a plain graph: without fake values, and without the tracer's class, which does not pickle
+    plain = fx.Graph()
+    plain.output(plain.graph_copy(graph, {}))
+    for node in plain.nodes:
+        node.meta = {}
+    return Graph(fx.GraphModule(nn.Module(), plain), tuple(names), spec, calls)
