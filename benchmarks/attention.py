@@ -42,7 +42,7 @@ class Shape:
     topk_ratio: float = 0.03
     compression_ratio: int = 16
     dtype: str = "bfloat16"
-    flex: bool = False
+    with_flex: bool = False
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(0)
@@ -59,8 +59,8 @@ WAN, WAN_14B = (1, 12, 32760, 128), (1, 40, 75600, 128)
 RECIPES = ((0.05, 16), (0.15, 8), (0.25, 4))
 SUITES = {
     "anchors": [
-        Shape(*WAN, 0.03, 16, flex=True), Shape(*WAN, 0.03, 0), Shape(*WAN, 0.03, 8), Shape(*WAN, 0.15, 16),
-        Shape(4, 16, 4096, 64, 0.03, 16, flex=True), Shape(1, 16, 16384, 64, 0.03, 16, flex=True),
+        Shape(*WAN, 0.03, 16, with_flex=True), Shape(*WAN, 0.03, 0), Shape(*WAN, 0.03, 8), Shape(*WAN, 0.15, 16),
+        Shape(4, 16, 4096, 64, 0.03, 16, with_flex=True), Shape(1, 16, 16384, 64, 0.03, 16, with_flex=True),
         Shape(*WAN_14B, 0.03, 16),
     ],
     "crossover": [
@@ -163,7 +163,7 @@ def measure(shape: Shape, detail: bool) -> dict[str, Any]:
     contenders: dict[str, Call] = {
         "fa2": backend(SDPBackend.FLASH_ATTENTION), "cudnn": backend(SDPBackend.CUDNN_ATTENTION), "ours": ours,
     }  # fmt: skip
-    if shape.flex:
+    if shape.with_flex:
         contenders["flex"] = flex_call(shape, q, k, v)
     for name, call in contenders.items():
         try:

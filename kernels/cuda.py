@@ -35,7 +35,7 @@ from sla2_compile.kernels.triton_select import select_kernel
 from sla2_compile.kernels.triton_states import complement_kernel, states_kernel
 
 SCORES = (128, 32, 4)
-"""`scores_kernel`: query tokens and key blocks a program, warps. Like the next two, the best of those tried on sm_90."""
+"""`scores_kernel`: query tokens and key blocks a program, warps. All three: the best of those tried on sm_90."""
 STATES = (4, 128, None)
 """`states_kernel`: warps, columns of v a program, registers a thread."""
 LINEAR = (64, 8, 4, 2)
@@ -231,7 +231,7 @@ def attention_forward(
             states_kernel[(n * wide_tn, num_blocks(block_dv, s_dv))](
                 k, v, k_mean, mask, states, *k.stride()[:3], *v.stride()[:3], mask_stride, heads, Nk, wide_tn, first,
                 **dims, BLOCK_DV=min(block_dv, s_dv), BLOCK_K=block_k, HAS_MASK=masked,
-                num_warps=s_warps, maxnreg=s_regs,
+                HALVES=block_d > 64, num_warps=s_warps, maxnreg=s_regs,
             )  # fmt: skip
             complement = q.new_empty(n, groups * tm, wide_tn)
             complement_kernel[(n * groups * tm,)](

@@ -13,6 +13,7 @@ Ops ignore autocast: `functional.py` casts, as PyTorch's own attention does.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ from torch import Tensor
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.checks import check_attention, check_route, fail
 from sla2_compile.kernels.tiling import accumulation_dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off where it is on; leaving it alone saves time that a short GPU call would notice."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @torch.library.custom_op("sla2::route", mutates_args=())
@@ -48,7 +55,7 @@ def _(
 
     check_route(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k)
     run = cuda.route_forward if cuda.kernels_take(q, block_q, block_k, scale) else route_forward
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return run(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k, scale, is_causal)
 
 
@@ -124,7 +131,7 @@ def _(
         block_q, block_k, feature_map, linear_scope, is_causal,
     )  # fmt: skip
     run = cuda.attention_forward if cuda.kernels_take(q, block_q, block_k, scale) else attention_forward
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return run(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
             block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches,

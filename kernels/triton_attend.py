@@ -86,6 +86,9 @@ def attend_kernel(
         whole, real = topk, topk
         if tl.load(table + topk - 1) * BLOCK_K + BLOCK_K > Nk:
             whole = topk - 1
+        if Nk < BLOCK_K:
+            # no whole block exists, whatever the table says
+            whole = 0
 
     log2_scale = scale * LOG2_E
     top = tl.full((BLOCK_M,), NEG_INF, tl.float32)
@@ -106,7 +109,8 @@ def attend_kernel(
     for n in tl.range(whole, real, num_stages=2):
         j = tl.load(table + n)
         at = j * BLOCK_K + offsets
-        seen = (j >= 0) & (at < Nk)
+        # j first: j * BLOCK_K of a wild entry can wrap round to a valid row
+        seen = (j >= 0) & (j < tl.cdiv(Nk, BLOCK_K)) & (at < Nk)
         if HAS_MASK:
             seen = seen & (tl.load(key_mask + b * mask_stride + at, mask=seen, other=0) != 0)
         if TMA:

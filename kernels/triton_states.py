@@ -29,13 +29,47 @@ def feature_map(x, inside, NAME: tl.constexpr):
     return tl.where(inside[None, :], x, 0.0)
 
 
+@triton.jit
+def feature_map_of_halves(x, y, x_in, y_in, NAME: tl.constexpr):
+    """phi of rows given as two halves, so that the product after it needs half the registers."""
+    if NAME == "softmax":
+        x = tl.where(x_in[None, :], x, float("-inf"))
+        y = tl.where(y_in[None, :], y, float("-inf"))
+        top = tl.maximum(tl.max(x, axis=1), tl.max(y, axis=1))[:, None]
+        x, y = tl.exp2((x - top) * LOG2_E), tl.exp2((y - top) * LOG2_E)
+        norm = (1.0 / (tl.sum(x, axis=1) + tl.sum(y, axis=1)))[:, None]
+        return x * norm, y * norm
+    return feature_map(x, x_in, NAME), feature_map(y, y_in, NAME)
+
+
+@triton.jit
+def centered_keys(k_rows, mean, real, dims, D: tl.constexpr):
+    """Load the columns dims of a key block less their mean, (rows, dims) fp32."""
+    x = tl.load(k_rows[:, None] + dims[None, :], mask=real[:, None] & (dims < D)[None, :], other=0.0)
+    return x.to(tl.float32) - tl.load(mean + dims, mask=dims < D, other=0.0)[None, :]
+
+
+@triton.jit
+def store_state(
+    phi_k, value, out, dims, columns, D: tl.constexpr, DV: tl.constexpr, ROW_DV: tl.constexpr,
+    Z_AT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Store the rows dims of h = phi(k)^T v, and of z, each / BLOCK_K."""
+    h = tl.dot(tl.trans(phi_k.to(value.dtype)), value) * (1.0 / BLOCK_K)
+    h_at = out + dims[:, None] * ROW_DV + columns[None, :]
+    tl.store(h_at, h.to(out.dtype.element_ty), mask=(dims < D)[:, None] & (columns < DV)[None, :])
+    if tl.program_id(1) == 0:
+        z = tl.sum(phi_k, axis=0) * (1.0 / BLOCK_K)
+        tl.store(out + Z_AT + dims, z.to(out.dtype.element_ty), mask=dims < D)
+
+
 @triton.jit(do_not_specialize=["Nk", "Tn", "first"])
 def states_kernel(
     k, v, k_mean, key_mask, states, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     mask_stride, heads, Nk, Tn, first,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROW_DV: tl.constexpr,
     STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_K: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_MASK: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Write the state of one key block (BLOCK_DV of its columns).
 
@@ -50,28 +84,29 @@ def states_kernel(
     bh = local + first
     b, h = bh // heads, bh % heads
     keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
-    dims = tl.arange(0, BLOCK_D)
     columns = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    dim_in, column_in = dims < D, columns < DV
+    column_in = columns < DV
     real = keys < Nk
     if HAS_MASK:
         # masked rows are never read: they may hold anything, and 0 * NaN must not enter the sum
         real = real & (tl.load(key_mask + b * mask_stride + keys, mask=real, other=0) != 0)
-    wide = keys.to(tl.int64)[:, None]
-    k_at = k + b * k_stride_b + h * k_stride_h + wide * k_stride_n + dims[None, :]
-    v_at = v + b * v_stride_b + h * v_stride_h + wide * v_stride_n + columns[None, :]
-    key = tl.load(k_at, mask=real[:, None] & dim_in[None, :], other=0.0)
-    value = tl.load(v_at, mask=real[:, None] & column_in[None, :], other=0.0)
-    mean = tl.load(k_mean + bh * D + dims, mask=dim_in, other=0.0)
-    phi_k = feature_map(key.to(tl.float32) - mean[None, :], dim_in, FEATURE_MAP)
-    phi_k = tl.where(real[:, None], phi_k, 0.0)
-    state = tl.dot(tl.trans(phi_k.to(value.dtype)), value) * (1.0 / BLOCK_K)
+    wide = keys.to(tl.int64)
+    k_rows = k + b * k_stride_b + h * k_stride_h + wide * k_stride_n
+    v_at = v + b * v_stride_b + h * v_stride_h + (wide * v_stride_n)[:, None] + columns[None, :]
     out = states + (local * Tn + j) * STATE
-    h_at = out + dims[:, None] * ROW_DV + columns[None, :]
-    tl.store(h_at, state.to(states.dtype.element_ty), mask=dim_in[:, None] & column_in[None, :])
-    if tl.program_id(1) == 0:
-        z = tl.sum(phi_k, axis=0) * (1.0 / BLOCK_K)
-        tl.store(out + Z_AT + dims, z.to(states.dtype.element_ty), mask=dim_in)
+    PART: tl.constexpr = BLOCK_D // 2 if HALVES else BLOCK_D
+    dims = tl.arange(0, PART)
+    x = centered_keys(k_rows, k_mean + bh * D, real, dims, D)
+    if HALVES:
+        y = centered_keys(k_rows, k_mean + bh * D, real, dims + PART, D)
+    value = tl.load(v_at, mask=real[:, None] & column_in[None, :], other=0.0)
+    if HALVES:
+        x, y = feature_map_of_halves(x, y, dims < D, dims + PART < D, FEATURE_MAP)
+        store_state(tl.where(real[:, None], x, 0.0), value, out, dims, columns, D, DV, ROW_DV, Z_AT, BLOCK_K)
+        store_state(tl.where(real[:, None], y, 0.0), value, out, dims + PART, columns, D, DV, ROW_DV, Z_AT, BLOCK_K)
+    else:
+        x = feature_map(x, dims < D, FEATURE_MAP)
+        store_state(tl.where(real[:, None], x, 0.0), value, out, dims, columns, D, DV, ROW_DV, Z_AT, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["Tm", "Tn", "columns", "topk", "first"])

@@ -302,6 +302,23 @@ def test_degenerate_inputs_stay_finite(change: str) -> None:
 
 
 @body
+@pytest.mark.parametrize("Nk", [203, 5])
+def test_wild_table_reads_nothing_outside(Nk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """k and v lie inside NaN: a read outside them would show. The values of such a call mean nothing."""
+    monkeypatch.setattr(cuda, "describable", lambda x: False)
+    case = replace(Case(), Nk=Nk, topk_ratio=1.0, keep=False)
+    x = case.tensors()
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
+    for name in "kv":
+        guarded = torch.full((1, 3, Nk + 512, case.D), float("nan"), device=DEVICE, dtype=case.dtype)
+        guarded[:, 1:2, 256 : 256 + Nk] = x[name]
+        x[name] = guarded[:, 1:2, 256 : 256 + Nk]
+    for wild in (-7, 1000, 2**30):
+        x["lut"].fill_(wild)
+        assert case.attention(x, cuda.attention_forward, False)[0].isfinite().all()
+
+
+@body
 def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded memory for the states: many launches give what one gives."""
     case = replace(Case(), B=2, heads=3, keep=False)
