@@ -17,6 +17,14 @@ VIEWS = (REGROUP | CASTS | PERMUTES) | frozenset({
 })  # fmt: skip
 """Operations whose result may share memory with what they are given."""
 
+KEEPS_LAYOUT = frozenset({
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "alias", "dropout", "mul", "div", "add", "sub",
+    "neg", "relu", "gelu", "silu", "sigmoid", "tanh", "transpose", "permute", "swapaxes", "movedim", "unsqueeze",
+    "squeeze", "reshape", "flatten", "unflatten", "getitem", "slice", "select", "expand", "chunk", "split",
+    "unbind", "identity",
+})  # fmt: skip
+"""Operations whose result may be laid out in memory like their input."""
+
 
 class Writes:
     """The in-place writes of a graph, by the memory that they touch."""
@@ -67,12 +75,25 @@ class Writes:
         items = value if isinstance(value, (tuple, list)) else (value,)
         return value is None or any(isinstance(x, Tensor) for x in items)
 
-    def between(self, node: fx.Node, start: fx.Node, end: fx.Node) -> fx.Node | None:
-        """The first node after `start` and before `end` that writes into node's memory, or None."""
+    def between(self, node: fx.Node, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """The nodes after `start` and before `end` that write into node's memory."""
         first, last, root = self.reader.position[start], self.reader.position[end], self._root(node)
-        return next((n for i, n, roots in self.writes if first < i < last and root in roots), None)
+        return [n for i, n, roots in self.writes if first < i < last and root in roots]
 
     def writers(self, node: fx.Node) -> list[fx.Node]:
         """All nodes that write into node's memory."""
         root = self._root(node)
         return [n for _, n, roots in self.writes if root in roots]
+
+    def viewed(self, node: fx.Node) -> bool:
+        """Whether a tensor's layout in memory matters: something views it, or it is returned."""
+        todo, seen = [node], set()
+        while todo:
+            for user in todo.pop().users:
+                name = self.reader.name(user).removesuffix("_")
+                if name in ("view", "view_as", "as_strided", "reshape_alias") or user.op == "output":
+                    return True
+                if name in KEEPS_LAYOUT and user not in seen:
+                    seen.add(user)
+                    todo.append(user)
+        return False

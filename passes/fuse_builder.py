@@ -75,6 +75,12 @@ class Builder:
             for axis, other in enumerate(self.shape(node)):
                 if known(other == n):
                     return self(torch.ops.aten.sym_size.int, node, axis)
+        for node in self.graph.nodes:
+            if node is self.place:
+                break
+            value = self.reader.value(node)
+            if isinstance(value, torch.SymInt) and known(value == n):
+                return node
         raise NoFit(Reason.HAND_WRITTEN, f"no tensor has the symbolic size {n}")
 
     def reshape(self, x: fx.Node, shape: Sequence[Any]) -> fx.Node:

@@ -18,14 +18,6 @@ from sla2_compile.passes.fuse_reader import Reader, known, product, same
 from sla2_compile.passes.normalize_sdpa import SDPA
 from sla2_compile.passes.rules import Reason
 
-KEEPS_LAYOUT = frozenset({
-    "to", "type", "type_as", "float", "half", "bfloat16", "double", "alias", "dropout", "mul", "div", "add", "sub",
-    "neg", "relu", "gelu", "silu", "sigmoid", "tanh", "transpose", "permute", "swapaxes", "movedim", "unsqueeze",
-    "squeeze", "reshape", "flatten", "unflatten", "getitem", "slice", "select", "expand", "chunk", "split",
-    "unbind", "identity",
-})  # fmt: skip
-"""Operations whose result may be laid out in memory like their input."""
-
 
 @dataclass
 class Source:
@@ -78,7 +70,7 @@ class Emitter:
         numbers = [f for f in (*match.trail.factors, *q.factors, *k.factors) if f.shape is None]
         for factor in match.trail.factors:
             if factor.shape is not None:
-                scale = build.overlay(self._steady(factor.value, match.values), factor.shape, whole)
+                scale = self._factor(factor, whole)
                 nodes[0] = build(torch.div if factor.divides else torch.mul, nodes[0], scale)
         nodes = [x if reader.value(x).dtype == dtype else build("to", x, dtype) for x in nodes]
         mask = self._mask(whole, dtype)
@@ -93,7 +85,8 @@ class Emitter:
         reader, node, axes, at = self.reader, operand.node, operand.axes, operand.reader
         factors: list[Factor] = []
         batch = tuple(full)
-        while reader.writes(node) is None:
+        # a step may be left out if nothing writes into its result
+        while reader.writes(node) is None and self._unwritten(node, node):
             wanted = tuple(sorted(axes, key=_rank))
             under = reader.casts(node)
             if under is not None:
@@ -126,10 +119,12 @@ class Emitter:
 
     def _steady(self, node: fx.Node, at: fx.Node) -> fx.Node:
         """Refuse a tensor that is written between its reading and the new call."""
-        writer = self.writes.between(node, at, self.match.values)
-        if writer is not None and writer not in self.match.nodes:
-            raise NoFit(Reason.HAND_WRITTEN, f"{node.name} is written in place before the values ({writer.name})")
+        if not self._unwritten(node, at):
+            raise NoFit(Reason.HAND_WRITTEN, f"{node.name} is written in place before the values")
         return node
+
+    def _unwritten(self, node: fx.Node, at: fx.Node) -> bool:
+        return all(w in self.match.nodes for w in self.writes.between(node, at, self.match.values))
 
     def _scale_of(self, node: fx.Node) -> tuple[fx.Node, Factor] | None:
         """The tensor and the number of x * c, c * x or x / c."""
@@ -198,7 +193,7 @@ class Emitter:
         size = reader.shape(source) or ()
         if len(size) != 4 or not same((size[0], *size[2:]), (shape[0], *shape[2:])):
             return None
-        return self._steady(source, source), size[1]
+        return (source, size[1]) if self._unwritten(source, source) and self._unwritten(node, node) else None
 
     def _four(self, x: Source, batch: Sequence[Any], heads: fx.Node | None = None) -> fx.Node:
         """The operand as (B, H, N, D); `heads` holds it already."""
@@ -245,13 +240,20 @@ class Emitter:
         keep = keeps.get(False)
         return keep if bias is None else bias if keep is None else build(torch.where, keep, bias, -torch.inf)
 
+    def _factor(self, factor: Factor, whole: Sequence[Any]) -> fx.Node:
+        """A tensor that scales the scores."""
+        assert factor.reader is not None
+        assert factor.shape is not None
+        return self.build.overlay(self._steady(factor.value, factor.reader), factor.shape, whole)
+
     def _kept(self, term: Term, whole: Sequence[Any]) -> fx.Node:
         """A boolean mask, True where a score is kept."""
         build, reader, node = self.build, self.reader, self._steady(term.node, term.reader)
         if term.keep:
             return build.overlay(node, term.shape, whole)
         source = reader.first(node)
-        if reader.name(node) == "logical_not" and source is not None and reader.value(source).dtype == torch.bool:
+        twice = reader.name(node) == "logical_not" and source is not None and self._unwritten(node, node)
+        if twice and source is not None and reader.value(source).dtype == torch.bool:
             return build.overlay(self._steady(source, node), term.shape, whole)
         return build(torch.logical_not, build.overlay(node, term.shape, whole))
 
@@ -261,15 +263,14 @@ class Emitter:
         source = reader.first(node)
         if reader.name(node) in ("reshape_as", "view_as") and reader.arg(node, 1, "other") in self.match.nodes:
             assert source is not None
-            node = build.reshape(self._steady(source, node), build.shape(node))
+            node = build.reshape(self._steady(source, self._steady(node, node)), build.shape(node))
         node = build.overlay(node, term.shape, whole)
         number = self._number([f for f in term.factors if f.shape is None])
         if number != 1.0:
             node = build(torch.mul, node, number)
         for f in term.factors:
             if f.shape is not None:
-                other = build.overlay(self._steady(f.value, self.match.values), f.shape, whole)
-                node = build(torch.div if f.divides else torch.mul, node, other)
+                node = build(torch.div if f.divides else torch.mul, node, self._factor(f, whole))
         return node
 
     def _result(self, out: fx.Node, batch: Sequence[Any], weights: Sequence[Any]) -> fx.Node:
@@ -283,20 +284,7 @@ class Emitter:
         if self.writes.writers(old):
             # the call keeps its result for the backward pass: who writes into it gets a copy
             return build(torch.clone, out, memory_format=torch.contiguous_format)
-        return build("contiguous", out) if self._viewed(old) else out
-
-    def _viewed(self, node: fx.Node) -> bool:
-        """Whether the result's layout in memory matters: something views it without a copy."""
-        todo, seen = [node], set()
-        while todo:
-            for user in todo.pop().users:
-                name = self.reader.name(user).removesuffix("_")
-                if name in ("view", "view_as", "as_strided", "reshape_alias") or user.op == "output":
-                    return True
-                if name in KEEPS_LAYOUT and user not in seen:
-                    seen.add(user)
-                    todo.append(user)
-        return False
+        return build("contiguous", out) if self.writes.viewed(old) else out
 
 
 def _rank(axis: str) -> int:

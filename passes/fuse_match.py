@@ -89,7 +89,8 @@ class Matcher:
             if product is not None:
                 v, out = self._value(product, node, axes)
                 nodes = frozenset((*trail.chain, *chain, user))
-                groups = (reader.shape(node) or ())[: len(axes) - 2]
+                sizes = dict(zip(axes, reader.shape(node) or (), strict=True))
+                groups = tuple(sizes[f"b{i}"] for i in range(len(axes) - 2))
                 return Match(q, k, v, trail, scores, groups, out, user, nodes)
             order = reader.order(user)
             if order is not None:
@@ -112,6 +113,8 @@ class Matcher:
 
     def _value(self, product: Product, weights: fx.Node, axes: tuple[str, ...]) -> tuple[Operand, tuple[str, ...]]:
         """Tell v in the product of the weights, and the axes of the result."""
+        if product.left is product.right:
+            raise NoFit(Reason.HAND_WRITTEN, "the weights are multiplied with themselves")
         mine, (v, v_axes) = product.left_axes, (product.right, product.right_axes)
         if product.left is not weights:
             mine, (v, v_axes) = product.right_axes, (product.left, product.left_axes)

@@ -10,11 +10,16 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Factor:
-    """The scores times value, or divided by it: a number, a symbolic number's node, or a tensor (`shape` is set)."""
+    """The scores times value, or divided by it: a number, a symbolic number's node, or a tensor.
+
+    Attributes:
+        shape, reader: of a tensor: how the scores are written there, and the node that reads it.
+    """
 
     value: Any
     divides: bool = False
     shape: tuple[Any, ...] | None = None
+    reader: fx.Node | None = None
 
 
 @dataclass(frozen=True)

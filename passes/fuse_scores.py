@@ -96,7 +96,7 @@ class Scores:
                 if shape and not known(shape[-1] == 1):
                     factor = Factor(None)
                 else:
-                    factor = Factor(c, divides, self.reader.shape(node))
+                    factor = Factor(c, divides, self.reader.shape(node), node)
             if factor.value is None:
                 continue
             if isinstance(x, fx.Node):
@@ -134,6 +134,8 @@ class Scores:
         for x, mask, value, keep in options:
             number, held = reader.number(value), reader.value(mask)
             if not isinstance(x, fx.Node) or not isinstance(held, Tensor) or held.dtype != torch.bool:
+                continue
+            if not floating(reader.value(x)):
                 continue
             hides = isinstance(number, (int, float)) and number <= max(HIDDEN, torch.finfo(reader.value(x).dtype).min)
             positive = all(isinstance(f.value, (int, float)) and f.value > 0 for f in trail.factors)

@@ -439,6 +439,35 @@ def test_result_that_is_written_into_is_a_copy(tokens):
     check_fused(Heads(attend), tokens)
 
 
+@pytest.mark.parametrize("how", ["scaled", "repeated", "inverted"])
+def test_steps_that_are_written_into_are_not_left_out(how, tokens):
+    """A scale, a repetition or an inversion cannot be taken back once its result was written into."""
+
+    def attend(m, q, k, v):
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        if how == "scaled":
+            q = q * 0.5
+            q.add_(1.0)
+        elif how == "repeated":
+            k, v = (x[:, :2].repeat_interleave(2, dim=1) for x in (k, v))
+            k[:, 0] = 0.5
+        else:
+            keep = ~hidden
+            hidden = ~keep
+            hidden[:, 1] = False
+        return (q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+    check_fused(Heads(attend), tokens, enable_gqa=False, scale=1.0)
+
+
+def test_batch_and_heads_swapped_on_the_weights(tokens):
+    def attend(m, q, k, v):
+        weights = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1).permute(1, 0, 2, 3)
+        return torch.einsum("hbij,bhjd->bhid", weights, v)
+
+    check_fused(Heads(attend), tokens)
+
+
 def test_result_that_is_viewed_is_contiguous(tokens):
     def attend(m, q, k, v):
         out = (q @ k.mT).softmax(-1) @ v

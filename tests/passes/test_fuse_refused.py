@@ -124,6 +124,18 @@ def query_written(m, q, k, v):
     return weights @ v + q
 
 
+def weights_squared(m, q, k, v):
+    weights = (q @ k.mT).softmax(-1)
+    return (weights @ weights) @ v
+
+
+def scale_written(m, q, k, v):
+    scale = q.new_full((H, 1, 1), 0.5)
+    weights = (q @ k.mT * scale).softmax(-1)
+    scale.zero_()
+    return weights @ v + scale
+
+
 def normalised_by_hand(m, q, k, v):
     scores = q @ k.mT
     return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
@@ -150,6 +162,7 @@ REFUSED = {
     scores_used: (USED, "scores are also used by mean"),
     weights_scaled: (HAND, "weights pass through mul before the values"),
     shared_weights: (HAND, "weights are shared by several batches of values"),
+    weights_squared: (HAND, "the weights are multiplied with themselves"),
     normalised_by_hand: (USED, "scores are also used by amax"),
     half_hidden: (HAND, "scores are filled with -3.0, which does not hide them"),
 }
@@ -168,6 +181,7 @@ REFUSED_SOMEHOW = {
     linear_attention: (LOOK, "softmax of no product of queries and keys"),
     band: (LOOK, "banded scores"),
     query_written: (HAND, "is written in place before the values"),
+    scale_written: (HAND, "is written in place before the values"),
 }
 
 
