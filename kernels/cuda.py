@@ -7,6 +7,8 @@
 | bfloat16, float16 | float32, float64 |
 | block_q and block_k from 16 to 128 | 8 (tensor cores need 16 rows) and 256 |
 | scale > 0 | scale <= 0 (the running maximum is taken before scaling) |
+| one tile of K and V in shared memory: always on sm_80, 90, 100 | block_k 128 with head dim 256 on sm_86, 89, 120 |
+| NVIDIA, compute capability 8.0 or more | older chips, other makers |
 | any head dim, length, strides, grouped heads, causal, key_mask | |
 
 Launches: pool q, pool k, centre k, scores, select | states, complement, GEMM, linear, attend. Nothing waits for the
@@ -44,12 +46,6 @@ STATE_BYTES = 1 << 30
 """Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
 
 
-def kernels_take(q: Tensor, block_q: int, block_k: int, scale: float) -> bool:
-    """Whether the Triton kernels run this call; see the table above."""
-    tiles = 16 <= block_q <= 128 and 16 <= block_k <= 128
-    return q.dtype in (torch.bfloat16, torch.float16) and tiles and scale > 0.0
-
-
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make x's GPU the current one, which is where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
@@ -60,6 +56,15 @@ def capability(device: torch.device) -> int:
     """Compute capability of a GPU as an integer, 90 for Hopper; 80 where there is none (the smallest tiles)."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return major * 10 + minor
+
+
+@functools.cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; those of sm_90 where there is no GPU."""
+    if device.type != "cuda":
+        return 227 * 1024
+    # what every chip since sm_80 has, should PyTorch not tell
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,22 @@ def attend_tile(arch: int, width: int, block_q: int, block_k: int) -> Tile:
         return Tile(block_q, 4, 2)
     # 128 registers let two programs share a multiprocessor: one computes while the other waits
     return Tile(128, 8, 2, 128 if arch == 90 else None)
+
+
+def stages_that_fit(limit: int, block_m: int, block_k: int, width_k: int, width_v: int) -> int:
+    """How many tiles of K and V fit beside the tile of q in `limit` bytes of shared memory."""
+    return (limit - 1024 - 2 * block_m * width_k) // (2 * block_k * (width_k + width_v))
+
+
+def kernels_take(q: Tensor, v_dim: int, block_q: int, block_k: int, scale: float) -> bool:
+    """Whether the Triton kernels run this call; see the table above. v_dim: head dim of v (q's for a route)."""
+    arch, width_k, width_v = capability(q.device), padded(q.shape[3]), padded(v_dim)
+    if torch.version.hip is not None or arch < 80 or q.dtype not in (torch.bfloat16, torch.float16) or scale <= 0.0:
+        return False
+    if not (16 <= block_q <= 128 and 16 <= block_k <= 128):
+        return False
+    block_m = attend_tile(arch, max(width_k, width_v), block_q, block_k).block_m
+    return stages_that_fit(shared_limit(q.device), block_m, block_k, width_k, width_v) >= 1
 
 
 def packed(x: Tensor) -> Tensor:
@@ -219,6 +240,7 @@ def attention_forward(
     tile = attend_tile(capability(q.device), max(block_d, block_dv), block_q, block_k)
     tma = capability(q.device) >= 90 and describable(k) and describable(v)
     tiles = (descriptor(k, block_k, block_d), descriptor(v, block_k, block_dv)) if tma else (k, v)
+    stages = min(tile.stages, stages_that_fit(shared_limit(q.device), tile.block_m, block_k, block_d, block_dv))
     with on_device(q):
         arch = capability(q.device)
         s_warps, s_dv, s_regs = STATES if not wide else (8, 64, None)
@@ -252,7 +274,7 @@ def attention_forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, bias.stride(0), bias.stride(1),
             Hq, groups, Nq, Nk, tm, topk, scale,
             D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=tile.block_m,
-            ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=masked, KEEP=keep_branches, TMA=tma, STAGES=tile.stages,
+            ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=masked, KEEP=keep_branches, TMA=tma, STAGES=stages,
             num_warps=tile.warps, maxnreg=tile.registers,
         )  # fmt: skip
     return o, lse, o_sparse, o_linear

@@ -54,7 +54,7 @@ def _(
     from sla2_compile.kernels.portable_route import route_forward
 
     check_route(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k)
-    run = cuda.route_forward if cuda.kernels_take(q, block_q, block_k, scale) else route_forward
+    run = cuda.route_forward if cuda.kernels_take(q, q.shape[3], block_q, block_k, scale) else route_forward
     with without_autocast(q):
         return run(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k, scale, is_causal)
 
@@ -130,7 +130,7 @@ def _(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, feature_map, linear_scope, is_causal,
     )  # fmt: skip
-    run = cuda.attention_forward if cuda.kernels_take(q, block_q, block_k, scale) else attention_forward
+    run = cuda.attention_forward if cuda.kernels_take(q, v.shape[3], block_q, block_k, scale) else attention_forward
     with without_autocast(q):
         return run(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,

@@ -106,7 +106,7 @@ def attend_kernel(
             keys = tl.load(k_tile + j * k_stride_n, mask=(dims < D)[:, None], other=0.0)
             values = tl.load(v_tile + j * v_stride_n, mask=(columns < DV)[None, :], other=0.0)
         acc, top, total = softmax_step(tl.dot(q_tile, keys), values, acc, top, total, log2_scale, False)
-    for n in tl.range(whole, real, num_stages=2):
+    for n in tl.range(whole, real, num_stages=1 if STAGES == 1 else 2):
         j = tl.load(table + n)
         at = j * BLOCK_K + offsets
         # j first: j * BLOCK_K of a wild entry can wrap round to a valid row

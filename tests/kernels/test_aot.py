@@ -121,6 +121,7 @@ CALLS = {
 def test_compiles_without_spills(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
     monkeypatch.setattr(cuda, "capability", lambda device: arch)
+    monkeypatch.setattr(cuda, "shared_limit", lambda device: SHARED_LIMIT[arch])
     for kernel, args, kwargs in recorded(monkeypatch, CALLS[name]):
         registers, stack, shared = compiled(kernel, args, kwargs, arch)
         label = f"{kernel.fn.__name__} sm_{arch}: {registers} registers, {stack} bytes of stack, {shared} of shared"

@@ -130,6 +130,7 @@ CASES = {
     "one block": Case(Nq=7, Nk=5, groups=1),
     "three keys": Case(Nq=70, Nk=3, topk_ratio=0.5, keep=False),
     "large values": Case(scale_of_values=1e3, keep=False, compression_ratio=4),
+    "D 256, block 128 x 128": Case(D=256, Dv=256, block_q=128, block_k=128, groups=1, Nq=150, Nk=400, keep=False),
     "block 128 x 128": Case(block_q=128, block_k=128, Nq=300, Nk=700, topk_ratio=0.4, D=128, Dv=64, keep=False),
 }
 
@@ -329,13 +330,20 @@ def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(whole, case.attention(x, cuda.attention_forward, False)[0])
 
 
-def test_rule_of_the_kernels() -> None:
+def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 1, 4, 8)
-    assert cuda.kernels_take(x.bfloat16(), 128, 64, 0.1)
-    assert cuda.kernels_take(x.half(), 16, 16, 0.1)
+    wide = torch.zeros(1, 1, 4, 256).half()
+    assert cuda.kernels_take(x.bfloat16(), 8, 128, 64, 0.1)
+    assert cuda.kernels_take(x.half(), 8, 16, 16, 0.1)
+    assert cuda.kernels_take(wide, 256, 128, 128, 0.1)
     for y, block_q, block_k, scale in ((x, 64, 64, 1.0), (x.half(), 8, 64, 1.0), (x.half(), 64, 256, 1.0)):
-        assert not cuda.kernels_take(y, block_q, block_k, scale)
-    assert not cuda.kernels_take(x.half(), 64, 64, -1.0)
+        assert not cuda.kernels_take(y, 8, block_q, block_k, scale)
+    assert not cuda.kernels_take(x.half(), 8, 64, 64, -1.0)
+    monkeypatch.setattr(cuda, "shared_limit", lambda device: 99 * 1024)
+    assert cuda.kernels_take(wide, 256, 128, 64, 0.1)
+    assert not cuda.kernels_take(wide, 256, 128, 128, 0.1)
+    monkeypatch.setattr(cuda, "capability", lambda device: 75)
+    assert not cuda.kernels_take(x.half(), 8, 64, 64, 0.1)
 
 
 if not INTERPRETED:
