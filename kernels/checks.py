@@ -111,6 +111,10 @@ def check_attention(
     check_blocks(block_q, block_k, 0)
     B, Hq, Nq, D = q.shape
     tm = (Nq + block_q - 1) // block_q
+    others = {"k_mean": k_mean, "lut": lut, "log_rest": log_rest, "alpha_gain": alpha_gain, "alpha_bias": alpha_bias}
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            raise fail(name, f"be on q's device {q.device}", x.device, "move the model and its inputs together")
     if k_mean.shape != (B, k.shape[1], D):
         raise fail("k_mean", f"have shape {(B, k.shape[1], D)}", tuple(k_mean.shape), "take it from sla2::route")
     if lut.dim() != 4 or lut.shape[:3] != (B, Hq, tm) or lut.dtype != torch.int32:

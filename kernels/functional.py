@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
+from sla2_compile.kernels.checks import check_qkv
 from sla2_compile.kernels.ops import attention, route
 
 
@@ -96,8 +98,13 @@ def attend(
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """`sla2_attention` that also returns what the router chose; None in a compiler's trace."""
+    check_qkv(q, k, v)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
+        if any(t is not None for t in tangents):
+            raise NotImplementedError("SLA2 has no forward-mode derivative; use reverse mode, or full attention")
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])

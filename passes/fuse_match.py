@@ -15,6 +15,7 @@ from sla2_compile.passes.fuse_explain import NoFit, explain_weights
 from sla2_compile.passes.fuse_pattern import Match, Operand, Trail
 from sla2_compile.passes.fuse_products import Product, read_product
 from sla2_compile.passes.fuse_reader import Reader, dropout_of, floating, module_of, same
+from sla2_compile.passes.fuse_roles import Role, role
 from sla2_compile.passes.fuse_scores import Scores
 from sla2_compile.passes.rules import Reason
 
@@ -129,6 +130,8 @@ class Matcher:
             raise NoFit(Reason.HAND_WRITTEN, "the weights' product adds to or scales its result")
         if len(v_axes) < 3:
             raise NoFit(Reason.LOOK_ALIKE, "values have no batch axis: a codebook")
+        if role(self.reader, v, v_axes.index(letter["k"])) is Role.FEATURES:
+            raise NoFit(Reason.LOOK_ALIKE, "sums over channels of the values, not over tokens")
         names_v = {**names, letter["k"]: "n", free[0]: "d"}
         out = tuple("d" if a == free[0] else names[a] for a in product.out)
         return Operand(v, tuple(names_v[a] for a in v_axes), product.node), out

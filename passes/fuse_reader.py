@@ -147,9 +147,10 @@ class Reader:
             value = self.arg(node, filler, "fill_value", "s", "data")
             return float(value) if isinstance(value, (int, float)) else None
         source = self.first(node)
-        if name in CASTS and source is not None:
+        # torch.export detaches a literal tensor in place
+        if (name in CASTS or name == "detach_") and source is not None:
             return self._constant(source)
-        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+        if node.op == "get_attr" and str(node.target).startswith(("_tensor_constant", "lifted_tensor")):
             return float(getattr(self.gm, str(node.target)))
         return None
 

@@ -143,7 +143,8 @@ class Scores:
                 term = Term(mask, shape, keep, (), node, number > -math.inf)
                 tries.append((x, replace(trail, terms=(*trail.terms, term))))
         if not tries:
-            value = options[0][2]
+            number = self.reader.number(options[0][2])
+            value = number if isinstance(number, (int, float)) else "a tensor"
             raise NoFit(
                 Reason.HAND_WRITTEN, f"scores are filled with {value}, which does not hide them", len(trail.chain)
             )

@@ -4,9 +4,10 @@ SLA2 knows two things of a mask: keys that nobody sees, and causality. Libraries
 booleans or as numbers to add (0 keeps, -inf or the dtype's lowest value hides), over keys alone, expanded over
 queries, or as a full (Nq, Nk) map. A map over keys is taken by its shape and strides, a full map by its values.
 
-Eager code reads values once a tensor. Compiled code cannot: there a call's mask counts as what the call had when
-the model was planned (`Structure`), and the graph asserts it, so that another mask is an error and never a
-wrong result. Some libraries pass `is_causal` in eager and a full boolean map while they are traced.
+Eager code reads values once a tensor (writes past autograd's version counter, through .data or numpy, go unseen).
+Compiled code cannot: there a call's mask counts as what the call had when the model was planned (`Structure`), and
+the graph asserts it, so that another mask is an error and never a wrong result. Some libraries pass `is_causal` in
+eager and a full boolean map while they are traced.
 """
 
 from __future__ import annotations
@@ -121,7 +122,12 @@ def _has(mask: Tensor, structure: Structure) -> Tensor:
         fits = (keep == keep[..., -1:, :].expand_as(keep).tril()).all()
     if mask.dtype == torch.bool:
         return fits
-    return fits & (keep | (mask <= torch.finfo(mask.dtype).min)).all()
+    # a row of lowest values, all finite, is an average of all keys to softmax, and nothing to SLA2
+    return (
+        fits
+        & (keep | (mask <= torch.finfo(mask.dtype).min)).all()
+        & (keep.any(dim=-1) | mask.isneginf().all(-1)).all()
+    )
 
 
 def _keep(mask: Tensor) -> Tensor:

@@ -73,17 +73,17 @@ class Rewrite:
         return 1.0 - self.topk / self.tn if self.tn else 1.0 - self.settings.options.topk_ratio
 
     @classmethod
-    def of(cls, where: Where, call: AttentionCall, settings: SiteSettings) -> Rewrite:
+    def of(cls, where: Where, call: AttentionCall, settings: SiteSettings, is_causal: bool) -> Rewrite:
         B, H, Nq, D = call.q.shape
         Nk, Dv, options = call.k.shape[2], call.v.shape[3], settings.options
         if not all(isinstance(n, int) for n in (B, H, Nq, Nk)):
             return cls(where, settings, options.block_q, options.block_k, 0, 0, 0, 0, 0)
         block_q, block_k = options.block_sizes(Nq, Nk)
         tm, tn = num_blocks(Nq, block_q), num_blocks(Nk, block_k)
-        kept = num_kept(tn, options.topk_ratio, block_q, block_k, call.is_causal)
+        kept = num_kept(tn, options.topk_ratio, block_q, block_k, is_causal)
         rows_q, rows_k = (router_tokens(block, options.compression_ratio)[0] for block in (block_q, block_k))
         sparse = 2 * Nq * min(Nk, kept * block_k) * (D + Dv)
         linear = 0 if kept == tn else 2 * (Nq + Nk + tm * tn) * D * Dv
         router = 2 * num_blocks(Nq, rows_q) * num_blocks(Nk, rows_k) * D
-        full = 2 * Nq * Nk * (D + Dv) // (2 if call.is_causal else 1)
+        full = 2 * Nq * Nk * (D + Dv) // (2 if is_causal else 1)
         return cls(where, settings, block_q, block_k, kept, tm, tn, B * H * (sparse + linear + router), B * H * full)

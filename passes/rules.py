@@ -42,12 +42,28 @@ class Reason(str, Enum):
     HAND_WRITTEN = "softmax written by hand, possibly attention"
     WEIGHTS_USED = "softmax weights or scores are used elsewhere"
     LOOK_ALIKE = "looks like token attention, and is not"
+    CONTAINER = "owner runs its children one by one (Sequential and the like)"
+    CHECKPOINT = "in a checkpoint inside the owner; checkpoint the whole owner instead"
+    EMPTY = "empty batch"
+    NESTED = "nested tensor"
     PATTERN = "call pattern without a graph: original forward"
     UNSEEN = "call not seen when the model was planned"
 
 
-MIN_SEQ_LEN = {"cpu": 512, "cuda": 4096}
-"""What `min_seq_len: auto` means by device type: the shortest length at which SLA2 was measured to win."""
+MIN_SEQ_LEN = {
+    "cpu": ((0.05, 512), (0.15, 768), (1.0, 1024)),
+    "cuda": ((0.05, 4096), (0.15, 4096), (1.0, 4096)),
+}
+"""What `min_seq_len: auto` means: by device type, (topk_ratio up to, shortest length at which SLA2 won).
+
+CPU: `python benchmarks/cpu.py`, float32, one thread (benchmarks/results/cpu.md).
+"""
+
+
+def crossover(device_type: str, topk_ratio: float) -> int:
+    """The shortest length at which SLA2 wins at this ratio; an unknown device counts as a GPU."""
+    steps = MIN_SEQ_LEN.get(device_type, MIN_SEQ_LEN["cuda"])
+    return next(length for ratio, length in steps if topk_ratio <= ratio)
 
 
 def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) -> Reason | None:
@@ -55,6 +71,8 @@ def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) 
     q, k, v = call.q, call.k, call.v
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return Reason.RANK
+    if q.shape[0] == 0:
+        return Reason.EMPTY
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return Reason.DTYPE
     if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:

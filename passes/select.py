@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from sla2_compile.passes.call import AttentionCall
@@ -61,14 +62,31 @@ def select(seen: Sequence[SeenCall], recipe: Recipe) -> list[Rewrite | Miss]:
             reason = Reason.EXCLUDED
         if reason is None and not recipe.start_layer <= layer < (recipe.end_layer or layer + 1):
             reason = Reason.LAYER_RANGE
+        mask = None
         if reason is None and s.call is not None:
-            reason = why_not(s.call, read_mask(s.call), settings)
-        if reason is None and s.call is not None:
-            outcomes.append(Rewrite.of(s.where, s.call, settings))
+            mask = read_mask(s.call)
+            reason = why_not(s.call, mask, settings)
+        if reason is None and s.call is not None and mask is not None:
+            outcomes.append(Rewrite.of(s.where, s.call, settings, mask.is_causal))
         else:
             assert reason is not None
             outcomes.append(Miss(s.where, reason, s.detail or _detail(reason, s, settings, layer)))
     return outcomes
+
+
+def check_patterns(seen: Sequence[SeenCall], recipe: Recipe) -> None:
+    """Refuse name patterns that match no owner of an attention call: most likely a misspelling.
+
+    Raises:
+        ValueError: names the pattern and the owners.
+    """
+    owners = list(dict.fromkeys(s.where.owner for s in seen))
+    named = {"include": recipe.include, "exclude": recipe.exclude, "overrides": tuple(recipe.overrides)}
+    for field, patterns in named.items():
+        for pattern in patterns:
+            if owners and not any(fnmatchcase(owner, pattern) for owner in owners):
+                shown = ", ".join(repr(owner) for owner in owners[:4]) + (", ..." if len(owners) > 4 else "")
+                raise ValueError(f"{field} must match an owner, got {pattern!r}; the owners are {shown}")
 
 
 def _detail(reason: Reason, s: SeenCall, settings: SiteSettings, layer: int) -> str:

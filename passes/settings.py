@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sla2_compile.kernels import AUTO, AttentionOptions
-from sla2_compile.passes.rules import MIN_SEQ_LEN
+from sla2_compile.passes.rules import crossover
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
@@ -45,5 +45,5 @@ class SiteSettings:
         return cls(options, recipe.alpha, recipe.low_bit, recipe.qat, shortest)
 
     def shortest(self, device_type: str) -> int:
-        """The shortest length that is replaced on this device type; an unknown device counts as a GPU."""
-        return MIN_SEQ_LEN.get(device_type, MIN_SEQ_LEN["cuda"]) if self.min_seq_len < 0 else self.min_seq_len
+        """The shortest length that is replaced on this device type."""
+        return crossover(device_type, self.options.topk_ratio) if self.min_seq_len < 0 else self.min_seq_len

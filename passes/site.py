@@ -56,6 +56,7 @@ class Site(nn.Module):
         super().__init__()
         self.settings = settings
         self.structure: Structure | None = None
+        self.heads = self.head_dim = 0
         self.last_routing: Routing | None = None
         self.fallbacks: Counter[str] = Counter()
         for name in ("proj_q", "proj_k", "alpha_gain", "alpha_bias"):
@@ -67,6 +68,7 @@ class Site(nn.Module):
 
     def _make_parameters(self, call: AttentionCall, dtype: torch.dtype) -> None:
         heads, Nq, D = call.q.shape[1:]
+        self.heads, self.head_dim = heads, D
         like: dict[str, Any] = {"device": call.q.device, "dtype": dtype}
         self.proj_q = nn.Parameter(torch.eye(D, **like), requires_grad=False)
         self.proj_k = nn.Parameter(torch.eye(D, **like), requires_grad=False)
@@ -89,6 +91,9 @@ class Site(nn.Module):
         call = bind(*args, **kwargs)
         mask = read_mask(call, self.structure)
         reason = why_not(call, mask, self.settings)
+        if reason is None and self.heads and (call.q.shape[1] != self.heads or call.q.shape[3] != self.head_dim):
+            # another call stands at this position now
+            reason = Reason.UNSEEN
         if reason is not None or mask is None:
             assert reason is not None
             self.count(reason)
@@ -111,6 +116,7 @@ class Site(nn.Module):
         # a counter inside Dynamo's graph would be a guard that fails on every call
         if not torch.compiler.is_dynamo_compiling():
             self.fallbacks[reason.value] += 1
+            self.last_routing = None
 
     def _check(self, call: AttentionCall, alpha_bias: Tensor) -> None:
         if alpha_bias.device != call.q.device:
@@ -144,18 +150,27 @@ class Sites(nn.ModuleDict):
     def __init__(self, sites: dict[int, Site]) -> None:
         super().__init__({str(index): site for index, site in sites.items()})
         self.unseen = 0
+        self.train(any(site.training for site in sites.values()))
 
     def __getitem__(self, index: int | str) -> Site:
         site = super().__getitem__(str(index))
         assert isinstance(site, Site)
         return site
 
-    def answer(self, index: int, args: Any, kwargs: Any) -> Tensor:
-        """Answer the index-th call of one forward of the owner, given the call's arguments."""
+    def answer(self, index: int, function: Any, args: Any, kwargs: Any) -> Tensor:
+        """Answer the index-th call of one forward of the owner, one of F.scaled_dot_product_attention (function)."""
+        if str(index) not in self:
+            self._count()
+            return bind(*args, **kwargs).full_attention()
+        if any(isinstance(x, Tensor) and x.is_nested for x in args):
+            return self.decline(index, Reason.NESTED, function, args, kwargs)
+        return self[index](*args, **kwargs)
+
+    def decline(self, index: int, reason: Reason, function: Any, args: Any, kwargs: Any) -> Tensor:
+        """Run the call as it was, and remember why."""
         if str(index) in self:
-            return self[index](*args, **kwargs)
-        self._count()
-        return bind(*args, **kwargs).full_attention()
+            self[index].count(reason)
+        return function(*args, **kwargs)
 
     def answer_multihead(self, index: int, function: Any, args: Any, kwargs: Any) -> Any:
         """Answer the index-th call, one of F.multi_head_attention_forward (given as function)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn.parallel import DistributedDataParallel
 
 from sla2_compile import debug
 from sla2_compile.captured import CHILD
-from sla2_compile.carrier import SiteForward, install, is_owner, remove
-from sla2_compile.discovery import discover
+from sla2_compile.carrier import RedirectAttention, check_removable, has_attribute, install, is_owner, remove
+from sla2_compile.discovery import CONTAINERS, discover
 from sla2_compile.hand_written import find_hand_written
+from sla2_compile.kernels.checks import DTYPES
 from sla2_compile.passes.outcome import Miss, Rewrite
-from sla2_compile.passes.select import SeenCall, select
+from sla2_compile.passes.select import SeenCall, check_patterns, select
 from sla2_compile.passes.site import Site, Sites
-from sla2_compile.plan import ATTRIBUTE, Plan, plans
+from sla2_compile.plan import Plan, plans, set_plan
 from sla2_compile.recipes import DEFAULT, Recipe
 from sla2_compile.reporting import report
 
@@ -66,10 +69,14 @@ def transform(
         >>> model = transform(model, "balanced", example_inputs=(x, t, y), topk_ratio=0.1)
     """
     chosen = Recipe.of(recipe, **overrides)
-    if isinstance(model, ExportedProgram):
-        from sla2_compile.graphs import transform_exported
-
-        return cast(M, transform_exported(model, chosen, allow_none))
+    debug.level()  # a bad SLA2_DEBUG is refused before anything changes
+    if isinstance(example_inputs, Tensor) or (
+        example_inputs is not None and not isinstance(example_inputs, Sequence)
+    ):
+        kind = type(example_inputs).__name__
+        raise ValueError(f"example_inputs must be a tuple of forward's arguments, got {kind}; write (x,)")
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        return cast(M, _transform_graph(model, chosen, example_inputs, example_kwargs, allow_none))
     if isinstance(model, type) or not isinstance(model, nn.Module):
         kind = model if isinstance(model, type) else type(model).__name__
         raise TypeError(
@@ -78,49 +85,67 @@ def transform(
         )
     if _already(model, chosen):
         return model
-    if isinstance(model, fx.GraphModule):
-        from sla2_compile.graphs import transform_graph_module
-
-        return cast(M, transform_graph_module(model, chosen, example_inputs, allow_none))
     if example_inputs is None and example_kwargs is None:
         model.__dict__["forward"] = FirstForward(model, chosen, discover, allow_none)
-        setattr(model, ATTRIBUTE, Plan(chosen, (), "pending"))
+        set_plan(model, Plan(chosen, (), "pending"))
         return model
-    if isinstance(example_inputs, Tensor) or (
-        example_inputs is not None and not isinstance(example_inputs, Sequence)
-    ):
-        kind = type(example_inputs).__name__
-        raise ValueError(f"example_inputs must be a tuple of forward's arguments, got {kind}; write (x,)")
     _transform_now(model, chosen, tuple(example_inputs or ()), dict(example_kwargs or {}), discover, allow_none)
     return model
+
+
+def _transform_graph(
+    model: ExportedProgram | fx.GraphModule, recipe: Recipe, inputs: Any, kwargs: Any, allow_none: bool
+) -> Any:
+    from sla2_compile.graphs import transform_exported, transform_graph_module
+
+    if kwargs is not None or (inputs is not None and isinstance(model, ExportedProgram)):
+        kind = type(model).__name__
+        raise ValueError(f"example inputs must not be given for {kind}'s keywords, got some; it knows its own inputs")
+    if isinstance(model, ExportedProgram):
+        return transform_exported(model, recipe, allow_none)
+    return model if _already(model, recipe) else transform_graph_module(model, recipe, inputs, allow_none)
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Give a transformed model its own attention back: original forward, original state-dict keys, same weights.
 
     A model that was never transformed is returned as it is. Parts transformed on their own are restored too.
-    """
-    if isinstance(model, fx.GraphModule) and ATTRIBUTE in model.__dict__:
-        from sla2_compile.graphs import restore_graph_module
 
-        return restore_graph_module(model)
+    Raises:
+        TypeError: model is no nn.Module; an ExportedProgram's original is still there, `transform` made a new one.
+        ValueError: a forward was wrapped after transform; nothing is changed.
+    """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise TypeError(f"model must be an nn.Module, got {kind}; transform left an ExportedProgram as it was")
+    owners = [module for module in model.modules() if is_owner(module)]
+    for owner in owners:
+        check_removable(owner)
     for _, root, _ in list(plans(model)):
         first = root.__dict__.get("forward")
         if isinstance(first, FirstForward):
             first.withdraw()
-        delattr(root, ATTRIBUTE)
+        set_plan(root, None)
+    for owner in owners:
+        remove(owner)
     for module in list(model.modules()):
-        if is_owner(module):
-            remove(module)
+        if isinstance(module, fx.GraphModule):
+            from sla2_compile.graphs import restore_graph_module
+
+            restore_graph_module(module)
     return model
 
 
 class FirstForward:
-    """A root's forward until its first call, which finds the attention and then runs."""
+    """A root's forward until its first call, which finds the attention and then runs.
+
+    Somebody may wrap it before that; then it stays inside the wrapper and hands every later call on.
+    """
 
     def __init__(self, root: nn.Module, recipe: Recipe, how: str, allow_none: bool) -> None:
         self.root, self.recipe, self.how, self.allow_none = root, recipe, how, allow_none
         self.own = root.__dict__.get("forward")
+        self.done = False
 
     def withdraw(self) -> None:
         """Take this object away from the root again."""
@@ -129,23 +154,49 @@ class FirstForward:
         else:
             self.root.__dict__["forward"] = self.own
 
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        return (
+            self.own(*args, **kwargs) if self.own is not None else type(self.root).forward(self.root, *args, **kwargs)
+        )
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The original's, for libraries that look at what forward takes."""
+        return inspect.signature(self.own or type(self.root).forward.__get__(self.root))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.done:
+            return self._original(*args, **kwargs)
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "a model transformed without example_inputs must run once before it is compiled or exported, "
                 "got a compiler's trace; call it once, or pass example_inputs to transform"
             )
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RuntimeError(
+                "a model transformed without example_inputs must run once before DistributedDataParallel, got its "
+                "first forward inside; its new parameters would not be synchronised: pass example_inputs"
+            )
         root = self.root
-        self.withdraw()
-        delattr(root, ATTRIBUTE)
+        wrapped = root.__dict__.get("forward") is not self
+        if not wrapped:
+            self.withdraw()
+        set_plan(root, None)
+        # a trial run of a wrapped root must come through here to the original
+        self.done = True
         try:
             _transform_now(root, self.recipe, args, kwargs, self.how, self.allow_none)
         except Exception:
             # leave the model as transform made it: the next forward tries again
-            root.__dict__["forward"] = self
-            setattr(root, ATTRIBUTE, Plan(self.recipe, (), "pending"))
+            self.done = False
+            if not wrapped:
+                root.__dict__["forward"] = self
+            set_plan(root, Plan(self.recipe, (), "pending"))
             raise
-        return root.forward(*args, **kwargs)
+        if wrapped and is_owner(root):
+            with RedirectAttention(root.sla2):  # type: ignore[arg-type]
+                return self._original(*args, **kwargs)
+        return self._original(*args, **kwargs) if wrapped else root.forward(*args, **kwargs)
 
 
 def _transform_now(
@@ -153,6 +204,7 @@ def _transform_now(
 ) -> None:
     found = discover(model, args, kwargs, how)
     seen, captured = find_hand_written(model, found)
+    check_patterns(seen, recipe)
     outcomes = select(seen, recipe)
     rewrites = [x for x in outcomes if isinstance(x, Rewrite)]
     if not rewrites and not allow_none:
@@ -166,14 +218,15 @@ def _transform_now(
         owners[where.owner][where.index] = site
     # an owner whose calls all stay must answer them itself if a module around it is an owner: else that one would
     for s in seen:
-        if s.call is not None and s.where.owner not in owners and _inside(s.where.owner, owners):
+        container = isinstance(modules[s.where.owner], CONTAINERS)
+        if s.call is not None and s.where.owner not in owners and _inside(s.where.owner, owners) and not container:
             owners[s.where.owner] = {}
     # nn.TransformerEncoder turns padded batches into nested tensors, unless a function mode is active: be one
     for name in [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoder) and n not in owners]:
         if any(name == "" or owner.startswith(f"{name}.") for owner in list(owners)):
             owners[name] = {}
     for name in owners:
-        if hasattr(modules[name], CHILD):
+        if has_attribute(modules[name], CHILD):
             kind = type(modules[name]).__name__
             raise ValueError(
                 f"{name or 'model'} ({kind}) must have no attribute {CHILD!r}, got one; rename it, since sites "
@@ -182,7 +235,7 @@ def _transform_now(
     # nothing above changed the model; nothing below can fail
     for name, sites in owners.items():
         install(modules[name], Sites(sites), captured.get(name))
-    setattr(model, ATTRIBUTE, Plan(recipe, tuple(outcomes), found.how))
+    set_plan(model, Plan(recipe, tuple(outcomes), found.how))
     debug.show_report(lambda: report(model))
 
 
@@ -191,31 +244,44 @@ def _inside(name: str, owners: Mapping[str, Any]) -> bool:
 
 
 def _site(owner: nn.Module, seen: SeenCall, rewrite: Rewrite) -> Site:
-    """Build a site whose parameters have the owner's own dtype and training mode."""
+    """Build a site whose parameters have the owner's own dtype, training mode and wish for gradients."""
     assert seen.call is not None
-    dtype = next((p.dtype for p in owner.parameters() if p.is_floating_point()), None)
-    return Site(rewrite.settings, seen.call, dtype).train(owner.training)
+    floating = [p for p in owner.parameters() if p.dtype in DTYPES]
+    # the first forward of a lazily transformed model may run in inference mode, whose tensors never train
+    with torch.inference_mode(False):
+        site = Site(rewrite.settings, seen.call, floating[0].dtype if floating else None)
+    if floating and not any(p.requires_grad for p in owner.parameters()):
+        site.requires_grad_(False)
+    return site.train(owner.training)
 
 
 def _already(model: nn.Module, recipe: Recipe) -> bool:
-    """Whether model is transformed with this recipe; raise if with another, or in part, or as part of a whole."""
+    """Whether model is transformed with this recipe; raise if it cannot be transformed (again)."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "model must be transformed before it is compiled, got torch.compile's wrapper; "
             "write torch.compile(transform(model, ...))"
         )
+    sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
+    if sharded or any(isinstance(m, (DistributedDataParallel, nn.DataParallel)) for m in model.modules()):
+        raise ValueError(
+            "model must be transformed before it is wrapped or sharded for several devices, got one that is; "
+            "its new parameters would not be synchronised: transform first"
+        )
     for name, root, plan in plans(model):
         if root is model and plan.recipe == recipe:
             return True
         part = "model" if root is model else f"part {name!r}"
+        was, now = plan.recipe.model_dump(), recipe.model_dump()
+        differ = ", ".join(f"{k} {was[k]!r} then {now[k]!r}" for k in was if was[k] != now[k]) or "the same recipe"
         raise ValueError(
-            f"{part} must not be transformed twice, got recipe {plan.recipe.name!r} before and {recipe.name!r} now; "
-            "call sla2_compile.restore(model) first"
+            f"{part} must not be transformed twice, got {differ}; call sla2_compile.restore(model) first"
         )
     for name, module in model.named_modules():
-        if isinstance(module.__dict__.get("forward"), SiteForward):
+        if is_owner(module):
+            where = name or type(module).__name__
             raise ValueError(
-                f"model must not be part of a transformed model, got sites at {name!r}; restore the whole model first"
+                f"model must not be part of a transformed model, got sites in {where}; restore the whole model first"
             )
     return False
 

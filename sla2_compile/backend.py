@@ -7,6 +7,7 @@ be shared between them. A transformed model brings its sites, and this back end 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ def sla2_backend(
     Args:
         options: "recipe" (name, path, dict or Recipe), any field of Recipe, "inner_backend" (default
             "inductor") and "inner_options" (a dict for it).
-        mode: passed on to Inductor; torch.compile refuses it together with options.
+        mode: one of Inductor's ("max-autotune", ...); torch.compile refuses it together with options.
 
     Raises:
         RecipeError: unknown recipe or field.
@@ -45,15 +46,11 @@ def sla2_backend(
         >>> fast = torch.compile(model, backend="sla2", options={"recipe": "balanced", "topk_ratio": 0.1})
     """
     fields = dict(options or {})
-    inner_name = fields.pop("inner_backend", "inductor")
-    inner_options = dict(fields.pop("inner_options", {}))
+    compile_inner = _inner(fields.pop("inner_backend", "inductor"), dict(fields.pop("inner_options", {})), mode)
     recipe = Recipe.of(fields.pop("recipe", DEFAULT), **fields)
-
-    compile_inner = lookup_backend(inner_name)
-    passed_on = {**({"options": inner_options} if inner_options else {}), **({"mode": mode} if mode else {})}
     if any(str(node.target).startswith("sla2.") for node in gm.graph.nodes):
         # a transformed model's own sites: what its recipe left alone stays alone
-        return compile_inner(gm, list(example_inputs), **passed_on)
+        return compile_inner(gm, list(example_inputs))
 
     ours = copy_graph(gm)
     outcomes = Pipeline.standard(recipe, learned=False).run(ours, debug.observers())
@@ -63,4 +60,18 @@ def sla2_backend(
     for outcome in outcomes:
         if not isinstance(outcome, Rewrite):
             log.info("left alone: %s: %s", outcome.where.owner or "model", outcome.reason.value)
-    return compile_inner(ours if replaced else gm, list(example_inputs), **passed_on)
+    return compile_inner(ours if replaced else gm, list(example_inputs))
+
+
+def _inner(name: str, options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
+    """The compiler behind this one; Inductor takes options and a mode as patches of its configuration."""
+    if name == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(list_mode_options(mode) if mode else {}), **options}
+        return functools.partial(compile_fx, config_patches=patches) if patches else compile_fx
+    if mode is not None:
+        raise ValueError(f"mode must be None with inner_backend {name!r}, got {mode!r}; modes are Inductor's")
+    inner: Callable[..., Any] = lookup_backend(name)
+    return functools.partial(inner, options=options) if options else inner

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from sla2_compile.captured import CHILD, CapturedForward
 from sla2_compile.passes import multihead
+from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.site import Sites
 
 
@@ -28,13 +29,16 @@ class RedirectAttention(TorchFunctionMode):
         super().__init__()
         self.sites = sites
         self.index = 0
+        self.outside = None if torch.compiler.is_compiling() else _autograd_context()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if func is F.scaled_dot_product_attention:
             index = self.index
             self.index = index + 1
-            return self.sites.answer(index, args, kwargs)
+            if self.outside is not None and _enters_checkpoint(self.outside):
+                return self.sites.decline(index, Reason.CHECKPOINT, func, args, kwargs)
+            return self.sites.answer(index, func, args, kwargs)
         if func is F.multi_head_attention_forward:
             index = self.index
             self.index = index + 1
@@ -45,6 +49,24 @@ class RedirectAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _autograd_context() -> tuple[bool, Any]:
+    """Whether gradients are on, and the innermost hooks on saved tensors."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _enters_checkpoint(outside: tuple[bool, Any]) -> bool:
+    """Whether a checkpoint began between the owner's forward and this call.
+
+    Its recomputation will run the call without the owner's forward around it, so that a site's answer now would
+    not be the one that is differentiated. Checkpoints without re-entry hook saved tensors; those with it turn
+    gradients off, as an owner's own no_grad does, which then keeps full attention too.
+    """
+    grad, hooks = _autograd_context()
+    if outside[0] and not grad:
+        return True
+    return hooks is not None and hooks != outside[1] and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
 class SiteForward:
     """What `owner.forward` becomes: the original forward, under `RedirectAttention`.
 
@@ -52,13 +74,18 @@ class SiteForward:
         owner: the module.
         own: the forward that the instance already had in its __dict__, or None for its class's.
         captured: graphs that run in the place of the original, for attention written by hand, or None.
+        from_class: `own` was looked up on the class, and is not to be put back.
         function: the class's forward; stored, because looking it up inside a trace breaks the graph.
     """
 
     def __init__(self, owner: nn.Module, captured: CapturedForward | None = None) -> None:
         self.owner = owner
+        self.from_class = False
         self.own = owner.__dict__.get("forward")
         self.function = type(owner).forward
+        if not isinstance(inspect.getattr_static(type(owner), "forward"), FunctionType) and self.own is None:
+            # a staticmethod, classmethod or partial: bound by Python's own rules
+            self.own, self.from_class = owner.forward, True
         self.captured = captured
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +124,7 @@ def install(owner: nn.Module, sites: Sites, captured: CapturedForward | None = N
     if isinstance(owner, nn.MultiheadAttention):
         # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
         sites.register_forward_pre_hook(_never_called)
-    owner.add_module(CHILD, sites)
+    owner._modules[CHILD] = sites
     owner.__dict__["forward"] = SiteForward(owner, captured)
 
 
@@ -105,16 +132,35 @@ def _never_called(module: nn.Module, args: Any) -> None:
     """A hook that is there to be seen: containers have no forward of their own."""
 
 
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """Whether module itself holds an attribute of this name, rather than handing its name on to another object."""
+    return any(name in held for held in (module.__dict__, module._modules, module._parameters, module._buffers))
+
+
+def check_removable(owner: nn.Module) -> None:
+    """Refuse to take sites away under a forward that somebody wrapped afterwards.
+
+    Raises:
+        ValueError: `owner.forward` is no longer the one that `install` set.
+    """
+    forward = owner.__dict__.get("forward")
+    if not isinstance(forward, SiteForward):
+        kind = type(owner).__name__
+        raise ValueError(
+            f"{kind}.forward must be what transform set, got {forward!r}; take the wrapper off, then restore"
+        )
+
+
 def remove(owner: nn.Module) -> None:
     """Take owner's sites away again: the forward and the attributes are what they were."""
     forward = owner.__dict__["forward"]
-    if forward.own is None:
+    if forward.own is None or forward.from_class:
         del owner.__dict__["forward"]
     else:
         owner.__dict__["forward"] = forward.own
-    delattr(owner, CHILD)
+    del owner._modules[CHILD]
 
 
 def is_owner(module: nn.Module) -> bool:
     """Whether module carries sites."""
-    return isinstance(module.__dict__.get("forward"), SiteForward)
+    return isinstance(module._modules.get(CHILD), Sites)

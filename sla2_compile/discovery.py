@@ -16,12 +16,15 @@ from functools import _lru_cache_wrapper
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from sla2_compile.leave_alone import left_alone, private_copy
 from sla2_compile.passes import multihead
 from sla2_compile.passes.call import AttentionCall, bind
 from sla2_compile.passes.masks import same_for_all_queries
@@ -29,7 +32,14 @@ from sla2_compile.passes.outcome import Where
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.select import SeenCall
 
+# owners that run whatever children they have: sites would be one of them
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
+
+
+class LeakError(ValueError):
+    """The model kept tensors of a trial run where they cannot be taken back from."""
 
 
 # arguments of a module's forward, by its name
@@ -62,6 +72,10 @@ def discover(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], h
     Raises:
         ValueError: the model does not run on these inputs; the cause is chained.
     """
+    if how not in ("auto", "fake", "real"):
+        raise ValueError(f"discover must be 'auto', 'fake' or 'real', got {how!r}; 'auto' is the default")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError("the model must have its parameters, got a lazy module's; run the model once before")
     first: Exception | None = None
     on_meta = any(p.is_meta for p in model.parameters())
     if how != "real":
@@ -69,6 +83,8 @@ def discover(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], h
             found = _trace_fake(model, args, kwargs, on_meta)
             if how == "fake" or on_meta or not any(_masks_queries(s) for s in found.seen):
                 return found
+        except LeakError:
+            raise
         except Exception as error:  # the model's own code may raise anything; what is left is reported below
             if how == "fake":
                 raise _does_not_run(model, error) from error
@@ -76,8 +92,8 @@ def discover(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], h
     if on_meta:
         raise _does_not_run(model, first or RuntimeError("a model on the meta device cannot run")) from first
     try:
-        with _undo(model, largest=sys.maxsize), torch.random.fork_rng(devices=[]):
-            seen, inputs = _record(model, args, kwargs)
+        with left_alone(model, largest=sys.maxsize), torch.random.fork_rng():
+            seen, inputs = _record(model, *private_copy(args, kwargs))
             return Discovery(seen, "real", inputs)
     except Exception as error:  # as above
         raise _does_not_run(model, error) from error
@@ -107,8 +123,9 @@ def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     inputs: Inputs = {}
     try:
         # fake tensors compute scalars for real, also those of a buffer such as a step counter
-        with _undo(model, largest=1), torch.random.fork_rng(devices=[]):
-            fake_args, fake_kwargs = tree_map_only(Tensor, fake, (tuple(args), dict(kwargs)))
+        with left_alone(model, largest=1), torch.random.fork_rng(devices=[]):
+            # whatever is no tensor may change in a forward as well: a key/value cache, say
+            fake_args, fake_kwargs = private_copy(args, kwargs, fake)
             with mode:
                 seen, inputs = _record(model, fake_args, fake_kwargs)
             del fake_args, fake_kwargs
@@ -118,7 +135,9 @@ def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         return Discovery(kept, "fake", tree_map_only(Tensor, lambda x: _blank(x, keep), inputs))
     finally:
         seen, inputs = [], {}
-        _drop_cached_fakes(mode)
+        # the frames of an exception on its way hold fake tensors too
+        if sys.exc_info()[0] is None:
+            _drop_cached_fakes(mode)
 
 
 def _copy(call: AttentionCall, mode: FakeTensorMode) -> AttentionCall:
@@ -160,7 +179,8 @@ class Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
-        self.frames: list[Frame] = []
+        # a root whose __call__ is its own may never come through its hooks
+        self.frames = [Frame(model, (), {})]
         self.seen: dict[tuple[str, int, str], SeenCall] = {}
         self.inputs: Inputs = {}
 
@@ -204,12 +224,20 @@ class Recorder(TorchFunctionMode):
         if what == "attention":
             frame.calls += 1
         key = (owner, index, what)
-        if key in self.seen:
-            old = self.seen[key]
-            self.seen[key] = replace(old, where=replace(old.where, times=old.where.times + 1))
-            return
+        old = self.seen.get(key)
+        times = 1 if old is None else old.where.times + 1
         if call is not None:
-            self.seen[key] = SeenCall(Where.of(owner, index, call), call, reason)
+            if isinstance(frame.module, CONTAINERS):
+                reason = Reason.CONTAINER
+            elif _inside_checkpoint(frame.module):
+                reason = Reason.CHECKPOINT
+            # of several calls at one position the longest says what the site is for
+            longer = old is None or old.call is None or call.q.shape[-2:].numel() > old.call.q.shape[-2:].numel()
+            if longer:
+                self.seen[key] = SeenCall(Where.of(owner, index, call, times), call, reason)
+                return
+        if old is not None:
+            self.seen[key] = replace(old, where=replace(old.where, times=times))
             return
         # the softmax may be a module of its own, and its two products stand in the module around it
         around = list(reversed(self.frames[-3:])) if what == "softmax" else []
@@ -219,6 +247,21 @@ class Recorder(TorchFunctionMode):
         self.seen[key] = SeenCall(Where(owner, index, (), (), (), "", ""), None, reason, "", names)
 
 
+def _inside_checkpoint(owner: nn.Module) -> bool:
+    """Whether the running call stands in a checkpoint that the owner's forward itself made.
+
+    Its recomputation would run outside of the owner's forward, and so without its sites.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == CHECKPOINT_FILE:
+            return True
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is owner:
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def _is_score_map(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """A softmax over the last axis of (..., Nq, Nk) with both long enough to be tokens."""
     x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim")
@@ -226,33 +269,11 @@ def _is_score_map(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return bool(last and x.dim() >= 3 and min(x.shape[-1], x.shape[-2]) >= 16)
 
 
-@contextlib.contextmanager
-def _undo(model: nn.Module, largest: int) -> Iterator[None]:
-    """Put every module's attributes back afterwards, and what buffers of at most `largest` elements hold."""
-    saved = []
-    for module in model.modules():
-        plain = {k: (v, v.copy() if type(v) in (dict, list, set) else None) for k, v in module.__dict__.items()}
-        buffers = [b for b in module.buffers(recurse=False) if b.numel() <= largest and not b.is_meta]
-        saved.append((module, plain, [(b, b.clone()) for b in buffers]))
-    try:
-        yield
-    finally:
-        for module, plain, values in saved:
-            module.__dict__.clear()
-            for name, (value, content) in plain.items():
-                if content is not None:
-                    value.clear()
-                    value.extend(content) if isinstance(value, list) else value.update(content)
-                module.__dict__[name] = value
-            for buffer, value in values:
-                buffer.copy_(value)
-
-
 def _drop_cached_fakes(mode: FakeTensorMode) -> None:
     """Empty every `functools.lru_cache` that the fake run filled with its fake tensors.
 
     Raises:
-        ValueError: a fake tensor stays alive elsewhere (a global, an attribute of a plain object).
+        LeakError: a fake tensor stays alive elsewhere (a global, a closure).
     """
     # the mode itself remembers a fake for each parameter
     mode.fake_tensor_converter = type(mode.fake_tensor_converter)()
@@ -266,9 +287,9 @@ def _drop_cached_fakes(mode: FakeTensorMode) -> None:
     left = _fakes_of(mode)
     if left:
         holders = sorted({type(x).__name__ for x in gc.get_referrers(*left) if x is not left} - {"frame"})
-        raise ValueError(
-            f"the model must not keep tensors outside its modules, got {len(left)} held by {', '.join(holders)}; "
-            "pass discover='real' to find its attention in one true forward"
+        raise LeakError(
+            f"the model must not keep tensors outside its modules, got {len(left)} fake ones held by "
+            f"{', '.join(holders)}, where they stay; build the model again and pass discover='real'"
         )
 
 

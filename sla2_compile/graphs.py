@@ -16,7 +16,7 @@ from sla2_compile import debug
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.replace_attention import site_nodes, undo
-from sla2_compile.plan import ATTRIBUTE, Plan
+from sla2_compile.plan import Plan, plan_of, set_plan
 from sla2_compile.recipes import Recipe
 from sla2_compile.reporting import Report
 
@@ -32,11 +32,23 @@ def transform_graph_module(
     # all work happens on a copy that shares weights, so that a failure leaves gm alone
     work = copy_graph(gm)
     if example_inputs is not None:
-        FakeTensorProp(work, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
+        wanted = sum(node.op == "placeholder" for node in work.graph.nodes)
+        if len(example_inputs) != wanted:
+            raise ValueError(f"example_inputs must be {wanted} values, got {len(example_inputs)}; one for each input")
+        try:
+            FakeTensorProp(work, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
+        except Exception as error:  # the graph's own operators may raise anything
+            raise ValueError(f"example_inputs must run through the graph, got {error}; check their shapes") from error
     elif not any("val" in node.meta or "example_value" in node.meta for node in work.graph.nodes):
         raise ValueError("graph must carry fake values, got a plain trace; pass example_inputs, or use torch.export")
     outcomes = Pipeline.standard(recipe).run(work, debug.observers())
     _require_some(outcomes, allow_none)
+    taken = dict(gm.named_modules())
+    for node, _ in site_nodes(work):
+        if str(node.target) in taken:
+            raise ValueError(
+                f"graph must have no module {node.target!r}, got one; rename it, since a site goes there"
+            )
     for node, site in list(site_nodes(work)):
         gm.add_submodule(str(node.target), site)
     gm.graph = work.graph
@@ -56,9 +68,10 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def restore_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """Turn the sites of gm back into SDPA."""
-    undo(gm)
-    delattr(gm, ATTRIBUTE)
+    """Turn the sites of gm, if it has any, back into SDPA."""
+    if any(True for _ in site_nodes(gm)):
+        undo(gm)
+    set_plan(gm, None)
     return gm
 
 
@@ -73,6 +86,14 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
     """
     if program.example_inputs is None:
         raise ValueError("program must hold its example inputs, got none; export it again and keep them")
+    known = plan_of(program.graph_module)
+    if known is not None:
+        if known.recipe == recipe:
+            return program
+        raise ValueError(
+            f"program must not be transformed twice, got recipe {known.recipe.name!r} before and {recipe.name!r} now; "
+            "transform the original program"
+        )
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     outcomes = Pipeline.standard(recipe).run(gm, debug.observers())
@@ -108,7 +129,7 @@ def dynamic_shapes(program: ExportedProgram) -> Any:
 
 def _keep(gm: fx.GraphModule, recipe: Recipe, outcomes: Sequence[Rewrite | Miss]) -> None:
     plan = Plan(recipe, tuple(outcomes), "graph")
-    setattr(gm, ATTRIBUTE, plan)
+    set_plan(gm, plan)
     debug.show_report(lambda: Report(plan.outcomes, recipe, plan.discovery, {}))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import fx, nn
 
 from sla2_compile.passes.outcome import Miss, Rewrite
 
@@ -39,10 +39,24 @@ class Plan:
         return [x for x in self.outcomes if isinstance(x, Miss)]
 
 
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan of a module that was transformed as a root, or None."""
+    return module.meta.get(ATTRIBUTE) if isinstance(module, fx.GraphModule) else module.__dict__.get(ATTRIBUTE)
+
+
+def set_plan(module: nn.Module, plan: Plan | None) -> None:
+    """Keep a plan on its root, or take it away. A graph module's meta is what its deepcopy keeps."""
+    held: dict[str, Any] = module.meta if isinstance(module, fx.GraphModule) else module.__dict__
+    if plan is None:
+        held.pop(ATTRIBUTE, None)
+    else:
+        held[ATTRIBUTE] = plan
+
+
 def plans(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
     """Yield (name, root, plan) for model and every part of it that was transformed as a root."""
     for name, module in model.named_modules():
-        plan = module.__dict__.get(ATTRIBUTE)
+        plan = plan_of(module)
         if plan is not None:
             # torch.compile's wrapper adds a level that users do not know
             yield name.removeprefix("_orig_mod").lstrip("."), module, plan

@@ -124,6 +124,9 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     A model that holds several transformed parts gets one report with the parts' names before the owners'.
     A model that was never transformed gets an empty one; `inspect` says what would be done.
     """
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        kind = type(model).__name__
+        raise TypeError(f"model must be an nn.Module or ExportedProgram, got {kind}; for a pipeline its transformer")
     model = model.graph_module if isinstance(model, ExportedProgram) else model
     found = list(plans(model))
     outcomes: list[Rewrite | Miss] = []

@@ -1,0 +1,109 @@
+"""Running a model without changing it: what it holds is put back, what it is given is a copy."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+# plain objects of these belong to the process, not to the model
+FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
+MAX_DEPTH = 6
+
+
+@contextlib.contextmanager
+def left_alone(model: nn.Module, largest: int) -> Iterator[None]:
+    """Put back, afterwards, what model's modules hold, and what their buffers of at most `largest` elements hold.
+
+    Attributes, containers in them and plain objects in those are restored to the same contents: lazy caches that a
+    trial run filled are empty again.
+    """
+    memory = Memory()
+    for module in model.modules():
+        memory.keep(module, 0)
+    buffers = [b for b in model.buffers() if b.numel() <= largest and not b.is_meta]
+    # an expanded buffer cannot be written to, and so was not
+    values = [(b, b.clone()) for b in buffers if 0 not in b.stride() or b.numel() <= 1]
+    try:
+        yield
+    finally:
+        memory.put_back()
+        for buffer, value in values:
+            buffer.copy_(value)
+
+
+class Memory:
+    """Contents of containers and of objects' __dict__, as they were."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Any, Any]] = {}
+
+    def keep(self, x: Any, depth: int) -> None:
+        """Remember x, if it can change, and what it leads to."""
+        if id(x) in self.kept or depth > MAX_DEPTH or isinstance(x, Tensor):
+            return
+        if isinstance(x, dict):
+            self.kept[id(x)] = (x, dict(x))
+            inside = list(x.values())
+        elif isinstance(x, (list, set)):
+            self.kept[id(x)] = (x, list(x))
+            inside = list(x)
+        elif isinstance(x, tuple):
+            inside = list(x)
+        elif isinstance(x, nn.Module) or _is_plain_object(x):
+            self.keep(x.__dict__, depth)
+            return
+        else:
+            return
+        for value in inside:
+            # modules are kept by themselves
+            if not isinstance(value, nn.Module):
+                self.keep(value, depth + 1)
+
+    def put_back(self) -> None:
+        """Give everything remembered its contents back; the objects stay the same."""
+        for x, content in self.kept.values():
+            if isinstance(x, dict):
+                x.clear()
+                x.update(content)
+            elif isinstance(x, list):
+                x[:] = content
+            else:
+                x.clear()
+                x.update(content)
+
+
+def _is_plain_object(x: Any) -> bool:
+    if isinstance(x, (type, types.ModuleType, types.FunctionType, types.MethodType)) or not hasattr(x, "__dict__"):
+        return False
+    return isinstance(x.__dict__, dict) and type(x).__module__.partition(".")[0] not in FOREIGN
+
+
+def private_copy(
+    args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Callable[[Tensor], Tensor] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy arguments, so that a trial run cannot change the caller's; tensor says how tensors are copied.
+
+    Raises:
+        ValueError: an argument cannot be copied.
+    """
+    leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
+    tensor = tensor or (lambda x: x.detach().clone().requires_grad_(x.requires_grad))
+    memo: dict[int, Any] = {}
+    copies = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            copies.append(tensor(leaf))
+            continue
+        try:
+            copies.append(copy.deepcopy(leaf, memo))
+        except Exception as error:
+            kind = type(leaf).__name__
+            raise ValueError(f"inputs must be copyable for a trial run, got {kind}: {error}; pass others") from error
+    return tree_unflatten(copies, tree)
