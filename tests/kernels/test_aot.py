@@ -127,6 +127,6 @@ def test_compiles_without_spills(name: str, arch: int, monkeypatch: pytest.Monke
         label = f"{kernel.fn.__name__} sm_{arch}: {registers} registers, {stack} bytes of stack, {shared} of shared"
         print(label)
         assert shared <= SHARED_LIMIT[arch], label
-        assert stack <= ALLOWED_STACK.get(kernel.fn.__name__, 0), label
+        assert kernel.fn.__name__ not in HOT or stack <= ALLOWED_STACK.get(kernel.fn.__name__, 0), label
         seen.add(kernel.fn.__name__)
     assert set(HOT) <= seen
