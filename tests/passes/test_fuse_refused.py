@@ -124,6 +124,10 @@ def query_written(m, q, k, v):
     return weights @ v + q
 
 
+def values_over_channels(m, q, k, v):
+    return (q @ k.mT).softmax(-1) @ v.mT
+
+
 def weights_squared(m, q, k, v):
     weights = (q @ k.mT).softmax(-1)
     return (weights @ weights) @ v
@@ -162,6 +166,7 @@ REFUSED = {
     scores_used: (USED, "scores are also used by mean"),
     weights_scaled: (HAND, "weights pass through mul before the values"),
     shared_weights: (HAND, "weights are shared by several batches of values"),
+    values_over_channels: (LOOK, "sums over channels of the values, not over tokens"),
     weights_squared: (HAND, "the weights are multiplied with themselves"),
     normalised_by_hand: (USED, "scores are also used by amax"),
     half_hidden: (HAND, "scores are filled with -3.0, which does not hide them"),
