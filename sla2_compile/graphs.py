@@ -91,7 +91,7 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
         if known.recipe == recipe:
             return program
         raise ValueError(
-            f"program must not be transformed twice, got recipe {known.recipe.name!r} before and {recipe.name!r} now; "
+            f"program must not be transformed twice, got recipe {known.recipe.name!r} then {recipe.name!r}; "
             "transform the original program"
         )
     gm = program.module()

@@ -147,7 +147,8 @@ def test_a_wrapper_around_a_lazy_root_stays(x):
 
         root.forward = wrapper
         results = [root(x) for _ in range(3)]
-        assert len(calls) == 3
+        # the trial run goes through it as well
+        assert len(calls) == 4
         torch.testing.assert_close(results[0], results[2])
         assert len(list(sites(root))) > 0
 
@@ -322,10 +323,11 @@ def test_a_shared_module_is_planned_by_its_longest_call():
     assert (rewrite.where.q_shape[2], rewrite.where.times) == (300, 2)
 
 
-def test_empty_batches_and_statistics_after_a_fallback(x):
-    model = transformed(models.Attention(), x)
-    model(x)
-    assert model(x[:0]).shape == (0, 200, 32)
+def test_empty_batches_and_statistics_after_a_fallback():
+    q = torch.randn(1, 2, 100, 16)
+    model = transformed(models.Masked(), q, q, q)
+    model(q, q, q)
+    assert model(q[:0], q[:0], q[:0]).shape == (0, 2, 100, 16)
     assert sla2_compile.report(model).fallbacks == {"sla2.0": {Reason.EMPTY.value: 1}}
     with pytest.raises(ValueError, match="eager"):
         sla2_compile.get_sla2_statistics(model)
