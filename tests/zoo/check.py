@@ -6,7 +6,6 @@ Parity follows the kernels' one tolerance, with the untransformed model in float
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections import Counter
@@ -48,6 +47,14 @@ class Parity:
     error: float
     allowed: float
     difference: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported program of the original that was transformed: calls that became SLA2, and parity."""
+
+    rewritten: int
+    parity: Parity
 
 
 @dataclass(frozen=True)
@@ -122,18 +129,55 @@ def calls(entry: Entry) -> Calls:
 
 
 @functools.cache
+def oracle(entry: Entry) -> Tensor:
+    """The untransformed model's output, computed in float64."""
+    model, kwargs = entry.make()
+    doubled = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, kwargs)
+    with torch.no_grad():
+        y = run(model.double(), doubled)
+    assert y.dtype == torch.float64, "the oracle must compute in float64"
+    return y
+
+
+def _parity(entry: Entry, ours: Tensor) -> Parity:
+    exact, before = oracle(entry), original(entry)
+    rounding = torch.finfo(before.dtype).eps * exact.abs().max()
+    allowed = 2 * ((before - exact).abs().max() + rounding)
+    return Parity((ours - exact).abs().max().item(), allowed.item(), share(ours, before))
+
+
+@functools.cache
 def parity(entry: Entry) -> Parity:
     """Errors of the transformed and the original model where SLA2 is full attention."""
     model, kwargs = entry.make()
-    oracle_model = copy.deepcopy(model).double()
-    doubled = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, kwargs)
     transform(model, kwargs, 1.0)
     with torch.no_grad():
-        oracle, ours = run(oracle_model, doubled), run(model, kwargs)
-    assert oracle.dtype == torch.float64, "the oracle must compute in float64"
-    largest, before = oracle.abs().max(), original(entry)
-    allowed = 2 * ((before - oracle).abs().max() + torch.finfo(before.dtype).eps * largest)
-    return Parity((ours - oracle).abs().max().item(), allowed.item(), share(ours, before))
+        return _parity(entry, run(model, kwargs))
+
+
+@functools.cache
+def under_autocast(entry: Entry) -> int:
+    """Sites that no call leaves for full attention in one forward under bfloat16 autocast."""
+    model, kwargs = entry.make()
+    transform(model, kwargs, SPARSE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        run(model, kwargs)
+    sites = sum(isinstance(module, Site) for module in model.modules())
+    return sites - len(sla2_compile.report(model).fallbacks)
+
+
+@functools.cache
+def program(entry: Entry) -> Program:
+    """The exported original, transformed as a program: the passes see its graph, and no nn.Module."""
+    model, kwargs = entry.make()
+
+    def through(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, Tensor]:
+        before = torch.export.export(model, (), kwargs)
+        after = sla2_compile.transform(before, topk_ratio=1.0, min_seq_len=MIN_SEQ_LEN, allow_none=True)
+        return len(sla2_compile.report(after).rewrites), run(after.module(), kwargs)
+
+    rewritten, y = _quietly(through, model, kwargs)
+    return Program(rewritten, _parity(entry, y))
 
 
 @functools.cache

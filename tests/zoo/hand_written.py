@@ -202,22 +202,22 @@ def text() -> dict[str, Any]:
     return {"idx": tokens(256)}
 
 
-BY_HAND = {Reason.HAND_WRITTEN: 2}
+UNSURE = {Reason.HAND_WRITTEN: 2}
 
 ENTRIES = [
     Entry("nanoGPT", lambda: NanoGPT(CausalFlash), text, 2),
-    Entry("nanoGPT, by hand", lambda: NanoGPT(CausalManual), text, 0, BY_HAND),
-    Entry("ViT, by hand (vit-pytorch style)", blocks(SoftmaxModule), rows, 0, BY_HAND),
-    Entry("einsum, by hand (x-transformers style)", blocks(Einsum), rows, 0, BY_HAND),
-    Entry("folded heads, by hand (latent diffusion style)", blocks(FoldedHeads), rows, 0, BY_HAND),
+    Entry("nanoGPT, by hand", lambda: NanoGPT(CausalManual), text, 0, {Reason.QUERY_MASK: 2}),
+    Entry("ViT, by hand (vit-pytorch style)", blocks(SoftmaxModule), rows, 2),
+    Entry("einsum, by hand (x-transformers style)", blocks(Einsum), rows, 2),
+    Entry("folded heads, by hand (latent diffusion style)", blocks(FoldedHeads), rows, 2),
     Entry("Perceiver IO, 256 latents, 512 keys", lambda: PerceiverIO(256), long_rows, 2),
     Entry(
         "Perceiver IO, 16 latents, 512 keys", lambda: PerceiverIO(16), long_rows, 0,
         {Reason.DECODING: 1, Reason.SHORT_SEQUENCE: 1},
         note="few queries over many keys count as decoding",
     ),
-    Entry("SAM, by hand", blocks(RelativePosition), rows, 0, BY_HAND, note="relative position bias"),
-    Entry("channel attention (XCiT style)", blocks(ChannelAttention), rows, 0, BY_HAND, note="no token attention"),
-    Entry("talking heads (CaiT style)", blocks(TalkingHeads), rows, 0, BY_HAND, note="no token attention"),
-    Entry("linear attention", blocks(LinearAttention), rows, 0, BY_HAND, note="no token attention"),
+    Entry("SAM, by hand", blocks(RelativePosition), rows, 0, {Reason.BIAS: 2}, note="relative position bias"),
+    Entry("channel attention (XCiT style)", blocks(ChannelAttention), rows, 0, UNSURE, note="no token attention"),
+    Entry("talking heads (CaiT style)", blocks(TalkingHeads), rows, 0, UNSURE, note="no token attention"),
+    Entry("linear attention", blocks(LinearAttention), rows, 0, UNSURE, note="no token attention"),
 ]  # fmt: skip

@@ -8,7 +8,19 @@ from importlib.metadata import version
 from tests.zoo import check
 from tests.zoo.entry import Entry
 
-COLUMNS = ("model", "calls", "SLA2", "left alone", "parity error", "gradients", "compile", "export", "strict export")
+COLUMNS = (
+    "model",
+    "calls",
+    "SLA2",
+    "left alone",
+    "parity error",
+    "gradients",
+    "autocast",
+    "compile",
+    "export",
+    "strict export",
+    "program",
+)
 
 HEAD = """# Compatibility: the model zoo
 
@@ -22,8 +34,10 @@ Written by `make zoo` with {versions}, CPU; do not edit. {models} tiny models wi
 | left alone | the other calls, by reason |
 | parity error | largest difference to the original output, as a share of the largest output, where `topk_ratio=1.0` makes SLA2 full attention; checked against the original in float64 |
 | gradients | learned parameters of sites that one backward gives a gradient, at `topk_ratio={sparse}` |
+| autocast | sites that are SLA2 under bfloat16 autocast |
 | compile | sites that are SLA2 under `torch.compile` (aot_eager), with the same output as in eager mode |
 | export, strict export | sites that are SLA2 in `torch.export`, `strict=False` and `strict=True`, likewise |
+| program | calls that become SLA2 when the original is exported first and the program is transformed, with the same check of parity; its passes also read attention written by hand, and see masks without knowing what they mean |
 
 `restore` gives every model its original output back, bit for bit, and its original state dict. A dash means that there
 is no SLA2 to speak of: the model is left alone, and its output is the original's.
@@ -39,13 +53,23 @@ def row(entry: Entry) -> tuple[str, ...]:
     found = (name, str(calls.rewritten + calls.left.total()), str(calls.rewritten), left)
     compiled, exported, strict = check.compiled(entry), check.exported(entry, False), check.exported(entry, True)
     traced = tuple(_traced(x, calls.rewritten) for x in (compiled, exported, strict))
+    program = _program(check.program(entry))
     if not calls.rewritten:
-        return (*found, "-", "-", *traced)
+        return (*found, "-", "-", "-", *traced, program)
     alphas = check.alphas(entry)
     reached = alphas - len(check.without_gradient(entry))
-    parity = check.parity(entry)
+    autocast = f"{check.under_autocast(entry)} of {calls.rewritten}"
+    return (*found, _parity(check.parity(entry)), f"{reached} of {alphas}", autocast, *traced, program)
+
+
+def _parity(parity: check.Parity) -> str:
     wrong = "" if parity.error <= parity.allowed else " **too large**"
-    return (*found, f"{parity.difference:.0e}{wrong}", f"{reached} of {alphas}", *traced)
+    return f"{parity.difference:.0e}{wrong}"
+
+
+def _program(program: check.Program) -> str:
+    wrong = program.parity.error > program.parity.allowed
+    return f"{program.rewritten}, **wrong** by {program.parity.difference:.0e}" if wrong else f"{program.rewritten}"
 
 
 def _traced(traced: check.Traced, rewritten: int) -> str:

@@ -62,6 +62,18 @@ def test_export_keeps_the_sites(entry: Entry, strict: bool):
     expect(check.exported(entry, strict), entry, entry.strict if strict else entry.exported)
 
 
+@EACH
+def test_exported_program_is_transformed(entry: Entry):
+    program = check.program(entry)
+    assert program.rewritten == (entry.rewritten if entry.program is None else entry.program)
+    assert program.parity.error <= program.parity.allowed
+
+
+@REWRITTEN
+def test_autocast_keeps_the_sites(entry: Entry):
+    assert check.under_autocast(entry) == (entry.rewritten if entry.autocast is None else entry.autocast)
+
+
 def expect(traced: check.Traced, entry: Entry, expected: int | str | None) -> None:
     """A trace has as many sites as the entry says, and gives what eager mode gives."""
     assert traced.outcome == (entry.rewritten if expected is None else expected), traced.failure
