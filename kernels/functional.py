@@ -91,6 +91,11 @@ def sla2_attention(
     return o
 
 
+def autocasts(q: Tensor) -> bool:
+    """Whether autocast will bring q, k and v to one dtype, as it does for PyTorch's own attention."""
+    return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
@@ -98,15 +103,14 @@ def attend(
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """`sla2_attention` that also returns what the router chose; None in a compiler's trace."""
-    check_qkv(q, k, v)
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
         if any(t is not None for t in tangents):
             raise NotImplementedError("SLA2 has no forward-mode derivative; use reverse mode, or full attention")
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if autocasts(q):
+        dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
+    check_qkv(q, k, v)
     block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else scale
     lut, log_rest, entropy, k_mean = route(

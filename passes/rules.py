@@ -13,6 +13,7 @@ import torch
 
 from sla2_compile.kernels.blocks import shorter
 from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
+from sla2_compile.kernels.functional import autocasts
 from sla2_compile.passes.call import AttentionCall
 from sla2_compile.passes.masks import MaskView
 
@@ -75,7 +76,8 @@ def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) 
         return Reason.RANK
     if q.shape[0] == 0:
         return Reason.EMPTY
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+    mixed = k.dtype != q.dtype or v.dtype != q.dtype
+    if not {q.dtype, k.dtype, v.dtype} <= set(DTYPES) or (mixed and not autocasts(q)):
         return Reason.DTYPE
     if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
         return Reason.HEAD_DIM

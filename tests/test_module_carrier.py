@@ -359,6 +359,26 @@ def test_autocast_and_half(x):
     assert model(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_mixed_dtypes_under_autocast(x):
+    class Normed(models.Attention):
+        """Norms q and k in float32 and leaves v in autocast's dtype, as JiT does."""
+
+        def forward(self, x):
+            q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+            q, k = (nn.functional.normalize(t.float(), dim=-1) for t in (q, k))
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+    model = Normed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(x)
+        transformed(model, x, topk_ratio=1.0)
+        got = model(x)
+        assert got.dtype == expected.dtype
+        assert close(got, expected) < 2e-2
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), got)
+    assert sla2_compile.report(model).fallbacks == {}
+
+
 def test_functional_call_and_signature(x):
     model = transformed(models.Attention(), x)
     import inspect
