@@ -46,7 +46,7 @@ def test_dump(monkeypatch, tmp_path, run):
     gm, _ = run("0")
     (folder,) = tmp_path.iterdir()
     files = sorted(folder.iterdir())
-    assert files[0].name == "0_normalize-sdpa.txt"
+    assert files[0].name == "0_inline-autocast.txt"
     assert files[-1].read_text().partition("\n")[2].rstrip() == graph_text(gm)
 
 
