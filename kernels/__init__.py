@@ -10,7 +10,7 @@
 | `tiling.py`, `portable_route.py`, `portable_attention.py`, `portable_backward.py` | blocked PyTorch for any device |
 | `cuda.py` | which calls the Triton kernels take, and their launches |
 | `triton_pool.py`, `triton_scores.py`, `triton_select.py` | router: pooled tokens, block scores, top-k |
-| `triton_states.py`, `triton_linear.py`, `triton_attend.py` | linear branch's states and result; sparse branch and mix |
+| `triton_states.py`, `triton_linear.py`, `triton_attend.py` | linear branch; sparse branch and mix |
 | `functional.py` | route + attention in one call |
 
 Importing this package loads torch and registers the ops; Triton comes when a CUDA tensor first arrives.
