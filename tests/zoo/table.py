@@ -24,8 +24,9 @@ COLUMNS = (
 
 HEAD = """# Compatibility: the model zoo
 
-Written by `make zoo` with {versions}, CPU; do not edit. {models} tiny models with random weights (`tests/zoo/`), of which
-{changed} have attention that SLA2 takes; {fallbacks}.
+Written by `make zoo` with {versions}, on a CPU;
+do not edit. {models} tiny models with random weights (`tests/zoo/`), of which {changed} have attention that SLA2 takes;
+{fallbacks}.
 
 | column | meaning |
 |---|---|
@@ -104,7 +105,7 @@ def document(entries: list[Entry]) -> str:
 
 def _fallbacks(entries: list[Entry]) -> str:
     lost = [e for e in entries if any(0 <= t.inside < check.calls(e).rewritten for t in _traces(e) if not t.failure)]
-    return f"{len(lost)} of these fall back to full attention in a compiler's trace" if lost else "none falls back"
+    return f"models that fall back to full attention in a compiler's trace: {len(lost)}"
 
 
 def _traces(entry: Entry) -> tuple[check.Traced, ...]:
