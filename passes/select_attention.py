@@ -19,6 +19,14 @@ from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.select import SeenCall, select
 from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
 
+# attention inside one operator: what nn.TransformerEncoderLayer and nn.MultiheadAttention call in eval
+FUSED = (
+    torch._transformer_encoder_layer_fwd,
+    torch._native_multi_head_attention,
+    torch.ops.aten._transformer_encoder_layer_fwd.default,
+    torch.ops.aten._native_multi_head_attention.default,
+)
+
 DECISION = "sla2"
 """Key of node.meta under which a call's `Rewrite` or `Miss` stands."""
 
@@ -100,7 +108,7 @@ def _attention(graph: fx.Graph) -> list[tuple[fx.Node, SeenCall]]:
 
 
 def _hint(node: fx.Node) -> Reason | None:
-    if node.target is F.multi_head_attention_forward:
+    if node.target is F.multi_head_attention_forward or node.target in FUSED:
         return Reason.MULTIHEAD
     if node.target not in (F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default):
         return None

@@ -10,8 +10,9 @@ or the original forward; never a wrong result.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from sla2_compile.passes.call import AttentionCall
 from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.inline_autocast import InlineAutocast
+from sla2_compile.passes.masks import read_mask
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA, is_normal
 from sla2_compile.passes.outcome import Miss
 from sla2_compile.passes.pipeline import Pipeline
@@ -49,7 +51,7 @@ class Pattern:
     tree: TreeSpec
     leaves: tuple[Any, ...]
     autocast: torch.dtype | None
-    state: tuple[Any, ...]
+    state: tuple[ModuleState, ...]
 
     @classmethod
     def of(cls, owner: nn.Module, args: Any, kwargs: Any) -> Pattern:
@@ -73,25 +75,52 @@ def _autocast(leaves: Sequence[Any]) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def module_state(owner: nn.Module) -> tuple[Any, ...]:
-    """What the code of the owner and its parts may depend on besides arguments and tensors; its sites aside."""
-    parts = [(name, module) for name, module in owner.named_modules() if name.partition(".")[0] != CHILD]
-    return tuple((name, *_one_state(module, name == "")) for name, module in parts)
+@dataclass(frozen=True)
+class ModuleState:
+    """What the code of one module may depend on besides arguments and tensors.
+
+    Attributes:
+        name: under the owner; "" is the owner.
+        kind: its class.
+        plain: attributes that are numbers, strings and the like, training mode among them.
+        hooks: numbers of its forward hooks and pre-hooks; None for the owner, whose own run around the graph.
+        own_forward: whether its forward was replaced on the instance; None for the owner.
+    """
+
+    name: str
+    kind: type
+    plain: tuple[tuple[str, Any], ...]
+    hooks: tuple[int, int] | None
+    own_forward: bool | None
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether the module is still like this. Written so that a compiler guards what it reads."""
+        module = owner
+        for part in self.name.split(".") if self.name else ():
+            module = getattr(module, part, None)  # type: ignore[assignment]
+        if type(module) is not self.kind:
+            return False
+        for name, value in self.plain:
+            if getattr(module, name, None) != value:
+                return False
+        if self.hooks is not None and self.hooks != (len(module._forward_hooks), len(module._forward_pre_hooks)):
+            return False
+        compiling = torch.compiler.is_compiling()
+        return compiling or self.own_forward is None or self.own_forward == ("forward" in module.__dict__)
 
 
-def _one_state(module: nn.Module, is_owner: bool) -> tuple[Any, ...]:
+def module_state(owner: nn.Module) -> tuple[ModuleState, ...]:
+    """The state of the owner and the modules in it, its sites aside."""
+    return tuple(_one_state(name, m) for name, m in owner.named_modules() if name.partition(".")[0] != CHILD)
+
+
+def _one_state(name: str, module: nn.Module) -> ModuleState:
     simple = (bool, int, float, str, torch.dtype, type(None))
     plain = tuple((k, v) for k, v in sorted(module.__dict__.items()) if isinstance(v, simple) and k[0] != "_")
-    # the owner's own hooks and forward run around the graph, those of the modules in it would be passed by
-    if is_owner:
-        return type(module), plain
-    return (
-        type(module),
-        plain,
-        len(module._forward_hooks),
-        len(module._forward_pre_hooks),
-        "forward" in module.__dict__,
-    )
+    if name == "":
+        return ModuleState(name, type(module), plain, None, None)
+    hooks = (len(module._forward_hooks), len(module._forward_pre_hooks))
+    return ModuleState(name, type(module), plain, hooks, "forward" in module.__dict__)
 
 
 @dataclass(frozen=True)
@@ -147,6 +176,8 @@ class CapturedForward:
                 graph = self._add(forward, args, kwargs)
         if graph is None and not torch.compiler.is_dynamo_compiling():
             self.refused += 1
+            if torch.compiler.is_exporting():
+                warnings.warn("hand-written attention keeps its original forward in this export", stacklevel=2)
         return graph
 
     def also_in_the_other_mode(self, args: Any, kwargs: Any) -> None:
@@ -157,21 +188,24 @@ class CapturedForward:
         modes = [(module, module.training) for module in self.owner.modules()]
         try:
             self.owner.train(not self.owner.training)
-            self._add(self.owner.forward, args, kwargs)
+            self._add(self.owner.forward, args, kwargs, tell=False)
         finally:
             for module, training in modes:
                 module.training = training
 
-    @torch.compiler.assume_constant_result
     def in_state(self, index: int) -> bool:
-        """Whether the modules are as they were for one of the patterns; asked once by a compiler's trace."""
-        return module_state(self.owner) == self.known[index][0].state
+        """Whether the modules are as they were for one of the patterns."""
+        state = self.known[index][0].state
+        if not torch.compiler.is_compiling() and len(state) != len(module_state(self.owner)):
+            return False
+        return all(part.holds(self.owner) for part in state)
 
-    def _add(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Graph | None:
+    def _add(self, forward: Callable[..., Any], args: Any, kwargs: Any, tell: bool = True) -> Graph | None:
         graph, _, why = capture(self.owner, forward, args, kwargs)
         if graph is None or graph.calls != self.planned:
-            name = type(self.owner).__name__
-            log.warning("%s: a new call pattern runs the original forward: %s", name, why or "other attention calls")
+            if tell:
+                kind = type(self.owner).__name__
+                log.warning("%s: a new call pattern runs the original: %s", kind, why or "other attention calls")
             graph = None
         self.known.append((Pattern.of(self.owner, args, kwargs), graph))
         return graph
@@ -225,11 +259,77 @@ def capture(
     assert isinstance(gm, fx.GraphModule)
     outcomes = Pipeline((InlineAutocast(), NormalizeSDPA(), FuseAttention())).run(gm)
     nodes = [node for node in gm.graph.nodes if is_normal(node)]
-    calls = [AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values()))) for node in nodes]
+    calls = [_call(node, gm, owner) for node in nodes]
     if not calls:
         misses = [x for x in outcomes if isinstance(x, Miss)]
         return None, [], "; ".join(dict.fromkeys(m.detail or m.reason.value for m in misses)) or "no attention found"
     return _pure(gm, len(calls)), calls, ""
+
+
+def _call(node: fx.Node, gm: fx.GraphModule, owner: nn.Module) -> AttentionCall:
+    """The attention call of a node, with fake values; a mask that no argument reaches with its real ones.
+
+    Models write zero biases and causal maps into their forward, as constants or from buffers. One that keeps every
+    key, or is causal, and that nothing can change is written so on the node.
+    """
+    call = AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values())))
+    source = node.kwargs["attn_mask"]
+    if not isinstance(source, fx.Node) or (made := _evaluate(source, gm, owner)) is None:
+        return call
+    mask, constant = made
+    call = replace(call, attn_mask=mask)
+    view = read_mask(call)
+    if constant and view is not None and (view.keys is None or bool(view.keys.all())):
+        node.kwargs = {**node.kwargs, "attn_mask": None, "is_causal": view.is_causal}
+        return replace(call, attn_mask=None, is_causal=view.is_causal)
+    return call
+
+
+def _evaluate(node: fx.Node, gm: fx.GraphModule, owner: nn.Module) -> tuple[Tensor, bool] | None:
+    """The value of a node that no argument reaches, and whether it is a constant; None if an argument does."""
+    needed: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder" or current.op in ("call_method", "call_module"):
+            return None
+        if current not in needed:
+            needed[current] = None
+            stack += current.all_input_nodes
+    if _random_or_written(gm, needed):
+        return None
+    buffers = dict(owner.named_buffers())
+    values: dict[fx.Node, Any] = {}
+    for current in (n for n in gm.graph.nodes if n in needed):
+        if current.op == "get_attr":
+            if str(current.target) not in buffers:
+                return None
+            values[current] = buffers[str(current.target)]
+        else:
+            assert callable(current.target)
+            args, kwargs = fx.node.map_arg((current.args, current.kwargs), values.__getitem__)
+            values[current] = current.target(*args, **kwargs)
+    value = values[node]
+    return (value, all(n.op != "get_attr" for n in needed)) if isinstance(value, Tensor) else None
+
+
+def _random_or_written(gm: fx.GraphModule, needed: dict[fx.Node, None]) -> bool:
+    """Whether these nodes draw random numbers, or others write into their memory."""
+    aliases = set(needed)
+    for node in gm.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node in needed:
+            if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                return True
+            continue
+        if schema is None or not aliases.intersection(node.all_input_nodes):
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and value in aliases:
+                return True
+        if any(result.alias_info is not None for result in schema.returns):
+            aliases.add(node)
+    return False
 
 
 def _pure(gm: fx.GraphModule, calls: int) -> Graph:

@@ -67,16 +67,19 @@ class Memory:
                 self.keep(value, depth + 1)
 
     def put_back(self) -> None:
-        """Give everything remembered its contents back; the objects stay the same."""
+        """Give everything remembered its contents back; the objects stay the same.
+
+        By the base types' own methods: some libraries' configurations are dicts that refuse to be updated.
+        """
         for x, content in self.kept.values():
             if isinstance(x, dict):
-                x.clear()
-                x.update(content)
+                dict.clear(x)
+                dict.update(x, content)
             elif isinstance(x, list):
-                x[:] = content
+                list.__setitem__(x, slice(None), content)
             else:
-                x.clear()
-                x.update(content)
+                set.clear(x)
+                set.update(x, content)
 
 
 def _is_plain_object(x: Any) -> bool:

@@ -27,20 +27,46 @@ class HandWritten(Attention):
     """`Attention` spelt out; options make it stranger.
 
     island: scores in float32 with autocast off. softmax_module: softmax as a child. twist: something that keeps it
-    from being a plain attention call.
+    from being a plain attention call. drop: dropout on the weights. bias: a mask that the forward makes itself.
     """
 
     def __init__(
-        self, dim: int = 32, heads: int = 2, island: bool = False, softmax_module: bool = False, twist: str = ""
-    ):
+        self,
+        dim: int = 32,
+        heads: int = 2,
+        island: bool = False,
+        softmax_module: bool = False,
+        twist: str = "",
+        drop: float = 0.0,
+        bias: str = "",
+    ) -> None:
         super().__init__(dim, heads)
-        self.scale, self.island, self.twist = (dim // heads) ** -0.5, island, twist
+        self.scale, self.island, self.twist, self.bias = (dim // heads) ** -0.5, island, twist, bias
         self.softmax = nn.Softmax(dim=-1) if softmax_module else None
+        self.drop = nn.Dropout(drop)
         if twist == "talking heads":
             self.talk = nn.Linear(heads, heads)
         if twist == "writes a buffer":
             self.calls: Tensor
             self.register_buffer("calls", torch.zeros(()))
+        self.causal: Tensor
+        self.register_buffer("causal", torch.ones(512, 512, dtype=torch.bool).tril(), persistent=False)
+
+    def biased(self, s: Tensor) -> Tensor:
+        n = s.shape[-1]
+        if self.bias == "zeros":
+            s += torch.zeros(1, 1, n, n, dtype=s.dtype, device=s.device)
+        elif self.bias == "causal buffer":
+            s = s.masked_fill(~self.causal[:n, :n], float("-inf"))
+        elif self.bias == "causal constant":
+            s = s + torch.full((n, n), float("-inf"), device=s.device).triu(1)
+        elif self.bias == "written later":
+            bias = torch.zeros(n, n, device=s.device)
+            bias.view(-1)[::7].fill_(-3.0)
+            s = s + bias
+        elif self.bias == "random":
+            s = s + torch.randint(0, 2, (n, n), device=s.device)
+        return s
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         if self.island:
@@ -51,8 +77,9 @@ class HandWritten(Attention):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        s = self.scores(q, k)
+        s = self.biased(self.scores(q, k))
         weights = s.softmax(dim=-1).to(v.dtype) if self.softmax is None else self.softmax(s)
+        weights = self.drop(weights)
         if self.twist == "talking heads":
             weights = self.talk(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.twist == "writes a buffer":

@@ -118,6 +118,47 @@ def test_changed_attributes_and_hooks_are_noticed(x):
     torch.testing.assert_close(model(x), plain(x))
 
 
+def test_compiled_code_notices_mode_attributes_and_hooks(x):
+    model = models.HandWritten(drop=0.5).eval()
+    transformed(model, x, topk_ratio=1.0)
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = model(x)
+    torch.testing.assert_close(compiled(x), expected)
+    # dropout in training: the graph of eval must not run on
+    model.train()
+    assert (compiled(x) - expected).abs().max() > 1e-2
+    model.eval()
+    torch.testing.assert_close(compiled(x), expected)
+    model.scale = 3.0
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(model(x), expected)
+    before = model(x)
+    model.out.register_forward_hook(lambda module, args, output: output * 2)
+    torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(model(x), 2 * before)
+
+
+@pytest.mark.parametrize("bias", ["zeros", "causal buffer", "causal constant"])
+def test_masks_that_no_argument_reaches(x, bias):
+    model = models.HandWritten(bias=bias)
+    expected = model(x)
+    transformed(model, x, topk_ratio=1.0)
+    assert len(sla2_compile.report(model).rewrites) == 1
+    torch.testing.assert_close(model(x), expected)
+    assert sla2_compile.report(model).fallbacks == {}
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("bias", ["written later", "random"])
+def test_masks_that_only_seem_constant(x, bias):
+    model = models.HandWritten(bias=bias)
+    torch.manual_seed(3)
+    expected = model(x)
+    transformed(model, x, topk_ratio=1.0, allow_none=True)
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_too_many_patterns_run_the_original_and_are_counted(x):
     model = models.HandWritten()
     plain = copy.deepcopy(model)
