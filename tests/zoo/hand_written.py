@@ -206,7 +206,7 @@ UNSURE = {Reason.HAND_WRITTEN: 2}
 
 ENTRIES = [
     Entry("nanoGPT", lambda: NanoGPT(CausalFlash), text, 2),
-    Entry("nanoGPT, by hand", lambda: NanoGPT(CausalManual), text, 0, {Reason.QUERY_MASK: 2}),
+    Entry("nanoGPT, by hand", lambda: NanoGPT(CausalManual), text, 2, program=0),
     Entry("ViT, by hand (vit-pytorch style)", blocks(SoftmaxModule), rows, 2),
     Entry("einsum, by hand (x-transformers style)", blocks(Einsum), rows, 2),
     Entry("folded heads, by hand (latent diffusion style)", blocks(FoldedHeads), rows, 2),
