@@ -14,6 +14,7 @@ from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.read_masks import ReadMasks
 from sla2_compile.passes.replace_attention import ReplaceAttention
 from sla2_compile.passes.select_attention import SelectAttention
 from sla2_compile.recipes import Recipe
@@ -49,6 +50,7 @@ class Pipeline:
                 InlineAutocast(),
                 NormalizeSDPA(),
                 FuseAttention(),
+                ReadMasks(),
                 SelectAttention(recipe),
                 ReplaceAttention(learned),
                 CleanUp(),

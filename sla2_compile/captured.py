@@ -22,10 +22,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from sla2_compile.passes.call import AttentionCall
 from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.inline_autocast import InlineAutocast
-from sla2_compile.passes.masks import read_mask
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA, is_normal
 from sla2_compile.passes.outcome import Miss
 from sla2_compile.passes.pipeline import Pipeline
+from sla2_compile.passes.read_masks import ReadMasks, evaluate
 from sla2_compile.passes.select_attention import value_of
 
 CHILD = "sla2"
@@ -257,79 +257,21 @@ def capture(
         )
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
-    outcomes = Pipeline((InlineAutocast(), NormalizeSDPA(), FuseAttention())).run(gm)
+    outcomes = Pipeline((InlineAutocast(), NormalizeSDPA(), FuseAttention(), ReadMasks())).run(gm)
     nodes = [node for node in gm.graph.nodes if is_normal(node)]
-    calls = [_call(node, gm, owner) for node in nodes]
+    calls = [_call(node, owner) for node in nodes]
     if not calls:
         misses = [x for x in outcomes if isinstance(x, Miss)]
         return None, [], "; ".join(dict.fromkeys(m.detail or m.reason.value for m in misses)) or "no attention found"
     return _pure(gm, len(calls)), calls, ""
 
 
-def _call(node: fx.Node, gm: fx.GraphModule, owner: nn.Module) -> AttentionCall:
-    """The attention call of a node, with fake values; a mask that no argument reaches with its real ones.
-
-    Models write zero biases and causal maps into their forward, as constants or from buffers. One that keeps every
-    key, or is causal, and that nothing can change is written so on the node.
-    """
+def _call(node: fx.Node, owner: nn.Module) -> AttentionCall:
+    """The attention call of a node, with fake values; a mask that only buffers reach with its present ones."""
     call = AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values())))
     source = node.kwargs["attn_mask"]
-    if not isinstance(source, fx.Node) or (made := _evaluate(source, gm, owner)) is None:
-        return call
-    mask, constant = made
-    call = replace(call, attn_mask=mask)
-    view = read_mask(call)
-    if constant and view is not None and (view.keys is None or bool(view.keys.all())):
-        node.kwargs = {**node.kwargs, "attn_mask": None, "is_causal": view.is_causal}
-        return replace(call, attn_mask=None, is_causal=view.is_causal)
-    return call
-
-
-def _evaluate(node: fx.Node, gm: fx.GraphModule, owner: nn.Module) -> tuple[Tensor, bool] | None:
-    """The value of a node that no argument reaches, and whether it is a constant; None if an argument does."""
-    needed: dict[fx.Node, None] = {}
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder" or current.op in ("call_method", "call_module"):
-            return None
-        if current not in needed:
-            needed[current] = None
-            stack += current.all_input_nodes
-    if _random_or_written(gm, needed):
-        return None
-    buffers = dict(owner.named_buffers())
-    values: dict[fx.Node, Any] = {}
-    for current in (n for n in gm.graph.nodes if n in needed):
-        if current.op == "get_attr":
-            if str(current.target) not in buffers:
-                return None
-            values[current] = buffers[str(current.target)]
-        else:
-            assert callable(current.target)
-            args, kwargs = fx.node.map_arg((current.args, current.kwargs), values.__getitem__)
-            values[current] = current.target(*args, **kwargs)
-    value = values[node]
-    return (value, all(n.op != "get_attr" for n in needed)) if isinstance(value, Tensor) else None
-
-
-def _random_or_written(gm: fx.GraphModule, needed: dict[fx.Node, None]) -> bool:
-    """Whether these nodes draw random numbers, or others write into their memory."""
-    aliases = set(needed)
-    for node in gm.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node in needed:
-            if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                return True
-            continue
-        if schema is None or not aliases.intersection(node.all_input_nodes):
-            continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and value in aliases:
-                return True
-        if any(result.alias_info is not None for result in schema.returns):
-            aliases.add(node)
-    return False
+    mask = evaluate(source, dict(owner.named_buffers())) if isinstance(source, fx.Node) else None
+    return call if mask is None else replace(call, attn_mask=mask)
 
 
 def _pure(gm: fx.GraphModule, calls: int) -> Graph:

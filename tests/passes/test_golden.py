@@ -13,6 +13,7 @@ from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.printer import graph_text
+from sla2_compile.passes.read_masks import ReadMasks
 from sla2_compile.passes.replace_attention import ReplaceAttention, undo
 from sla2_compile.passes.select_attention import SelectAttention
 from sla2_compile.recipes import Recipe
@@ -31,6 +32,21 @@ class Island(nn.Module):
         with torch.autocast("cpu", enabled=False):
             y = x.float() @ x.float()
         return y + 1
+
+
+class Masks(nn.Module):
+    """A causal map and a zero bias made of constants; a bias that comes as an input; one that is written later."""
+
+    def forward(self, q, bias):
+        n = q.shape[2]
+        rows = torch.arange(n)
+        causal = (rows[None, :] <= rows[:, None])[None, None]
+        written = torch.zeros(n, n)
+        written[0].fill_(-1.0)
+        out = F.scaled_dot_product_attention(q, q, q, causal)
+        out = out + F.scaled_dot_product_attention(q, q, q, torch.zeros(1, 1, n, n))
+        out = out + F.scaled_dot_product_attention(q, q, q, bias)
+        return out + F.scaled_dot_product_attention(q, q, q, written)
 
 
 def traced():
@@ -83,6 +99,33 @@ graph():
     return (add,)""",
         )
         assert NormalizeSDPA().run(gm).changed == 0
+
+    def test_read_masks(self):
+        q, zero = torch.randn(1, 2, 40, 8), torch.zeros(1, 1, 40, 40)
+        gm = torch.export.export(Masks(), (q, zero)).module(check_guards=False)
+        NormalizeSDPA().run(gm)
+        gm.recompile()
+        expected = gm(q, zero)
+        assert ReadMasks().run(gm).changed == 2
+        CleanUp().run(gm)
+        self.assertExpectedInline(graph_text(gm), """\
+graph():
+    %q : [num_users=4] = placeholder[target=q]
+    %bias : [num_users=1] = placeholder[target=bias]
+    %zeros : [num_users=2] = call_function[target=torch.ops.aten.zeros.default](args = ([40, 40],), kwargs = {device: cpu, pin_memory: False})
+    %select : [num_users=1] = call_function[target=torch.ops.aten.select.int](args = (%zeros, 0, 0), kwargs = {})
+    %fill_ : [num_users=0] = call_function[target=torch.ops.aten.fill_.Scalar](args = (%select, -1.0), kwargs = {})
+    %scaled_dot_product_attention : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %q, %q), kwargs = {attn_mask: None, dropout_p: 0.0, is_causal: True, scale: None, enable_gqa: False})
+    %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %q, %q), kwargs = {attn_mask: None, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %add : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%scaled_dot_product_attention, %scaled_dot_product_attention_1), kwargs = {})
+    %scaled_dot_product_attention_2 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %q, %q), kwargs = {attn_mask: %bias, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %add_1 : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%add, %scaled_dot_product_attention_2), kwargs = {})
+    %scaled_dot_product_attention_3 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %q, %q), kwargs = {attn_mask: %zeros, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %add_2 : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%add_1, %scaled_dot_product_attention_3), kwargs = {})
+    return (add_2,)""")
+        assert ReadMasks().run(gm).changed == 0
+        gm.recompile()
+        torch.testing.assert_close(gm(q, zero), expected)
 
     def test_select_attention(self):
         gm = traced()
