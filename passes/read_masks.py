@@ -19,6 +19,9 @@ from sla2_compile.passes.masks import read_mask
 from sla2_compile.passes.normalize_sdpa import is_normal
 from sla2_compile.passes.select_attention import DECISION, value_of
 
+# what fuse-attention writes into aten graphs, of torch's own functions: no memory is shared, nothing is drawn
+PURE = (torch.logical_not, torch.logical_and, torch.where, torch.add, torch.mul, torch.div, torch.zeros)
+
 
 @dataclass(frozen=True)
 class ReadMasks(Pass):
@@ -55,7 +58,8 @@ def evaluate(node: fx.Node, buffers: Mapping[str, Tensor]) -> Tensor | None:
     while stack:
         current = stack.pop()
         known = current.op == "get_attr" and str(current.target) in buffers
-        if not known and not (current.op == "call_function" and isinstance(current.target, torch._ops.OpOverload)):
+        operator = isinstance(current.target, torch._ops.OpOverload) or current.target in PURE
+        if not known and not (current.op == "call_function" and operator):
             return None
         if current not in needed:
             needed.add(current)

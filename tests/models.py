@@ -57,7 +57,7 @@ class HandWritten(Attention):
         if self.bias == "zeros":
             s += torch.zeros(1, 1, n, n, dtype=s.dtype, device=s.device)
         elif self.bias == "causal buffer":
-            s = s.masked_fill(~self.causal[:n, :n], float("-inf"))
+            s = s.masked_fill(self.causal[:n, :n] == 0, float("-inf"))
         elif self.bias == "causal constant":
             s = s + torch.full((n, n), float("-inf"), device=s.device).triu(1)
         elif self.bias == "written later":

@@ -108,7 +108,9 @@ graph():
         expected = gm(q, zero)
         assert ReadMasks().run(gm).changed == 2
         CleanUp().run(gm)
-        self.assertExpectedInline(graph_text(gm), """\
+        self.assertExpectedInline(
+            graph_text(gm),
+            """\
 graph():
     %q : [num_users=4] = placeholder[target=q]
     %bias : [num_users=1] = placeholder[target=bias]
@@ -122,7 +124,8 @@ graph():
     %add_1 : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%add, %scaled_dot_product_attention_2), kwargs = {})
     %scaled_dot_product_attention_3 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %q, %q), kwargs = {attn_mask: %zeros, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
     %add_2 : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%add_1, %scaled_dot_product_attention_3), kwargs = {})
-    return (add_2,)""")
+    return (add_2,)""",
+        )
         assert ReadMasks().run(gm).changed == 0
         gm.recompile()
         torch.testing.assert_close(gm(q, zero), expected)

@@ -107,7 +107,7 @@ def whisper() -> nn.Module:
 
 
 ENTRIES = [
-    Entry("BERT (transformers)", bert, text, 2, program=0),
+    Entry("BERT (transformers)", bert, text, 2),
     Entry("BERT, padded batch (transformers)", bert, text_with_padding, 2, program=0),
     Entry(
         "ModernBERT (transformers)",
@@ -115,15 +115,14 @@ ENTRIES = [
         text,
         1,
         {Reason.QUERY_MASK: 1},
-        program=0,
         note="every second layer is a window",
     ),
-    Entry("CLIP text (transformers)", clip_text, text, 2, program=0),
-    Entry("Llama (transformers)", llama, decoded, 2, program=0),
+    Entry("CLIP text (transformers)", clip_text, text, 2),
+    Entry("Llama (transformers)", llama, decoded, 2),
     Entry("Llama, padded batch (transformers)", llama, decoded_with_padding, 2, program=0),
-    Entry("Qwen2 (transformers)", qwen2, decoded, 2, program=0),
-    Entry("Qwen3 (transformers)", qwen3, decoded, 2, program=0),
-    Entry("GPT-2 (transformers)", gpt2, decoded, 2, program=0),
+    Entry("Qwen2 (transformers)", qwen2, decoded, 2),
+    Entry("Qwen3 (transformers)", qwen3, decoded, 2),
+    Entry("GPT-2 (transformers)", gpt2, decoded, 2),
     Entry("T5 encoder (transformers)", t5, text, 0, {Reason.BIAS: 2}, note="learned position bias"),
     Entry("Whisper encoder (transformers)", whisper, lambda: {"input_features": torch.randn(1, 16, 512)}, 2),
 ]

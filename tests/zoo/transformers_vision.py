@@ -80,12 +80,12 @@ def perceiver_inputs() -> dict[str, Any]:
 
 
 ENTRIES = [
-    Entry("ViT (transformers)", vit, pixels, 2, program=0),
+    Entry("ViT (transformers)", vit, pixels, 2),
     Entry(
         "ViT, eager attention (transformers)", lambda: vit(attn_implementation="eager"), pixels, 2,
-        exported=0, strict=0, program=0, note="an export builds a mask that eager mode does without",
+        exported=0, strict=0, note="an export builds a mask that eager mode does without",
     ),
-    Entry("DINOv2 (transformers)", dinov2, pixels, 2, program=0),
+    Entry("DINOv2 (transformers)", dinov2, pixels, 2),
     Entry(
         "SigLIP (transformers)", siglip, pixels, 2, {Reason.WEIGHTS: 1},
         note="the pooling head is an nn.MultiheadAttention that is asked for its weights",
