@@ -44,7 +44,7 @@ class Pipeline:
 
     @classmethod
     def standard(cls, recipe: Recipe, learned: bool = True) -> Pipeline:
-        """The passes of `transform` on a graph, in order (DESIGN: one pipeline, read top to bottom)."""
+        """The passes of `transform` on a graph, in order."""
         return cls(
             (
                 InlineAutocast(),

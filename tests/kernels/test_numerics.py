@@ -21,12 +21,13 @@ from sla2_compile.kernels import portable_route, reference, tiling
 from sla2_compile.kernels.blocks import router_tokens
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 from sla2_compile.kernels.ops import attention, route
+from tests.kernels.oracle import CallArguments, assert_oracle
 
 LOW = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(CallArguments):
     """One attention call; lengths lie off the block grid."""
 
     B: int = 2
@@ -75,18 +76,6 @@ class Case:
             mask[:, 0] = True
             made["mask"] = mask
         return made
-
-    def route(self, x: dict[str, Any], run: Any) -> tuple[Tensor, ...]:
-        return run(
-            x["q"], x["k"], x["proj_q"], x["proj_k"], x["mask"],
-            self.topk_ratio, self.compression_ratio, self.block_q, self.block_k, self.D**-0.5, self.is_causal,
-        )  # fmt: skip
-
-    def attention(self, x: dict[str, Any], run: Any, *rest: bool) -> tuple[Tensor, ...]:
-        return run(
-            x["q"], x["k"], x["v"], x["k_mean"], x["lut"], x["log_rest"], x["gain"], x["bias"], x["mask"],
-            self.block_q, self.block_k, self.D**-0.5, self.feature_map, self.linear_scope, self.is_causal, *rest,
-        )  # fmt: skip
 
     def call(self, x: dict[str, Any]) -> Tensor:
         """Return o of a whole call of the ops."""
@@ -160,19 +149,6 @@ def shared_route(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     x = cast(cast(case.tensors(), dtype), torch.float64)
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, reference.route)
     return x
-
-
-def assert_oracle(name: str, got: Tensor, low: Tensor, exact: Tensor, eps: float) -> None:
-    """STYLE.md's rule; where the exact value is -inf, all must be."""
-    finite = exact.isfinite()
-    for x in (got, low):
-        assert torch.equal(x.isfinite(), finite), f"{name}: not finite where it must be"
-    if not finite.any():
-        return
-    want = exact[finite]
-    err, allowed = ((x.double()[finite] - want).abs().max().item() for x in (got, low))
-    allowed = 2 * (allowed + eps * want.abs().max().item())
-    assert err <= allowed, f"{name}: error {err:.3e}, allowed {allowed:.3e}"
 
 
 @examples(150)

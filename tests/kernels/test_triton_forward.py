@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +23,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 if INTERPRETED:
-    sys.path.insert(0, str(Path(__file__).parent))
-    import interpreter
+    from tests.kernels import interpreter
 
     interpreter.repair()
 
 from sla2_compile.kernels import cuda, reference  # noqa: E402
 from sla2_compile.kernels.blocks import num_blocks, num_kept  # noqa: E402
+from tests.kernels.oracle import CallArguments, assert_oracle  # noqa: E402
 
 
 def body(test: Callable[..., None]) -> Callable[..., None]:
@@ -39,7 +38,7 @@ def body(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(CallArguments):
     """One call; lengths lie off the block grid."""
 
     B: int = 1
@@ -99,18 +98,6 @@ class Case:
             made["mask"] = mask.to(DEVICE)
         return made
 
-    def route(self, x: dict[str, Any], run: Any) -> tuple[Tensor, ...]:
-        return run(
-            x["q"], x["k"], x["proj_q"], x["proj_k"], x["mask"],
-            self.topk_ratio, self.compression_ratio, self.block_q, self.block_k, self.D**-0.5, self.is_causal,
-        )  # fmt: skip
-
-    def attention(self, x: dict[str, Any], run: Any, *rest: bool) -> tuple[Tensor, ...]:
-        return run(
-            x["q"], x["k"], x["v"], x["k_mean"], x["lut"], x["log_rest"], x["gain"], x["bias"], x["mask"],
-            self.block_q, self.block_k, self.D**-0.5, self.feature_map, self.linear_scope, self.is_causal, *rest,
-        )  # fmt: skip
-
 
 CASES = {
     "plain": Case(),
@@ -138,23 +125,6 @@ CASES = {
 def exact(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same numbers in another dtype, for the reference."""
     return {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in x.items()}
-
-
-def assert_oracle(name: str, got: Tensor, low: Tensor, want: Tensor, eps: float) -> float:
-    """STYLE.md's rule; where the exact value is -inf, all must be. Returns error over allowance."""
-    finite = want.isfinite()
-    assert torch.equal(got.isfinite(), finite), f"{name}: not finite where it must be, or the reverse"
-    if not finite.any():
-        return 0.0
-    want = want[finite]
-    err = (got.double()[finite] - want).abs().max().item()
-    low_error = (low.double()[finite] - want).abs()
-    # the plain reference overflows in fp16 or loses rows to NaN where the kernel need not: it earns no allowance
-    base = low_error[low_error.isfinite()]
-    allowed = 2 * ((base.max().item() if len(base) else 0.0) + eps * want.abs().max().item())
-    print(f"{name}: error {err:.3e}, allowed {allowed:.3e}")
-    assert err <= allowed, f"{name}: error {err:.3e}, allowed {allowed:.3e}"
-    return err / max(allowed, 1e-300)
 
 
 @pytest.fixture(autouse=True)
