@@ -93,5 +93,5 @@ ENTRIES = [
     Entry("CLIP vision (transformers)", clip_vision, pixels, 2),
     Entry("SAM encoder (transformers)", sam, pixels, 0, {Reason.BIAS: 2}, note="relative position bias"),
     Entry("Swin (transformers)", swin, lambda: {"pixel_values": image(64)}, 0, {Reason.BIAS: 2}, note="window bias"),
-    Entry("Perceiver (transformers)", perceiver, perceiver_inputs, 2, {Reason.BIAS: 1}),
+    Entry("Perceiver (transformers)", perceiver, perceiver_inputs, 2, {Reason.BIAS: 1}, program=3),
 ]  # fmt: skip
