@@ -17,7 +17,7 @@ help: ## list the targets
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sla2_compile needs Python 3.10 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch triton numpy setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch 'triton; sys_platform == "linux"' numpy setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
 	@touch $@
 
@@ -51,7 +51,7 @@ golden: $(STAMP) ## rewrite the golden graphs of the pass tests, to be read in t
 $(ZOO_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sla2_compile needs Python 3.10 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(ZOO_VENV)
-	$(ZOO_VENV)/bin/python -m pip install -q -c constraints.txt torch triton numpy setuptools wheel
+	$(ZOO_VENV)/bin/python -m pip install -q -c constraints.txt torch 'triton; sys_platform == "linux"' numpy setuptools wheel
 	$(ZOO_VENV)/bin/python -m pip install -q -c constraints.txt -e '.[zoo]'
 	@touch $@
 
