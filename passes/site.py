@@ -26,7 +26,7 @@ UNTRAINED_LOGIT = 3.0
 class Site(nn.Module):
     """SLA2 in the place of one attention call.
 
-    Parameters (none when `learned` is False):
+    Parameters (none for a site built without a call):
         proj_q, proj_k: (D, D), the router's projections, identity before calibration. Hard top-k gives them no
             gradient, so they do not require one until stage 1 (`calibrate`) trains them.
         alpha_gain: (Hq,), alpha="routed" only. alpha_bias: (Hq, 1) routed or head; (1, Tm) block.

@@ -98,9 +98,12 @@ def _transform_graph(
 ) -> Any:
     from sla2_compile.graphs import transform_exported, transform_graph_module
 
-    if kwargs is not None or (inputs is not None and isinstance(model, ExportedProgram)):
-        kind = type(model).__name__
-        raise ValueError(f"example inputs must not be given for {kind}'s keywords, got some; it knows its own inputs")
+    if kwargs is not None:
+        raise ValueError(
+            "example_kwargs must be None for a graph, got some; its inputs are positional: example_inputs"
+        )
+    if inputs is not None and isinstance(model, ExportedProgram):
+        raise ValueError("example_inputs must be None for an ExportedProgram, got some; it holds those of its export")
     if isinstance(model, ExportedProgram):
         return transform_exported(model, recipe, allow_none)
     return model if _already(model, recipe) else transform_graph_module(model, recipe, inputs, allow_none)

@@ -34,6 +34,9 @@ CHILD = "sla2"
 MAX_GRAPHS = 8
 """Call patterns of one owner that get a graph; further ones run the original forward."""
 
+# attributes of nn.Module's own machinery, which no forward reads; training mode, which forwards do read, is none
+MACHINERY = {*nn.Module().__dict__, "_is_torch_compile", "_compiled_call_impl"} - {"training"}
+
 log = logging.getLogger("sla2_compile")
 
 
@@ -82,7 +85,8 @@ class ModuleState:
     Attributes:
         name: under the owner; "" is the owner.
         kind: its class.
-        plain: attributes that are numbers, strings and the like, training mode among them.
+        plain: attributes that are numbers, strings and the like, or lists of them, training mode among them. Other
+            objects that a forward reads (a configuration, say) are not compared.
         hooks: numbers of its forward hooks and pre-hooks; None for the owner, whose own run around the graph.
         own_forward: whether its forward was replaced on the instance; None for the owner.
     """
@@ -101,7 +105,8 @@ class ModuleState:
         if type(module) is not self.kind:
             return False
         for name, value in self.plain:
-            if getattr(module, name, None) != value:
+            now = getattr(module, name, None)
+            if (tuple(now) if isinstance(now, (list, tuple)) else now) != value:
                 return False
         if self.hooks is not None and self.hooks != (len(module._forward_hooks), len(module._forward_pre_hooks)):
             return False
@@ -115,12 +120,21 @@ def module_state(owner: nn.Module) -> tuple[ModuleState, ...]:
 
 
 def _one_state(name: str, module: nn.Module) -> ModuleState:
-    simple = (bool, int, float, str, torch.dtype, type(None))
-    plain = tuple((k, v) for k, v in sorted(module.__dict__.items()) if isinstance(v, simple) and k[0] != "_")
+    plain = tuple(
+        (key, tuple(value) if isinstance(value, (list, tuple)) else value)
+        for key, value in sorted(module.__dict__.items())
+        if key not in MACHINERY and _is_simple(value)
+    )
     if name == "":
         return ModuleState(name, type(module), plain, None, None)
     hooks = (len(module._forward_hooks), len(module._forward_pre_hooks))
     return ModuleState(name, type(module), plain, hooks, "forward" in module.__dict__)
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_simple(part) for part in value)
+    return isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
 
 
 @dataclass(frozen=True)
@@ -263,7 +277,12 @@ def capture(
     if not calls:
         misses = [x for x in outcomes if isinstance(x, Miss)]
         return None, [], "; ".join(dict.fromkeys(m.detail or m.reason.value for m in misses)) or "no attention found"
-    return _pure(gm, len(calls)), calls, ""
+    graph = _pure(gm, len(calls), owner)
+    return (
+        (None, [], "it reads tensors that are neither parameters nor buffers")
+        if graph is None
+        else (graph, calls, "")
+    )
 
 
 def _call(node: fx.Node, owner: nn.Module) -> AttentionCall:
@@ -274,15 +293,35 @@ def _call(node: fx.Node, owner: nn.Module) -> AttentionCall:
     return call if mask is None else replace(call, attn_mask=mask)
 
 
-def _pure(gm: fx.GraphModule, calls: int) -> Graph:
-    """Turn the weights that gm holds into inputs: each call brings the owner's of that time, on any thread."""
+def _holds_plain_tensors(owner: nn.Module) -> bool:
+    """Whether some module keeps tensors as plain attributes: in a graph they look like literals."""
+    kept = [value for module in owner.modules() for key, value in module.__dict__.items() if key not in MACHINERY]
+    return any(isinstance(x, Tensor) for x in tree_flatten(kept)[0])
+
+
+def _pure(gm: fx.GraphModule, calls: int, owner: nn.Module) -> Graph | None:
+    """Turn the weights that gm holds into inputs: each call brings the owner's of that time, on any thread.
+
+    Tensors that the forward makes of literals stay in the graph. None if it reads any other: a tensor that is a
+    plain attribute may be another one by the next call.
+    """
+    own = {name for name, _ in (*owner.named_parameters(), *owner.named_buffers())}
+    literals = nn.Module()
     graph, spec = gm.graph, gm._out_spec
     assert spec is not None
     names: dict[str, fx.Node] = {}
     first = next(iter(graph.nodes))
     reads = [n for n in graph.nodes if n.op == "get_attr"]
-    for node in reads:
+    for node in list(reads):
         name = str(node.target)
+        if name not in own:
+            if not name.startswith("lifted_tensor") or _holds_plain_tensors(owner):
+                return None
+            literals.register_buffer(
+                name, gm.get_buffer(name) if name in dict(gm.named_buffers()) else getattr(gm, name)
+            )
+            reads.remove(node)
+            continue
         if name not in names:
             with graph.inserting_before(first):
                 names[name] = graph.placeholder(f"weight_{len(names)}")
@@ -294,4 +333,4 @@ def _pure(gm: fx.GraphModule, calls: int) -> Graph:
     plain.output(plain.graph_copy(graph, {}))
     for node in plain.nodes:
         node.meta = {}
-    return Graph(fx.GraphModule(nn.Module(), plain), tuple(names), spec, calls)
+    return Graph(fx.GraphModule(literals, plain), tuple(names), spec, calls)

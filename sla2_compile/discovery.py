@@ -135,9 +135,8 @@ def _trace_fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         return Discovery(kept, "fake", tree_map_only(Tensor, lambda x: _blank(x, keep), inputs))
     finally:
         seen, inputs = [], {}
-        # the frames of an exception on its way hold fake tensors too
-        if sys.exc_info()[0] is None:
-            _drop_cached_fakes(mode)
+        # the frames of an exception on its way hold fake tensors too: those are no leak
+        _drop_cached_fakes(mode, refuse=sys.exc_info()[0] is None)
 
 
 def _copy(call: AttentionCall, mode: FakeTensorMode) -> AttentionCall:
@@ -269,11 +268,11 @@ def _is_score_map(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return bool(last and x.dim() >= 3 and min(x.shape[-1], x.shape[-2]) >= 16)
 
 
-def _drop_cached_fakes(mode: FakeTensorMode) -> None:
+def _drop_cached_fakes(mode: FakeTensorMode, refuse: bool) -> None:
     """Empty every `functools.lru_cache` that the fake run filled with its fake tensors.
 
     Raises:
-        LeakError: a fake tensor stays alive elsewhere (a global, a closure).
+        LeakError: a fake tensor stays alive elsewhere (a global, a closure), if refuse.
     """
     # the mode itself remembers a fake for each parameter
     mode.fake_tensor_converter = type(mode.fake_tensor_converter)()
@@ -284,7 +283,7 @@ def _drop_cached_fakes(mode: FakeTensorMode) -> None:
     for cache in [x for x in gc.get_objects() if type(x) is _lru_cache_wrapper]:
         if _reaches(cache, ids, depth=4):
             cache.cache_clear()
-    left = _fakes_of(mode)
+    left = _fakes_of(mode) if refuse else []
     if left:
         holders = sorted({type(x).__name__ for x in gc.get_referrers(*left) if x is not left} - {"frame"})
         raise LeakError(

@@ -44,6 +44,9 @@ class HandWritten(Attention):
         self.scale, self.island, self.twist, self.bias = (dim // heads) ** -0.5, island, twist, bias
         self.softmax = nn.Softmax(dim=-1) if softmax_module else None
         self.drop = nn.Dropout(drop)
+        self._factors = [0.5]
+        if bias == "plain tensor":
+            self.temperature = torch.tensor(0.5)
         if twist == "talking heads":
             self.talk = nn.Linear(heads, heads)
         if twist == "writes a buffer":
@@ -64,6 +67,12 @@ class HandWritten(Attention):
             bias = torch.zeros(n, n, device=s.device)
             bias.view(-1)[::7].fill_(-3.0)
             s = s + bias
+        elif self.bias == "literal":
+            s = s * torch.tensor(0.5)
+        elif self.bias == "plain tensor":
+            s = s * self.temperature
+        elif self.bias == "list":
+            s = s * self._factors[0]
         elif self.bias == "random":
             s = s + torch.randint(0, 2, (n, n), device=s.device)
         return s

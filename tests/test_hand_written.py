@@ -159,6 +159,31 @@ def test_masks_that_only_seem_constant(x, bias):
     torch.testing.assert_close(model(x), expected)
 
 
+def test_literals_stay_and_plain_tensors_are_refused(x):
+    model = models.HandWritten(bias="literal")
+    expected = model(x)
+    transformed(model, x, topk_ratio=1.0)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(copy.deepcopy(model)))(x), expected)
+    assert sla2_compile.report(model).fallbacks == {}
+    # a tensor that is a plain attribute may be replaced at any time
+    model = models.HandWritten(bias="plain tensor")
+    with pytest.raises(ValueError, match="neither parameters nor buffers"):
+        transformed(model, x)
+
+
+def test_private_attributes_and_lists_are_noticed(x):
+    model = models.HandWritten(bias="list")
+    plain = copy.deepcopy(model)
+    transformed(model, x, topk_ratio=1.0)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain(x))
+    for net in (model, plain):
+        net._factors[0] = 3.0
+    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(compiled(x), plain(x))
+
+
 def test_too_many_patterns_run_the_original_and_are_counted(x):
     model = models.HandWritten()
     plain = copy.deepcopy(model)
