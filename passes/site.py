@@ -14,7 +14,7 @@ from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
 from sla2_compile.passes import multihead
 from sla2_compile.passes.call import AttentionCall, bind
-from sla2_compile.passes.masks import Structure, read_mask
+from sla2_compile.passes.masks import MaskView, Structure, read_mask
 from sla2_compile.passes.rules import Reason, why_not
 from sla2_compile.passes.settings import SiteSettings
 
@@ -89,11 +89,7 @@ class Site(nn.Module):
             ValueError: the site's parameters are not where q is; alpha="block" at another length.
         """
         call = bind(*args, **kwargs)
-        mask = read_mask(call, self.structure)
-        reason = why_not(call, mask, self.settings)
-        if reason is None and self.heads and (call.q.shape[1] != self.heads or call.q.shape[3] != self.head_dim):
-            # another call stands at this position now
-            reason = Reason.UNSEEN
+        mask, reason = self.decide(call)
         if reason is not None or mask is None:
             assert reason is not None
             self.count(reason)
@@ -108,6 +104,15 @@ class Site(nn.Module):
         if routing is not None:
             self.last_routing = routing
         return o
+
+    def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
+        """Return what the call's mask says, and why the call keeps full attention, or None if SLA2 takes it."""
+        mask = read_mask(call, self.structure)
+        reason = why_not(call, mask, self.settings)
+        if reason is None and self.heads and (call.q.shape[1] != self.heads or call.q.shape[3] != self.head_dim):
+            # another call stands at this position now
+            reason = Reason.UNSEEN
+        return mask, reason
 
     def count(self, reason: Reason) -> None:
         """Remember that a call kept full attention; an export, which keeps no counters, is told at once."""

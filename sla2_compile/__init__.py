@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe, RecipeError
     from sla2_compile.reporting import Report, report
     from sla2_compile.statistics import get_sla2_statistics, log_sla2_config
+    from sla2_compile.transformers_door import register_transformers
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "Recipe": "recipes",
     "RecipeError": "recipes",
     "Report": "reporting",
+    "register_transformers": "transformers_door",
     "report": "reporting",
     "get_sla2_statistics": "statistics",
     "log_sla2_config": "statistics",
@@ -43,6 +45,7 @@ __all__ = [
     "Report",
     "get_sla2_statistics",
     "log_sla2_config",
+    "register_transformers",
     "report",
     "restore",
     "sla2_attention",

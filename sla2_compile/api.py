@@ -25,6 +25,7 @@ from sla2_compile.passes.site import Site, Sites
 from sla2_compile.plan import Plan, plans, set_plan
 from sla2_compile.recipes import DEFAULT, Recipe
 from sla2_compile.reporting import report
+from sla2_compile.transformers_door import behind_door
 
 M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
@@ -219,10 +220,11 @@ def _transform_now(
         where = rewrite.where
         site = _site(modules[where.owner], calls[where.owner, where.index], rewrite)
         owners[where.owner][where.index] = site
-    # an owner whose calls all stay must answer them itself if a module around it is an owner: else that one would
+    # an owner whose calls all stay must answer them itself if a module around it is an owner, or a door would
     for s in seen:
-        container = isinstance(modules[s.where.owner], CONTAINERS)
-        if s.call is not None and s.where.owner not in owners and _inside(s.where.owner, owners) and not container:
+        module = modules[s.where.owner]
+        taken = _inside(s.where.owner, owners) or behind_door(module)
+        if s.call is not None and s.where.owner not in owners and taken and not isinstance(module, CONTAINERS):
             owners[s.where.owner] = {}
     # nn.TransformerEncoder turns padded batches into nested tensors, unless a function mode is active: be one
     for name in [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoder) and n not in owners]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_map_only
 
 from sla2_compile.leave_alone import left_alone, private_copy
@@ -244,6 +244,13 @@ class Recorder(TorchFunctionMode):
         for name, f in zip(names, around, strict=True):
             self.inputs.setdefault(name, (f.args, f.kwargs))
         self.seen[key] = SeenCall(Where(owner, index, (), (), (), "", ""), None, reason, "", names)
+
+
+def recording() -> bool:
+    """Whether a trial run is under way; compilers are off in one."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(mode, Recorder) for mode in _get_current_function_mode_stack())
 
 
 def _inside_checkpoint(owner: nn.Module) -> bool:

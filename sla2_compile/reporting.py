@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from sla2_compile.carrier import is_owner
+from sla2_compile.door import door_site
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.site import Site, Sites
@@ -29,14 +30,17 @@ class Report:
     Attributes:
         outcomes: a `Rewrite` or a `Miss` for each attention call, in the order of a forward.
         recipe: the recipe, or None for a model that was not transformed.
-        discovery: how the calls were found: fake, real, graph, or pending (before a lazy first forward).
+        discovery: how the calls were found: fake, real, graph, pending (before a lazy first forward), or door (eager
+            calls made so far behind a library's own name for SLA2).
         fallbacks: per site name, eager calls that kept full attention at run time, by reason.
+        recipes: per transformed part, by its name, its recipe; empty where there is one part only.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
     recipe: Recipe | None
     discovery: str
     fallbacks: dict[str, dict[str, int]]
+    recipes: dict[str, Recipe] = field(default_factory=dict)
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -54,7 +58,7 @@ class Report:
         return 1.0 - ours / full if full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data: recipe, discovery, flops_saved, calls, fallbacks."""
+        """Return the report as plain data: recipe, recipes, discovery, flops_saved, calls, fallbacks."""
         calls = []
         for x in self.outcomes:
             row: dict[str, Any] = {**asdict(x.where), "replaced": isinstance(x, Rewrite)}
@@ -66,6 +70,7 @@ class Report:
             calls.append(row)
         return {
             "recipe": None if self.recipe is None else self.recipe.model_dump(mode="json"),
+            "recipes": {name: recipe.model_dump(mode="json") for name, recipe in self.recipes.items()},
             "discovery": self.discovery,
             "flops_saved": self.flops_saved,
             "calls": calls,
@@ -75,8 +80,7 @@ class Report:
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        name = self.recipe.name if self.recipe else "none"
-        title = f"{len(self.rewrites)} of {len(self.outcomes)} attention calls replaced, recipe {name}"
+        title = f"{len(self.rewrites)} of {len(self.outcomes)} attention calls replaced, {self._recipe_names()}"
         table = Table(title=title, caption=self._caption(), title_justify="left", caption_justify="left")
         for column in ("owner", "call", "q (B, H, N, D)", "keys", "done"):
             table.add_column(column, overflow="fold")
@@ -96,11 +100,18 @@ class Report:
                 table.add_row(w.owner or "(model)", call, shape, keys, why, "", "", style="dim")
         return table
 
+    def _recipe_names(self) -> str:
+        if not self.recipes:
+            return f"recipe {self.recipe.name if self.recipe else 'none'}"
+        return "recipes " + ", ".join(f"{recipe.name} ({name or 'model'})" for name, recipe in self.recipes.items())
+
     def _caption(self) -> str:
         lines = []
         if self.discovery == "pending":
             lines.append("the first forward will find the attention calls")
-        elif self.rewrites:
+        elif self.discovery == "door":
+            lines.append("eager calls so far; compiled code records none")
+        if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
         if self.recipe is not None and self.recipe.low_bit != "none" and self.rewrites:
             devices = ", ".join(sorted({r.where.device for r in self.rewrites}))
@@ -122,20 +133,30 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     """Return what `transform` did with each attention call of model, a module or an exported program.
 
     A model that holds several transformed parts gets one report with the parts' names before the owners'.
+    Calls behind a library's own name for SLA2 (`register_transformers`) are listed as they were made so far.
     A model that was never transformed gets an empty one; `inspect` says what would be done.
     """
     if not isinstance(model, (nn.Module, ExportedProgram)):
         kind = type(model).__name__
         raise TypeError(f"model must be an nn.Module or ExportedProgram, got {kind}; for a pipeline its transformer")
     model = model.graph_module if isinstance(model, ExportedProgram) else model
-    found = list(plans(model))
     outcomes: list[Rewrite | Miss] = []
-    for name, _, plan in found:
+    recipes: dict[str, Recipe] = {}
+    discovery = ""
+    for name, _, plan in plans(model):
         outcomes += [_prefixed(x, name) for x in plan.outcomes]
-    if not found:
+        recipes[name] = plan.recipe
+        discovery = discovery or plan.discovery
+    for name, module in model.named_modules():
+        if (site := door_site(module)) is not None:
+            outcomes += [_prefixed(x, name) for x in site.outcomes.values()]
+            recipes[name] = site.recipe
+            discovery = discovery or "door"
+    if not recipes:
         return Report((), None, "not transformed", {})
-    plan = found[0][2]
-    return Report(tuple(outcomes), plan.recipe, plan.discovery, _fallbacks(model))
+    first = next(iter(recipes.values()))
+    several = len(recipes) > 1 and (discovery != "door" or any(recipe != first for recipe in recipes.values()))
+    return Report(tuple(outcomes), first, discovery, _fallbacks(model), recipes if several else {})
 
 
 def inspect(
@@ -162,8 +183,6 @@ def inspect(
 
 
 def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:
-    from dataclasses import replace
-
     if not name:
         return x
     owner = f"{name}.{x.where.owner}" if x.where.owner else name

@@ -64,6 +64,19 @@ def test_inspect_changes_nothing(x):
     assert inspect(torch.nn.Linear(32, 32), example_inputs=(x,)).outcomes == ()
 
 
+def test_parts_with_recipes_of_their_own(x):
+    parts = torch.nn.ModuleDict({"first": models.Net(depth=1), "second": models.Net(depth=2)})
+    sla2_compile.transform(parts["first"], "paper", example_inputs=(x,), **ANY)
+    assert sla2_compile.report(parts).recipes == {}
+    sla2_compile.transform(parts["second"], "high_quality", example_inputs=(x,), **ANY)
+    report = sla2_compile.report(parts)
+    assert "3 of 3 attention calls replaced, recipes paper (first), high_quality (second)" in str(report)
+    assert {name: recipe["name"] for name, recipe in report.to_dict()["recipes"].items()} == {
+        "first": "paper",
+        "second": "high_quality",
+    }
+
+
 def test_statistics(x):
     model = sla2_compile.transform(
         models.Net(depth=2), example_inputs=(x,), block_q=32, block_k=16, topk_ratio=0.5, **ANY

@@ -1,0 +1,129 @@
+"""`Door`: SLA2 without learned parameters, behind the name that a library's own attention registry gives it.
+
+A library that calls a function of ours for each attention call needs no `transform`. The call still runs through
+the library's own code around `F.scaled_dot_product_attention`, under a mode that hands that one function to a site.
+Modules that `transform` planned, and trial runs of `transform`, go past the door as if it were not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sla2_compile.carrier import is_owner
+from sla2_compile.discovery import recording
+from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.masks import MaskView
+from sla2_compile.passes.outcome import Miss, Rewrite, Where
+from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.settings import SiteSettings
+from sla2_compile.passes.site import Site
+
+if TYPE_CHECKING:
+    from sla2_compile.recipes import Recipe
+
+# what the recipe says of single sites needs their names, which no registry passes on
+BY_NAME = ("include", "exclude", "overrides", "start_layer", "end_layer")
+
+
+class DoorSite(Site):
+    """The site of one module behind a door: learns nothing, and remembers what became of each call.
+
+    Attributes:
+        recipe: the door's.
+        outcomes: a `Rewrite` under "", and a `Miss` under each reason met; the longest call of each, and how many.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(SiteSettings.of(recipe, ""))
+        self.recipe = recipe
+        self.outcomes: dict[str, Rewrite | Miss] = {}
+
+    def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
+        mask, reason = super().decide(call)
+        if not torch.compiler.is_compiling():
+            self._remember(call, mask, reason)
+        return mask, reason
+
+    def _remember(self, call: AttentionCall, mask: MaskView | None, reason: Reason | None) -> None:
+        key = "" if reason is None else reason.value
+        old = self.outcomes.get(key)
+        times = 1 if old is None else old.where.times + 1
+        where = Where.of("", 0, call, times)
+        if old is not None and old.where.q_shape[-2] * old.where.k_shape[-2] >= where.q_shape[-2] * where.k_shape[-2]:
+            self.outcomes[key] = replace(old, where=replace(old.where, times=times))
+        elif reason is not None:
+            self.outcomes[key] = Miss(where, reason)
+        else:
+            assert mask is not None
+            self.outcomes[key] = Rewrite.of(where, call, self.settings, mask.is_causal)
+
+
+# eager calls only; a module that goes away takes its record along
+_SITES: WeakKeyDictionary[nn.Module, DoorSite] = WeakKeyDictionary()
+
+
+def door_site(module: nn.Module) -> DoorSite | None:
+    """What became of a module's calls through a door, or None if none came through one."""
+    return _SITES.get(module)
+
+
+class Door:
+    """One recipe behind one name.
+
+    Attributes:
+        recipe: as given.
+        nameless: the site that traced calls go to; compiled graphs record nothing.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Build a door.
+
+        Raises:
+            ValueError: the recipe speaks of single sites.
+        """
+        for field in BY_NAME:
+            if getattr(recipe, field) != type(recipe).model_fields[field].get_default(call_default_factory=True):
+                raise ValueError(
+                    f"{field} must be its default behind a library's registry, which names no modules, got "
+                    f"{getattr(recipe, field)!r}; use sla2_compile.transform for recipes that tell sites apart"
+                )
+        self.recipe = recipe
+        self.nameless = DoorSite(recipe)
+
+    def call(self, module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run function, in which the attention call of module stands, with SLA2 in the place of that call."""
+        if is_owner(module) or recording():
+            return function(*args, **kwargs)
+        with Redirect(self.nameless if torch.compiler.is_compiling() else self._site(module)):
+            return function(*args, **kwargs)
+
+    def _site(self, module: nn.Module) -> DoorSite:
+        site = _SITES.get(module)
+        if site is None or site.recipe != self.recipe:
+            site = _SITES[module] = DoorSite(self.recipe)
+        return site
+
+
+class Redirect(TorchFunctionMode):
+    """Sends attention calls under it to one site."""
+
+    def __init__(self, site: DoorSite) -> None:
+        super().__init__()
+        self.site = site
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.is_nested for x in args):
+            self.site.count(Reason.NESTED)
+            return func(*args, **kwargs)
+        return self.site(*args, **kwargs)
