@@ -1,0 +1,131 @@
+"""What `benchmarks/end_to_end.py` compares: ways to run the attention of a model, eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+import sla2_compile
+from benchmarks.end_to_end_workloads import Workload
+
+MODES = ("eager", "compiled", "graph")
+LEFT_ALONE = "no attention"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the attention of a model.
+
+    Attributes:
+        kind: which rows of the table it belongs to: full, sla2, materialised or none (attention that returns v).
+        backend: of the calls that PyTorch's own attention answers.
+        recipe: arguments of `transform`, for sla2; min_seq_len is the workload's unless it is given here.
+        parts, modes: where and how it runs; all if empty.
+    """
+
+    name: str
+    kind: str = "sla2"
+    backend: SDPBackend = SDPBackend.FLASH_ATTENTION
+    recipe: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+
+
+MODELS = ("wan", "jit_1024", "jit_256", "train")
+CONTENDERS = (
+    Contender("FlashAttention-2", "full"),
+    Contender("cuDNN", "full", SDPBackend.CUDNN_ATTENTION),
+    Contender("materialised", "materialised", SDPBackend.MATH, parts=("layer",)),
+    Contender(LEFT_ALONE, "none", parts=MODELS),
+    Contender("top-k 3 %, r = 16", recipe={"recipe": "max_speedup", "topk_ratio": 0.03}, parts=MODELS),
+    Contender(
+        "top-k 3 %, r = 16, bf16",
+        recipe={"recipe": "max_speedup", "topk_ratio": 0.03, "low_bit": "none", "qat": False},
+        parts=("wan",), modes=("eager",),
+    ),
+    Contender("max_speedup", recipe={"recipe": "max_speedup"}, parts=MODELS, modes=("eager", "graph")),
+    Contender("balanced", recipe={"recipe": "balanced"}),
+    Contender(
+        "high_quality", recipe={"recipe": "high_quality"}, parts=("wan", "jit_1024", "jit_256"), modes=("eager",)
+    ),
+    Contender(
+        "balanced, min_seq_len auto", recipe={"recipe": "balanced", "min_seq_len": "auto"},
+        parts=("jit_1024", "jit_256"),
+    ),
+)  # fmt: skip
+
+
+@torch.library.custom_op("sla2_benchmark::values", mutates_args=())
+def values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return a copy of v; an op, so that no compiler drops q and k."""
+    return v.clone()
+
+
+@values.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(v)
+
+
+values.register_autograd(lambda ctx, grad: (grad, grad, grad))
+
+
+class ReturnValues(TorchFunctionMode):
+    """Answers self-attention with its values."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and args[0].shape[-2] == args[1].shape[-2]:
+            return values(*args[:3])
+        if func is Tensor.unflatten:
+            # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
+            return torch.unflatten(*args, **kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def contending(
+    workload: Workload, model: nn.Module, inputs: tuple[Tensor, ...], contender: Contender, row: dict[str, Any]
+) -> Iterator[None]:
+    """Inside, model's attention is the contender's; what a transform did is written into row."""
+    if contender.kind == "sla2":
+        recipe = {"min_seq_len": workload.min_seq_len, **contender.recipe}
+        sla2_compile.transform(model, example_inputs=inputs, allow_none=True, **recipe)
+        report = sla2_compile.report(model)
+        calls = [x.where.q_shape and x.where.q_shape[-2] == x.where.k_shape[-2] for x in report.outcomes]
+        row |= {"replaced": len(report.rewrites), "self_attention_calls": sum(map(bool, calls))}
+        row["low_bit"] = next((line.strip() for line in str(report).splitlines() if "low bit" in line), "")
+    try:
+        with sdpa_kernel(contender.backend), ReturnValues() if contender.kind == "none" else nullcontext():
+            yield
+    finally:
+        sla2_compile.restore(model)
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module, contender: Contender) -> Iterator[None]:
+    """Inside, each block of model is compiled on its own, into one graph if Dynamo cannot tell them apart."""
+    torch._dynamo.reset()
+    # the cache of traced graphs does not know SDPA's backends apart: cuDNN would be handed FlashAttention-2's
+    cached = contender.backend == SDPBackend.FLASH_ATTENTION
+    blocks = model.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList)
+    originals = list(blocks)
+    # transformed layers are told apart by Dynamo, and compiled one by one
+    limit = torch._dynamo.config.patch(recompile_limit=2 * len(originals) + 8)
+    with limit, torch._functorch.config.patch(enable_autograd_cache=cached):
+        try:
+            for index, block in enumerate(originals):
+                compiled: Any = torch.compile(block, fullgraph=True, dynamic=False)
+                blocks[index] = compiled
+            yield
+        finally:
+            for index, block in enumerate(originals):
+                blocks[index] = block
