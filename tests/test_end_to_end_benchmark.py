@@ -11,7 +11,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import end_to_end
-from benchmarks.end_to_end_contenders import ReturnValues
+from benchmarks.end_to_end_contenders import Answer, materialised, values
 from benchmarks.end_to_end_workloads import workloads
 
 
@@ -41,6 +41,11 @@ def test_models_keep_the_shape_of_their_input() -> None:
 def test_attention_that_returns_values_leaves_cross_attention_alone() -> None:
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
     attend = torch.nn.functional.scaled_dot_product_attention
-    with ReturnValues():
+    with Answer(values):
         assert torch.equal(attend(q, k, v), v)
         assert not torch.equal(attend(q[:, :, :3], k, v), v[:, :, :3])
+
+
+def test_materialised_attention_is_attention() -> None:
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    torch.testing.assert_close(materialised(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
