@@ -13,6 +13,8 @@ class AttentionCall:
     """Arguments of one call, as `torch.nn.functional.scaled_dot_product_attention` defines them.
 
     q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), usually; tensors may be real, fake or meta.
+    key_mask (B or 1, 1, 1, Nk) bool, in graphs only: keys that take part, besides is_causal, in the place of
+    attn_mask = causal_keys(key_mask).
     """
 
     q: Tensor
@@ -23,16 +25,25 @@ class AttentionCall:
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    key_mask: Tensor | None = None
 
     def full_attention(self) -> Tensor:
         """Run the call as PyTorch would have.
 
         The aten op, not the function: the function would be seen by the mode that redirected this call.
         """
+        mask, is_causal = self.attn_mask, self.is_causal
+        if self.key_mask is not None:
+            mask, is_causal = causal_keys(self.key_mask), False
         return torch.ops.aten.scaled_dot_product_attention(
-            self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal,
-            scale=self.scale, enable_gqa=self.enable_gqa,
-        )  # fmt: skip
+            self.q, self.k, self.v, mask, self.dropout_p, is_causal, scale=self.scale, enable_gqa=self.enable_gqa
+        )
+
+
+def causal_keys(key_mask: Tensor) -> Tensor:
+    """Return the mask (B, 1, N, N) of keys that key_mask (B, 1, 1, N) keeps, up to each query's own position."""
+    N = key_mask.shape[-1]
+    return key_mask & torch.ones(N, N, dtype=torch.bool, device=key_mask.device).tril()
 
 
 def bind(

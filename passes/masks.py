@@ -53,6 +53,8 @@ def read_mask(call: AttentionCall, planned: Structure | None = None) -> MaskView
         planned: what this call's mask was when the model was planned; decides where values cannot be read.
     """
     mask = call.attn_mask
+    if call.key_mask is not None:
+        return MaskView(_key_row(call.key_mask, call, 0), Structure.CAUSAL)
     if mask is None:
         return MaskView(None, Structure.CAUSAL if call.is_causal else Structure.SAME)
     if mask.requires_grad or call.is_causal or _differs_over_heads(mask):

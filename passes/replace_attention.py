@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.call import AttentionCall, causal_keys
 from sla2_compile.passes.normalize_sdpa import SDPA
 from sla2_compile.passes.outcome import Rewrite
-from sla2_compile.passes.select_attention import DECISION, value_of
+from sla2_compile.passes.select_attention import DECISION, call_of
 from sla2_compile.passes.site import Site
 
 
@@ -46,11 +46,11 @@ class ReplaceAttention(Pass):
                 continue
             where = decision.where
             name = f"{where.owner}.sla2.{where.index}".lstrip(".")
-            call = AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values())))
+            call = call_of(node)
             site = Site(decision.settings, call if self.learned else None, _parameter_dtype(gm, call))
             gm.add_submodule(name, site.train(gm.training))
             with gm.graph.inserting_before(node):
-                new = gm.graph.call_module(name, node.args, dict(node.kwargs))
+                new = gm.graph.call_module(name, node.args, _site_arguments(node))
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
@@ -62,12 +62,24 @@ def _parameter_dtype(gm: fx.GraphModule, call: AttentionCall) -> torch.dtype:
     return next((p.dtype for p in gm.parameters() if p.is_floating_point()), call.q.dtype)
 
 
+def _site_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call for its site, which takes causality and keys apart."""
+    arguments, mask = dict(node.kwargs), node.kwargs["attn_mask"]
+    if isinstance(mask, fx.Node) and mask.target is causal_keys:
+        arguments |= {"attn_mask": None, "is_causal": True, "key_mask": mask.args[0]}
+    return arguments
+
+
 def undo(gm: fx.GraphModule) -> int:
     """Turn every site back into SDPA and drop it; return how many there were."""
     found = list(site_nodes(gm))
     for node, _ in found:
+        arguments = dict(node.kwargs)
+        key_mask = arguments.pop("key_mask", None)
         with gm.graph.inserting_before(node):
-            old = gm.graph.call_function(SDPA, node.args, dict(node.kwargs))
+            if key_mask is not None:
+                arguments |= {"attn_mask": gm.graph.call_function(causal_keys, (key_mask,)), "is_causal": False}
+            old = gm.graph.call_function(SDPA, node.args, arguments)
         meta: dict[str, Any] = {k: v for k, v in node.meta.items() if k != DECISION}
         old.meta = meta
         node.replace_all_uses_with(old)

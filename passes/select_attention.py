@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.call import AttentionCall, causal_keys
 from sla2_compile.passes.normalize_sdpa import is_normal
 from sla2_compile.passes.outcome import Where
 from sla2_compile.passes.rules import Reason
@@ -43,6 +43,16 @@ def value_of(argument: Any) -> Any:
             "pass example_inputs to transform, so that shapes can be propagated"
         )
     return value
+
+
+def call_of(node: fx.Node) -> AttentionCall:
+    """The attention call of a node in the normal form, or of a site, with fake values."""
+    arguments = {name: value_of(x) for name, x in node.kwargs.items()}
+    call = AttentionCall(*(value_of(x) for x in node.args), **arguments)
+    mask = node.kwargs.get("attn_mask")
+    if isinstance(mask, fx.Node) and mask.target is causal_keys:
+        return replace(call, attn_mask=None, is_causal=True, key_mask=value_of(mask.args[0]))
+    return call
 
 
 def owner_of(node: fx.Node) -> str:
@@ -99,7 +109,7 @@ def _attention(graph: fx.Graph) -> list[tuple[fx.Node, SeenCall]]:
             continue
         owner = owner_of(node)
         if is_normal(node):
-            call = AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values())))
+            call = call_of(node)
             found.append((node, SeenCall(Where.of(owner, positions[owner], call), call)))
             positions[owner] += 1
         elif (reason := _hint(node)) is not None:

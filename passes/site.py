@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,15 +81,15 @@ class Site(nn.Module):
             shape = (heads, 1) if self.settings.alpha == "head" else (1, num_blocks(Nq, block_q))
             self.alpha_bias = nn.Parameter(torch.full(shape, UNTRAINED_LOGIT, **like))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, key_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Answer one attention call, by SLA2 or, if a rule says so, by full attention.
 
-        Args: those of `torch.nn.functional.scaled_dot_product_attention`.
+        Args: those of `torch.nn.functional.scaled_dot_product_attention`; key_mask as `AttentionCall` has it.
 
         Raises:
             ValueError: the site's parameters are not where q is; alpha="block" at another length.
         """
-        call = bind(*args, **kwargs)
+        call = replace(bind(*args, **kwargs), key_mask=key_mask)
         mask, reason = self.decide(call)
         if reason is not None or mask is None:
             assert reason is not None

@@ -21,12 +21,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from sla2_compile.passes.call import AttentionCall
 from sla2_compile.passes.fuse_attention import FuseAttention
+from sla2_compile.passes.graph_values import evaluate
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA, is_normal
 from sla2_compile.passes.outcome import Miss
 from sla2_compile.passes.pipeline import Pipeline
-from sla2_compile.passes.read_masks import ReadMasks, evaluate
-from sla2_compile.passes.select_attention import value_of
+from sla2_compile.passes.read_masks import ReadMasks
+from sla2_compile.passes.select_attention import call_of
 
 CHILD = "sla2"
 """Name of the child module that holds an owner's sites."""
@@ -287,7 +288,7 @@ def capture(
 
 def _call(node: fx.Node, owner: nn.Module) -> AttentionCall:
     """The attention call of a node, with fake values; a mask that only buffers reach with its present ones."""
-    call = AttentionCall(*(value_of(x) for x in (*node.args, *node.kwargs.values())))
+    call = call_of(node)
     source = node.kwargs["attn_mask"]
     mask = evaluate(source, dict(owner.named_buffers())) if isinstance(source, fx.Node) else None
     return call if mask is None else replace(call, attn_mask=mask)

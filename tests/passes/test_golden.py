@@ -49,6 +49,18 @@ class Masks(nn.Module):
         return out + F.scaled_dot_product_attention(q, q, q, written)
 
 
+class Padded(nn.Module):
+    """Two layers that see the keys of a padded batch, up to their own position; and one that sees all of them."""
+
+    def forward(self, q, padding):
+        rows = torch.arange(q.shape[2])
+        keys = padding.to(torch.bool)[:, None, None, :]
+        mask = (rows[None, :] <= rows[:, None]) & keys
+        out = F.scaled_dot_product_attention(q, q, q, mask)
+        out = F.scaled_dot_product_attention(out, q, q, mask)
+        return F.scaled_dot_product_attention(out, q, q, torch.where(keys.expand(-1, 1, 40, -1), 0.0, float("-inf")))
+
+
 def traced():
     q = [torch.randn(1, 2, 100, 16) for _ in range(3)]
     program = torch.export.export(TwoCalls(), (*q, torch.randn(1, 1, 100, 100)))
@@ -129,6 +141,36 @@ graph():
         assert ReadMasks().run(gm).changed == 0
         gm.recompile()
         torch.testing.assert_close(gm(q, zero), expected)
+
+    def test_read_masks_of_inputs(self):
+        inputs = torch.randn(2, 2, 40, 8), torch.ones(2, 40, dtype=torch.long).tril(30)
+        gm = torch.export.export(Padded(), inputs).module(check_guards=False)
+        NormalizeSDPA().run(gm)
+        gm.recompile()
+        expected = gm(*inputs)
+        assert ReadMasks().run(gm).changed == 3
+        CleanUp().run(gm)
+        self.assertExpectedInline(
+            graph_text(gm),
+            """\
+graph():
+    %q : [num_users=3] = placeholder[target=q]
+    %padding : [num_users=2] = placeholder[target=padding]
+    %_assert_tensor_metadata_default : [num_users=0] = call_function[target=torch.ops.aten._assert_tensor_metadata.default](args = (%padding,), kwargs = {dtype: torch.int64, device: cpu, layout: torch.strided})
+    %to : [num_users=1] = call_function[target=torch.ops.aten.to.dtype](args = (%padding, torch.bool), kwargs = {})
+    %unsqueeze : [num_users=1] = call_function[target=torch.ops.aten.unsqueeze.default](args = (%to, 1), kwargs = {})
+    %unsqueeze_1 : [num_users=2] = call_function[target=torch.ops.aten.unsqueeze.default](args = (%unsqueeze, 2), kwargs = {})
+    %reshape_default : [num_users=1] = call_function[target=torch.ops.aten.reshape.default](args = (%unsqueeze_1, [2, 1, 1, 40]), kwargs = {})
+    %causal_keys : [num_users=2] = call_function[target=sla2_compile.passes.call.causal_keys](args = (%reshape_default,), kwargs = {})
+    %scaled_dot_product_attention : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %q, %q), kwargs = {attn_mask: %causal_keys, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%scaled_dot_product_attention, %q, %q), kwargs = {attn_mask: %causal_keys, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %reshape_default_1 : [num_users=1] = call_function[target=torch.ops.aten.reshape.default](args = (%unsqueeze_1, [2, 1, 1, 40]), kwargs = {})
+    %scaled_dot_product_attention_2 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%scaled_dot_product_attention_1, %q, %q), kwargs = {attn_mask: %reshape_default_1, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    return (scaled_dot_product_attention_2,)""",
+        )
+        assert ReadMasks().run(gm).changed == 0
+        gm.recompile()
+        torch.testing.assert_close(gm(*inputs), expected)
 
     def test_select_attention(self):
         gm = traced()

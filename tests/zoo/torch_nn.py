@@ -62,7 +62,6 @@ ENTRIES = [
         encoder,
         padded_encoder_inputs,
         2,
-        program=0,
         note="enable_nested_tensor=False",
     ),
     Entry("nn.TransformerDecoder", decoder, decoder_inputs, 4, note="causal self-attention, cross to 192 keys"),

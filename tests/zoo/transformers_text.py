@@ -108,7 +108,7 @@ def whisper() -> nn.Module:
 
 ENTRIES = [
     Entry("BERT (transformers)", bert, text, 2),
-    Entry("BERT, padded batch (transformers)", bert, text_with_padding, 2, program=0),
+    Entry("BERT, padded batch (transformers)", bert, text_with_padding, 2),
     Entry(
         "ModernBERT (transformers)",
         modernbert,
@@ -119,7 +119,7 @@ ENTRIES = [
     ),
     Entry("CLIP text (transformers)", clip_text, text, 2),
     Entry("Llama (transformers)", llama, decoded, 2),
-    Entry("Llama, padded batch (transformers)", llama, decoded_with_padding, 2, program=0),
+    Entry("Llama, padded batch (transformers)", llama, decoded_with_padding, 2),
     Entry("Qwen2 (transformers)", qwen2, decoded, 2),
     Entry("Qwen3 (transformers)", qwen3, decoded, 2),
     Entry("GPT-2 (transformers)", gpt2, decoded, 2),
