@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.end_to_end_workloads import PARTS
+
 Row = dict[str, Any]
 Found = dict[str, dict[str, Any]]
 """By part: {"environment": {...}, "rows": [...]}."""
@@ -36,6 +38,7 @@ def load(prefix: Path | None) -> Found:
 
 def save(found: Found, prefix: Path | None, draw: bool = True) -> str:
     """Write JSON, Markdown and a picture, if there is a prefix; return the Markdown."""
+    found = {part: found[part] for part in PARTS if part in found}
     text = "\n\n".join(section(part, **found[part]) for part in found)
     if prefix:
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -75,8 +78,8 @@ def section(part: str, environment: dict[str, str], rows: list[Row]) -> str:
     for workload in dict.fromkeys(row["workload"] for row in rows):
         mine = [row for row in rows if row["workload"] == workload]
         lines += ["", f"### {workload}", "", *table(mine)]
-        states = dict.fromkeys(row["low_bit"] for row in mine if row.get("low_bit"))
-        lines += ["", *(f"- {state}" for state in states)] if states else []
+    states = dict.fromkeys(row["low_bit"] for row in rows if row.get("low_bit"))
+    lines += ["", "SLA2's recipes: " + "; ".join(states)] if states else []
     return "\n".join(lines)
 
 
