@@ -36,10 +36,12 @@ class Pass:
     Class attributes:
         name: its text form's first word.
         numerics: exact, approximate or quantized: what it may do to results.
+        in_bodies: whether the pipeline runs it on graphs inside the graph too; otherwise it looks after them itself.
     """
 
     name: ClassVar[str] = ""
     numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
+    in_bodies: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         REGISTRY[cls.name] = cls

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from sla2_compile.passes.base import Pass, PassResult, parse_pass, split_top
+from sla2_compile.passes.bodies import transparent_bodies
 from sla2_compile.passes.clean_up import CleanUp
 from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.inline_autocast import InlineAutocast
@@ -44,14 +45,17 @@ class Pipeline:
 
     @classmethod
     def standard(cls, recipe: Recipe, learned: bool = True) -> Pipeline:
-        """The passes of `transform` on a graph, in order."""
+        """The passes of `transform` on a graph, in order.
+
+        learned: sites have parameters. Graphs inside the graph, which cannot hold any, are then left alone.
+        """
         return cls(
             (
                 InlineAutocast(),
                 NormalizeSDPA(),
                 FuseAttention(),
                 ReadMasks(),
-                SelectAttention(recipe),
+                SelectAttention(recipe, bodies=not learned),
                 ReplaceAttention(learned),
                 CleanUp(),
             )
@@ -76,13 +80,19 @@ class Pipeline:
             PassError: a pass raised, broke the graph, or did not do what it promises.
         """
         outcomes: list[Rewrite | Miss] = []
+        enters = any(isinstance(step, SelectAttention) and step.bodies for step in self.passes)
+        inside = list(transparent_bodies(gm)) if enters else []
         for index, step in enumerate(self.passes):
             start = time.perf_counter()
             try:
-                result = step.run(gm)
-                gm.graph.lint()
-                gm.recompile()
-                step.ensures(gm)
+                result = PassResult()
+                for graph in [*inside, gm] if step.in_bodies else [gm]:
+                    done = step.run(graph)
+                    result.changed += done.changed
+                    result.outcomes += done.outcomes
+                    graph.graph.lint()
+                    graph.recompile()
+                    step.ensures(graph)
             except Exception as error:
                 raise PassError(
                     f"pass {index} ({step.name}) failed with {type(error).__name__}: {error}; pipeline: {self}"

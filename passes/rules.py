@@ -45,6 +45,7 @@ class Reason(str, Enum):
     LOOK_ALIKE = "looks like token attention, and is not"
     CONTAINER = "owner runs its children one by one (Sequential and the like)"
     CHECKPOINT = "in a checkpoint inside the owner; checkpoint the whole owner instead"
+    BODY = "in a block of its own in the graph (checkpoint, gradient or autocast mode, control flow)"
     EMPTY = "empty batch"
     NESTED = "nested tensor"
     PATTERN = "call pattern without a graph: original forward"

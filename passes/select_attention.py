@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -12,8 +13,9 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.call import AttentionCall, causal_keys
-from sla2_compile.passes.normalize_sdpa import is_normal
+from sla2_compile.passes.bodies import TRANSPARENT, bodies_of
+from sla2_compile.passes.call import AttentionCall, bind, causal_keys
+from sla2_compile.passes.normalize_sdpa import SPELLINGS, is_normal
 from sla2_compile.passes.outcome import Where
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.select import SeenCall, select
@@ -69,14 +71,19 @@ def owner_of(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class SelectAttention(Pass):
-    """Writes `node.meta["sla2"]`, a `Rewrite` or a `Miss`, on each normalised SDPA; changes no node."""
+    """Writes `node.meta["sla2"]`, a `Rewrite` or a `Miss`, on each normalised SDPA; changes no node.
+
+    bodies: take calls in graphs inside the graph too, such as checkpoints; the pipeline then runs there.
+    """
 
     name: ClassVar[str] = "select-attention"
     numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
+    in_bodies: ClassVar[bool] = False
     recipe: Recipe = field(default_factory=lambda: Recipe.of(DEFAULT))
+    bodies: bool = False
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        found = _attention(gm.graph)
+        found = list(_attention(gm, Counter(), self.bodies, inside=False))
         # what was decided before, as fuse-attention does, still counts as a layer
         decided = select([seen for _, seen in found], self.recipe)
         outcomes = []
@@ -92,29 +99,38 @@ class SelectAttention(Pass):
         changed = {
             k: v for k, v in self.recipe.model_dump(mode="json").items() if v != base.model_dump(mode="json")[k]
         }
-        return {"recipe": self.recipe.name, **changed}
+        return {"recipe": self.recipe.name, **({"bodies": True} if self.bodies else {}), **changed}
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> SelectAttention:
-        name = options.pop("recipe", DEFAULT)
+        name, bodies = options.pop("recipe", DEFAULT), options.pop("bodies", False)
         known = name in recipe_names()
-        return cls(Recipe.of(name, **options) if known or not options else Recipe(name=name, **options))
+        return cls(Recipe.of(name, **options) if known or not options else Recipe(name=name, **options), bodies)
 
 
-def _attention(graph: fx.Graph) -> list[tuple[fx.Node, SeenCall]]:
-    found = []
-    positions: Counter[str] = Counter()
-    for node in graph.nodes:
+def _attention(
+    gm: fx.GraphModule, positions: Counter[str], bodies: bool, inside: bool
+) -> Iterator[tuple[fx.Node, SeenCall]]:
+    """Yield attention calls in order, with those of graphs inside; inside: of a graph that cannot be rewritten."""
+    for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
+        for _, body in bodies_of(gm, node):
+            # what a pass has not normalised stays as it is
+            yield from _attention(body, positions, bodies, inside or not bodies or node.target not in TRANSPARENT)
         owner = owner_of(node)
-        if is_normal(node):
-            call = call_of(node)
-            found.append((node, SeenCall(Where.of(owner, positions[owner], call), call)))
+        if is_normal(node) or (inside and node.target in SPELLINGS):
+            call = call_of(node) if is_normal(node) else _spelt_call(node)
+            reason = Reason.BODY if inside else None
+            yield node, SeenCall(Where.of(owner, positions[owner], call), call, reason)
             positions[owner] += 1
         elif (reason := _hint(node)) is not None:
-            found.append((node, SeenCall(Where(owner, 0, (), (), (), "", ""), None, reason)))
-    return found
+            yield node, SeenCall(Where(owner, 0, (), (), (), "", ""), None, reason)
+
+
+def _spelt_call(node: fx.Node) -> AttentionCall:
+    values: Any = fx.node.map_arg((node.args, node.kwargs), value_of)
+    return bind(*values[0], **values[1])
 
 
 def _hint(node: fx.Node) -> Reason | None:

@@ -48,7 +48,8 @@ def sla2_backend(
     fields = dict(options or {})
     compile_inner = _inner(fields.pop("inner_backend", "inductor"), dict(fields.pop("inner_options", {})), mode)
     recipe = Recipe.of(fields.pop("recipe", DEFAULT), **fields)
-    if any(str(node.target).startswith("sla2.") for node in gm.graph.nodes):
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    if any(str(node.target).startswith("sla2.") for graph in graphs for node in graph.nodes):
         # a transformed model's own sites: what its recipe left alone stays alone
         return compile_inner(gm, list(example_inputs))
 

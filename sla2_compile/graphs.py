@@ -13,6 +13,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_map, tree_unflatten
 
 from sla2_compile import debug
+from sla2_compile.passes.bodies import bodies_of
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.replace_attention import site_nodes, undo
@@ -57,14 +58,24 @@ def transform_graph_module(
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph, sharing weights; the copy can be edited. Dynamo's own graph module refuses new attributes."""
+    """Copy a graph and the graphs inside it, sharing weights; the copy can be edited.
+
+    Dynamo's own graph module refuses new attributes.
+    """
     graph = fx.Graph()
     graph._codegen = gm.graph._codegen
     values: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(gm.graph, values)
     graph.output(result)
     next(iter(reversed(graph.nodes))).meta = dict(gm.graph.output_node().meta)
-    return fx.GraphModule(gm, graph)
+    copied = fx.GraphModule(gm, graph)
+    for node in copied.graph.nodes:
+        for name, body in bodies_of(copied, node):
+            inner = copy_graph(body)
+            # how a checkpoint is to be recomputed
+            inner.meta.update(body.meta)
+            copied.set_submodule(name, inner)
+    return copied
 
 
 def restore_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
