@@ -16,13 +16,13 @@ from torch import Tensor
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.tiling import (
     NEG_INF,
+    SMALL_SCORE,
     Tiles,
     accumulation_dtype,
     block_rows,
     call_memory,
     cut,
     head_groups,
-    products_are_small,
 )
 
 
@@ -58,39 +58,43 @@ def linear_state(tiles: Tiles, feature_map: str, linear_scope: str) -> LinearSta
     return LinearState(phi_k, kv_sum.view(-1, D, Dv), k_sum, complement)
 
 
-def linear_branch(tiles: Tiles, state: LinearState, part: slice, feature_map: str) -> tuple[Tensor, Tensor]:
-    """Return o_linear (n, block_q, Dv), 0 where nothing is covered, and its weight phi(q) Z (n, block_q, 1)."""
-    q, kv_sum = tiles.q[part], state.kv_sum[part]
-    phi_q = phi(q.to(tiles.acc), feature_map, out=tiles.scratch("phi_q", tuple(q.shape), tiles.acc))
-    total = torch.bmm(phi_q, state.k_sum[part])
-    numerator = tiles.scratch("linear", (*q.shape[:2], kv_sum.shape[2]), q.dtype)
-    numerator = torch.bmm(phi_q.to(q.dtype), kv_sum, out=numerator).to(tiles.acc)
-    return numerator.div_(total.masked_fill(total <= 0, 1.0)), total
+def query_features(tiles: Tiles, state: LinearState, feature_map: str) -> tuple[Tensor, Tensor]:
+    """Return phi(q) (R, block_q, D) up to a factor for each row, and phi(q) Z (R, block_q, 1) with the same factor.
+
+    The factor cancels in o_linear = phi(q) H / phi(q) Z, so a softmax need not be normalised.
+    """
+    phi_q = tiles.scratch("phi_q", tuple(tiles.q.shape), tiles.acc)
+    if feature_map == "softmax" and tiles.longest_q < SMALL_SCORE:
+        torch.exp(tiles.q, out=phi_q)
+    else:
+        phi(tiles.q.to(tiles.acc), feature_map, out=phi_q)
+    return phi_q.to(tiles.q.dtype), torch.bmm(phi_q, state.k_sum)
 
 
-def sparse_branch(tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """Return o_sparse (R, block_q, Dv) and lse (R, block_q), in the accumulation dtype (Eq. 14, left)."""
-    (R, block_q, _), Dv = tiles.q.shape, tiles.v.shape[2]
-    o = tiles.scratch("sparse", (R, block_q, Dv), tiles.acc)
-    lse = tiles.scratch("lse", (R, block_q, 1), tiles.acc)
-    may_be_empty = tiles.k_valid is not None or tiles.row_valid is not None
+def sparse_branch(tiles: Tiles, o: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum exp(s - top) v into o (R, block_q, Dv), and return the sums of exp(s - top) and the lse (Eq. 14, left).
+
+    o_sparse is their ratio; both results are (R, block_q) in the accumulation dtype.
+    """
+    R, block_q, _ = tiles.q.shape
+    total = tiles.scratch("total", (R, 1, block_q), tiles.acc)
     # a row's maximum need not be found and subtracted where exp cannot overflow: two passes less
-    shift = not products_are_small(tiles.q, tiles.k, tiles.scale)
+    shift = not tiles.small
+    top = tiles.scratch("top", (R, 1, block_q), tiles.acc) if shift else total
     for part in tiles.chunks(tiles.keys):
-        keys, values = tiles.gather(part)
-        s = tiles.scores(part, keys)
+        picked = tiles.rows[part].flatten()
+        s = tiles.scores(part, tiles.gather(tiles.k, picked, "gathered"))
         if shift:
             # the least finite number keeps exp(-inf - top) at 0 in rows that see no key
-            top = s.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
-            s.sub_(top)
-        total = s.exp_().sum(dim=-1, keepdim=True)
-        weighted = tiles.scratch("weighted", (*s.shape[:2], Dv), values.dtype)
-        torch.bmm(s.to(values.dtype), values, out=weighted)
-        torch.div(weighted, total.clamp(min=torch.finfo(s.dtype).tiny) if may_be_empty else total, out=o[part])
-        torch.log(total, out=lse[part])
-        if shift:
-            lse[part] += top
-    return o, lse.squeeze(-1)
+            s.sub_(torch.amax(s, dim=1, keepdim=True, out=top[part]).clamp_(min=torch.finfo(s.dtype).min))
+        torch.sum(s.exp_(), dim=1, keepdim=True, out=total[part])
+        # in the keys' memory, which is in the cache and no longer needed
+        values = tiles.gather(tiles.v, picked, "gathered")
+        torch.bmm(s.to(values.dtype).mT, values, out=o[part])
+    lse = total.log()
+    if shift:
+        lse += top
+    return total.squeeze(1), lse.squeeze(1)
 
 
 def mix_weight(
@@ -158,6 +162,8 @@ def attention_forward(
     o = q.new_empty(B, Hq, tm * block_q, v.shape[3])
     lse = q.new_empty(B, Hq, tm * block_q, 1, dtype=accumulation_dtype(q.dtype))
     kept = [torch.empty_like(o) for _ in range(2)] if keep_branches else []
+    # keeps 1 / sum finite in rows that see no key
+    tiny = torch.finfo(lse.dtype).tiny
 
     with call_memory(q.device) as scratch:
         for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
@@ -168,18 +174,29 @@ def attention_forward(
             state = linear_state(tiles, feature_map, linear_scope)
             rest, gain, bias = alpha_rows.of(bs, hq)
             o_rows, lse_rows, *kept_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse, *kept))
-            sparse, row_lse = sparse_branch(tiles)
+            # the output's own memory where it can hold the products
+            sparse = o_rows if o_rows.dtype == tiles.acc else scratch("sparse", tuple(o_rows.shape), tiles.q.dtype)
+            total, row_lse = sparse_branch(tiles, sparse)
             lse_rows.copy_(row_lse[..., None])
+            phi_q, weight = query_features(tiles, state, feature_map)
+            alpha, _, _ = mix_weight(row_lse, weight, rest, gain, bias)
+            alpha = alpha[..., None]
+            by_total, by_weight = 1.0 / total[..., None].clamp(min=tiny), 1.0 / weight.clamp(min=tiny)
+            if linear_scope == "all":
+                # with nothing left over the branch counts as empty, though it covers all keys
+                by_weight.masked_fill_((rest == NEG_INF)[..., None], 0.0)
+            sparse_share, linear_share = alpha * by_total, (1.0 - alpha) * by_weight
             for part in tiles.chunks(sparse.shape[2]):
-                linear, total = linear_branch(tiles, state, part, feature_map)
-                columns = (None if x is None else x[part] for x in (gain, bias))
-                alpha, _, _ = mix_weight(row_lse[part], total, rest[part], *columns)
-                if linear_scope == "all":
-                    # with nothing left over the branch counts as empty, though it covers all keys
-                    linear.masked_fill_((rest[part] == NEG_INF)[..., None], 0.0)
+                linear = scratch("linear", tuple(sparse[part].shape), sparse.dtype)
+                torch.bmm(phi_q[part], state.kv_sum[part], out=linear)
                 if keep_branches:
-                    kept_rows[0][part], kept_rows[1][part] = sparse[part], linear
-                o_rows[part] = linear.lerp_(sparse[part], alpha[..., None])
+                    torch.mul(sparse[part], by_total[part], out=kept_rows[0][part])
+                    torch.mul(linear, by_weight[part], out=kept_rows[1][part])
+                # normalised and mixed in two passes
+                mixed = sparse[part].to(tiles.acc).mul_(sparse_share[part])
+                mixed.addcmul_(linear, linear_share[part])
+                if sparse is not o_rows:
+                    o_rows[part] = mixed
 
     o, lse, *kept = (x[:, :, :Nq].contiguous() for x in (o, lse, *kept))
     return o, lse.squeeze(-1), *(kept or (o.new_empty(0), o.new_empty(0)))

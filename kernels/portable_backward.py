@@ -3,6 +3,7 @@
 With a = alpha, dO_s = a dO, dO_l = (1 - a) dO, D_s = rowsum(dO_s * O_s), D_l = rowsum(dO_l * O_l):
     logit:  dg = rowsum(dO * (O_s - O_l)) a (1 - a);   dlse = gain * dg
     sparse: P = exp(S - lse);  dV += P^T dO_s;  dS = P * (dO_s V^T - D_s + dlse);  dQ += dS K;  dK += dS^T Q
+            (a row's exp(-lse) goes into its dO_s, D_s and dlse where it is no risk, so that P is exp(S))
     linear: dH_i = (phi(q_i) / t_i)^T dO_l;  dZ_i = -(phi(q_i) / t_i)^T D_l,  t_i = phi(q_i) Z_i;
             key block j gathers dH_i, dZ_i of every i that did not select it
 log_rest is the router's estimate and counts as a constant.
@@ -38,14 +39,14 @@ class RowGradients:
     """What the backward knows of a group's query rows before it turns to the keys.
 
     Attributes:
-        alpha: (R, block_q, 1), the mix.
+        do_sparse: (R, block_q, Dv), dO_s, with exp(-lse) as a factor where `Tiles.small`.
         d_logit, d_gain: (R,), gradients for each query block's bias and gain.
-        shift: (R, block_q, 1), what is added to dP before it is weighted: dlse - D_s.
+        shift: (R, 1, block_q), what is added to dP before it is weighted: dlse - D_s, with that factor.
         dq: (R, block_q, D), of the linear branch.
         d_kv: (R, D, Dv) and d_k: (R, D, 1), for the row's sums over its complement.
     """
 
-    alpha: Tensor
+    do_sparse: Tensor
     d_logit: Tensor
     d_gain: Tensor
     shift: Tensor
@@ -65,10 +66,10 @@ def row_backward(
     """
     (R, block_q, D), Dv, acc, new = tiles.q.shape, do.shape[2], tiles.acc, tiles.scratch
     rows = RowGradients(
-        alpha=new("alpha", (R, block_q, 1), acc),
+        do_sparse=new("do_sparse", (R, block_q, Dv), tiles.v.dtype),
         d_logit=new("d_logit", (R,), acc),
         d_gain=new("d_gain", (R,), acc),
-        shift=new("shift", (R, block_q, 1), acc),
+        shift=new("shift", (R, 1, block_q), acc),
         dq=new("dq", (R, block_q, D), acc),
         d_kv=new("d_kv_rows", (R, D, Dv), acc),
         d_k=new("d_k_rows", (R, D, 1), acc),
@@ -87,8 +88,10 @@ def row_backward(
             d_lse = d_logit * own_gain
         else:
             d_lse = d_logit if own_bias is None else torch.zeros_like(d_logit)
-        rows.alpha[part] = alpha[..., None]
-        rows.shift[part] = (d_lse - alpha * along_sparse)[..., None]
+        # rows that see no key have no exp(s) either
+        factor = torch.where(lse[part] > NEG_INF, lse[part], 0.0).neg_().exp_() if tiles.small else 1.0
+        torch.mul(g, (alpha * factor)[..., None], out=rows.do_sparse[part])
+        rows.shift[part] = ((d_lse - alpha * along_sparse) * factor)[:, None]
 
         weight = torch.where(total > LEAST_WEIGHT, (1.0 - alpha[..., None]) / total, 0.0)
         g, delta = g * weight, along_linear[..., None] * weight
@@ -112,22 +115,23 @@ def key_backward(tiles: Tiles, state: LinearState, rows: RowGradients, feature_m
     return feature_map_backward(d_phi_k, state.phi_k, feature_map), torch.bmm(state.phi_k, d_kv)
 
 
-def add_sparse_backward(
-    tiles: Tiles, rows: RowGradients, do: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    """Add the sparse branch's share to dq (R, block_q, D), dk (C, block_k, D) and dv (C, block_k, Dv)."""
-    dtype = tiles.v.dtype
-    safe_lse = lse.masked_fill(lse == NEG_INF, 0.0)[..., None]
+def add_sparse_backward(tiles: Tiles, rows: RowGradients, lse: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Add the sparse branch's share to rows.dq, dk (C, block_k, D) and dv (C, block_k, Dv)."""
+    dtype, new = tiles.v.dtype, tiles.scratch
+    safe_lse = lse.masked_fill(lse == NEG_INF, 0.0)[:, None]
     for part in tiles.chunks(tiles.keys):
-        (keys, values), picked = tiles.gather(part), tiles.rows[part].flatten()
-        p = tiles.scores(part, keys).sub_(safe_lse[part]).exp_()
-        g = (do[part] * rows.alpha[part]).to(dtype)
-        dv.index_add_(0, picked, torch.bmm(p.to(dtype).mT, g).to(tiles.acc).view(-1, *dv.shape[1:]))
-        ds = torch.bmm(g, values.mT, out=tiles.scratch("ds", tuple(p.shape), dtype)).to(tiles.acc)
+        picked, g, q = tiles.rows[part].flatten(), rows.do_sparse[part], tiles.q[part]
+        keys, values = tiles.gather(tiles.k, picked, "keys"), tiles.gather(tiles.v, picked, "values")
+        p = tiles.scores(part, keys)
+        p = p.exp_() if tiles.small else p.sub_(safe_lse[part]).exp_()
+        d_values = torch.bmm(p.to(dtype), g, out=new("d_values", tuple(values.shape), dtype))
+        dv.index_add_(0, picked, d_values.to(tiles.acc).view(-1, *dv.shape[1:]))
+        ds = torch.bmm(values, g.mT, out=new("ds", tuple(p.shape), dtype)).to(tiles.acc)
         ds = ds.add_(rows.shift[part]).mul_(p).to(dtype)
-        dq[part] += torch.bmm(ds, keys).mul_(tiles.scale)
-        d_keys = torch.bmm(ds.mT, tiles.q[part]).to(tiles.acc)
-        dk.index_add_(0, picked, d_keys.view(-1, *dk.shape[1:]), alpha=tiles.scale)
+        d_q = torch.bmm(ds.mT, keys, out=new("d_q", tuple(q.shape), dtype))
+        rows.dq[part].add_(d_q, alpha=tiles.scale)
+        d_keys = torch.bmm(ds, q, out=new("d_keys", tuple(keys.shape), dtype))
+        dk.index_add_(0, picked, d_keys.to(tiles.acc).view(-1, *dk.shape[1:]), alpha=tiles.scale)
 
 
 def attention_backward(
@@ -163,7 +167,7 @@ def attention_backward(
             state = linear_state(tiles, feature_map, linear_scope)
             rows = row_backward(tiles, state, g, row_lse, o_s, o_l, *alpha_rows.of(bs, hq), feature_map)
             dk_rows, dv_rows = key_backward(tiles, state, rows, feature_map)
-            add_sparse_backward(tiles, rows, g, row_lse, rows.dq, dk_rows, dv_rows)
+            add_sparse_backward(tiles, rows, row_lse, dk_rows, dv_rows)
 
             dq[bs, hq] = from_blocks(rows.dq, dq[bs, hq].shape)
             dk_smooth = from_blocks(dk_rows, dk[bs, hs].shape)

@@ -7,13 +7,21 @@ A few query blocks at a time: scores of their router tokens against all key toke
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
-from sla2_compile.kernels.tiling import NEG_INF, TILE_ELEMENTS, accumulation_dtype, products_are_small
+from sla2_compile.kernels.tiling import (
+    NEG_INF,
+    TILE_ELEMENTS,
+    Scratch,
+    accumulation_dtype,
+    call_memory,
+    products_are_small,
+)
 
 
 def pool_tokens(x: Tensor, rows: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -33,7 +41,7 @@ def pool_tokens(x: Tensor, rows: int, mask: Tensor | None) -> tuple[Tensor, Tens
         count[:, -1] -= pad
     x = F.pad(x, (0, 0, 0, pad)) if pad else x
     total = x.reshape(B, H, -1, rows, D).sum(dim=3, dtype=count.dtype)
-    return total / count.clamp(min=1)[:, None, :, None], count
+    return total.div_(count.clamp(min=1)[:, None, :, None]), count
 
 
 def token_grid(x: Tensor, per_block: int, value: float = 0.0) -> Tensor:
@@ -52,47 +60,56 @@ def block_scores(
         q_pool: (B, Hq, Tq, D), a tokens a block; k_pool: (B, Hkv, Tk, D), b tokens a block.
         count: (B or 1, Tk), keys behind each key token.
     """
-    B, Hq, Tq, D = q_pool.shape
-    heads = k_pool.shape[1]
-    # the log of the count rides along as one more feature of the keys, against a 1 in the queries
-    log_count = count.log()[:, None, :, None].expand(B, heads, -1, 1)
-    keys = torch.cat([token_grid(k_pool, b), token_grid(log_count, b, NEG_INF)], dim=-1)
-    empty = bool((keys[..., -1] == NEG_INF).any())
+    (B, Hq, Tq, D), heads = q_pool.shape, k_pool.shape[1]
     small = products_are_small(q_pool, k_pool, scale)
-    keys = keys.permute(0, 1, 4, 3, 2).flatten(3).contiguous()
-    rows = token_grid(F.pad(q_pool * scale, (0, 1), value=1.0), a)
-    tm, tn = rows.shape[2], keys.shape[3] // b
+    # the log of the count rides along as one more feature of the keys, against a 1 in the queries
+    log_count = token_grid(count.log()[..., None], b, NEG_INF).squeeze(-1).mT
+    empty = bool((log_count == NEG_INF).any())
+    tn = log_count.shape[2]
+    keys = k_pool.new_empty(B, heads, b, tn, D + 1)
+    keys[..., :D] = token_grid(k_pool, b).transpose(2, 3)
+    keys[..., D] = log_count[:, None]
+    keys = keys.flatten(2, 3)
+    rows = q_pool.new_empty(B, Hq, Tq, D + 1)
+    torch.mul(q_pool, scale, out=rows[..., :D])
+    rows[..., D] = 1.0
+    rows = token_grid(rows, a)
+    tm = rows.shape[2]
     rows = rows.view(B, heads, Hq // heads, tm, a, D + 1)
     peak = q_pool.new_empty(B, heads, Hq // heads, tm, tn)
     typical = torch.empty_like(peak)
     missing = -Tq % a
     step = max(1, TILE_ELEMENTS.get(q_pool.device.type, 2**26) // (a * b * tn))
-    for i in range(B):
-        for h in range(heads):
+    with call_memory(q_pool.device) as scratch:
+        for i, h in product(range(B), range(heads)):
             flat = keys[i, h]
             for start in range(0, tm, step):
                 part = rows[i, h, :, start : start + step]
-                scored = reduce_tokens(part.reshape(-1, a, D + 1), flat, b, empty, small)
+                scored = reduce_tokens(part.reshape(-1, a, D + 1), flat, b, empty, small, scratch)
                 for out, score in zip((peak, typical), scored, strict=True):
                     out[i, h, :, start : start + step] = score.view(part.shape[0], part.shape[1], tn)
             if missing:
                 # the ragged last query block holds fewer tokens: padding must not count
                 last = rows[i, h, :, -1, : a - missing]
-                peak[i, h, :, -1], typical[i, h, :, -1] = reduce_tokens(last, flat, b, empty, small)
+                peak[i, h, :, -1], typical[i, h, :, -1] = reduce_tokens(last, flat, b, empty, small, scratch)
     return peak.flatten(1, 2), typical.flatten(1, 2)
 
 
-def reduce_tokens(rows: Tensor, keys: Tensor, b: int, may_be_empty: bool, small: bool) -> tuple[Tensor, Tensor]:
+def reduce_tokens(
+    rows: Tensor, keys: Tensor, b: int, may_be_empty: bool, small: bool, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """Return peak and typical, (n, Tn) each.
 
     Args:
         rows: (n, a, D + 1), scaled tokens of n query blocks.
-        keys: (D + 1, b * Tn), tokens of the key blocks, a block's tokens Tn apart.
+        keys: (b * Tn, D + 1), tokens of the key blocks, a block's tokens Tn apart.
         may_be_empty: whether a block may hold no real key.
         small: whether exp(score) can neither overflow nor vanish.
+        scratch: memory of the call.
     """
     n, a, width = rows.shape
-    s = (rows.reshape(-1, width) @ keys).view(n * a, b, -1)
+    s = scratch("scores", (n * a, keys.shape[0]), rows.dtype)
+    s = torch.mm(rows.reshape(-1, width), keys.mT, out=s).view(n * a, b, -1)
     if small:
         total = s.exp_().sum(dim=1).view(n, a, -1)
         return total.sum(dim=1).log_().sub_(math.log(a)), total.log().mean(dim=1)
@@ -132,8 +149,8 @@ def route_forward(
     q_pool, _ = pool_tokens(q, rows_q, None)
     k_pool, count = pool_tokens(k, rows_k, key_mask)
     weight = count / count.sum(dim=1, keepdim=True).clamp(min=1)
-    k_mean = torch.einsum("bhtd,bt->bhd", k_pool, weight.expand(k.shape[0], -1))
-    k_pool = k_pool - k_mean[:, :, None]
+    k_mean = (weight[:, None, None] @ k_pool).squeeze(2)
+    k_pool.sub_(k_mean[:, :, None])
     q_pool = q_pool if proj_q is None else q_pool @ proj_q.to(q_pool.dtype).mT
     k_pool = k_pool if proj_k is None else k_pool @ proj_k.to(k_pool.dtype).mT
     peak, typical = block_scores(q_pool, k_pool, count, a, b, scale)

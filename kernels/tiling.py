@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ NEG_INF = float("-inf")
 
 # elements of one score tile, and tokens of one group of heads: CPUs want tiles that stay in the L2 cache,
 # GPUs want enough work for one launch
-TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
-GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
+TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+GROUP_TOKENS = {"cpu": 2**13, "cuda": 2**18}
 
 # what a thread keeps between calls at most
 KEPT_BYTES = 2**26
@@ -49,10 +50,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def products_are_small(q: Tensor, k: Tensor, scale: float) -> bool:
     """Whether exp(scale * q . k) can neither overflow nor vanish, by |q . k| <= |q| |k|; never asked of a GPU."""
-    if q.device.type != "cpu" or q.numel() == 0 or k.numel() == 0:
-        return False
-    longest = [torch.linalg.vector_norm(x, dim=-1).max().item() for x in (q, k)]
-    return abs(scale) * longest[0] * longest[1] < SMALL_SCORE
+    return abs(scale) * longest(q) * longest(k) < SMALL_SCORE
+
+
+def longest(x: Tensor) -> float:
+    """Euclidean length of the longest row of x; infinity on a GPU, which would have to be waited for."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return math.inf
+    return torch.linalg.vector_norm(x, dim=-1).max().item()
 
 
 def head_groups(B: int, heads: int, tokens: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -74,15 +79,20 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.held: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the memory of this name as an uninitialised tensor; what it held before is gone."""
+        last = self.last.get(name)
+        if last is not None and last.shape == shape and last.dtype == dtype:
+            return last
         size, held = math.prod(shape), self.held.get(name)
         if held is None or held.numel() < size or held.dtype != dtype:
             # memory made in inference mode could not be written outside it
             with torch.inference_mode(False):
                 held = self.held[name] = torch.empty(size, dtype=dtype, device=self.device)
-        return held[:size].view(shape)
+        last = self.last[name] = held[:size].view(shape)
+        return last
 
 
 _of_thread = threading.local()
@@ -159,12 +169,26 @@ class Tiles:
     Tn: int
     scratch: Scratch
 
-    @property
+    @cached_property
     def keys(self) -> int:
         """Keys that one query block gathers."""
         return self.rows.shape[1] * self.k.shape[1]
 
     @property
+    def masked(self) -> bool:
+        """Whether any gathered key may be hidden from any query."""
+        return self.k_valid is not None or self.row_valid is not None or self.q_start is not None
+
+    @cached_property
+    def longest_q(self) -> float:
+        return longest(self.q)
+
+    @cached_property
+    def small(self) -> bool:
+        """Whether exp of a score can neither overflow nor vanish."""
+        return abs(self.scale) * self.longest_q * longest(self.k) < SMALL_SCORE
+
+    @cached_property
     def acc(self) -> torch.dtype:
         return accumulation_dtype(self.q.dtype)
 
@@ -175,38 +199,40 @@ class Tiles:
         for start in range(0, self.q.shape[0], step):
             yield slice(start, min(self.q.shape[0], start + step))
 
-    def gather(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Selected keys (n, K * block_k, D) and values (n, K * block_k, Dv) of these query rows, side by side."""
-        rows, picked = self.rows[part], []
-        for name, blocks in (("keys", self.k), ("values", self.v)):
-            memory = self.scratch(name, (rows.numel(), blocks[0].numel()), blocks.dtype)
-            torch.index_select(blocks.view(blocks.shape[0], -1), 0, rows.flatten(), out=memory)
-            picked.append(memory.view(rows.shape[0], -1, blocks.shape[2]))
-        return picked[0], picked[1]
+    def gather(self, blocks: Tensor, picked: Tensor, name: str) -> Tensor:
+        """Return blocks of k or v side by side, (n, K * block_k, D or Dv); picked is n rows of `rows`, flat."""
+        memory = self.scratch(name, (picked.shape[0], *blocks.shape[1:]), blocks.dtype)
+        torch.index_select(blocks, 0, picked, out=memory)
+        return memory.view(-1, self.keys, blocks.shape[2])
 
     def scores(self, part: slice, keys: Tensor) -> Tensor:
-        """Scaled and masked scores of these rows, (n, block_q, K * block_k), in the accumulation dtype."""
+        """Scaled and masked scores of these rows, (n, K * block_k, block_q), in the accumulation dtype.
+
+        A row of the tile is a key: BLAS then reads the gathered keys as they lie.
+        """
         q = self.q[part]
-        s = self.scratch("scores", (*q.shape[:2], keys.shape[1]), q.dtype)
-        s = torch.baddbmm(s, q, keys.mT, beta=0.0, alpha=self.scale, out=s).to(self.acc)
+        s = self.scratch("scores", (q.shape[0], keys.shape[1], q.shape[1]), q.dtype)
+        s = torch.baddbmm(s, keys, q.mT, beta=0.0, alpha=self.scale, out=s).to(self.acc)
         hidden = self._hidden(part)
         return s if hidden is None else s.masked_fill_(hidden, NEG_INF)
 
     def _hidden(self, part: slice) -> Tensor | None:
-        """(n, 1 or block_q, K * block_k) bool, True where a score must not count; None where all count."""
+        """(n, K * block_k, 1 or block_q) bool, True where a score must not count; None where all count."""
+        if not self.masked:
+            return None
         rows = self.rows[part]
         n, block_k = rows.shape[0], self.k.shape[1]
         hidden = None
         if self.k_valid is not None:
-            hidden = ~self.k_valid.index_select(0, rows.flatten()).view(n, 1, -1)
+            hidden = ~self.k_valid.index_select(0, rows.flatten()).view(n, -1, 1)
         if self.row_valid is not None:
-            absent = (~self.row_valid[part]).repeat_interleave(block_k, dim=1)[:, None]
+            absent = (~self.row_valid[part]).repeat_interleave(block_k, dim=1)[..., None]
             hidden = absent if hidden is None else hidden | absent
         if self.q_start is not None and self.k_start is not None:
             steps_q = torch.arange(self.q.shape[1], device=rows.device)
             steps_k = torch.arange(block_k, device=rows.device)
-            at_k = (self.k_start[rows][..., None] + steps_k).view(n, 1, -1)
-            future = at_k > (self.q_start[part, None] + steps_q)[..., None]
+            at_k = (self.k_start[rows][..., None] + steps_k).view(n, -1, 1)
+            future = at_k > (self.q_start[part, None] + steps_q)[:, None]
             hidden = future if hidden is None else hidden | future
         return hidden
 
