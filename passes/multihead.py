@@ -85,6 +85,22 @@ def without_fused_path(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return args, kwargs
 
 
+def padding_of(args: Any, kwargs: Any) -> Tensor | None:
+    """The key_padding_mask of a call of nn.MultiheadAttention.forward, if it is boolean.
+
+    The module turns it into numbers to add, a new tensor in each layer, whose values would then have to be read.
+    """
+    padding = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
+    return padding if isinstance(padding, Tensor) and padding.dtype == torch.bool else None
+
+
+def with_padding(a: dict[str, Any], padding: Tensor | None) -> dict[str, Any]:
+    """Arguments of a call with the boolean mask that its key_padding_mask was made of."""
+    made = a["key_padding_mask"]
+    fits = padding is not None and made is not None and made.shape == padding.shape
+    return {**a, "key_padding_mask": padding} if fits else a
+
+
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(N, B, H * D) -> (B, H, N, D)."""
     N, B, E = x.shape

@@ -26,7 +26,7 @@ class Reason(str, Enum):
 
     SHORT_SEQUENCE = "short sequence"
     SHORT_KEYS = "cross-attention with short keys"
-    DECODING = "decoding step"
+    FEW_QUERIES = "few queries over many keys, as in decoding"
     BIAS = "additive bias"
     QUERY_MASK = "mask differs between heads or queries"
     DROPOUT = "dropout in training"
@@ -101,4 +101,4 @@ def _too_short(nq: int, nk: int, shortest: int) -> Reason | None:
         return None
     if not shorter(nq, shortest):
         return Reason.SHORT_KEYS if shorter(nk, shortest) else None
-    return Reason.SHORT_SEQUENCE if shorter(nk, shortest) else Reason.DECODING
+    return Reason.SHORT_SEQUENCE if shorter(nk, shortest) else Reason.FEW_QUERIES

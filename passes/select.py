@@ -90,7 +90,7 @@ def check_patterns(seen: Sequence[SeenCall], recipe: Recipe) -> None:
 
 
 def _detail(reason: Reason, s: SeenCall, settings: SiteSettings, layer: int) -> str:
-    if reason in (Reason.SHORT_SEQUENCE, Reason.SHORT_KEYS, Reason.DECODING):
+    if reason in (Reason.SHORT_SEQUENCE, Reason.SHORT_KEYS, Reason.FEW_QUERIES):
         return f"min_seq_len {settings.shortest(s.where.device)}"
     if reason is Reason.LAYER_RANGE:
         return f"layer {layer}"

@@ -178,9 +178,12 @@ class Sites(nn.ModuleDict):
             self[index].count(reason)
         return function(*args, **kwargs)
 
-    def answer_multihead(self, index: int, function: Any, args: Any, kwargs: Any) -> Any:
-        """Answer the index-th call, one of F.multi_head_attention_forward (given as function)."""
-        given = multihead.arguments(args, kwargs)
+    def answer_multihead(self, index: int, function: Any, args: Any, kwargs: Any, padding: Tensor | None) -> Any:
+        """Answer the index-th call, one of F.multi_head_attention_forward (given as function).
+
+        padding: the boolean mask (B, Nk), True where a key is hidden, that key_padding_mask was made of, if known.
+        """
+        given = multihead.with_padding(multihead.arguments(args, kwargs), padding)
         if str(index) not in self:
             self._count()
             return function(*args, **kwargs)

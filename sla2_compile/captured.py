@@ -13,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +27,7 @@ from sla2_compile.passes.normalize_sdpa import NormalizeSDPA, is_normal
 from sla2_compile.passes.outcome import Miss
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.read_masks import ReadMasks
+from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.select_attention import call_of
 
 CHILD = "sla2"
@@ -216,11 +217,12 @@ class CapturedForward:
         return all(part.holds(self.owner) for part in state)
 
     def _add(self, forward: Callable[..., Any], args: Any, kwargs: Any, tell: bool = True) -> Graph | None:
-        graph, _, why = capture(self.owner, forward, args, kwargs)
+        graph, _, refusal = capture(self.owner, forward, args, kwargs)
         if graph is None or graph.calls != self.planned:
             if tell:
                 kind = type(self.owner).__name__
-                log.warning("%s: a new call pattern runs the original: %s", kind, why or "other attention calls")
+                why = "other attention calls" if refusal is None else refusal.detail
+                log.warning("%s: a new call pattern runs the original: %s", kind, why)
             graph = None
         self.known.append((Pattern.of(self.owner, args, kwargs), graph))
         return graph
@@ -246,9 +248,19 @@ def _blank(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_()
 
 
+class Refusal(NamedTuple):
+    """Why an owner gets no graph: what kept it from being traced, or attention from being found; as in a `Miss`."""
+
+    reason: Reason
+    detail: str
+
+
+NOTHING = Refusal(Reason.HAND_WRITTEN, "no attention found")
+
+
 def capture(
     owner: nn.Module, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Graph | None, list[AttentionCall], str]:
+) -> tuple[Graph | None, list[AttentionCall], Refusal | None]:
     """Export one call of the owner and fuse the attention in it.
 
     Args:
@@ -256,8 +268,7 @@ def capture(
         args, kwargs: of the call; only shapes, dtypes and constants matter.
 
     Returns:
-        the graph and its attention calls (fake values); or None, and why not: what kept the owner from being
-        traced, or attention from being found.
+        the graph and its attention calls (fake values), or None and why not.
     """
     blank = tree_map_only(Tensor, _blank, (tuple(args), dict(kwargs)))
     try:
@@ -265,11 +276,8 @@ def capture(
         with torch.enable_grad():
             program = torch.export.export(_Forward(owner, forward), *blank, strict=False)
     except Exception as error:  # the owner's own code may raise anything under the tracer; it then stays as it is
-        return (
-            None,
-            [],
-            f"cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        )
+        first = str(error).splitlines()[0] if str(error) else ""
+        return None, [], Refusal(Reason.HAND_WRITTEN, f"cannot be traced: {type(error).__name__}: {first}")
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
     outcomes = Pipeline((InlineAutocast(), NormalizeSDPA(), FuseAttention(), ReadMasks())).run(gm)
@@ -277,13 +285,13 @@ def capture(
     calls = [_call(node, owner) for node in nodes]
     if not calls:
         misses = [x for x in outcomes if isinstance(x, Miss)]
-        return None, [], "; ".join(dict.fromkeys(m.detail or m.reason.value for m in misses)) or "no attention found"
+        details = "; ".join(dict.fromkeys(m.detail or m.reason.value for m in misses))
+        return None, [], Refusal(misses[0].reason, details) if misses else NOTHING
     graph = _pure(gm, len(calls), owner)
-    return (
-        (None, [], "it reads tensors that are neither parameters nor buffers")
-        if graph is None
-        else (graph, calls, "")
-    )
+    if graph is None:
+        detail = "it reads tensors that are neither parameters nor buffers"
+        return None, [], Refusal(Reason.HAND_WRITTEN, detail)
+    return graph, calls, None
 
 
 def _call(node: fx.Node, owner: nn.Module) -> AttentionCall:

@@ -23,11 +23,15 @@ from sla2_compile.passes.site import Sites
 
 
 class RedirectAttention(TorchFunctionMode):
-    """Sends the i-th attention call under it to the i-th site."""
+    """Sends the i-th attention call under it to the i-th site.
 
-    def __init__(self, sites: Sites) -> None:
+    padding: of an nn.MultiheadAttention, the boolean key_padding_mask that it was called with.
+    """
+
+    def __init__(self, sites: Sites, padding: Tensor | None = None) -> None:
         super().__init__()
         self.sites = sites
+        self.padding = padding
         self.index = 0
         self.outside = None if torch.compiler.is_compiling() else _autograd_context()
 
@@ -42,7 +46,7 @@ class RedirectAttention(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             index = self.index
             self.index = index + 1
-            return self.sites.answer_multihead(index, func, args, kwargs)
+            return self.sites.answer_multihead(index, func, args, kwargs, self.padding)
         if func is Tensor.unflatten:
             # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
             return torch.unflatten(*args, **kwargs)
@@ -95,9 +99,11 @@ class SiteForward:
                 return self._original(*args, **kwargs)
             with RedirectAttention(self.owner.sla2):  # type: ignore[arg-type]
                 return graph(self.owner, args, kwargs)
+        padding = None
         if isinstance(self.owner, nn.MultiheadAttention):
             args, kwargs = multihead.without_fused_path(args, kwargs)
-        with RedirectAttention(self.owner.sla2):  # type: ignore[arg-type]
+            padding = multihead.padding_of(args, kwargs)
+        with RedirectAttention(self.owner.sla2, padding):  # type: ignore[arg-type]
             return self._original(*args, **kwargs)
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:

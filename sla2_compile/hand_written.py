@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from sla2_compile.captured import CapturedForward, Pattern, capture
+from sla2_compile.captured import NOTHING, CapturedForward, Pattern, Refusal, capture
 from sla2_compile.discovery import Discovery
 from sla2_compile.passes.outcome import Where
 from sla2_compile.passes.rules import Reason
@@ -34,20 +34,23 @@ def find_hand_written(model: nn.Module, found: Discovery) -> tuple[list[SeenCall
 def _follow(
     model: nn.Module, hint: SeenCall, found: Discovery, captured: dict[str, CapturedForward], taken: set[str]
 ) -> list[SeenCall]:
-    reasons = []
+    refusals: list[Refusal] = []
     for name in hint.around:
         owner = model.get_submodule(name)
         inside = [n for n in (*taken, *captured) if name == "" or n == name or n.startswith(f"{name}.")]
         if inside or any(p.is_meta for p in owner.parameters()):
             # a graph of this module would swallow calls that have sites of their own
-            reasons.append("planned on meta" if not inside else f"around {inside[0]}, which is an owner itself")
+            detail = "planned on meta" if not inside else f"around {inside[0]}, which is an owner itself"
+            refusals.append(Refusal(Reason.HAND_WRITTEN, detail))
             break
         args, kwargs = found.inputs[name]
-        graph, calls, why = capture(owner, owner.forward, args, kwargs)
+        graph, calls, refusal = capture(owner, owner.forward, args, kwargs)
         if graph is not None:
             captured[name] = CapturedForward(owner, Pattern.of(owner, args, kwargs), graph)
             captured[name].also_in_the_other_mode(args, kwargs)
             times = hint.where.times
             return [SeenCall(Where.of(name, index, call, times), call) for index, call in enumerate(calls)]
-        reasons.append(why)
-    return [replace(hint, detail=next((r for r in reasons if r and r != "no attention found"), ""))]
+        if refusal is not None and refusal is not NOTHING:
+            refusals.append(refusal)
+    nearest = next(iter(refusals), Refusal(hint.reason or Reason.HAND_WRITTEN, ""))
+    return [replace(hint, reason=nearest.reason, detail=nearest.detail)]

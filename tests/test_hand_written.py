@@ -232,6 +232,17 @@ def test_what_cannot_be_rewritten_says_why(x, what):
     )
 
 
+def test_look_alikes_read_the_same_in_modules_and_graphs(x):
+    model = models.HandWritten(twist="talking heads")
+    program = torch.export.export(model, (x,))
+    missed = [
+        sla2_compile.report(sla2_compile.transform(carrier, allow_none=True, **ANY, **inputs)).misses[0]
+        for carrier, inputs in ((program, {}), (model, {"example_inputs": (x,)}))
+    ]
+    assert missed[0].reason is missed[1].reason is Reason.LOOK_ALIKE
+    assert missed[0].detail == missed[1].detail != ""
+
+
 def test_writes_to_a_buffer_still_happen(x):
     model = transformed(models.HandWritten(twist="writes a buffer"), x)
     assert model.calls.item() == 0

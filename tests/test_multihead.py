@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sla2_compile
+from sla2_compile.passes import masks
 from sla2_compile.passes.rules import Reason
 from sla2_compile.statistics import sites
 
@@ -107,3 +108,22 @@ def test_another_call_pattern_falls_back_and_is_counted():
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert sla2_compile.report(attention).fallbacks == {"sla2.0": {Reason.WEIGHTS.value: 1}}
+
+
+def test_a_boolean_padding_mask_is_not_read_as_the_numbers_it_becomes(monkeypatch):
+    attention, x = nn.MultiheadAttention(32, 2, batch_first=True), torch.randn(2, 90, 32)
+    padding = torch.zeros(2, 90, dtype=torch.bool)
+    padding[1, 60:] = True
+    options = {"need_weights": False, "key_padding_mask": padding}
+    expected = attention(x, x, x, **options)[0]
+    sla2_compile.transform(attention, example_inputs=(x, x, x), example_kwargs=options, **ANY)
+    read = []
+    monkeypatch.setattr(masks, "_read", lambda mask: read.append(mask))
+    torch.testing.assert_close(attention(x, x, x, **options)[0], expected)
+    torch.testing.assert_close(attention(x, x, x, padding, False)[0], expected)
+    assert read == []
+    assert sla2_compile.report(attention).fallbacks == {}
+    # nor does compiled code have to assert what the numbers are
+    program = torch.export.export(attention, (x, x, x), options)
+    assert "_assert_async" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x, x, x, **options)[0], expected)

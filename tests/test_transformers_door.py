@@ -86,7 +86,7 @@ def test_generate_keeps_the_cache_and_counts_decoding():
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     assert torch.equal(ours.generate(**batch, **options), theirs.generate(**batch, **options))
     # the prompt in both layers; then four tokens in both
-    assert replaced(ours) == (2, {Reason.DECODING: 8})
+    assert replaced(ours) == (2, {Reason.FEW_QUERIES: 8})
     assert "decoding" in str(sla2_compile.report(ours))
     assert sla2_compile.report(ours).discovery == "door"
 
