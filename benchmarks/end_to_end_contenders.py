@@ -47,13 +47,13 @@ CONTENDERS = (
     Contender("materialised", "materialised", parts=("layer",)),
     Contender(LEFT_ALONE, "none", parts=MODELS),
     Contender("top-k 3 %, r = 16", recipe={"recipe": "max_speedup", "topk_ratio": 0.03}, parts=MODELS),
+    Contender("balanced", recipe={"recipe": "balanced"}),
     Contender(
         "top-k 3 %, r = 16, bf16",
         recipe={"recipe": "max_speedup", "topk_ratio": 0.03, "low_bit": "none", "qat": False},
         parts=("wan",), modes=("eager",),
     ),
     Contender("max_speedup", recipe={"recipe": "max_speedup"}, parts=MODELS, modes=("eager",)),
-    Contender("balanced", recipe={"recipe": "balanced"}),
     Contender(
         "high_quality", recipe={"recipe": "high_quality"}, parts=("wan", "jit_1024", "jit_256"), modes=("eager",)
     ),
