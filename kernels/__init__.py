@@ -6,11 +6,13 @@
 | `blocks.py` | block geometry: how many blocks, how many are kept, which sizes suit a length |
 | `feature_maps.py` | phi of the linear branch, and its derivative |
 | `reference.py` | the method written plainly over dense maps: the specification |
+| `reference_low_bit.py` | its sparse branch in INT8 and FP8: the specification of the 8-bit format |
 | `ops.py` | schemas, fakes, autograd, dispatch |
 | `tiling.py`, `portable_route.py`, `portable_attention.py`, `portable_backward.py` | blocked PyTorch for any device |
 | `cuda.py` | which calls the Triton kernels take, and their launches |
 | `triton_pool.py`, `triton_scores.py`, `triton_select.py` | router: pooled tokens, block scores, top-k |
 | `triton_states.py`, `triton_linear.py`, `triton_attend.py` | linear branch; sparse branch and mix |
+| `precision.py` | which numeric format the sparse branch really runs in |
 | `functional.py` | route + attention in one call |
 
 Importing this package loads torch and registers the ops; Triton comes when a CUDA tensor first arrives.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("complement", "all")
+LOW_BITS = ("none", "int8", "int8_fp8")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -103,7 +104,7 @@ def check_route(
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
     alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
-    block_q: int, block_k: int, feature_map: str, linear_scope: str, is_causal: bool,
+    block_q: int, block_k: int, feature_map: str, linear_scope: str, is_causal: bool, low_bit: str,
 ) -> None:  # fmt: skip
     """All checks of `sla2::attention`."""
     check_qkv(q, k, v)
@@ -136,3 +137,17 @@ def check_attention(
         raise fail("linear_scope", f"be one of {', '.join(LINEAR_SCOPES)}", repr(linear_scope), "use complement")
     if is_causal and linear_scope == "all":
         raise fail("linear_scope", "be 'complement' when is_causal", "'all'", "all keys would include future ones")
+    check_low_bit(low_bit)
+    if low_bit != "none" and q.device.type != "cuda":
+        raise cannot_run(low_bit, f"on {q.device.type}")
+
+
+def check_low_bit(low_bit: str) -> None:
+    """Refuse a word that is no numeric format."""
+    if low_bit not in LOW_BITS:
+        raise fail("low_bit", f"be one of {', '.join(LOW_BITS)}", repr(low_bit), "int8_fp8 is the paper's")
+
+
+def cannot_run(low_bit: str, where: str) -> ValueError:
+    """Build the error of an op that is asked for a low_bit that it does not compute."""
+    return fail("low_bit", f"be 'none' {where}", repr(low_bit), "take what precision.effective_low_bit returns")

@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
+from sla2_compile.kernels.checks import LOW_BITS
 from sla2_compile.kernels.triton_attend import attend_kernel
 from sla2_compile.kernels.triton_linear import linear_kernel
 from sla2_compile.kernels.triton_pool import center_kernel, pool_kernel
@@ -96,15 +97,60 @@ def stages_that_fit(limit: int, block_m: int, block_k: int, width_k: int, width_
     return (limit - 1024 - 2 * block_m * width_k) // (2 * block_k * (width_k + width_v))
 
 
-def kernels_take(q: Tensor, v_dim: int, block_q: int, block_k: int, scale: float) -> bool:
-    """Whether the Triton kernels run this call; see the table above. v_dim: head dim of v (q's for a route)."""
-    arch, width_k, width_v = capability(q.device), padded(q.shape[3]), padded(v_dim)
-    if torch.version.hip is not None or arch < 80 or q.dtype not in (torch.bfloat16, torch.float16) or scale <= 0.0:
+def kernels_take(
+    device: torch.device, dtype: torch.dtype, D: int, Dv: int, block_q: int, block_k: int, scale: float
+) -> bool:
+    """Whether the Triton kernels run this call; see the table above. Dv: head dim of v (q's for a route)."""
+    arch, width_k, width_v = capability(device), padded(D), padded(Dv)
+    if torch.version.hip is not None or arch < 80 or dtype not in (torch.bfloat16, torch.float16) or scale <= 0.0:
         return False
     if not (16 <= block_q <= 128 and 16 <= block_k <= 128):
         return False
     block_m = attend_tile(arch, max(width_k, width_v), block_q, block_k).block_m
-    return stages_that_fit(shared_limit(q.device), block_m, block_k, width_k, width_v) >= 1
+    return stages_that_fit(shared_limit(device), block_m, block_k, width_k, width_v) >= 1
+
+
+def multiplies_fp8(device: torch.device, block_k: int) -> bool:
+    """Whether p v runs in FP8, on a call that the kernels take: such a product sums over 32 keys at a time."""
+    return capability(device) >= 89 and block_k >= 32
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """k and v of one call in 8 bits, as `states_kernel` writes them and `attend_kernel` reads them.
+
+    Attributes:
+        level: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
+        k8: (B, Hkv, Tn * block_k, D) int8, smoothed, 0 at rows that are no real keys; k_scale: (B, Hkv, Tn) fp32.
+        v8: (B, Hkv, Tn, Dv, block_k) float8_e4m3fn, the keys in `key_order`; v_log: (B, Hkv, Tn) fp32, log2 of its
+            scale. What a level has not is k, and never read.
+    """
+
+    level: int
+    k8: Tensor
+    k_scale: Tensor
+    v8: Tensor
+    v_log: Tensor
+
+    @classmethod
+    def for_call(cls, k: Tensor, v: Tensor, block_k: int, low_bit: str) -> EightBit:
+        """Allocate what low_bit needs of k (B, Hkv, Nk, D) and v (B, Hkv, Nk, Dv)."""
+        level, (B, heads, Nk, D), Dv = LOW_BITS.index(low_bit), k.shape, v.shape[3]
+        tn = num_blocks(Nk, block_k)
+        # absent ones are not of an 8-bit type: older chips do not know it
+        k8 = k_scale = v8 = v_log = k
+        if level >= 1:
+            k8 = k.new_empty(B, heads, tn * block_k, D, dtype=torch.int8)
+            k_scale = k.new_empty(B, heads, tn, dtype=torch.float32)
+        if level == 2:
+            v8 = k.new_empty(B, heads, tn, Dv, block_k, dtype=torch.float8_e4m3fn)
+            v_log = torch.empty_like(k_scale)
+        return cls(level, k8, k_scale, v8, v_log)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order of the kernels' arguments."""
+        return self.k8, self.k_scale, self.v8, self.v_log
 
 
 def packed(x: Tensor) -> Tensor:
@@ -201,7 +247,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
     alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
-    keep_branches: bool,
+    keep_branches: bool, low_bit: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute what `reference.attention` defines; arguments and results as there.
 
@@ -224,7 +270,9 @@ def attention_forward(
     bias = q if alpha_bias is None else alpha_bias.expand(Hq, tm)
     alpha = 0 if alpha_bias is None else (1 if alpha_gain is None else 2)
 
-    block_d, block_dv = padded(D), padded(DV)
+    eight = EightBit.for_call(k, v, block_k, low_bit)
+    # an INT8 product sums over 32 dims at a time
+    block_d, block_dv = max(padded(D), 32 if eight.level else 16), padded(DV)
     row_dv = num_blocks(DV, 16) * 16
     z_at = num_blocks(D, 16) * 16 * row_dv
     state = z_at + num_blocks(D, 16) * 16
@@ -238,7 +286,7 @@ def attention_forward(
     step = max(1, min(B * heads, STATE_BYTES // per_head))
     wide = max(block_d, block_dv) > 128
     tile = attend_tile(capability(q.device), max(block_d, block_dv), block_q, block_k)
-    tma = capability(q.device) >= 90 and describable(k) and describable(v)
+    tma = not eight.level and capability(q.device) >= 90 and describable(k) and describable(v)
     tiles = (descriptor(k, block_k, block_d), descriptor(v, block_k, block_dv)) if tma else (k, v)
     stages = min(tile.stages, stages_that_fit(shared_limit(q.device), tile.block_m, block_k, block_d, block_dv))
     with on_device(q):
@@ -246,14 +294,17 @@ def attention_forward(
         s_warps, s_dv, s_regs = STATES if not wide else (8, 64, None)
         if arch != 90:
             s_dv = 64
+        if eight.level and block_k > 64:
+            s_warps = 8
         l_m, l_warps, l_jobs, l_stages = LINEAR if not wide else (32, 8, 1, 1)
         for first in range(0, B * heads, step):
             n = min(step, B * heads - first)
             states = q.new_empty(n, wide_tn, state)
             states_kernel[(n * wide_tn, num_blocks(block_dv, s_dv))](
-                k, v, k_mean, mask, states, *k.stride()[:3], *v.stride()[:3], mask_stride, heads, Nk, wide_tn, first,
+                k, v, k_mean, mask, states, *eight.tensors, *k.stride()[:3], *v.stride()[:3], mask_stride,
+                heads, Nk, wide_tn, first,
                 **dims, BLOCK_DV=min(block_dv, s_dv), BLOCK_K=block_k, HAS_MASK=masked,
-                HALVES=block_d > 64, num_warps=s_warps, maxnreg=s_regs,
+                HALVES=block_d > 64, LOW_BIT=eight.level, num_warps=s_warps, maxnreg=s_regs,
             )  # fmt: skip
             complement = q.new_empty(n, groups * tm, wide_tn)
             complement_kernel[(n * groups * tm,)](
@@ -270,11 +321,11 @@ def attention_forward(
                 JOBS=l_jobs, STAGES=l_stages, num_warps=l_warps,
             )  # fmt: skip
         attend_kernel[(B * Hq * tm * (block_q // tile.block_m),)](
-            q, k, v, *tiles, lut, log_rest, gain, bias, mask, linear, weight, shift, o, lse, o_sparse,
+            q, k, v, *tiles, *eight.tensors, lut, log_rest, gain, bias, mask, linear, weight, shift, o, lse, o_sparse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, bias.stride(0), bias.stride(1),
             Hq, groups, Nq, Nk, tm, topk, scale,
             D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=tile.block_m,
             ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=masked, KEEP=keep_branches, TMA=tma, STAGES=stages,
-            num_warps=tile.warps, maxnreg=tile.registers,
+            LOW_BIT=eight.level, num_warps=tile.warps, maxnreg=None if eight.level else tile.registers,
         )  # fmt: skip
     return o, lse, o_sparse, o_linear

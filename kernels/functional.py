@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
 from sla2_compile.kernels.checks import check_qkv
 from sla2_compile.kernels.ops import attention, route
+from sla2_compile.kernels.precision import effective_low_bit
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class AttentionOptions:
         block_q, block_k: rows of a query and a key block; 0 (AUTO) chooses by length.
         feature_map: phi of the linear branch: softmax, elu or relu.
         linear_scope: complement (the paper's) or all keys.
+        low_bit: format asked of the sparse branch: none, int8 or int8_fp8; `precision.py` says what runs.
     """
 
     topk_ratio: float = 0.15
@@ -31,6 +33,7 @@ class AttentionOptions:
     block_k: int = AUTO
     feature_map: str = "softmax"
     linear_scope: str = "complement"
+    low_bit: str = "none"
 
     def block_sizes(self, nq: int, nk: int) -> tuple[int, int]:
         """Return (block_q, block_k) for these lengths."""
@@ -120,9 +123,10 @@ def attend(
     # k_mean asks for a gradient where only proj_q or proj_k does
     params = (q, k, v, k_mean, alpha_gain, alpha_bias)
     keep_branches = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
+    low_bit = effective_low_bit(options.low_bit, q, v.shape[3], block_q, block_k, scale, keep_branches)
     o, lse, _, _ = attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-        block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches,
+        block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches, low_bit,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return o, None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept
-from sla2_compile.kernels.checks import check_attention, check_route, fail
+from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, fail
 from sla2_compile.kernels.tiling import accumulation_dtype
 
 
@@ -54,7 +54,9 @@ def _(
     from sla2_compile.kernels.portable_route import route_forward
 
     check_route(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k)
-    run = cuda.route_forward if cuda.kernels_take(q, q.shape[3], block_q, block_k, scale) else route_forward
+    D = q.shape[3]
+    taken = cuda.kernels_take(q.device, q.dtype, D, D, block_q, block_k, scale)
+    run = cuda.route_forward if taken else route_forward
     with without_autocast(q):
         return run(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k, scale, is_causal)
 
@@ -97,17 +99,19 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
     alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
-    keep_branches: bool,
+    keep_branches: bool, low_bit: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sparse branch, linear branch and mix. Formula, shapes and results: `reference.attention`.
 
     o_sparse and o_linear are returned only if keep_branches, which a backward needs; else they are empty.
+    low_bit is what the call really computes (`precision.effective_low_bit`), none but on CUDA. The backward is
+    that of the input's dtype, from the forward's o_sparse and lse, whatever low_bit is.
     """
     from sla2_compile.kernels.portable_attention import attention_forward
 
     check_attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-        block_q, block_k, feature_map, linear_scope, is_causal,
+        block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
     )  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
         return attention_forward(
@@ -121,20 +125,29 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
     alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
-    keep_branches: bool,
+    keep_branches: bool, low_bit: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from sla2_compile.kernels import cuda
     from sla2_compile.kernels.portable_attention import attention_forward
 
     check_attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-        block_q, block_k, feature_map, linear_scope, is_causal,
+        block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
     )  # fmt: skip
-    run = cuda.attention_forward if cuda.kernels_take(q, v.shape[3], block_q, block_k, scale) else attention_forward
+    if not cuda.kernels_take(q.device, q.dtype, q.shape[3], v.shape[3], block_q, block_k, scale):
+        if low_bit != "none":
+            raise cannot_run(low_bit, "where the Triton kernels do not take the call")
+        with without_autocast(q):
+            return attention_forward(
+                q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
+                block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches,
+            )  # fmt: skip
+    if low_bit == "int8_fp8" and not cuda.multiplies_fp8(q.device, block_k):
+        raise cannot_run(low_bit, "or 'int8' on this chip with this block_k")
     with without_autocast(q):
-        return run(
+        return cuda.attention_forward(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-            block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches,
+            block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches, low_bit,
         )  # fmt: skip
 
 
@@ -143,11 +156,11 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
     alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
-    keep_branches: bool,
+    keep_branches: bool, low_bit: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-        block_q, block_k, feature_map, linear_scope, is_causal,
+        block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
     )  # fmt: skip
     B, Hq, Nq, _ = q.shape
     o = q.new_empty(B, Hq, Nq, v.shape[3])
@@ -170,7 +183,7 @@ def _attention_backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Any, ...]:
     dq, dk, dv, dk_mean, d_gain, d_bias = grads
     gain, bias = saved[6], saved[7]
     d_gain, d_bias = None if gain is None else d_gain, None if bias is None else d_bias
-    return dq, dk, dv, dk_mean, None, None, d_gain, d_bias, *(None,) * 8
+    return dq, dk, dv, dk_mean, None, None, d_gain, d_bias, *(None,) * 9
 
 
 attention.register_autograd(_attention_backward, setup_context=_attention_setup)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.kernels.feature_maps import feature_map as phi
+from sla2_compile.kernels.reference_low_bit import sparse_branch as sparse_branch_low_bit
 
 NEG_INF = float("-inf")
 
@@ -134,12 +135,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
     alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
+    low_bit: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sparse branch, linear branch and their mix (Alg. 2; Eq. 13 and 14).
 
     alpha = sigmoid(gain_h * (lse - log_rest_i) + bias_hi) per row; with alpha_bias alone, sigmoid(bias_hi);
     with neither, gain 1 and bias 0. alpha is 1 where the linear branch has no weight, 0 where the sparse
     branch has none; a row that sees no key at all gives 0.
+    low_bit other than "none" computes the sparse branch in 8 bits: see `reference_low_bit.py`.
 
     Returns:
         o (B, Hq, Nq, Dv), lse (B, Hq, Nq) natural, o_sparse, o_linear (both as o).
@@ -150,12 +153,16 @@ def attention(
     visible = visible_keys(Nq, Nk, key_mask, is_causal, q.device)
     selected = selected_keys(lut, Nq, Nk, block_q, block_k)
 
-    s = ((q @ k.mT) * scale).masked_fill(~(visible & selected), NEG_INF)
-    lse = s.logsumexp(dim=-1)
-    has_sparse = lse > NEG_INF
-    # not exp(s - lse): in 16 bits a large lse is rounded by more than exp can bear
-    p = s.masked_fill(~has_sparse[..., None], 0.0).softmax(dim=-1) * has_sparse[..., None]
-    o_sparse = p @ v
+    if low_bit == "none":
+        s = ((q @ k.mT) * scale).masked_fill(~(visible & selected), NEG_INF)
+        lse = s.logsumexp(dim=-1)
+        has_sparse = lse > NEG_INF
+        # not exp(s - lse): in 16 bits a large lse is rounded by more than exp can bear
+        p = s.masked_fill(~has_sparse[..., None], 0.0).softmax(dim=-1) * has_sparse[..., None]
+        o_sparse = p @ v
+    else:
+        o_sparse, lse = sparse_branch_low_bit(q, k, v, visible & selected, key_mask, block_k, scale, low_bit)
+        has_sparse = lse > NEG_INF
 
     in_linear = visible & ~selected if linear_scope == "complement" else visible
     w = (phi(q, feature_map) @ phi(k, feature_map).mT) * in_linear

@@ -4,6 +4,10 @@
     H_i = sum_{j not in lut_i} h_j,          Z_i = sum_{j not in lut_i} z_j
 A state is one row of [h_j, z_j], so that one GEMM, complement map times states, gives H and Z. States carry
 1 / block_k and the map 2^-ceil(log2 Tn): o_linear is a ratio and does not see it, and fp16 does not overflow.
+
+Since it reads k and v anyway, `states_kernel` also writes them in 8 bits for the sparse branch, if LOW_BIT:
+    k8 = round((k - k_mean) / k_scale_j),  k_scale_j = max |k - k_mean| / 127
+    v8 = e4m3(v / v_scale_j),              v_scale_j = max |v| / 448 in [2^-40, 2^80],  v_log_j = log2(v_scale_j)
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+V_SCALE_MIN = tl.constexpr(2.0**-40)
+V_SCALE_MAX = tl.constexpr(2.0**80)
 
 
 @triton.jit
@@ -50,6 +56,29 @@ def centered_keys(k_rows, mean, real, dims, D: tl.constexpr):
 
 
 @triton.jit
+def key_order(position):
+    """Which key of a block stands at this position of v8.
+
+    Position (g, t, h, e) of shape (BLOCK_K / 16, 4, 2, 2) holds key (g, h, t, e): as a thread of a Hopper tensor core
+    holds scores, so that they become an operand of the next product in place.
+    """
+    return (position & ~15) + ((position & 2) << 2) + ((position & 12) >> 1) + (position & 1)
+
+
+@triton.jit
+def scale_of(top):
+    """The INT8 scale of numbers of at most top; the same bits as the reference's."""
+    return tl.maximum(tl.div_rn(top, 127.0), 1e-20)
+
+
+@triton.jit
+def to_int8(x, scale):
+    """Round x / scale, within -127..127, to the nearest; the same bits as the reference's. Broadcasts scale."""
+    # adding and subtracting 1.5 * 2^23 rounds; the interpreter has no rint
+    return (x * tl.div_rn(1.0, scale) + 12582912.0 - 12582912.0).to(tl.int8)
+
+
+@triton.jit
 def store_state(
     phi_k, value, out, dims, columns, D: tl.constexpr, DV: tl.constexpr, ROW_DV: tl.constexpr,
     Z_AT: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -63,27 +92,55 @@ def store_state(
         tl.store(out + Z_AT + dims, z.to(out.dtype.element_ty), mask=dims < D)
 
 
+@triton.jit
+def store_value_block(
+    v_at, real, columns, out, exists, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Store these columns of a block of v in FP8, out (DV, BLOCK_K); returns v_log, that of all columns."""
+    value = tl.load(v_at, mask=real[:, None] & (columns < DV)[None, :], other=0.0).to(tl.float32)
+    top = tl.max(tl.abs(value))
+    if DV > BLOCK_DV:
+        for start in tl.static_range(0, DV, BLOCK_DV):
+            others = start + tl.arange(0, BLOCK_DV)
+            other = tl.load(
+                v_at + (others - columns)[None, :], mask=real[:, None] & (others < DV)[None, :], other=0.0
+            )
+            top = tl.maximum(top, tl.max(tl.abs(other.to(tl.float32))))
+    scale = tl.minimum(tl.maximum(tl.div_rn(top, 448.0), V_SCALE_MIN), V_SCALE_MAX)
+    eight = tl.minimum(tl.maximum(value * tl.div_rn(1.0, scale), -448.0), 448.0).to(tl.float8e4nv)
+    at = out + columns[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(at, tl.trans(eight), mask=exists & (columns < DV)[:, None])
+    return tl.log2(scale)
+
+
 @triton.jit(do_not_specialize=["Nk", "Tn", "first"])
 def states_kernel(
-    k, v, k_mean, key_mask, states, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    mask_stride, heads, Nk, Tn, first,
+    k, v, k_mean, key_mask, states, k8, k_scale, v8, v_log,
+    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, mask_stride, heads, Nk, Tn, first,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROW_DV: tl.constexpr,
     STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_K: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    HAS_MASK: tl.constexpr, HALVES: tl.constexpr,
+    HAS_MASK: tl.constexpr, HALVES: tl.constexpr, LOW_BIT: tl.constexpr,
 ):  # fmt: skip
-    """Write the state of one key block (BLOCK_DV of its columns).
+    """Write the state of one key block (BLOCK_DV of its columns), and the block in 8 bits.
 
     Args:
         k: (B, heads, Nk, D), v: (B, heads, Nk, DV), last dim contiguous; k_mean: (B, heads, D) fp32.
         key_mask: (B, Nk) bool (if HAS_MASK).
         states: (n, Tn, STATE), out, of the flat key/value heads from `first` on: h at 0 with ROW_DV columns
             a row, z at Z_AT.
+        k8: (B * heads, cdiv(Nk, BLOCK_K) * BLOCK_K, D) int8, out, 0 at rows that are no real keys, and k_scale:
+            (B * heads, cdiv(Nk, BLOCK_K)) fp32, out (if LOW_BIT).
+        v8: (B * heads, cdiv(Nk, BLOCK_K), DV, BLOCK_K) float8e4nv, out, keys in `key_order`, and v_log: as k_scale,
+            out (if LOW_BIT is 2).
     """
     pid = tl.program_id(0)
     local, j = (pid // Tn).to(tl.int64), pid % Tn
     bh = local + first
     b, h = bh // heads, bh % heads
-    keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
+    offsets = tl.arange(0, BLOCK_K)
+    # in sums over keys their order is of no account
+    order = key_order(offsets) if LOW_BIT == 2 else offsets
+    keys = j * BLOCK_K + order
     columns = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     column_in = columns < DV
     real = keys < Nk
@@ -94,12 +151,34 @@ def states_kernel(
     k_rows = k + b * k_stride_b + h * k_stride_h + wide * k_stride_n
     v_at = v + b * v_stride_b + h * v_stride_h + (wide * v_stride_n)[:, None] + columns[None, :]
     out = states + (local * Tn + j) * STATE
+    # states are laid out for a few blocks more than there are
+    exists = j * BLOCK_K < Nk
+    block = bh * tl.cdiv(Nk, BLOCK_K) + j
+    if LOW_BIT == 2:
+        # before the keys are loaded, for their registers
+        log = store_value_block(v_at, real, columns, v8 + block * DV * BLOCK_K, exists, DV, BLOCK_DV, BLOCK_K)
+        if tl.program_id(1) == 0:
+            tl.store(v_log + block, log, mask=exists)
     PART: tl.constexpr = BLOCK_D // 2 if HALVES else BLOCK_D
     dims = tl.arange(0, PART)
     x = centered_keys(k_rows, k_mean + bh * D, real, dims, D)
     if HALVES:
         y = centered_keys(k_rows, k_mean + bh * D, real, dims + PART, D)
     value = tl.load(v_at, mask=real[:, None] & column_in[None, :], other=0.0)
+    if LOW_BIT:  # noqa: SIM102 (LOW_BIT is the compiler's, the other condition the program's)
+        if tl.program_id(1) == 0:
+            x8 = tl.where(real[:, None], x, 0.0)
+            top = tl.max(tl.abs(x8))
+            if HALVES:
+                y8 = tl.where(real[:, None], y, 0.0)
+                top = tl.maximum(top, tl.max(tl.abs(y8)))
+            scale = scale_of(top)
+            tl.store(k_scale + block, scale, mask=exists)
+            row = k8 + (block * BLOCK_K + order)[:, None] * D
+            tl.store(row + dims[None, :], to_int8(x8, scale), mask=exists & (dims < D)[None, :])
+            if HALVES:
+                dims_y = (dims + PART)[None, :]
+                tl.store(row + dims_y, to_int8(y8, scale), mask=exists & (dims_y < D))
     if HALVES:
         x, y = feature_map_of_halves(x, y, dims < D, dims + PART < D, FEATURE_MAP)
         store_state(tl.where(real[:, None], x, 0.0), value, out, dims, columns, D, DV, ROW_DV, Z_AT, BLOCK_K)

@@ -19,13 +19,12 @@ class SiteSettings:
     Attributes:
         options: how the call is computed.
         alpha: routed, head or block: where the mix comes from (`Recipe.alpha`).
-        low_bit, qat: numeric format and training of the sparse branch (`Recipe.low_bit`, `Recipe.qat`).
+        qat: training of the sparse branch in low bit (`Recipe.qat`).
         min_seq_len: shortest length that is replaced; -1 means the device's crossover.
     """
 
     options: AttentionOptions = field(default_factory=AttentionOptions)
     alpha: Literal["routed", "head", "block"] = "routed"
-    low_bit: str = "none"
     qat: bool = False
     min_seq_len: int = -1
 
@@ -40,9 +39,10 @@ class SiteSettings:
             block_k=AUTO if recipe.block_k == "auto" else recipe.block_k,
             feature_map=recipe.feature_map,
             linear_scope=recipe.linear_scope,
+            low_bit=recipe.low_bit,
         )
         shortest = -1 if recipe.min_seq_len == "auto" else recipe.min_seq_len
-        return cls(options, recipe.alpha, recipe.low_bit, recipe.qat, shortest)
+        return cls(options, recipe.alpha, recipe.qat, shortest)
 
     def shortest(self, device_type: str) -> int:
         """The shortest length that is replaced on this device type."""

@@ -26,7 +26,7 @@ class CallArguments:
             self.topk_ratio, self.compression_ratio, self.block_q, self.block_k, self.D**-0.5, self.is_causal,
         )  # fmt: skip
 
-    def attention(self, x: dict[str, Any], run: Any, *rest: bool) -> tuple[Tensor, ...]:
+    def attention(self, x: dict[str, Any], run: Any, *rest: bool | str) -> tuple[Tensor, ...]:
         return run(
             x["q"], x["k"], x["v"], x["k_mean"], x["lut"], x["log_rest"], x["gain"], x["bias"], x["mask"],
             self.block_q, self.block_k, self.D**-0.5, self.feature_map, self.linear_scope, self.is_causal, *rest,

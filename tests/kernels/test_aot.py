@@ -92,15 +92,17 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: i
     return found["REG"], found["STACK"], built.metadata.shared
 
 
-def call(D: int, dtype: torch.dtype, blocks: tuple[int, int], causal: bool = False, masked: bool = False) -> Any:
+def call(
+    D: int, dtype: torch.dtype, blocks: tuple[int, int], causal: bool = False, masked: bool = False, low: str = "none"
+) -> Any:
     """One whole call on CPU tensors, for its launches only."""
 
     def run() -> None:
         q = torch.empty(1, 2, 4096, D, dtype=dtype)
         mask = torch.ones(1, 4096, dtype=torch.bool) if masked else None
         lut, rest, _, mean = cuda.route_forward(q, q, None, None, mask, 0.1, 8, *blocks, D**-0.5, causal)
-        args = (q, q, q, mean, lut, rest, None, None, mask, *blocks, D**-0.5, "softmax", "complement", causal, False)
-        cuda.attention_forward(*args)
+        args = (q, q, q, mean, lut, rest, None, None, mask, *blocks, D**-0.5, "softmax", "complement", causal)
+        cuda.attention_forward(*args, False, low)
 
     return run
 
@@ -114,19 +116,48 @@ CALLS = {
     "D256": call(256, torch.float16, (64, 64)),
     "D96 causal masked": call(96, torch.bfloat16, (32, 16), causal=True, masked=True),
 }
+LOW_BIT_SHAPES = {
+    "D128": (128, torch.bfloat16, (128, 64)),
+    "D64": (64, torch.bfloat16, (128, 64)),
+    "D256": (256, torch.float16, (64, 64)),
+    "D128, 128 x 128": (128, torch.bfloat16, (128, 128)),
+    "D96 causal masked": (96, torch.bfloat16, (32, 32), True, True),
+}
+# FP8 came with sm_89
+LOW_BIT_CALLS = [
+    *(("D128", low, arch) for low, arch in (("int8", 80), ("int8", 90), ("int8", 100), ("int8_fp8", 100))),
+    *((name, "int8_fp8", 90) for name in LOW_BIT_SHAPES),
+]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_without_spills(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(HOT) <= compile_all(CALLS[name], arch, HOT, ALLOWED_STACK, monkeypatch)
+
+
+@pytest.mark.parametrize(("name", "low", "arch"), LOW_BIT_CALLS)
+def test_low_bit_compiles_without_spills(name: str, low: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two kernels that differ, without the allowance of the others."""
+    both = ("attend_kernel", "states_kernel")
+    assert set(both) == compile_all(call(*LOW_BIT_SHAPES[name], low=low), arch, both, {}, monkeypatch)
+
+
+def compile_all(
+    run: Any, arch: int, wanted: tuple[str, ...], allowed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> set[str]:
+    """Compile what run launches, all kernels where wanted is HOT; returns the names of what was compiled."""
     seen = set()
     monkeypatch.setattr(cuda, "capability", lambda device: arch)
     monkeypatch.setattr(cuda, "shared_limit", lambda device: SHARED_LIMIT[arch])
-    for kernel, args, kwargs in recorded(monkeypatch, CALLS[name]):
+    for kernel, args, kwargs in recorded(monkeypatch, run):
+        name = kernel.fn.__name__
+        if wanted is not HOT and name not in wanted:
+            continue
         registers, stack, shared = compiled(kernel, args, kwargs, arch)
-        label = f"{kernel.fn.__name__} sm_{arch}: {registers} registers, {stack} bytes of stack, {shared} of shared"
+        label = f"{name} sm_{arch}: {registers} registers, {stack} bytes of stack, {shared} of shared"
         print(label)
         assert shared <= SHARED_LIMIT[arch], label
-        assert kernel.fn.__name__ not in HOT or stack <= ALLOWED_STACK.get(kernel.fn.__name__, 0), label
-        seen.add(kernel.fn.__name__)
-    assert set(HOT) <= seen
+        assert name not in wanted or stack <= allowed.get(name, 0), label
+        seen.add(name)
+    return seen

@@ -30,7 +30,7 @@ ROUTE = (
 )
 ATTENTION = (
     "q", "k", "v", "k_mean", "lut", "log_rest", "alpha_gain", "alpha_bias", "key_mask",
-    "block_q", "block_k", "scale", "feature_map", "linear_scope", "is_causal", "keep_branches",
+    "block_q", "block_k", "scale", "feature_map", "linear_scope", "is_causal", "keep_branches", "low_bit",
 )  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def good() -> dict[str, Any]:
         "linear_scope": "complement",
         "is_causal": False,
         "keep_branches": False,
+        "low_bit": "none",
     }
 
 
@@ -139,6 +140,10 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
      "linear_scope must be one of complement, all, got 'selected'; use complement"),
     (A, {"linear_scope": "all", "is_causal": True},
      "linear_scope must be 'complement' when is_causal, got 'all'; all keys would include future ones"),
+    (A, {"low_bit": "int4"},
+     "low_bit must be one of none, int8, int8_fp8, got 'int4'; int8_fp8 is the paper's"),
+    (A, {"low_bit": "int8"},
+     "low_bit must be 'none' on cpu, got 'int8'; take what precision.effective_low_bit returns"),
 ]  # fmt: skip
 CASES = [(op, wrong, message) for ops, wrong, message in REFUSALS for op in ops]
 # devices differ only where a second one can be had: a fake tensor's can
@@ -176,7 +181,7 @@ def test_refusal_of_a_second_device(op: Any, name: str, message: str) -> None:
     check, names = (
         (checks.check_route, ROUTE[:9])
         if op is route
-        else (checks.check_attention, (*ATTENTION[:11], *ATTENTION[12:15]))
+        else (checks.check_attention, (*ATTENTION[:11], *ATTENTION[12:15], ATTENTION[16]))
     )
     with pytest.raises(ValueError, match="must") as refused:
         check(*(args[n] for n in names))

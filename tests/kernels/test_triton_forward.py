@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,85 +18,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-if INTERPRETED:
-    from tests.kernels import interpreter
-
-    interpreter.repair()
-
-from sla2_compile.kernels import cuda, reference  # noqa: E402
-from sla2_compile.kernels.blocks import num_blocks, num_kept  # noqa: E402
-from tests.kernels.oracle import CallArguments, assert_oracle  # noqa: E402
-
-
-def body(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that needs either the interpreter or a GPU."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
-
-
-@dataclass(frozen=True)
-class Case(CallArguments):
-    """One call; lengths lie off the block grid."""
-
-    B: int = 1
-    heads: int = 1
-    groups: int = 2
-    Nq: int = 139
-    Nk: int = 203
-    D: int = 64
-    Dv: int = 64
-    block_q: int = 64
-    block_k: int = 32
-    topk_ratio: float = 0.3
-    compression_ratio: int = 8
-    is_causal: bool = False
-    masked: bool = False
-    feature_map: str = "softmax"
-    linear_scope: str = "complement"
-    alpha: str = "routed"
-    projected: bool = False
-    transposed: bool = False
-    scale_of_values: float = 1.0
-    dtype: torch.dtype = torch.bfloat16
-    keep: bool = True
-    seed: int = 0
-
-    def tensors(self) -> dict[str, Any]:
-        """Inputs rounded to the kernel's dtype, on the device; keys carry an offset that smoothing removes."""
-        g = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-        def heads_of(B: int, H: int, N: int, D: int, shift: bool = False) -> Tensor:
-            x = normal(B, H, N, D) + (normal(1, H, 1, D) if shift else 0.0)
-            x = (x * self.scale_of_values).to(DEVICE, self.dtype)
-            # a projection's layout (B, N, H, D), seen as (B, H, N, D)
-            return x.transpose(1, 2).contiguous().transpose(1, 2) if self.transposed else x
-
-        Hq, D, tm = self.heads * self.groups, self.D, num_blocks(self.Nq, self.block_q)
-        made: dict[str, Any] = {
-            "q": heads_of(self.B, Hq, self.Nq, D),
-            "k": heads_of(self.B, self.heads, self.Nk, D, shift=True),
-            "v": heads_of(self.B, self.heads, self.Nk, self.Dv),
-            "proj_q": (torch.eye(D) + 0.1 * normal(D, D)).float().to(DEVICE) if self.projected else None,
-            "proj_k": (torch.eye(D) + 0.1 * normal(D, D)).float().to(DEVICE) if self.projected else None,
-            "gain": normal(Hq).exp().float().to(DEVICE) if self.alpha in ("routed", "block") else None,
-            "bias": {"none": None, "head": normal(Hq, 1), "routed": normal(Hq, 1), "block": normal(1, tm)}[
-                self.alpha
-            ],
-            "mask": None,
-        }
-        made["bias"] = None if made["bias"] is None else made["bias"].float().to(DEVICE)
-        if self.masked:
-            mask = torch.rand(self.B, self.Nk, generator=g) < 0.7
-            mask[0, self.Nk // 3 : 2 * self.Nk // 3] = False
-            mask[:, 0] = True
-            made["mask"] = mask.to(DEVICE)
-        return made
-
+from sla2_compile.kernels import cuda, reference
+from sla2_compile.kernels.blocks import num_kept
+from tests.kernels.oracle import assert_oracle
+from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs
 
 CASES = {
     "plain": Case(),
@@ -122,21 +46,9 @@ CASES = {
 }
 
 
-def exact(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same numbers in another dtype, for the reference."""
-    return {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in x.items()}
-
-
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill every buffer that a launch will write with NaN (or a wild integer) first."""
-
-    def poison(x: Tensor) -> Tensor:
-        return x.fill_(float("nan") if x.is_floating_point() else 12345)
-
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_outputs(monkeypatch)
 
 
 def rounded_scores(case: Case, x: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -303,17 +215,21 @@ def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 1, 4, 8)
     wide = torch.zeros(1, 1, 4, 256).half()
-    assert cuda.kernels_take(x.bfloat16(), 8, 128, 64, 0.1)
-    assert cuda.kernels_take(x.half(), 8, 16, 16, 0.1)
-    assert cuda.kernels_take(wide, 256, 128, 128, 0.1)
+
+    def takes(q: Tensor, block_q: int, block_k: int, scale: float) -> bool:
+        return cuda.kernels_take(q.device, q.dtype, q.shape[3], q.shape[3], block_q, block_k, scale)
+
+    assert takes(x.bfloat16(), 128, 64, 0.1)
+    assert takes(x.half(), 16, 16, 0.1)
+    assert takes(wide, 128, 128, 0.1)
     for y, block_q, block_k, scale in ((x, 64, 64, 1.0), (x.half(), 8, 64, 1.0), (x.half(), 64, 256, 1.0)):
-        assert not cuda.kernels_take(y, 8, block_q, block_k, scale)
-    assert not cuda.kernels_take(x.half(), 8, 64, 64, -1.0)
+        assert not takes(y, block_q, block_k, scale)
+    assert not takes(x.half(), 64, 64, -1.0)
     monkeypatch.setattr(cuda, "shared_limit", lambda device: 99 * 1024)
-    assert cuda.kernels_take(wide, 256, 128, 64, 0.1)
-    assert not cuda.kernels_take(wide, 256, 128, 128, 0.1)
+    assert takes(wide, 128, 64, 0.1)
+    assert not takes(wide, 128, 128, 0.1)
     monkeypatch.setattr(cuda, "capability", lambda device: 75)
-    assert not cuda.kernels_take(x.half(), 8, 64, 64, 0.1)
+    assert not takes(x.half(), 64, 64, 0.1)
 
 
 if not INTERPRETED:

@@ -1,0 +1,57 @@
+"""Which numeric format the sparse branch really runs in: `effective_low_bit` alone decides.
+
+| asked | runs | where |
+|---|---|---|
+| int8_fp8 | INT8 QK, FP8 PV | NVIDIA sm_89 and later, block_k of 32 or more |
+| int8_fp8 | as int8 | sm_80 to sm_88, or block_k 16 (an FP8 product sums over 32 keys at a time) |
+| int8 | INT8 QK, PV in q's dtype | NVIDIA sm_80 and later |
+| either | the input's dtype | other devices, what the Triton kernels do not take (`cuda.py`), training |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla2_compile.kernels.checks import check_low_bit
+
+
+def effective_low_bit(
+    low_bit: str, q: Tensor, v_dim: int, block_q: int, block_k: int, scale: float, wants_grad: bool
+) -> str:
+    """Return what `low_bit` comes to for one call: none, int8 or int8_fp8; see the table above.
+
+    Args:
+        low_bit: what the recipe asks for.
+        q: (B, Hq, Nq, D), real or fake; v_dim: head dim of v.
+        wants_grad: whether a backward will follow: there is none in low bit.
+
+    Raises:
+        ValueError: low_bit is none of the three words.
+    """
+    check_low_bit(low_bit)
+    if low_bit == "none" or wants_grad or q.device.type != "cuda":
+        return "none"
+    # int() and > so that a compiler's trace sees constants: a head dim is no length
+    return low_bit_on(low_bit, q.device, q.dtype, int(q.shape[3]), int(v_dim), block_q, block_k, scale > 0.0)
+
+
+@torch.compiler.assume_constant_result
+def low_bit_on(
+    low_bit: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    D: int,
+    Dv: int,
+    block_q: int,
+    block_k: int,
+    positive: bool,
+) -> str:
+    """`effective_low_bit` of a call without gradient, from plain data; positive: whether scale is."""
+    if low_bit == "none" or device.type != "cuda" or not torch.cuda.is_available():
+        return "none"
+    from sla2_compile.kernels import cuda
+
+    if not cuda.kernels_take(device, dtype, D, Dv, block_q, block_k, 1.0 if positive else -1.0):
+        return "none"
+    return low_bit if cuda.multiplies_fp8(device, block_k) else "int8"

@@ -1,0 +1,306 @@
+"""The Triton kernels in low bit compute what `reference_low_bit.py` defines, in the interpreter and on a GPU.
+
+The oracle rule, with the reference's emulation in float32 and float64, on the largest error and on the norm of all.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sla2_compile.kernels import cuda, reference, reference_low_bit
+from tests.kernels.oracle import assert_oracle
+from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs
+
+# a case takes a second, so a failing one is shown as it was drawn
+NO_SHRINKING = (Phase.explicit, Phase.generate)
+LEVELS = ("int8", "int8_fp8")
+levels = pytest.mark.parametrize("low_bit", LEVELS)
+FP8 = INTERPRETED or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+RUN = LEVELS if FP8 else LEVELS[:1]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_outputs(monkeypatch)
+
+
+def routed(case: Case, x: dict[str, Any]) -> dict[str, Any]:
+    """x with what the reference's router says of it."""
+    x["lut"], log_rest, _, k_mean = case.route(exact(x, torch.float64), reference.route)
+    x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
+    return x
+
+
+def check(case: Case, low_bit: str, x: dict[str, Any] | None = None) -> None:
+    """All four results by the oracle rule; o and its parts also in the norm, which noise of FP8's size would fail."""
+    x = routed(case, case.tensors()) if x is None else x
+    got = case.attention(x, cuda.attention_forward, case.keep, low_bit)
+    low = case.attention(exact(x, torch.float32), reference.attention, low_bit)
+    want = case.attention(exact(x, torch.float64), reference.attention, low_bit)
+    eps = torch.finfo(case.dtype).eps
+    names = ("o", "lse", "o_sparse", "o_linear") if case.keep else ("o", "lse")
+    for part, a, b, c in zip(names, got, low, want, strict=False):
+        assert a.dtype == (torch.float32 if part == "lse" else case.dtype)
+        assert_oracle(part, a, b, c, eps)
+        if part != "lse":
+            error, allowed = (a.double() - c).norm(), 2 * ((b.double() - c).norm() + eps * c.norm())
+            print(f"{part}: norm of error {error:.3e}, allowed {allowed:.3e}")
+            assert error <= allowed, f"{part}: norm of error {error:.3e}, allowed {allowed:.3e}"
+
+
+CASES = {
+    "plain": Case(),
+    "fp16, causal": Case(is_causal=True, Nq=203, dtype=torch.float16, keep=False),
+    "masked, batch": Case(masked=True, B=2, heads=2, groups=1),
+    "causal masked": Case(is_causal=True, masked=True, Nq=203, Nk=75, alpha="block", keep=False),
+    "odd dims": Case(D=40, Dv=24, transposed=True, groups=1, heads=2, keep=False),
+    "narrow head": Case(D=16, Dv=16, groups=1, topk_ratio=0.6),
+    "D 256": Case(D=256, Dv=256, block_q=64, block_k=64, groups=1, keep=False),
+    "three keys": Case(Nq=70, Nk=3, topk_ratio=0.5, keep=False),
+    "empty complement": Case(topk_ratio=1.0, alpha="none"),
+    "128 x 128": Case(block_q=128, block_k=128, Nq=150, Nk=400, D=128, Dv=64, keep=False),
+}
+
+
+@body
+@levels
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name: str, low_bit: str) -> None:
+    if low_bit in RUN:
+        check(CASES[name], low_bit)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Case, str]:
+    block_q, block_k = draw(st.sampled_from([32, 64])), draw(st.sampled_from([32, 64, 128]))
+    case = Case(
+        B=draw(st.integers(1, 2)),
+        groups=draw(st.integers(1, 2)),
+        Nq=draw(st.integers(1, 2)) * block_q - draw(st.integers(0, 20)),
+        Nk=draw(st.integers(2, 4)) * block_k - draw(st.integers(0, 20)),
+        D=draw(st.sampled_from([64, 96, 128])),
+        Dv=draw(st.sampled_from([64, 96, 128])),
+        block_q=block_q,
+        block_k=block_k,
+        topk_ratio=draw(st.sampled_from([0.3, 0.6, 1.0])),
+        is_causal=draw(st.booleans()),
+        masked=draw(st.booleans()),
+        transposed=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    return case, draw(st.sampled_from(RUN))
+
+
+@body
+@settings(
+    max_examples=12, deadline=None, derandomize=True, phases=NO_SHRINKING, suppress_health_check=list(HealthCheck)
+)
+@given(cases())
+def test_attention_of_drawn_shapes(drawn: tuple[Case, str]) -> None:
+    check(*drawn)
+
+
+@body
+def test_small_key_blocks_in_int8() -> None:
+    check(replace(Case(), block_k=16, Nk=107, masked=True), "int8")
+
+
+@body
+@levels
+@pytest.mark.parametrize("name", ["plain", "masked, batch", "D 256", "128 x 128", "three keys"])
+def test_format(name: str, low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`states_kernel` writes the reference's bits, v8's keys in the order that the format says."""
+    if low_bit not in RUN:
+        return
+    case, kept = CASES[name], []
+    allocate = cuda.EightBit.for_call
+
+    def keep(*args: Any) -> cuda.EightBit:
+        kept.append(allocate(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(cuda.EightBit, "for_call", keep)
+    x = routed(case, case.tensors())
+    case.attention(x, cuda.attention_forward, False, low_bit)
+    (eight,) = kept
+    smooth = x["k"].float() - x["k_mean"][:, :, None]
+    k8, k_scale = reference_low_bit.quantise_keys(smooth, x["mask"], case.block_k)
+    assert torch.equal(eight.k8, k8.flatten(2, 3))
+    assert torch.equal(eight.k_scale, k_scale)
+    if low_bit == "int8":
+        return
+    v8, v_log = reference_low_bit.quantise_values(x["v"], x["mask"], case.block_k)
+    torch.testing.assert_close(eight.v_log, v_log, rtol=0, atol=1e-5)
+    order = torch.arange(case.block_k).view(case.block_k // 32, 2, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1)
+    assert torch.equal(order, reference_low_bit.key_order(case.block_k))
+    assert torch.equal(eight.v8.float().cpu(), v8.mT[..., order].float().cpu())
+
+
+def adversarial(case: Case, change: str) -> dict[str, Any]:
+    x = case.tensors()
+    big = torch.tensor(1e4, dtype=case.dtype)
+    if change == "outlier channels":
+        x["k"][..., 3] *= 100
+        x["q"][..., 5] *= 100
+    elif change == "1e4":
+        x["q"], x["k"], x["v"] = (x[name] * big for name in "qkv")
+    elif change == "constant rows":
+        x["q"][:, :, ::3], x["k"][:, :, ::3], x["v"][:, :, ::3] = 2.0, -1.0, 3.0
+    elif change == "constant":
+        x["q"][:], x["k"][:], x["v"][:] = 2.0, -1.0, 3.0
+    elif change == "zero blocks":
+        for name in "kv":
+            x[name][:, :, : 2 * case.block_k] = 0.0
+    elif change == "uneven blocks":
+        x["v"][:, :, case.block_k : 3 * case.block_k] *= 1e6
+    elif change == "masked blocks":
+        x["mask"] = torch.ones(case.B, case.Nk, dtype=torch.bool, device=DEVICE)
+        x["mask"][:, case.block_k : 4 * case.block_k] = False
+        for name in "kv":
+            # what is masked may hold anything
+            x[name][:, :, case.block_k : 4 * case.block_k] = float("nan")
+    elif change == "no key at all":
+        x["mask"] = torch.zeros(case.B, case.Nk, dtype=torch.bool, device=DEVICE)
+    return x
+
+
+CHANGES = ("outlier channels", "1e4", "constant rows", "constant", "zero blocks", "uneven blocks", "no key at all")
+
+
+@body
+@levels
+@pytest.mark.parametrize("change", [*CHANGES, "masked blocks"])
+def test_adversarial_inputs(change: str, low_bit: str) -> None:
+    if low_bit not in RUN:
+        return
+    case = Case()
+    x = adversarial(case, change)
+    if change == "masked blocks":
+        # the reference multiplies what is masked by 0
+        clean = {**x, "k": x["k"].nan_to_num(0.0), "v": x["v"].nan_to_num(0.0)}
+        clean = routed(case, clean)
+        wanted = case.attention(clean, cuda.attention_forward, True, low_bit)
+        got = case.attention({**clean, "k": x["k"], "v": x["v"]}, cuda.attention_forward, True, low_bit)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        check(case, low_bit, clean)
+        return
+    x = routed(case, x)
+    o, lse, o_sparse, _ = case.attention(x, cuda.attention_forward, True, low_bit)
+    assert o.isfinite().all()
+    assert o_sparse.isfinite().all()
+    assert (lse == float("-inf")).all() if change == "no key at all" else lse.isfinite().all()
+    if change != "1e4":
+        # there scores are 1e9: float32 cannot tell neighbours apart, and the emulation in float64 can
+        check(case, low_bit, x)
+
+
+@body
+@levels
+@pytest.mark.parametrize("Nk", [203, 5])
+def test_wild_table_reads_nothing_outside(Nk: int, low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is read lies inside NaN, or 99: a read outside would show. The values mean nothing."""
+    if low_bit not in RUN:
+        return
+    case = replace(Case(), Nk=Nk, topk_ratio=1.0, keep=False)
+    x = routed(case, case.tensors())
+    allocate = cuda.EightBit.for_call
+
+    def inside(x: Tensor) -> Tensor:
+        room = torch.empty_like(x.expand(3, *x.shape).contiguous())
+        return room[1]
+
+    def guarded(*args: Any) -> cuda.EightBit:
+        made = allocate(*args)
+        return replace(made, k_scale=inside(made.k_scale), v8=inside(made.v8), v_log=inside(made.v_log))
+
+    monkeypatch.setattr(cuda.EightBit, "for_call", guarded)
+    for wild in (-7, 2**30):
+        x["lut"].fill_(wild)
+        assert case.attention(x, cuda.attention_forward, False, low_bit)[0].isfinite().all()
+
+
+@body
+def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded memory for the states: many launches give what one gives."""
+    low_bit = RUN[-1]
+    case = replace(Case(), B=2, heads=2, Nq=75, Nk=107, keep=False)
+    x = routed(case, case.tensors())
+    whole = case.attention(x, cuda.attention_forward, False, low_bit)[0]
+    monkeypatch.setattr(cuda, "STATE_BYTES", 1)
+    assert torch.equal(whole, case.attention(x, cuda.attention_forward, False, low_bit)[0])
+
+
+if not INTERPRETED:
+
+    @pytest.mark.gpu
+    @levels
+    def test_a_call_runs_what_was_asked(low_bit: str) -> None:
+        """Eager, compiled and captured calls agree, differ from bf16 as they should, and train in bf16."""
+        from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+
+        q, k, v = (torch.randn(2, 4, 1111, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+        options = AttentionOptions(block_q=128, block_k=64, low_bit=low_bit)
+        plain = replace(options, low_bit="none")
+        o, high = sla2_attention(q, k, v, options), sla2_attention(q, k, v, plain)
+        error = ((o - high).float().norm() / high.float().norm()).item()
+        assert 1e-3 < error < 0.06
+        torch._dynamo.reset()
+        for dynamic in (False, True):
+            compiled = torch.compile(
+                lambda q, k, v: sla2_attention(q, k, v, options), fullgraph=True, backend="aot_eager", dynamic=dynamic
+            )
+            assert torch.equal(compiled(q, k, v), o)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = sla2_attention(q, k, v, options)
+        captured.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, o)
+        program = torch.export.export(Call(options), (q, k, v))
+        assert low_bit in str(program.graph)
+        assert torch.equal(program.module()(q, k, v), o)
+        assert torch.equal(sla2_attention(q.requires_grad_(), k, v, options), high)
+
+    @pytest.mark.gpu
+    @levels
+    def test_opcheck(low_bit: str) -> None:
+        from sla2_compile.kernels.ops import attention, route
+
+        q, k, v = (
+            torch.randn(1, 2, 300, 64, device=DEVICE, dtype=torch.bfloat16).mT.contiguous().mT for _ in range(3)
+        )
+        lut, log_rest, _, k_mean = route(q, k, None, None, None, 0.3, 8, 64, 32, 0.125, False)
+        for keep in (False, True):
+            args = (q, k, v, k_mean, lut, log_rest, None, None, None, 64, 32, 0.125, "softmax", "complement", False)
+            torch.library.opcheck(attention, (*args, keep, low_bit))
+
+    class Call(torch.nn.Module):
+        def __init__(self, options: Any) -> None:
+            super().__init__()
+            self.options = options
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            from sla2_compile.kernels.functional import sla2_attention
+
+            return sla2_attention(q, k, v, self.options)
+
+    def test_bodies_in_the_interpreter() -> None:
+        """Run this file's bodies without a GPU."""
+        env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
