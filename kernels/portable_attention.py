@@ -16,13 +16,13 @@ from torch import Tensor
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.tiling import (
     NEG_INF,
-    SMALL_SCORE,
     Tiles,
     accumulation_dtype,
     block_rows,
     call_memory,
     cut,
     head_groups,
+    is_moderate,
 )
 
 
@@ -63,38 +63,48 @@ def query_features(tiles: Tiles, state: LinearState, feature_map: str) -> tuple[
 
     The factor cancels in o_linear = phi(q) H / phi(q) Z, so a softmax need not be normalised.
     """
-    phi_q = tiles.scratch("phi_q", tuple(tiles.q.shape), tiles.acc)
-    if feature_map == "softmax" and tiles.longest_q < SMALL_SCORE:
-        torch.exp(tiles.q, out=phi_q)
-    else:
-        phi(tiles.q.to(tiles.acc), feature_map, out=phi_q)
+    phi_q, on_cpu = tiles.scratch("phi_q", tuple(tiles.q.shape), tiles.acc), tiles.q.device.type == "cpu"
+    if feature_map == "softmax" and on_cpu:
+        total = torch.bmm(torch.exp(tiles.q, out=phi_q), state.k_sum)
+        if is_moderate(total):
+            return phi_q.to(tiles.q.dtype), total
+    phi(tiles.q.to(tiles.acc), feature_map, out=phi_q)
     return phi_q.to(tiles.q.dtype), torch.bmm(phi_q, state.k_sum)
 
 
+def attend_rows(tiles: Tiles, part: slice, o: Tensor, total: Tensor, top: Tensor | None) -> None:
+    """Write sums of exp(s - top) v to o and of exp(s - top) to total, for these rows; and top, which is 0 if None."""
+    picked = tiles.rows[part].flatten()
+    s = tiles.scores(part, tiles.gather(tiles.k, picked, "gathered"))
+    if top is not None:
+        # the least finite number keeps exp(-inf - top) at 0 in rows that see no key
+        s.sub_(torch.amax(s, dim=1, keepdim=True, out=top[part]).clamp_(min=torch.finfo(s.dtype).min))
+    torch.sum(s.exp_(), dim=1, keepdim=True, out=total[part])
+    # in the keys' memory, which is in the cache and no longer needed
+    values = tiles.gather(tiles.v, picked, "gathered")
+    torch.bmm(s.to(values.dtype).mT, values, out=o[part])
+
+
 def sparse_branch(tiles: Tiles, o: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum exp(s - top) v into o (R, block_q, Dv), and return the sums of exp(s - top) and the lse (Eq. 14, left).
+    """Write sums of exp(s - top) v to o (R, block_q, Dv); return sums of exp(s - top) and the lse (Eq. 14, left).
 
     o_sparse is their ratio; both results are (R, block_q) in the accumulation dtype.
     """
     R, block_q, _ = tiles.q.shape
     total = tiles.scratch("total", (R, 1, block_q), tiles.acc)
-    # a row's maximum need not be found and subtracted where exp cannot overflow: two passes less
-    shift = not tiles.small
-    top = tiles.scratch("top", (R, 1, block_q), tiles.acc) if shift else total
-    for part in tiles.chunks(tiles.keys):
-        picked = tiles.rows[part].flatten()
-        s = tiles.scores(part, tiles.gather(tiles.k, picked, "gathered"))
-        if shift:
-            # the least finite number keeps exp(-inf - top) at 0 in rows that see no key
-            s.sub_(torch.amax(s, dim=1, keepdim=True, out=top[part]).clamp_(min=torch.finfo(s.dtype).min))
-        torch.sum(s.exp_(), dim=1, keepdim=True, out=total[part])
-        # in the keys' memory, which is in the cache and no longer needed
-        values = tiles.gather(tiles.v, picked, "gathered")
-        torch.bmm(s.to(values.dtype).mT, values, out=o[part])
-    lse = total.log()
-    if shift:
-        lse += top
-    return total.squeeze(1), lse.squeeze(1)
+    parts = list(tiles.chunks(tiles.keys))
+    if tiles.q.device.type == "cpu":
+        # two passes less, if no exp overflows or vanishes; the first rows mostly tell before much is lost
+        for part in parts:
+            attend_rows(tiles, part, o, total, None)
+            if part in (parts[0], parts[-1]) and not is_moderate(total[: part.stop]):
+                break
+        else:
+            return total.squeeze(1), total.log().squeeze(1)
+    top = tiles.scratch("top", (R, 1, block_q), tiles.acc)
+    for part in parts:
+        attend_rows(tiles, part, o, total, top)
+    return total.squeeze(1), total.log().add_(top).squeeze(1)
 
 
 def mix_weight(

@@ -27,6 +27,7 @@ from sla2_compile.kernels.tiling import (
     cut,
     from_blocks,
     head_groups,
+    is_moderate,
     to_blocks,
 )
 
@@ -39,9 +40,10 @@ class RowGradients:
     """What the backward knows of a group's query rows before it turns to the keys.
 
     Attributes:
-        do_sparse: (R, block_q, Dv), dO_s, with exp(-lse) as a factor where `Tiles.small`.
+        do_sparse: (R, block_q, Dv), dO_s, with exp(-lse) as a factor if `plain`.
         d_logit, d_gain: (R,), gradients for each query block's bias and gain.
         shift: (R, 1, block_q), what is added to dP before it is weighted: dlse - D_s, with that factor.
+        plain: whether exp(S) can be taken as it is.
         dq: (R, block_q, D), of the linear branch.
         d_kv: (R, D, Dv) and d_k: (R, D, 1), for the row's sums over its complement.
     """
@@ -50,6 +52,7 @@ class RowGradients:
     d_logit: Tensor
     d_gain: Tensor
     shift: Tensor
+    plain: bool
     dq: Tensor
     d_kv: Tensor
     d_k: Tensor
@@ -65,16 +68,20 @@ def row_backward(
         do, o_sparse, o_linear: (R, block_q, Dv); lse: (R, block_q); log_rest, gain, bias: (R, 1).
     """
     (R, block_q, D), Dv, acc, new = tiles.q.shape, do.shape[2], tiles.acc, tiles.scratch
+    # rows that see no key have no exp(S) either
+    factor = lse.masked_fill(lse == NEG_INF, 0.0).neg_().exp_()
+    plain = is_moderate(factor)
     rows = RowGradients(
         do_sparse=new("do_sparse", (R, block_q, Dv), tiles.v.dtype),
         d_logit=new("d_logit", (R,), acc),
         d_gain=new("d_gain", (R,), acc),
         shift=new("shift", (R, 1, block_q), acc),
+        plain=plain,
         dq=new("dq", (R, block_q, D), acc),
         d_kv=new("d_kv_rows", (R, D, Dv), acc),
         d_k=new("d_k_rows", (R, D, 1), acc),
     )
-    for part in tiles.chunks(4 * D):
+    for part in tiles.chunks(D):
         g, kv_sum, k_sum = do[part], state.kv_sum[part].to(acc), state.k_sum[part]
         phi_q = phi(tiles.q[part].to(acc), feature_map)
         total = torch.bmm(phi_q, k_sum)
@@ -88,10 +95,9 @@ def row_backward(
             d_lse = d_logit * own_gain
         else:
             d_lse = d_logit if own_bias is None else torch.zeros_like(d_logit)
-        # rows that see no key have no exp(s) either
-        factor = torch.where(lse[part] > NEG_INF, lse[part], 0.0).neg_().exp_() if tiles.small else 1.0
-        torch.mul(g, (alpha * factor)[..., None], out=rows.do_sparse[part])
-        rows.shift[part] = ((d_lse - alpha * along_sparse) * factor)[:, None]
+        own_factor = factor[part] if plain else 1.0
+        torch.mul(g, (alpha * own_factor)[..., None], out=rows.do_sparse[part])
+        rows.shift[part] = ((d_lse - alpha * along_sparse) * own_factor)[:, None]
 
         weight = torch.where(total > LEAST_WEIGHT, (1.0 - alpha[..., None]) / total, 0.0)
         g, delta = g * weight, along_linear[..., None] * weight
@@ -123,7 +129,7 @@ def add_sparse_backward(tiles: Tiles, rows: RowGradients, lse: Tensor, dk: Tenso
         picked, g, q = tiles.rows[part].flatten(), rows.do_sparse[part], tiles.q[part]
         keys, values = tiles.gather(tiles.k, picked, "keys"), tiles.gather(tiles.v, picked, "values")
         p = tiles.scores(part, keys)
-        p = p.exp_() if tiles.small else p.sub_(safe_lse[part]).exp_()
+        p = p.exp_() if rows.plain else p.sub_(safe_lse[part]).exp_()
         d_values = torch.bmm(p.to(dtype), g, out=new("d_values", tuple(values.shape), dtype))
         dv.index_add_(0, picked, d_values.to(tiles.acc).view(-1, *dv.shape[1:]))
         ds = torch.bmm(values, g.mT, out=new("ds", tuple(p.shape), dtype)).to(tiles.acc)

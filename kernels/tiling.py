@@ -34,6 +34,9 @@ KEPT_BYTES = 2**26
 # exp(40) times any sensible value, summed over any sensible length, is far from float32's end
 SMALL_SCORE = 40.0
 
+# a sum of exponentials between 1 / MODERATE and MODERATE has lost nothing, and times any sensible value is finite
+MODERATE = 1e20
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64, everything else accumulates in float32."""
@@ -50,14 +53,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def products_are_small(q: Tensor, k: Tensor, scale: float) -> bool:
     """Whether exp(scale * q . k) can neither overflow nor vanish, by |q . k| <= |q| |k|; never asked of a GPU."""
-    return abs(scale) * longest(q) * longest(k) < SMALL_SCORE
+    if q.device.type != "cpu" or q.numel() == 0 or k.numel() == 0:
+        return False
+    longest = [torch.linalg.vector_norm(x, dim=-1).max().item() for x in (q, k)]
+    return abs(scale) * longest[0] * longest[1] < SMALL_SCORE
 
 
-def longest(x: Tensor) -> float:
-    """Euclidean length of the longest row of x; infinity on a GPU, which would have to be waited for."""
+def is_moderate(x: Tensor) -> bool:
+    """Whether all of x is positive and far from both ends of float32; never asked of a GPU."""
     if x.device.type != "cpu" or x.numel() == 0:
-        return math.inf
-    return torch.linalg.vector_norm(x, dim=-1).max().item()
+        return False
+    least, most = x.aminmax()
+    return least.item() > 1.0 / MODERATE and most.item() < MODERATE
 
 
 def head_groups(B: int, heads: int, tokens: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -178,15 +185,6 @@ class Tiles:
     def masked(self) -> bool:
         """Whether any gathered key may be hidden from any query."""
         return self.k_valid is not None or self.row_valid is not None or self.q_start is not None
-
-    @cached_property
-    def longest_q(self) -> float:
-        return longest(self.q)
-
-    @cached_property
-    def small(self) -> bool:
-        """Whether exp of a score can neither overflow nor vanish."""
-        return abs(self.scale) * self.longest_q * longest(self.k) < SMALL_SCORE
 
     @cached_property
     def acc(self) -> torch.dtype:
