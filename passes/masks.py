@@ -46,11 +46,12 @@ class MaskView:
 _READ = WeakTensorKeyDictionary()
 
 
-def read_mask(call: AttentionCall, planned: Structure | None = None) -> MaskView | None:
+def read_mask(call: AttentionCall, planned: Structure | None = None, *, constant: bool = False) -> MaskView | None:
     """Return what the call's mask says, or None if it says more than SLA2 knows.
 
     Args:
         planned: what this call's mask was when the model was planned; decides where values cannot be read.
+        constant: the mask is a real tensor with the only values it can have: read them, in a compiler too.
     """
     mask = call.attn_mask
     if call.key_mask is not None:
@@ -60,11 +61,11 @@ def read_mask(call: AttentionCall, planned: Structure | None = None) -> MaskView
     if mask.requires_grad or call.is_causal or _differs_over_heads(mask):
         return None
     if same_for_all_queries(mask):
-        fits = mask.dtype == torch.bool or _structure_of(mask, Structure.SAME) is not None
+        fits = mask.dtype == torch.bool or _structure_of(mask, Structure.SAME, constant) is not None
         return MaskView(_key_row(mask, call, 0), Structure.SAME) if fits else None
     if mask.shape[-2] != call.q.shape[2] or mask.shape[-1] != call.k.shape[2]:
         return None
-    structure = _structure_of(mask, planned)
+    structure = _structure_of(mask, planned, constant)
     if structure is None:
         return None
     # the last query of a causal map sees every key that anybody sees
@@ -88,9 +89,9 @@ def _is_one_row(mask: Tensor, axis: int) -> bool:
     return mask.shape[axis] == 1 or (mask.stride(axis) == 0 and not torch.compiler.is_exporting())
 
 
-def _structure_of(mask: Tensor, planned: Structure | None) -> Structure | None:
+def _structure_of(mask: Tensor, planned: Structure | None, constant: bool) -> Structure | None:
     """The structure that a mask's values have; while tracing, the planned one, with an assertion in the graph."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not constant:
         if planned is None or (planned is Structure.CAUSAL and mask.shape[-1] != mask.shape[-2]):
             return None
         message = f"attn_mask must hide {planned.value}, as when SLA2 was planned; run this mask in eager mode"

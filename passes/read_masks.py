@@ -18,15 +18,16 @@ from sla2_compile.passes.call import AttentionCall, causal_keys
 from sla2_compile.passes.fuse_aliases import Writes
 from sla2_compile.passes.fuse_reader import Reader
 from sla2_compile.passes.graph_values import evaluate
+from sla2_compile.passes.lower_mask import Lowered, is_aten, lower
 from sla2_compile.passes.mask_proof import Proof, prove
 from sla2_compile.passes.masks import Structure, read_mask
 from sla2_compile.passes.normalize_sdpa import is_normal
-from sla2_compile.passes.select_attention import DECISION, call_of
+from sla2_compile.passes.select_attention import DECISION, call_of, value_of
 
 
 @dataclass(frozen=True)
 class ReadMasks(Pass):
-    """attn_mask -> none, is_causal, a mask over keys, or `causal_keys`, where it says just that. On aten graphs."""
+    """attn_mask -> none, is_causal, a mask over keys, or `causal_keys`, where it says just that."""
 
     name: ClassVar[str] = "read-masks"
     numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
@@ -41,25 +42,34 @@ class ReadMasks(Pass):
             source = node.kwargs.get("attn_mask")
             if not is_normal(node) or not isinstance(source, fx.Node) or DECISION in node.meta:
                 continue
-            if source.target is causal_keys:
+            if source.target is causal_keys or node.kwargs["is_causal"]:
                 continue
-            mask = evaluate(source, {})
+            low = None if is_aten(source) else lower(source, reader, writes)
+            mask = evaluate(low.mask if low else source, {})
             if mask is not None:
-                view = read_mask(replace(call_of(node), attn_mask=mask))
+                view = read_mask(replace(call_of(node), attn_mask=mask), constant=True)
                 if view is not None and (view.keys is None or bool(view.keys.all())):
                     node.kwargs = {**node.kwargs, "attn_mask": None, "is_causal": view.is_causal}
                     result.changed += 1
                 continue
-            proof = None if node.kwargs["is_causal"] else prove(source, reader, writes)
+            proof = prove(low.mask, low.reader, low.writes) if low else prove(source, reader, writes)
             structure = None if proof is None else _structure(call_of(node), proof.constant)
-            if proof is None or structure is None or (proof.keys is source and not proof.negated):
+            if proof is None or structure is None or (_is_itself(proof, low, source) and not proof.negated):
                 continue
             if (source, structure) not in written:
                 with gm.graph.inserting_before(node):
-                    written[source, structure] = _write(gm.graph, proof, structure)
+                    keys = low.copy_back(proof.keys, gm.graph) if low else proof.keys
+                    if keys is None:
+                        continue
+                    written[source, structure] = _write(gm.graph, replace(proof, keys=keys), structure)
             node.kwargs = {**node.kwargs, "attn_mask": written[source, structure]}
             result.changed += 1
         return result
+
+
+def _is_itself(proof: Proof, low: Lowered | None, source: fx.Node) -> bool:
+    """Whether the mask is one over keys as it stands."""
+    return proof.keys is (low.mask if low else source)
 
 
 def _structure(call: AttentionCall, constant: Tensor) -> Structure | None:
@@ -67,7 +77,7 @@ def _structure(call: AttentionCall, constant: Tensor) -> Structure | None:
     Nq, Nk = call.q.shape[2], call.k.shape[2]
     if not isinstance(Nq, int) or not isinstance(Nk, int):
         return None
-    view = read_mask(replace(call, attn_mask=constant.expand(constant.shape[0], 1, Nq, Nk)))
+    view = read_mask(replace(call, attn_mask=constant.expand(constant.shape[0], 1, Nq, Nk)), constant=True)
     return view.structure if view is not None and (view.keys is None or bool(view.keys.all())) else None
 
 
@@ -82,6 +92,7 @@ def _write(graph: fx.Graph, proof: Proof, structure: Structure) -> fx.Node:
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
-    fakes = fx.node.map_arg(args, lambda n: n.meta.get("example_value", n.meta.get("val")))
-    node.meta["val"] = target(*fakes)
+    fakes: Any = fx.node.map_arg(args, value_of)
+    with fakes[0].fake_mode:
+        node.meta["val"] = target(*fakes)
     return node

@@ -1,6 +1,8 @@
-"""Exported transformers with a padding mask: the graph proves that the map is keys, or keys and causality."""
+"""Exported and compiled transformers with a padding mask: the graph proves that it is keys, or keys and causality."""
 
 from __future__ import annotations
+
+import logging
 
 import pytest
 import torch
@@ -44,3 +46,20 @@ def test_padded_batches(build):
             expected = model(**batch, **options)[0][keep]
             torch.testing.assert_close(ours.module()(**batch, **options)[0][keep], expected)
             assert (sparse.module()(**batch, **options)[0][keep] - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("build", [bert, llama])
+def test_the_back_end_takes_them(build, pad, caplog):
+    """Without a mask, causal models make a map of constants while they are traced."""
+    model, _ = build()
+    options = {"inner_backend": "aot_eager", "min_seq_len": 0, "topk_ratio": 1.0}
+    compiled = torch.compile(model, backend="sla2", fullgraph=True, options=options)
+    for batch in (padded(0, 80), padded(20, N)) if pad else (padded(0, N),):
+        keep = batch["attention_mask"].bool()
+        if not pad:
+            del batch["attention_mask"]
+        with torch.no_grad(), caplog.at_level(logging.INFO, "sla2_compile"):
+            torch.testing.assert_close(compiled(**batch)[0][keep], model(**batch)[0][keep])
+    assert "2 of 2 attention calls" in caplog.text
+    assert "left alone" not in caplog.text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -152,6 +155,60 @@ def test_unproven(name, inputs):
     report = sla2_compile.report(ours)
     assert [x.reason for x in report.misses] == [report.misses[0].reason] * 2
     assert report.misses[0].reason in (Reason.QUERY_MASK, Reason.BIAS)
+
+
+def compiled(model, ratio: float = 1.0):
+    options: dict[str, Any] = {"inner_backend": "aot_eager", "min_seq_len": 0, "topk_ratio": ratio}
+    return torch.compile(model, backend="sla2", options=options)
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_proven_in_what_dynamo_traces(name, inputs, caplog):
+    build, kind = PROVEN[name]
+    model = Model(build)
+    ours = compiled(model)
+    with caplog.at_level(logging.INFO, "sla2_compile"):
+        ours(*inputs)
+    assert "2 of 2 attention calls" in caplog.text
+    for keep in (inputs[1], *others()):
+        seen = torch.ones(B, N, dtype=torch.bool) if kind == "keys" else keep.cumsum(-1) > 0
+        expected = model(inputs[0], keep).transpose(1, 2)[seen]
+        torch.testing.assert_close(ours(inputs[0], keep).transpose(1, 2)[seen], expected)
+
+
+@pytest.mark.parametrize("name", UNPROVEN)
+def test_unproven_in_what_dynamo_traces(name, inputs, caplog):
+    model = Model(UNPROVEN[name])
+    ours = compiled(model, 0.1)
+    with caplog.at_level(logging.INFO, "sla2_compile"):
+        ours(*inputs)
+    assert "0 of 2 attention calls" in caplog.text
+    for keep in (inputs[1], *others()):
+        torch.testing.assert_close(ours(inputs[0], keep), model(inputs[0], keep), equal_nan=True)
+
+
+def test_constant_masks_in_what_dynamo_traces(inputs, caplog):
+    model = Model(lambda keep: causal()[None, None])
+    ours = compiled(model, 0.25)
+    with caplog.at_level(logging.INFO, "sla2_compile"):
+        got = ours(*inputs)
+    assert "2 of 2 attention calls" in caplog.text
+    program = torch.export.export(model, inputs)
+    assert (got - model(*inputs)).abs().max() > 1e-3
+    twin = sla2_compile.transform(program, min_seq_len=0, topk_ratio=0.25)
+    torch.testing.assert_close(got, twin.module()(*inputs))
+
+
+def test_dynamic_lengths_prove_nothing(inputs, caplog):
+    model = Model(
+        lambda keep: (torch.arange(keep.shape[1])[None] <= torch.arange(keep.shape[1])[:, None])[None, None]
+    )
+    ours = torch.compile(
+        model, backend="sla2", dynamic=True, options={"inner_backend": "aot_eager", "min_seq_len": 0}
+    )
+    with caplog.at_level(logging.INFO, "sla2_compile"):
+        torch.testing.assert_close(ours(*inputs), model(*inputs))
+    assert "0 of 2 attention calls" in caplog.text
 
 
 def test_calls_that_stay_keep_their_mask(inputs):
