@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla2_compile.kernels import reference
+from sla2_compile.kernels import reference, tiling
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -179,6 +179,23 @@ def test_any_shape_and_layout_gives_what_the_reference_gives(
     exact = reference_attention(q.double(), k.double(), v.double(), OPTIONS, is_causal=is_causal, alpha_bias=whole)
     low = reference_attention(q, k, v, OPTIONS, is_causal=is_causal, alpha_bias=whole.to(dtype))
     assert_as_exact_as(low, sla2_attention(q, k, v, OPTIONS, is_causal=is_causal, alpha_bias=whole), exact)
+
+
+@pytest.mark.parametrize("first", [0, 40], ids=["all rows", "late rows"])
+def test_large_scores_anywhere(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portable sparse branch takes exp(s) as it is until a row's sum forbids it; here with a block at a time."""
+    monkeypatch.setitem(tiling.TILE_ELEMENTS, "cpu", 1)
+    q, k, v = qkv(dtype=torch.float64)
+    q[:, :, first:] *= 300
+    inputs = [[x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2)]
+    # a given alpha: log_rest counts as a constant in the op only
+    runs, even = (reference_attention, sla2_attention), torch.zeros(1, 1, dtype=torch.float64)
+    want, got = (run(*x, OPTIONS, alpha_bias=even) for run, x in zip(runs, inputs, strict=True))
+    torch.testing.assert_close(got, want)
+    for o in (want, got):
+        o.sum().backward()
+    for a, b in zip(*inputs, strict=True):
+        torch.testing.assert_close(b.grad, a.grad)
 
 
 def hazards() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
