@@ -189,7 +189,8 @@ def test_large_scores_anywhere(first: int, monkeypatch: pytest.MonkeyPatch) -> N
     q[:, :, first:] *= 300
     inputs = [[x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2)]
     # a given alpha: log_rest counts as a constant in the op only
-    runs, even = (reference_attention, sla2_attention), torch.zeros(1, 1, dtype=torch.float64)
+    runs: tuple[Attention, ...] = (reference_attention, sla2_attention)
+    even = torch.zeros(1, 1, dtype=torch.float64)
     want, got = (run(*x, OPTIONS, alpha_bias=even) for run, x in zip(runs, inputs, strict=True))
     torch.testing.assert_close(got, want)
     for o in (want, got):
