@@ -13,7 +13,8 @@ v's scale thus rides on the exponent, and p8 is small where v is. int8 keeps v, 
 The maximum runs over the selected blocks in ascending order, as a kernel meets them; another order moves the
 rounding of p and nothing else.
 
-Scales and roundings are float32 whatever the inputs are; products are float64 for float64 inputs, else float32.
+Scales and roundings are float32 whatever the inputs are, in operations that every device rounds alike (a division by
+a constant is none: PyTorch multiplies on CUDA); products are float64 for float64 inputs, else float32.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def in_blocks(x: Tensor, rows: int) -> Tensor:
 
 def to_int8(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return int8 of x and its scale, one over dims (kept as 1)."""
-    scale = (x.abs().amax(dim=dims, keepdim=True) / 127.0).clamp(min=TINY)
-    return (x * (1.0 / scale)).round().to(torch.int8), scale
+    scale = (x.abs().amax(dim=dims, keepdim=True) * (1.0 / 127.0)).clamp(min=TINY)
+    return (x * (1.0 / scale)).clamp(-127.0, 127.0).round().to(torch.int8), scale
 
 
 def quantise_keys(k: Tensor, real: Tensor | None, block_k: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,7 @@ def quantise_values(v: Tensor, real: Tensor | None, block_k: int) -> tuple[Tenso
         v8 (B, H, Tn, block_k, Dv) float8_e4m3fn, keys in their order, and v_log (B, H, Tn) float32.
     """
     v = in_blocks(v if real is None else v.masked_fill(~real[:, None, :, None], 0.0), block_k)
-    v_scale = (v.abs().amax(dim=(-1, -2)) / 448.0).clamp(*V_SCALE)
+    v_scale = (v.abs().amax(dim=(-1, -2)) * (1.0 / 448.0)).clamp(*V_SCALE)
     v8 = (v * (1.0 / v_scale)[..., None, None]).clamp(-448.0, 448.0)
     return v8.to(torch.float8_e4m3fn), v_scale.log2()
 

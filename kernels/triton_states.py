@@ -68,14 +68,16 @@ def key_order(position):
 @triton.jit
 def scale_of(top):
     """The INT8 scale of numbers of at most top; the same bits as the reference's."""
-    return tl.maximum(tl.div_rn(top, 127.0), 1e-20)
+    return tl.maximum(top * (1.0 / 127.0), 1e-20)
 
 
 @triton.jit
 def to_int8(x, scale):
-    """Round x / scale, within -127..127, to the nearest; the same bits as the reference's. Broadcasts scale."""
+    """Round x / scale to the nearest; the same bits as the reference's. Broadcasts scale."""
+    # between product and sum, so that the compiler does not fuse them: at a tie that rounds to the other side
+    x = tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -127.0), 127.0)
     # adding and subtracting 1.5 * 2^23 rounds; the interpreter has no rint
-    return (x * tl.div_rn(1.0, scale) + 12582912.0 - 12582912.0).to(tl.int8)
+    return (x + 12582912.0 - 12582912.0).to(tl.int8)
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def store_value_block(
                 v_at + (others - columns)[None, :], mask=real[:, None] & (others < DV)[None, :], other=0.0
             )
             top = tl.maximum(top, tl.max(tl.abs(other.to(tl.float32))))
-    scale = tl.minimum(tl.maximum(tl.div_rn(top, 448.0), V_SCALE_MIN), V_SCALE_MAX)
+    scale = tl.minimum(tl.maximum(top * (1.0 / 448.0), V_SCALE_MIN), V_SCALE_MAX)
     eight = tl.minimum(tl.maximum(value * tl.div_rn(1.0, scale), -448.0), 448.0).to(tl.float8e4nv)
     at = out + columns[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(at, tl.trans(eight), mask=exists & (columns < DV)[:, None])
