@@ -34,9 +34,9 @@ class Lowered:
     writes: Writes
 
     def copy_back(self, node: fx.Node, graph: fx.Graph) -> fx.Node | None:
-        """Copy a node and what it needs to where graph inserts; None if that writes to memory."""
+        """Copy a node and what it needs to where graph inserts; None if doing that twice is not doing it once."""
         needed = _ancestors(node)
-        if needed is None or any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in needed):
+        if needed is None or not all(n.op == "placeholder" or _is_pure(n) for n in needed):
             return None
         copies = dict(self.inputs)
         for n in node.graph.nodes:
@@ -86,6 +86,14 @@ def lower(mask: fx.Node, reader: Reader, writes: Writes) -> Lowered | None:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     lowered = Reader(gm)
     return Lowered(result, dict(zip(placeholders, inputs, strict=True)), lowered, Writes(lowered))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a node writes to no memory and draws no random numbers."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _is_static(value: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sla2_compile.passes.fuse_aliases import Writes
+from sla2_compile.passes.fuse_aliases import VIEWS, Writes
 from sla2_compile.passes.fuse_reader import CASTS, PERMUTES, REGROUP, Reader
 from sla2_compile.passes.graph_values import PURE, evaluate
 
@@ -141,6 +141,7 @@ class Chain:
         if not (isinstance(target, torch._ops.OpOverload) or target in PURE) or source is None:
             raise Unproven
         before, after = self._shape(source), self._shape(node)
+        dtype = self.reader.value(node).dtype
         if name in LIKE:
             # a blank in the place of the tensor whose metadata counts
             blank = torch.empty(
@@ -148,8 +149,11 @@ class Chain:
             )
             return _always(_aligned(_run(node, target, lambda n: blank if n is source else _refuse()), axes))
         if name in CASTS:
-            value, dtype = self.follow(source, axes), self.reader.value(node).dtype
+            value = self.follow(source, axes)
             return lambda keep: value(keep).to(dtype)
+        if name in VIEWS and self.reader.value(source).dtype != dtype:
+            # the same memory, read as something else
+            raise Unproven
         if name in ("expand", "expand_as", "broadcast_to"):
             return self.follow(source, axes[len(axes) - len(before) :])
         if name in REGROUP:
@@ -168,6 +172,8 @@ class Chain:
             under = self.reader.first(source)
             if self.reader.name(source) not in REGROUP or under is None:
                 raise Unproven
+            if self.reader.value(source).dtype != self.reader.value(under).dtype:
+                raise Unproven
             self.passed.add(source)
             source = under
         names = [axis for axis, n in zip(axes, after, strict=True) if n != 1]
@@ -182,7 +188,8 @@ class Chain:
         if drawn or not (tagged or {name, name.removesuffix("_")} & POINTWISE or target in PURE):
             raise Unproven
         inputs = {n: self.follow(n, axes[len(axes) - len(self._shape(n)) :]) for n in node.all_input_nodes}
-        return lambda keep: _run(node, target, lambda n: inputs[n](keep))
+        dtype = self.reader.value(node).dtype
+        return lambda keep: _run(node, target, lambda n: inputs[n](keep)).to(dtype)
 
     def _without_write(self, node: fx.Node, name: str) -> torch._ops.OpOverload:
         """The operator that gives what this one writes, where it writes into a tensor that nothing else reads."""

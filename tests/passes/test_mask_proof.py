@@ -98,6 +98,7 @@ UNPROVEN = {
     ),
     "numbers": lambda keep: ((1.0 - keep.float()) * -1e4)[:, None, None].expand(B, 1, N, N).contiguous(),
     "kept by a bias": lambda keep: torch.where(keep[:, None, None] & causal(), 0.5, NEVER),
+    "bits of numbers": lambda keep: (keep[:, None, None] & causal()).float().view(torch.int32) == 1,
     "written later": written_later,
     "keys written later": keys_written_later,
     "random": lambda keep: keep[:, None, None] & causal() & (torch.rand(N, N) > 0),
@@ -185,6 +186,13 @@ def test_unproven_in_what_dynamo_traces(name, inputs, caplog):
     assert "0 of 2 attention calls" in caplog.text
     for keep in (inputs[1], *others()):
         torch.testing.assert_close(ours(inputs[0], keep), model(inputs[0], keep), equal_nan=True)
+
+
+def test_random_masks_are_drawn_once(inputs, caplog):
+    model = Model(lambda keep: (torch.rand(B, 1, 1, N) > 0.5) & causal())
+    with caplog.at_level(logging.INFO, "sla2_compile"):
+        compiled(model)(*inputs)
+    assert "0 of 2 attention calls" in caplog.text
 
 
 def test_constant_masks_in_what_dynamo_traces(inputs, caplog):
