@@ -7,6 +7,7 @@ Modules that `transform` planned, and trial runs of `transform`, go past the doo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ from sla2_compile.passes.site import Site
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
 
+log = logging.getLogger("sla2_compile")
+
 # what the recipe says of single sites needs their names, which no registry passes on
 BY_NAME = ("include", "exclude", "overrides", "start_layer", "end_layer")
 
@@ -44,12 +47,16 @@ class DoorSite(Site):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(SiteSettings.of(recipe, ""))
         self.recipe = recipe
+        # Dynamo calls such a function while it traces, and leaves nothing of it in the graph
+        self.tell = torch.compiler.assume_constant_result(_tell)
         self.outcomes: dict[str, Rewrite | Miss] = {}
 
     def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
         mask, reason = super().decide(call)
         if not torch.compiler.is_compiling():
             self._remember(call, mask, reason)
+        elif reason is not None and torch.compiler.is_dynamo_compiling():
+            self.tell(reason.value)
         return mask, reason
 
     def _remember(self, call: AttentionCall, mask: MaskView | None, reason: Reason | None) -> None:
@@ -64,6 +71,12 @@ class DoorSite(Site):
         else:
             assert mask is not None
             self.outcomes[key] = Rewrite.of(where, call, self.settings, mask.is_causal)
+
+
+def _tell(reason: str) -> bool:
+    """Log why a call keeps full attention in compiled code, which records nothing."""
+    log.info("left alone in compiled code: %s", reason)
+    return True
 
 
 # eager calls only; a module that goes away takes its record along

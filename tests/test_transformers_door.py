@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections import Counter
 from typing import Any
@@ -91,6 +92,14 @@ def test_generate_keeps_the_cache_and_counts_decoding():
     assert sla2_compile.report(ours).discovery == "door"
 
 
+def test_generate_with_a_static_cache():
+    batch = {key: value[:1] for key, value in inputs("left").items()}
+    ours, theirs = llama("sla2"), llama("sdpa")
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    assert torch.equal(ours.generate(**batch, **options), theirs.generate(**batch, **options))
+    assert replaced(ours)[0] == 2
+
+
 def test_windows_and_dropout_stay_as_they_are():
     config = transformers.MistralConfig(
         **SMALL, num_key_value_heads=2, sliding_window=16, attention_dropout=0.1, attn_implementation="sla2"
@@ -143,12 +152,16 @@ def test_encoders_compile_and_export(padded):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_compiled_decoders_are_sla2_where_the_library_needs_no_values_for_its_mask(known):
+def test_compiled_decoders_are_sla2_where_the_library_needs_no_values_for_its_mask(known, caplog):
     """With a cache and no padding; otherwise a compiler sees a map that may hold anything."""
     batch = {"input_ids": inputs()["input_ids"]} if known else inputs("right")
     model = llama("sla2-sparse")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(output(compiled, **batch), output(model if known else llama("sdpa"), **batch))
+    with caplog.at_level(logging.INFO, "sla2_compile"):
+        ours = output(compiled, **batch)
+    torch.testing.assert_close(ours, output(model if known else llama("sdpa"), **batch))
+    told = caplog.text.count(f"left alone in compiled code: {Reason.QUERY_MASK.value}")
+    assert told == (0 if known else 2)
 
 
 def test_transform_plans_such_a_model_and_its_plan_holds():
