@@ -4,9 +4,10 @@
     python benchmarks/attention.py --suite crossover
     python benchmarks/attention.py --suite sweep
 
-Ours is the whole op: router, top-k, sparse branch, exact complement, mix. `eager` calls it as a user does;
-`graph` replays the same call from a CUDA graph, which leaves the GPU's own time. TFLOP/s are dense-equivalent
-(4 B H N^2 D / time) and real (what the sparse branch computes / time of the whole op).
+Ours is the whole op: router, top-k, sparse branch, exact complement, mix; `low` takes the sparse branch in INT8
+and FP8. `ours` and `low` call it as a user does; `_graph` replays the same call from a CUDA graph, which leaves the
+GPU's own time. TFLOP/s are dense-equivalent (4 B H N^2 D / time) and real (what the sparse branch computes / time of
+the whole op). `low_error` is the norm of low's difference from ours over the norm of ours.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ class Shape:
         q, k, v = (torch.randn(self.B, self.H, self.N, self.D, device="cuda", dtype=kind) for _ in range(3))
         return q, k, v
 
-    @property
-    def options(self) -> AttentionOptions:
-        return AttentionOptions(self.topk_ratio, self.compression_ratio, 128, 64)
+    def options(self, low_bit: str) -> AttentionOptions:
+        return AttentionOptions(self.topk_ratio, self.compression_ratio, 128, 64, low_bit=low_bit)
 
 
 WAN, WAN_14B = (1, 12, 32760, 128), (1, 40, 75600, 128)
+OURS = {"ours": "none", "low": "int8_fp8"}
+"""Ours by name: the low_bit of each."""
 RECIPES = ((0.05, 16), (0.15, 8), (0.25, 4))
 SUITES = {
     "anchors": [
@@ -127,9 +129,8 @@ def flex_call(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Call:
     return run
 
 
-def stages(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
+def stages(call: Call) -> dict[str, float]:
     """Device time of each kernel of one call, in milliseconds, from the profiler."""
-    call = lambda: sla2_attention(q, k, v, shape.options)  # noqa: E731
     call()
     repeats = 5
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -148,9 +149,12 @@ def measure(shape: Shape, detail: bool) -> dict[str, Any]:
     q, k, v = shape.tensors()
     budget = 400 if shape.N * shape.N * shape.H * shape.B > 10**11 else 60
 
-    def ours() -> Tensor:
-        with torch.no_grad():
-            return sla2_attention(q, k, v, shape.options)
+    def sla2(low_bit: str) -> Call:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return sla2_attention(q, k, v, shape.options(low_bit))
+
+        return run
 
     def backend(kind: SDPBackend) -> Call:
         def run() -> Tensor:
@@ -161,7 +165,8 @@ def measure(shape: Shape, detail: bool) -> dict[str, Any]:
 
     row: dict[str, Any] = {**asdict(shape)}
     contenders: dict[str, Call] = {
-        "fa2": backend(SDPBackend.FLASH_ATTENTION), "cudnn": backend(SDPBackend.CUDNN_ATTENTION), "ours": ours,
+        "fa2": backend(SDPBackend.FLASH_ATTENTION), "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
+        **{name: sla2(low_bit) for name, low_bit in OURS.items()},
     }  # fmt: skip
     if shape.with_flex:
         contenders["flex"] = flex_call(shape, q, k, v)
@@ -175,16 +180,19 @@ def measure(shape: Shape, detail: bool) -> dict[str, Any]:
         row[name] = milliseconds(call, budget)
         if detail:
             row[f"{name}_mib"] = peak_memory(call)
-    row["ours_graph"] = milliseconds(graphed(ours), budget)
-    for name in ("fa2", "cudnn"):
-        if name in row:
-            row[f"vs_{name}"] = row[name] / row["ours"]
-            row[f"vs_{name}_graph"] = row[name] / row["ours_graph"]
+    for ours in OURS:
+        row[f"{ours}_graph"] = milliseconds(graphed(contenders[ours]), budget)
+        for rival in ("fa2", "cudnn"):
+            if rival in row:
+                row[f"{ours}_vs_{rival}"] = row[rival] / row[ours]
+                row[f"{ours}_vs_{rival}_graph"] = row[rival] / row[f"{ours}_graph"]
+    full, low = contenders["ours"]().float(), contenders["low"]().float()
+    row["low_error"] = ((low - full).norm() / full.norm()).item()
     dense = 4.0 * shape.B * shape.H * shape.N**2 * shape.D
     row["dense_tflops"] = dense / row["ours_graph"] / 1e9
     row["real_tflops"] = row["dense_tflops"] * shape.topk_ratio
     if detail:
-        row["stages"] = stages(shape, q, k, v)
+        row["stages"] = {name: stages(contenders[name]) for name in OURS}
     return row
 
 
@@ -198,7 +206,10 @@ def environment() -> dict[str, str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table, times in milliseconds."""
-    columns = ["fa2", "cudnn", "flex", "ours", "ours_graph", "vs_fa2_graph", "vs_cudnn_graph", "dense_tflops"]
+    columns = [
+        "fa2", "cudnn", "flex", "ours", "ours_graph", "low_graph", "ours_vs_fa2_graph", "ours_vs_cudnn_graph",
+        "low_vs_fa2_graph", "low_vs_cudnn_graph", "low_error",
+    ]  # fmt: skip
     lines = ["| (B, H, N, D), dtype | top-k, r | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
         shape = f"({row['B']}, {row['H']}, {row['N']}, {row['D']}), {row['dtype']}"
@@ -212,7 +223,7 @@ def crossovers(rows: list[dict[str, Any]]) -> str:
     lines = []
     for key in dict.fromkeys((r["B"], r["H"], r["topk_ratio"], r["compression_ratio"]) for r in rows):
         mine = [r for r in rows if (r["B"], r["H"], r["topk_ratio"], r["compression_ratio"]) == key]
-        for kind in ("vs_fa2", "vs_cudnn", "vs_fa2_graph", "vs_cudnn_graph"):
+        for kind in ("ours_vs_fa2", "ours_vs_cudnn", "ours_vs_fa2_graph", "ours_vs_cudnn_graph"):
             behind = [r["N"] for r in mine if r.get(kind, 0.0) <= 1.0]
             ahead = [r["N"] for r in mine if r["N"] > max(behind, default=0)]
             lines.append(f"B={key[0]} H={key[1]} top-k {key[2]:.0%} r={key[3]} {kind}: {min(ahead, default='none')}")
@@ -227,13 +238,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = [f"{r['B']},{r['H']},{r['N']},{r['D']}\n{r['topk_ratio']:.0%} r{r['compression_ratio']}" for r in rows]
-    fig, axis = plt.subplots(figsize=(max(6, 1.1 * len(rows)), 4))
-    for offset, (kind, label) in enumerate((("vs_fa2_graph", "FlashAttention-2"), ("vs_cudnn_graph", "cuDNN"))):
-        values = [r.get(kind, 0.0) for r in rows]
-        bars = axis.bar([i + 0.4 * offset for i in range(len(rows))], values, width=0.38, label=f"over {label}")
-        axis.bar_label(bars, fmt="%.1f", fontsize=7)
+    fig, axis = plt.subplots(figsize=(max(6, 1.6 * len(rows)), 4))
+    kinds = {
+        "ours_vs_fa2_graph": "FlashAttention-2", "low_vs_fa2_graph": "FlashAttention-2, low bit",
+        "ours_vs_cudnn_graph": "cuDNN", "low_vs_cudnn_graph": "cuDNN, low bit",
+    }  # fmt: skip
+    for n, (kind, label) in enumerate(kinds.items()):
+        at, heights = [i + 0.22 * n for i in range(len(rows))], [r.get(kind, 0.0) for r in rows]
+        axis.bar_label(axis.bar(at, heights, width=0.2, label=f"over {label}"), fmt="%.1f", fontsize=6)
     axis.axhline(1.0, color="black", linewidth=0.8)
-    axis.set_xticks([i + 0.2 for i in range(len(rows))], names, fontsize=7)
+    axis.set_xticks([i + 0.33 for i in range(len(rows))], names, fontsize=7)
     axis.set_ylabel("speed-up of the whole op")
     axis.legend()
     fig.tight_layout()
