@@ -32,11 +32,19 @@ def effective_low_bit(
     check_low_bit(low_bit)
     if low_bit == "none" or wants_grad or q.device.type != "cuda":
         return "none"
-    # int() and > so that a compiler's trace sees constants: a head dim is no length
-    return low_bit_on(low_bit, q.device, q.dtype, int(q.shape[3]), int(v_dim), block_q, block_k, scale > 0.0)
+    # branches, so that in a compiler's trace with symbolic head dims these are constants
+    positive = True if scale > 0.0 else False  # noqa: SIM210
+    return low_bit_on(low_bit, q.device, q.dtype, width(q.shape[3]), width(v_dim), block_q, block_k, positive)
 
 
-@torch.compiler.assume_constant_result
+def width(head_dim: int) -> int:
+    """Round a head dim up to 16, 32, 64, 128 or 256, which is all that the kernels' rule asks of it."""
+    for size in (16, 32, 64, 128):
+        if head_dim <= size:
+            return size
+    return 256
+
+
 def low_bit_on(
     low_bit: str,
     device: torch.device,
@@ -55,3 +63,7 @@ def low_bit_on(
     if not cuda.kernels_take(device, dtype, D, Dv, block_q, block_k, 1.0 if positive else -1.0):
         return "none"
     return low_bit if cuda.multiplies_fp8(device, block_k) else "int8"
+
+
+# what torch.compiler.assume_constant_result does: calling it would load all of torch's compiler on import
+low_bit_on._dynamo_marked_constant = True  # type: ignore[attr-defined]

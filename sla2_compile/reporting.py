@@ -7,11 +7,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from sla2_compile.carrier import is_owner
 from sla2_compile.door import door_site
+from sla2_compile.kernels.precision import low_bit_on
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.site import Site, Sites
@@ -34,6 +36,7 @@ class Report:
             calls made so far behind a library's own name for SLA2).
         fallbacks: per site name, eager calls that kept full attention at run time, by reason.
         recipes: per transformed part, by its name, its recipe; empty where there is one part only.
+        device: type of the device that the model is on; empty where it has no parameters.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -41,6 +44,7 @@ class Report:
     discovery: str
     fallbacks: dict[str, dict[str, int]]
     recipes: dict[str, Recipe] = field(default_factory=dict)
+    device: str = ""
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -113,9 +117,7 @@ class Report:
             lines.append("eager calls so far; compiled code records none")
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
-        if self.recipe is not None and self.recipe.low_bit != "none" and self.rewrites:
-            devices = ", ".join(sorted({r.where.device for r in self.rewrites}))
-            lines.append(f"low bit {self.recipe.low_bit}: not run on {devices}; computed in the input's dtype")
+        lines += low_bit_lines(self.rewrites, self.device)
         for name, counts in self.fallbacks.items():
             reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
             lines.append(f"{name}: full attention at run time: {reasons}")
@@ -127,6 +129,36 @@ class Report:
         console = Console(file=io.StringIO(), width=118)
         console.print(self)
         return console.file.getvalue().rstrip() if isinstance(console.file, io.StringIO) else ""
+
+
+LOW_BIT_WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
+
+
+def low_bit_lines(rewrites: list[Rewrite], device: str) -> list[str]:
+    """Say for each low_bit asked of these calls what computes it: on device, or where a call was seen if empty."""
+    asked: dict[str, Counter[tuple[str, str]]] = {}
+    for r in rewrites:
+        low_bit, on = r.settings.options.low_bit, device or r.where.device
+        if low_bit == "none":
+            continue
+        D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
+        # symbolic lengths leave the choice of blocks open: those of long sequences
+        blocks = r.block_q or 128, r.block_k or 64
+        runs = low_bit_on(low_bit, torch.device(on), getattr(torch, r.where.dtype), D, Dv, *blocks, True)
+        place = f"{on} in {r.where.dtype}" if on == "cuda" else on
+        asked.setdefault(low_bit, Counter())[runs, place] += r.where.times
+    lines = []
+    for low_bit, counts in asked.items():
+        if all(runs == "none" for runs, _ in counts):
+            places = ", ".join(sorted({place for _, place in counts}))
+            lines.append(f"low bit {low_bit}: not run on {places}; computed in the input's dtype")
+            continue
+        total: Counter[str] = Counter()
+        for (runs, _), n in counts.items():
+            total[runs] += n
+        words = [LOW_BIT_WORDS[runs] + (f" in {n} calls" if len(total) > 1 else "") for runs, n in total.items()]
+        lines.append(f"low bit {low_bit}: {', '.join(words)}; training computes in the input's dtype")
+    return lines
 
 
 def report(model: nn.Module | ExportedProgram) -> Report:
@@ -156,7 +188,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
         return Report((), None, "not transformed", {})
     first = next(iter(recipes.values()))
     several = len(recipes) > 1 and (discovery != "door" or any(recipe != first for recipe in recipes.values()))
-    return Report(tuple(outcomes), first, discovery, _fallbacks(model), recipes if several else {})
+    return Report(tuple(outcomes), first, discovery, _fallbacks(model), recipes if several else {}, _device(model))
 
 
 def inspect(
@@ -187,6 +219,11 @@ def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:
         return x
     owner = f"{name}.{x.where.owner}" if x.where.owner else name
     return replace(x, where=replace(x.where, owner=owner))
+
+
+def _device(model: nn.Module) -> str:
+    parameter = next(model.parameters(), None)
+    return "" if parameter is None else parameter.device.type
 
 
 def _fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:

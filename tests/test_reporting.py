@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,3 +127,32 @@ def test_log_config(x):
     assert "  override blocks.1: {'topk_ratio': 0.4}" in lines
     # two projections of 16 x 16, gain and bias of 2 heads, in each of two sites
     assert lines[-1] == f"  parameters added: {2 * (2 * 16 * 16 + 4)}"
+
+
+def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
+    from sla2_compile.kernels import cuda
+
+    model = sla2_compile.transform(
+        models.Net(depth=2),
+        example_inputs=(x,),
+        block_q=32,
+        block_k=32,
+        overrides={"blocks.1": {"low_bit": "int8"}},
+        **ANY,
+    )
+    report = sla2_compile.report(model)
+    assert "low bit int8_fp8: not run on cpu; computed in the input's dtype" in str(report)
+    assert "low bit int8: not run on cpu; computed in the input's dtype" in str(report)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "shared_limit", lambda device: 227 * 1024)
+    moved = replace(report, device="cuda")
+    monkeypatch.setattr(cuda, "capability", lambda device: 90)
+    assert "low bit int8_fp8: not run on cuda in float32; computed in the input's dtype" in str(moved)
+    outcomes = tuple(replace(r, where=replace(r.where, dtype="bfloat16")) for r in report.outcomes)
+    low = replace(moved, outcomes=outcomes)
+    assert "low bit int8_fp8: INT8 QK and FP8 PV; training computes in the input's dtype" in str(low)
+    assert "low bit int8: INT8 QK; training computes in the input's dtype" in str(low)
+    monkeypatch.setattr(cuda, "capability", lambda device: 80)
+    assert "low bit int8_fp8: INT8 QK; training computes in the input's dtype" in str(low)
+    none = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), low_bit="none", qat=False, **ANY)
+    assert "low bit" not in str(sla2_compile.report(none))

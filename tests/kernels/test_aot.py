@@ -116,12 +116,12 @@ CALLS = {
     "D256": call(256, torch.float16, (64, 64)),
     "D96 causal masked": call(96, torch.bfloat16, (32, 16), causal=True, masked=True),
 }
-LOW_BIT_SHAPES = {
-    "D128": (128, torch.bfloat16, (128, 64)),
-    "D64": (64, torch.bfloat16, (128, 64)),
-    "D256": (256, torch.float16, (64, 64)),
-    "D128, 128 x 128": (128, torch.bfloat16, (128, 128)),
-    "D96 causal masked": (96, torch.bfloat16, (32, 32), True, True),
+LOW_BIT_SHAPES: dict[str, dict[str, Any]] = {
+    "D128": {"D": 128, "dtype": torch.bfloat16, "blocks": (128, 64)},
+    "D64": {"D": 64, "dtype": torch.bfloat16, "blocks": (128, 64)},
+    "D256": {"D": 256, "dtype": torch.float16, "blocks": (64, 64)},
+    "D128, 128 x 128": {"D": 128, "dtype": torch.bfloat16, "blocks": (128, 128)},
+    "D96 causal masked": {"D": 96, "dtype": torch.bfloat16, "blocks": (32, 32), "causal": True, "masked": True},
 }
 # FP8 came with sm_89
 LOW_BIT_CALLS = [
@@ -139,8 +139,8 @@ def test_compiles_without_spills(name: str, arch: int, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("name", "low", "arch"), LOW_BIT_CALLS)
 def test_low_bit_compiles_without_spills(name: str, low: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two kernels that differ, without the allowance of the others."""
-    both = ("attend_kernel", "states_kernel")
-    assert set(both) == compile_all(call(*LOW_BIT_SHAPES[name], low=low), arch, both, {}, monkeypatch)
+    both, run = ("attend_kernel", "states_kernel"), call(**LOW_BIT_SHAPES[name], low=low)
+    assert set(both) == compile_all(run, arch, both, {}, monkeypatch)
 
 
 def compile_all(

@@ -1,0 +1,233 @@
+"""Low bit where no kernel runs: the emulation that specifies it against full precision, and what runs where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sla2_compile.kernels import functional, precision, reference, reference_low_bit
+from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+from sla2_compile.kernels.precision import effective_low_bit, low_bit_on
+from tests.kernels.test_numerics import Case
+
+levels = pytest.mark.parametrize("low_bit", ["int8", "int8_fp8"])
+
+
+def both(case: Case, low_bit: str, **changed: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(o, lse, o_sparse, o_linear) in float64, in low bit and in full precision, over the same blocks."""
+    x = {**case.tensors(), **changed}
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, reference.route)
+    return case.attention(x, reference.attention, low_bit), case.attention(x, reference.attention)
+
+
+SHAPES = {
+    "D 64": Case(Nq=200, Nk=333, D=64, Dv=64, block_q=64, block_k=32),
+    "D 128": Case(B=1, Nq=200, Nk=457, D=128, Dv=128, block_q=64, block_k=64, topk_ratio=0.5),
+    "causal": Case(Nq=200, Nk=203, D=64, Dv=64, block_q=32, block_k=32, is_causal=True),
+    "masked": Case(Nq=100, Nk=333, D=96, Dv=40, block_q=64, block_k=32, masked=True),
+}
+
+
+@levels
+@pytest.mark.parametrize("name", SHAPES)
+def test_error_on_normal_data(name: str, low_bit: str) -> None:
+    """What 8 bits give: INT8 about 1 % of the norm, and E4M3's three bits of mantissa about 4 %."""
+    low, full = both(SHAPES[name], low_bit)
+    assert torch.equal(low[3], full[3])
+    for got, want in zip(low[:3], full[:3], strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite())
+    error = ((low[2] - full[2]).norm() / full[2].norm()).item()
+    least, most = {"int8": (0.004, 0.02), "int8_fp8": (0.02, 0.05)}[low_bit]
+    assert least < error < most
+    seen = full[1].isfinite()
+    assert (low[1] - full[1])[seen].abs().max() < 0.05
+
+
+@levels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_takes_every_dtype(low_bit: str, dtype: torch.dtype) -> None:
+    case = SHAPES["D 64"]
+    made = {n: t.to(dtype) for n, t in case.tensors().items() if t is not None}
+    low, _ = both(case, low_bit, **made)
+    assert all(x.dtype == dtype and x.isfinite().all() for x in low)
+
+
+def test_v_scale_of_a_block_does_not_move_the_others() -> None:
+    """A block whose values are 1e6 times larger takes its own scale; rows that do not see it stay as they were."""
+    case = replace(SHAPES["causal"], heads=1, groups=1, B=1)
+    x = case.tensors()
+    late = x["v"].clone()
+    late[:, :, 160:] *= 1e6
+    before, _ = both(case, "int8_fp8")
+    after, full = both(case, "int8_fp8", v=late)
+    assert torch.equal(before[2][:, :, :160], after[2][:, :, :160])
+    error = (after[2] - full[2]).norm() / full[2].norm()
+    assert error < 0.06
+
+
+def test_round_trip_of_the_format() -> None:
+    x = torch.randn(2, 3, 75, 40, generator=torch.Generator().manual_seed(0))
+    real = torch.rand(2, 75, generator=torch.Generator().manual_seed(1)) < 0.8
+    k8, k_scale = reference_low_bit.quantise_keys(x, real, 32)
+    v8, v_log = reference_low_bit.quantise_values(x, real, 32)
+    assert k8.shape == v8.shape == (2, 3, 3, 32, 40)
+    want = x * real[:, None, :, None]
+    steps = k_scale[..., None, None].expand(k8.shape)
+    got = (k8 * steps).flatten(2, 3)[:, :, :75]
+    assert ((got - want).abs() <= 0.501 * steps.flatten(2, 3)[:, :, :75]).all()
+    got = (v8.float() * v_log.exp2()[..., None, None]).flatten(2, 3)[:, :, :75]
+    assert ((got - want).abs() <= want.abs() / 16 + 1e-4).all()
+    assert not k8.flatten(2, 3)[:, :, 75:].any()
+    assert not v8.float().flatten(2, 3)[:, :, 75:].any()
+    order = reference_low_bit.key_order(64)
+    assert torch.equal(order, torch.arange(64).view(2, 2, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make the rule believe in a chip: gpu(90)."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from sla2_compile.kernels import cuda
+
+    def of(capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(cuda, "capability", lambda device: capability)
+        monkeypatch.setattr(cuda, "shared_limit", lambda device: 163 * 1024)
+
+    return of
+
+
+# asked, capability, dtype, (block_q, block_k), scale is positive -> what runs
+TABLE = [
+    ("none", 90, torch.bfloat16, (128, 64), True, "none"),
+    ("int8", 80, torch.bfloat16, (128, 64), True, "int8"),
+    ("int8", 90, torch.float16, (128, 64), True, "int8"),
+    ("int8", 90, torch.bfloat16, (32, 16), True, "int8"),
+    ("int8_fp8", 80, torch.bfloat16, (128, 64), True, "int8"),
+    ("int8_fp8", 86, torch.bfloat16, (128, 64), True, "int8"),
+    ("int8_fp8", 89, torch.bfloat16, (128, 64), True, "int8_fp8"),
+    ("int8_fp8", 90, torch.float16, (64, 32), True, "int8_fp8"),
+    ("int8_fp8", 100, torch.bfloat16, (128, 128), True, "int8_fp8"),
+    ("int8_fp8", 90, torch.bfloat16, (32, 16), True, "int8"),
+    ("int8_fp8", 75, torch.float16, (128, 64), True, "none"),
+    ("int8_fp8", 90, torch.float32, (128, 64), True, "none"),
+    ("int8_fp8", 90, torch.bfloat16, (128, 256), True, "none"),
+    ("int8_fp8", 90, torch.bfloat16, (128, 64), False, "none"),
+]
+
+
+@pytest.mark.parametrize(("asked", "arch", "dtype", "blocks", "positive", "runs"), TABLE)
+def test_what_runs(
+    asked: str, arch: int, dtype: torch.dtype, blocks: tuple[int, int], positive: bool, runs: str, gpu: Any
+) -> None:
+    gpu(arch)
+    assert low_bit_on(asked, torch.device("cuda"), dtype, 64, 64, *blocks, positive) == runs
+    assert low_bit_on(asked, torch.device("cpu"), dtype, 64, 64, *blocks, positive) == "none"
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 300, 64, device="cuda", dtype=dtype)
+    scale = 0.125 if positive else -0.125
+    assert effective_low_bit(asked, q, 64, *blocks, scale, False) == runs
+    assert effective_low_bit(asked, q, 64, *blocks, scale, True) == "none"
+
+
+def test_without_cuda_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert low_bit_on("int8", torch.device("cuda"), torch.bfloat16, 64, 64, 128, 64, True) == "none"
+
+
+def test_the_decision_is_a_constant_of_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where head dims and scale are symbolic, and with no recompilation for another length."""
+    asked = []
+
+    def decide(*args: Any) -> str:
+        asked.append(args)
+        return "int8"
+
+    decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    assert precision.low_bit_on._dynamo_marked_constant  # type: ignore[attr-defined]
+    monkeypatch.setattr(precision, "low_bit_on", decide)
+
+    def call(q: Tensor, v: Tensor) -> Tensor:
+        gpu: Any = OnGpu(q)
+        low_bit = effective_low_bit("int8_fp8", gpu, v.shape[3], 64, 32, q.shape[3] ** -0.5, False)
+        return q + len(low_bit)
+
+    class OnGpu:
+        def __init__(self, q: Tensor) -> None:
+            self.shape, self.dtype, self.device = q.shape, q.dtype, torch.device("cuda")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (75, 130, 33):
+            q = torch.randn(2, 3, n, 40)
+            assert torch.equal(compiled(q, q), q + 4)
+    assert asked == [("int8_fp8", torch.device("cuda"), torch.float32, 64, 64, 64, 32, True)]
+
+
+def test_a_word_that_is_none() -> None:
+    q = torch.randn(1, 1, 64, 16)
+    with pytest.raises(ValueError, match="low_bit must be one of none, int8, int8_fp8, got 'fp4'"):
+        sla2_attention(q, q, q, AttentionOptions(low_bit="fp4"))
+
+
+class Asked(Exception):
+    """Raised in the op's place, with the low_bit that it was asked for."""
+
+
+@levels
+def test_a_call_asks_for_what_runs(low_bit: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: Any) -> None:
+        raise Asked(args[16])
+
+    gpu(90)
+    monkeypatch.setattr(functional, "attention", ask)
+    options = AttentionOptions(block_q=64, block_k=32, low_bit=low_bit)
+    cases = [
+        ("cuda", torch.bfloat16, low_bit),
+        ("cuda", torch.float32, "none"),
+        ("cpu", torch.bfloat16, "none"),
+    ]
+    for device, dtype, runs in cases:
+        with FakeTensorMode():
+            q = torch.empty(1, 2, 300, 64, device=device, dtype=dtype)
+            with pytest.raises(Asked, match=f"^{runs}$"):
+                sla2_attention(q, q, q, options)
+
+
+def test_a_call_says_whether_a_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def decide(*args: Any) -> str:
+        seen.append(args[-1])
+        return "none"
+
+    monkeypatch.setattr(functional, "effective_low_bit", decide)
+    q = torch.randn(1, 1, 64, 16, requires_grad=True)
+    sla2_attention(q, q, q, AttentionOptions(low_bit="int8"))
+    with torch.no_grad():
+        sla2_attention(q, q, q, AttentionOptions(low_bit="int8"))
+    assert seen == [True, False]
+
+
+@levels
+def test_traces_where_it_does_not_run(low_bit: str) -> None:
+    """On a CPU a recipe's low_bit changes nothing: eager, compiled and exported."""
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (75, 107, 107))
+    options = AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3, low_bit=low_bit)
+
+    class Call(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return sla2_attention(q, k, v, options)
+
+    want = sla2_attention(q, k, v, replace(options, low_bit="none"))
+    torch._dynamo.reset()
+    for run in (Call(), torch.compile(Call(), fullgraph=True, backend="aot_eager", dynamic=True)):
+        assert torch.equal(run(q, k, v), want)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(Call(), (q, k, v), strict=strict).module()(q, k, v), want)
