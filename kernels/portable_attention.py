@@ -65,24 +65,48 @@ def query_features(tiles: Tiles, state: LinearState, feature_map: str) -> tuple[
     """
     phi_q, on_cpu = tiles.scratch("phi_q", tuple(tiles.q.shape), tiles.acc), tiles.q.device.type == "cpu"
     if feature_map == "softmax" and on_cpu:
-        total = torch.bmm(torch.exp(tiles.q, out=phi_q), state.k_sum)
+        total = torch.bmm(torch.exp(tiles.q.to(tiles.acc), out=phi_q), state.k_sum)
         if is_moderate(total):
             return phi_q.to(tiles.q.dtype), total
     phi(tiles.q.to(tiles.acc), feature_map, out=phi_q)
     return phi_q.to(tiles.q.dtype), torch.bmm(phi_q, state.k_sum)
 
 
-def attend_rows(tiles: Tiles, part: slice, o: Tensor, total: Tensor, top: Tensor | None) -> None:
-    """Write sums of exp(s - top) v to o and of exp(s - top) to total, for these rows; and top, which is 0 if None."""
-    picked = tiles.rows[part].flatten()
-    s = tiles.scores(part, tiles.gather(tiles.k, picked, "gathered"))
-    if top is not None:
-        # the least finite number keeps exp(-inf - top) at 0 in rows that see no key
-        s.sub_(torch.amax(s, dim=1, keepdim=True, out=top[part]).clamp_(min=torch.finfo(s.dtype).min))
-    torch.sum(s.exp_(), dim=1, keepdim=True, out=total[part])
-    # in the keys' memory, which is in the cache and no longer needed
-    values = tiles.gather(tiles.v, picked, "gathered")
-    torch.bmm(s.to(values.dtype).mT, values, out=o[part])
+@dataclass
+class SparseRows:
+    """Some query-block rows of the sparse branch: part says which, the rest are views of theirs.
+
+    Attributes:
+        picked: (n * K,), flat rows of `Tiles.rows`; q: (n, block_q, D).
+        o: (n, block_q, Dv), total, top: (n, 1, block_q), to be written: with s the scores, the sums of
+            exp(s - top) v and of exp(s - top), and the largest s.
+    """
+
+    part: slice
+    picked: Tensor
+    q: Tensor
+    o: Tensor
+    total: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, tiles: Tiles, o: Tensor, total: Tensor, top: Tensor) -> list[SparseRows]:
+        """Cut all rows at once: between products that fill the cache each small call costs several times as much."""
+        step = tiles.rows_at_once(tiles.keys)
+        picked = tiles.rows.flatten().split(step * tiles.rows.shape[1])
+        cut = (x.split(step) for x in (tiles.q, o, total, top))
+        return [cls(*x) for x in zip(tiles.chunks(tiles.keys), picked, *cut, strict=True)]
+
+    def attend(self, tiles: Tiles, shift: bool) -> None:
+        """Write o, total and top; without shift top counts as 0 and is left alone."""
+        s = tiles.scores(self.part, self.q, tiles.gather(tiles.k, self.picked, "gathered"))
+        if shift:
+            # the least finite number keeps exp(-inf - top) at 0 in rows that see no key
+            s.sub_(torch.amax(s, dim=1, keepdim=True, out=self.top).clamp_(min=torch.finfo(s.dtype).min))
+        torch.sum(s.exp_(), dim=1, keepdim=True, out=self.total)
+        # in the keys' memory, which is in the cache and no longer needed
+        values = tiles.gather(tiles.v, self.picked, "gathered")
+        torch.bmm(s.to(values.dtype).mT, values, out=self.o)
 
 
 def sparse_branch(tiles: Tiles, o: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,19 +115,19 @@ def sparse_branch(tiles: Tiles, o: Tensor) -> tuple[Tensor, Tensor]:
     o_sparse is their ratio; both results are (R, block_q) in the accumulation dtype.
     """
     R, block_q, _ = tiles.q.shape
-    total = tiles.scratch("total", (R, 1, block_q), tiles.acc)
-    parts = list(tiles.chunks(tiles.keys))
+    total, top = (tiles.scratch(name, (R, 1, block_q), tiles.acc) for name in ("total", "top"))
+    parts = SparseRows.of(tiles, o, total, top)
     if tiles.q.device.type == "cpu":
         # two passes less, if no exp overflows or vanishes; the first rows mostly tell before much is lost
-        for part in parts:
-            attend_rows(tiles, part, o, total, None)
-            if part in (parts[0], parts[-1]) and not is_moderate(total[: part.stop]):
+        for rows in parts:
+            rows.attend(tiles, shift=False)
+            if rows is parts[0] and not is_moderate(rows.total):
                 break
         else:
-            return total.squeeze(1), total.log().squeeze(1)
-    top = tiles.scratch("top", (R, 1, block_q), tiles.acc)
-    for part in parts:
-        attend_rows(tiles, part, o, total, top)
+            if is_moderate(total):
+                return total.squeeze(1), total.log().squeeze(1)
+    for rows in parts:
+        rows.attend(tiles, shift=True)
     return total.squeeze(1), total.log().add_(top).squeeze(1)
 
 

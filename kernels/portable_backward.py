@@ -128,7 +128,7 @@ def add_sparse_backward(tiles: Tiles, rows: RowGradients, lse: Tensor, dk: Tenso
     for part in tiles.chunks(tiles.keys):
         picked, g, q = tiles.rows[part].flatten(), rows.do_sparse[part], tiles.q[part]
         keys, values = tiles.gather(tiles.k, picked, "keys"), tiles.gather(tiles.v, picked, "values")
-        p = tiles.scores(part, keys)
+        p = tiles.scores(part, q, keys)
         p = p.exp_() if rows.plain else p.sub_(safe_lse[part]).exp_()
         d_values = torch.bmm(p.to(dtype), g, out=new("d_values", tuple(values.shape), dtype))
         dv.index_add_(0, picked, d_values.to(tiles.acc).view(-1, *dv.shape[1:]))
@@ -160,7 +160,8 @@ def attention_backward(
     d_logit, d_gain = log_rest.new_empty(B, Hq, tm), log_rest.new_empty(B, Hq, tm)
 
     with call_memory(q.device) as scratch:
-        for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
+        # it holds about twice the forward's memory for each token
+        for bs, hs in head_groups(B, k.shape[1], 2 * max(k.shape[2], groups * Nq), q.device):
             hq = slice(hs.start * groups, hs.stop * groups)
             mask = None if key_mask is None else key_mask[bs]
             inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)

@@ -26,7 +26,7 @@ NEG_INF = float("-inf")
 # elements of one score tile, and tokens of one group of heads: CPUs want tiles that stay in the L2 cache,
 # GPUs want enough work for one launch
 TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
-GROUP_TOKENS = {"cpu": 2**13, "cuda": 2**18}
+GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
 
 # what a thread keeps between calls at most
 KEPT_BYTES = 2**26
@@ -190,10 +190,13 @@ class Tiles:
     def acc(self) -> torch.dtype:
         return accumulation_dtype(self.q.dtype)
 
+    def rows_at_once(self, width: int) -> int:
+        """Query-block rows such that a tile of `width` columns for each query fits the cache."""
+        return max(1, TILE_ELEMENTS.get(self.q.device.type, 2**26) // (self.q.shape[1] * width))
+
     def chunks(self, width: int) -> Iterator[slice]:
-        """Slices of query-block rows such that a tile of `width` columns for each query fits the cache."""
-        per_row = self.q.shape[1] * width
-        step = max(1, TILE_ELEMENTS.get(self.q.device.type, 2**26) // per_row)
+        """Slices of query-block rows, `rows_at_once` each."""
+        step = self.rows_at_once(width)
         for start in range(0, self.q.shape[0], step):
             yield slice(start, min(self.q.shape[0], start + step))
 
@@ -203,12 +206,11 @@ class Tiles:
         torch.index_select(blocks, 0, picked, out=memory)
         return memory.view(-1, self.keys, blocks.shape[2])
 
-    def scores(self, part: slice, keys: Tensor) -> Tensor:
-        """Scaled and masked scores of these rows, (n, K * block_k, block_q), in the accumulation dtype.
+    def scores(self, part: slice, q: Tensor, keys: Tensor) -> Tensor:
+        """Scaled and masked scores of the rows `part`, (n, K * block_k, block_q), in the accumulation dtype.
 
         A row of the tile is a key: BLAS then reads the gathered keys as they lie.
         """
-        q = self.q[part]
         s = self.scratch("scores", (q.shape[0], keys.shape[1], q.shape[1]), q.dtype)
         s = torch.baddbmm(s, keys, q.mT, beta=0.0, alpha=self.scale, out=s).to(self.acc)
         hidden = self._hidden(part)
