@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sla2_compile.passes.bodies import TRANSPARENT, bodies_of
 
 REGROUP = frozenset({
     "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "reshape_alias",
@@ -69,6 +71,8 @@ class Reader:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.modules = dict(gm.named_modules())
+        # blocks of code around a graph of their own, and whether that writes into anything
+        self._writing_blocks: dict[fx.Node, bool] = {}
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.switches = [i for node, i in self.position.items() if "set_grad_enabled" in str(node.target)]
         self.live: set[fx.Node] = set()
@@ -242,9 +246,28 @@ class Reader:
         if node.op != "call_function":
             return False
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return True
+            if node not in self._writing_blocks:
+                self._writing_blocks[node] = node.target not in TRANSPARENT or self._body_writes(node)
+            return self._writing_blocks[node]
         place = getattr(node.target, "__module__", None) or "torch"
         return place.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins")
+
+    def _body_writes(self, node: fx.Node) -> bool:
+        """Whether a block writes into anything, or hands out memory that it was given, for others to write into."""
+        for _, body in bodies_of(self.gm, node):
+            reader = Reader(body)
+            given = reader.storages(n for n in reader.position if n.op == "placeholder")
+            if given & reader.storages(body.graph.output_node().all_input_nodes):
+                return True
+            if any(reader.writes(n) is not None for n in reader.position):
+                return True
+        return False
+
+    def storages(self, nodes: Iterable[fx.Node]) -> set[int]:
+        """Identities of the memory behind the fake values of these nodes."""
+        values = [self.value(n) for n in nodes]
+        strided = [v for v in values if isinstance(v, Tensor) and v.layout == torch.strided]
+        return {v.untyped_storage()._cdata for v in strided}
 
 
 def _says_inplace(node: fx.Node) -> bool:

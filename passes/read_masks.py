@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from sla2_compile.passes.base import Pass, PassResult
+from sla2_compile.passes.bodies import TRANSPARENT, bodies_of
 from sla2_compile.passes.call import AttentionCall, causal_keys
 from sla2_compile.passes.fuse_aliases import Writes
 from sla2_compile.passes.fuse_reader import Reader
 from sla2_compile.passes.graph_values import evaluate
-from sla2_compile.passes.lower_mask import Lowered, is_aten, lower
+from sla2_compile.passes.lower_mask import is_aten, lower
 from sla2_compile.passes.mask_proof import Proof, prove
 from sla2_compile.passes.masks import Structure, read_mask
 from sla2_compile.passes.normalize_sdpa import is_normal
@@ -33,43 +34,95 @@ class ReadMasks(Pass):
     numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
+        masks = Masks(gm)
         result = PassResult()
-        reader = Reader(gm)
-        writes = Writes(reader)
-        # a mask that many layers share is replaced by one that they share
-        written: dict[tuple[fx.Node, Structure], fx.Node] = {}
         for node in list(gm.graph.nodes):
             source = node.kwargs.get("attn_mask")
-            if not is_normal(node) or not isinstance(source, fx.Node) or DECISION in node.meta:
-                continue
-            if source.target is causal_keys or node.kwargs["is_causal"]:
-                continue
-            low = None if is_aten(source) else lower(source, reader, writes)
-            mask = evaluate(low.mask if low else source, {})
-            if mask is not None:
-                view = read_mask(replace(call_of(node), attn_mask=mask), constant=True)
-                if view is not None and (view.keys is None or bool(view.keys.all())):
-                    node.kwargs = {**node.kwargs, "attn_mask": None, "is_causal": view.is_causal}
-                    result.changed += 1
-                continue
-            proof = prove(low.mask, low.reader, low.writes) if low else prove(source, reader, writes)
-            structure = None if proof is None else _structure(call_of(node), proof.constant)
-            if proof is None or structure is None or (_is_itself(proof, low, source) and not proof.negated):
-                continue
-            if (source, structure) not in written:
-                with gm.graph.inserting_before(node):
-                    keys = low.copy_back(proof.keys, gm.graph) if low else proof.keys
-                    if keys is None:
-                        continue
-                    written[source, structure] = _write(gm.graph, replace(proof, keys=keys), structure)
-            node.kwargs = {**node.kwargs, "attn_mask": written[source, structure]}
-            result.changed += 1
+            if _is_open(node) and isinstance(source, fx.Node):
+                result.changed += _replace(node, masks.read(source, call_of(node), node))
+            for _, body in bodies_of(gm, node) if node.target in TRANSPARENT else ():
+                result.changed += _read_operands(masks, node, body)
         return result
 
 
-def _is_itself(proof: Proof, low: Lowered | None, source: fx.Node) -> bool:
-    """Whether the mask is one over keys as it stands."""
-    return proof.keys is (low.mask if low else source)
+def _is_open(node: fx.Node) -> bool:
+    """Whether a node is an attention call on which nothing is decided, and whose mask may say less than it seems."""
+    return is_normal(node) and not node.kwargs["is_causal"] and DECISION not in node.meta
+
+
+def _replace(node: fx.Node, found: tuple[fx.Node | None, bool] | None) -> int:
+    if found is None:
+        return 0
+    node.kwargs = {**node.kwargs, "attn_mask": found[0], "is_causal": found[1]}
+    return 1
+
+
+def _read_operands(masks: Masks, block: fx.Node, body: fx.GraphModule) -> int:
+    """Read masks that a graph inside the graph is given from outside; what it needs instead becomes an operand."""
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    first = len(block.args) - len(placeholders)
+    operands = dict(zip(placeholders, block.args[first:], strict=True))
+    given: dict[fx.Node, fx.Node] = {}
+    changed = 0
+    for node in list(body.graph.nodes):
+        mask = node.kwargs.get("attn_mask")
+        source = operands.get(mask) if isinstance(mask, fx.Node) else None
+        if not _is_open(node) or not isinstance(source, fx.Node):
+            continue
+        found = masks.read(source, call_of(node), block)
+        if found is not None and found[0] is not None:
+            outer = found[0]
+            causal = outer.target is causal_keys
+            keys = outer.args[0] if causal else outer
+            assert isinstance(keys, fx.Node)
+            if keys not in given:
+                with body.graph.inserting_after(placeholders[-1]):
+                    given[keys] = body.graph.placeholder(f"key_mask_{len(given)}")
+                given[keys].meta["val"] = value_of(keys)
+                placeholders.append(given[keys])
+                block.args = (*block.args, keys)
+            with body.graph.inserting_before(node):
+                found = (_call(body.graph, causal_keys, given[keys]) if causal else given[keys], False)
+        changed += _replace(node, found)
+    return changed
+
+
+class Masks:
+    """The masks of one graph, read once for all the calls that share them."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.graph = gm.graph
+        self.reader = Reader(gm)
+        self.writes = Writes(self.reader)
+        self.written: dict[tuple[fx.Node, Structure], fx.Node] = {}
+
+    def read(self, source: fx.Node, call: AttentionCall, before: fx.Node) -> tuple[fx.Node | None, bool] | None:
+        """Return what says the same as a mask: (attn_mask, is_causal); None if it is to stay.
+
+        before: where a new mask is written.
+        """
+        if source.target is causal_keys:
+            return None
+        low = None if is_aten(source) else lower(source, self.reader, self.writes)
+        mask = evaluate(low.mask if low else source, {})
+        if mask is not None:
+            view = read_mask(replace(call, attn_mask=mask), constant=True)
+            known = view is not None and (view.keys is None or bool(view.keys.all()))
+            return (None, view.is_causal) if known and view is not None else None
+        proof = prove(low.mask, low.reader, low.writes) if low else prove(source, self.reader, self.writes)
+        structure = None if proof is None else _structure(call, proof.constant)
+        if proof is None or structure is None:
+            return None
+        if proof.keys is (low.mask if low else source) and not proof.negated:
+            # it is one over keys as it stands
+            return None
+        if (source, structure) not in self.written:
+            with self.graph.inserting_before(before):
+                keys = low.copy_back(proof.keys, self.graph) if low else proof.keys
+                if keys is None:
+                    return None
+                self.written[source, structure] = _write(self.graph, replace(proof, keys=keys), structure)
+        return self.written[source, structure], False
 
 
 def _structure(call: AttentionCall, constant: Tensor) -> Structure | None:

@@ -63,6 +63,62 @@ def test_hand_written_attention_in_a_checkpoint(x):
     torch.testing.assert_close(compiled(model, topk_ratio=1.0)(x), model(x))
 
 
+class Padded(nn.Module):
+    """Checkpointed layers that are given their mask: made of constants, of padding, or of both."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.layers = nn.ModuleList(models.Masked() for _ in range(2))
+        self.kind = kind
+
+    def forward(self, q, padding):
+        rows = torch.arange(q.shape[2])
+        causal = rows[None, :] <= rows[:, None]
+        mask = {
+            "causal": causal,
+            "keys": padding[:, None, None, :].expand(-1, 1, q.shape[2], -1).contiguous(),
+            "both": causal & padding[:, None, None, :],
+            "unknown": causal & padding[:, None, None, :] & padding[:, None, :, None],
+        }[self.kind]
+        for layer in self.layers:
+            q = checkpoint(layer, q, q, q, attn_mask=mask, use_reentrant=False)
+        return q
+
+
+@pytest.mark.parametrize("kind", ["causal", "keys", "both", "unknown"])
+def test_masks_that_checkpoints_are_given(kind, caplog):
+    q = torch.randn(2, 2, 96, 8, requires_grad=True)
+    padding = torch.arange(96) < torch.tensor([[96], [70]])
+    model = Padded(kind)
+    ours = compiled(model, topk_ratio=1.0)
+    with caplog.at_level(logging.INFO, "sla2_compile"):
+        ours(q, padding)
+    assert f"{0 if kind == 'unknown' else 2} of 2 attention calls" in caplog.text
+    for keep in (padding, torch.arange(96) < torch.tensor([[50], [96]])):
+        grads = [torch.autograd.grad(net(q, keep).square().sum(), q)[0] for net in (ours, model)]
+        torch.testing.assert_close(ours(q, keep), model(q, keep))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+class Leaking(nn.Module):
+    """A checkpoint that hands out the keys it was given; they are written to afterwards."""
+
+    def forward(self, q, padding):
+        padding = padding.clone()
+        rows = torch.arange(q.shape[2])
+        mask = (rows[None, :] <= rows[:, None]) & padding[:, None, None, :]
+        out = checkpoint(lambda q, p: (q * 2, p.view(-1)), q, padding, use_reentrant=False)
+        out[1].logical_not_()
+        return F.scaled_dot_product_attention(q, q, out[0], mask) + padding.sum()
+
+
+def test_memory_that_a_checkpoint_hands_out_proves_nothing():
+    q, padding = torch.randn(2, 2, 96, 8), torch.arange(96) < torch.tensor([[96], [70]])
+    options = {"inner_backend": "aot_eager", "min_seq_len": 0, "topk_ratio": 1.0}
+    ours = torch.compile(Leaking(), backend="sla2", options=options)
+    torch.testing.assert_close(ours(q, padding), Leaking()(q, padding))
+
+
 def test_layers_are_counted_across_checkpoints(x, caplog):
     model = models.Net(use_checkpoint=True)
     with caplog.at_level(logging.INFO, "sla2_compile"):

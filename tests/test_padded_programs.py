@@ -63,3 +63,16 @@ def test_the_back_end_takes_them(build, pad, caplog):
             torch.testing.assert_close(compiled(**batch)[0][keep], model(**batch)[0][keep])
     assert "2 of 2 attention calls" in caplog.text
     assert "left alone" not in caplog.text
+
+
+def test_the_back_end_takes_them_in_checkpoints(caplog):
+    model, _ = llama()
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    options = {"inner_backend": "aot_eager", "min_seq_len": 0, "topk_ratio": 1.0}
+    compiled = torch.compile(model, backend="sla2", options=options)
+    batch = padded(0, 80)
+    keep = batch["attention_mask"].bool()
+    with caplog.at_level(logging.INFO, "sla2_compile"):
+        ours = compiled(**batch, use_cache=False)[0][keep]
+    torch.testing.assert_close(ours, model(**batch, use_cache=False)[0][keep])
+    assert "2 of 2 attention calls" in caplog.text
