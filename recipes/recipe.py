@@ -34,7 +34,8 @@ class Recipe(BaseModel):
         alpha: where the mix of the branches comes from: routed (the router's estimate, scaled per head),
             head (one learned value a head), block (one a query block, the paper's; fixes the length).
         linear_scope: complement (keys that the sparse branch skips, the paper's) or all.
-        low_bit: numeric format of the sparse branch: none, int8 (INT8 QK), int8_fp8 (and FP8 PV).
+        low_bit: numeric format of the sparse branch in inference: none, int8 (INT8 QK), int8_fp8 (and FP8 PV); a chip
+            without one takes the next less, training and CPUs the input's dtype, and the report says what runs.
         qat: train with fake-quantised forward; needs a low_bit other than none.
         start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; None means the last.
             Layers are counted in the order in which a forward reaches them.
