@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,9 @@ def errors(kind: str, D: int, N: int, block_q: int, block_k: int, topk_ratio: fl
     lut, log_rest, _, mean = reference.route(q, k, None, None, None, topk_ratio, 8, block_q, block_k, scale, False)
 
     def o_sparse(dtype: torch.dtype, low_bit: str = "none") -> Tensor:
-        x = [t.to(dtype) for t in (q, k, v, mean)]
-        rest = (None, None, None, block_q, block_k, scale, "softmax", "complement", False, low_bit)
-        return reference.attention(*x, lut, log_rest.to(dtype), *rest)[2].double()
+        inputs = (*(t.to(dtype) for t in (q, k, v, mean)), lut, log_rest.to(dtype), None, None, None)
+        call: tuple[Any, ...] = (*inputs, block_q, block_k, scale, "softmax", "complement", False, low_bit)
+        return reference.attention(*call)[2].double()
 
     want = o_sparse(torch.float64)
     got = [o_sparse(torch.bfloat16), *(o_sparse(torch.float32, low_bit) for low_bit in ("int8", "int8_fp8"))]
