@@ -18,8 +18,7 @@ kernels: a new length compiles nothing, except that `select_kernel` knows the ne
 
 from __future__ import annotations
 
-import contextlib
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sla2_compile.kernels import hopper
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.kernels.checks import LOW_BITS
+from sla2_compile.kernels.device import capability, describable, on_device, packed, padded, shared_limit
 from sla2_compile.kernels.triton_attend import attend_kernel
 from sla2_compile.kernels.triton_linear import linear_kernel
 from sla2_compile.kernels.triton_pool import center_kernel, pool_kernel
@@ -45,27 +46,6 @@ LINEAR = (64, 8, 4, 2)
 """`linear_kernel`: rows a tile, warps, tiles a program, pipeline stages."""
 STATE_BYTES = 1 << 30
 """Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make x's GPU the current one, which is where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-@functools.cache
-def capability(device: torch.device) -> int:
-    """Compute capability of a GPU as an integer, 90 for Hopper; 80 where there is none (the smallest tiles)."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return major * 10 + minor
-
-
-@functools.cache
-def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use; those of sm_90 where there is no GPU."""
-    if device.type != "cuda":
-        return 227 * 1024
-    # what every chip since sm_80 has, should PyTorch not tell
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
 @dataclass(frozen=True)
@@ -121,16 +101,16 @@ class EightBit:
 
     Attributes:
         level: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
-        k8: (B, Hkv, Tn * block_k, D) int8, smoothed, 0 at rows that are no real keys; k_scale: (B, Hkv, Tn) fp32.
-        v8: (B, Hkv, Tn, Dv, block_k) float8_e4m3fn, the keys in `key_order`; v_log: (B, Hkv, Tn) fp32, log2 of its
-            scale. What a level has not is k, and never read.
+        k8: (B, Hkv, Tn * block_k, D) int8, smoothed, 0 at rows that are no real keys.
+        v8: (B, Hkv, Tn, Dv, block_k) float8_e4m3fn, the keys in `key_order`.
+        scales: (B, Hkv, Tn, 4) fp32: k's scale, log2 of v's, and two of no meaning, for rows of 16 bytes.
+        What a level has not is k, and never read.
     """
 
     level: int
     k8: Tensor
-    k_scale: Tensor
     v8: Tensor
-    v_log: Tensor
+    scales: Tensor
 
     @classmethod
     def for_call(cls, k: Tensor, v: Tensor, block_k: int, low_bit: str) -> EightBit:
@@ -138,35 +118,61 @@ class EightBit:
         level, (B, heads, Nk, D), Dv = LOW_BITS.index(low_bit), k.shape, v.shape[3]
         tn = num_blocks(Nk, block_k)
         # absent ones are not of an 8-bit type: older chips do not know it
-        k8 = k_scale = v8 = v_log = k
+        k8 = v8 = scales = k
         if level >= 1:
             k8 = k.new_empty(B, heads, tn * block_k, D, dtype=torch.int8)
-            k_scale = k.new_empty(B, heads, tn, dtype=torch.float32)
+            scales = k.new_empty(B, heads, tn, 4, dtype=torch.float32)
         if level == 2:
             v8 = k.new_empty(B, heads, tn, Dv, block_k, dtype=torch.float8_e4m3fn)
-            v_log = torch.empty_like(k_scale)
-        return cls(level, k8, k_scale, v8, v_log)
+        return cls(level, k8, v8, scales)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """In the order of the kernels' arguments."""
-        return self.k8, self.k_scale, self.v8, self.v_log
+        return self.k8, self.v8, self.scales
 
 
-def packed(x: Tensor) -> Tensor:
-    """Return x with a contiguous last dim: itself, but for layouts no projection makes."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+@dataclass(frozen=True)
+class StateLayout:
+    """How the state [h, z] of one key block lies in memory, and what the kernels that touch it are told.
 
+    Attributes:
+        D, Dv: head dims; block_d, block_dv: those padded to tiles; feature_map: phi.
+    """
 
-def padded(size: int) -> int:
-    """Next power of two that a tile can have, at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    D: int
+    Dv: int
+    block_d: int
+    block_dv: int
+    feature_map: str
 
+    @property
+    def row(self) -> int:
+        """Columns of a row of h, for rows of whole 16-byte pieces."""
+        return num_blocks(self.Dv, 16) * 16
 
-def describable(x: Tensor) -> bool:
-    """Whether the copy engine can read tiles of x: 16-byte strides and address, no expanded dim."""
-    strides = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides) and x.shape[3] % 8 == 0
+    @property
+    def z_at(self) -> int:
+        """Where z begins, behind h."""
+        return num_blocks(self.D, 16) * 16 * self.row
+
+    @property
+    def size(self) -> int:
+        """Numbers in one state."""
+        return self.z_at + num_blocks(self.D, 16) * 16
+
+    @property
+    def wide(self) -> bool:
+        """Whether a head is cut in slices, so that registers suffice."""
+        return max(self.block_d, self.block_dv) > 128
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Arguments of `states_kernel` and `linear_kernel`."""
+        return {
+            "D": self.D, "DV": self.Dv, "BLOCK_D": self.block_d, "ROW_DV": self.row, "STATE": self.size,
+            "Z_AT": self.z_at, "FEATURE_MAP": self.feature_map,
+        }  # fmt: skip
 
 
 def descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
@@ -243,6 +249,46 @@ def route_forward(
     return lut, log_rest, entropy, k_mean
 
 
+def summed_states(
+    k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, key_mask: Tensor | None, layout: StateLayout, eight: EightBit,
+    block_q: int, block_k: int, linear_scope: str, is_causal: bool,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Sum each query block's states over its complement, for as many heads at a time as memory is meant to hold.
+
+    Yields:
+        The first query head of the group, and (heads of k, query blocks of one, `layout.size`) summed states.
+    """
+    (B, heads, Nk, _), (_, Hq, tm, topk) = k.shape, lut.shape
+    groups, tn = Hq // heads, num_blocks(Nk, block_k)
+    mask = k if key_mask is None else key_mask
+    mask_stride = 0 if key_mask is None else mask.stride(0)
+    # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
+    columns = num_blocks(tn, 8) * 8
+    per_head = layout.size * (columns + groups * tm) * k.element_size()
+    step = max(1, min(B * heads, STATE_BYTES // per_head))
+    warps, width, registers = STATES if not layout.wide else (8, 64, None)
+    if capability(k.device) != 90:
+        width = 64
+    if eight.level and block_k > 64:
+        warps = 8
+    for first in range(0, B * heads, step):
+        n = min(step, B * heads - first)
+        states = k.new_empty(n, columns, layout.size)
+        states_kernel[(n * columns, num_blocks(layout.block_dv, width))](
+            k, v, k_mean, mask, states, *eight.tensors, *k.stride()[:3], *v.stride()[:3], mask_stride,
+            heads, Nk, columns, first,
+            **layout.constants, BLOCK_DV=min(layout.block_dv, width), BLOCK_K=block_k,
+            HAS_MASK=key_mask is not None, HALVES=layout.block_d > 64, LOW_BIT=eight.level,
+            num_warps=warps, maxnreg=registers,
+        )  # fmt: skip
+        complement = k.new_empty(n, groups * tm, columns)
+        complement_kernel[(n * groups * tm,)](
+            lut, complement, tm, tn, columns, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
+            BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_N=512, CAUSAL=is_causal, ALL=linear_scope == "all", num_warps=2,
+        )  # fmt: skip
+        yield first * groups, torch.bmm(complement, states)
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
     alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
@@ -255,77 +301,58 @@ def attention_forward(
     """
     q, k, v = packed(q), packed(k), packed(v)
     k_mean, lut, log_rest = k_mean.contiguous(), lut.contiguous(), log_rest.contiguous()
-    (B, Hq, Nq, D), (_, heads, Nk, DV) = q.shape, v.shape
-    groups, tm, topk, tn = Hq // heads, lut.shape[2], lut.shape[3], num_blocks(Nk, block_k)
-    o = q.new_empty(B, Hq, Nq, DV)
+    key_mask = None if key_mask is None else packed(key_mask)
+    (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = q.shape, v.shape, lut.shape[2:]
+    groups, arch = Hq // heads, capability(q.device)
+    o = q.new_empty(B, Hq, Nq, Dv)
     lse = q.new_empty(B, Hq, Nq, dtype=torch.float32)
     o_sparse, o_linear = (torch.empty_like(o) if keep_branches else o.new_empty(0) for _ in range(2))
-    # the linear branch lies in o until the sparse branch mixes it in
-    linear = o_linear if keep_branches else o
-    weight, shift = torch.empty_like(lse), torch.empty_like(lse)
-    masked = key_mask is not None
-    mask = packed(key_mask) if key_mask is not None else q
-    mask_stride = mask.stride(0) if masked else 0
     gain = q if alpha_gain is None else alpha_gain.contiguous()
     bias = q if alpha_bias is None else alpha_bias.expand(Hq, tm)
     alpha = 0 if alpha_bias is None else (1 if alpha_gain is None else 2)
 
     eight = EightBit.for_call(k, v, block_k, low_bit)
     # an INT8 product sums over 32 dims at a time
-    block_d, block_dv = max(padded(D), 32 if eight.level else 16), padded(DV)
-    row_dv = num_blocks(DV, 16) * 16
-    z_at = num_blocks(D, 16) * 16 * row_dv
-    state = z_at + num_blocks(D, 16) * 16
-    dims = {
-        "D": D, "DV": DV, "BLOCK_D": block_d, "ROW_DV": row_dv, "STATE": state, "Z_AT": z_at,
-        "FEATURE_MAP": feature_map,
-    }  # fmt: skip
-    # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
-    wide_tn = num_blocks(tn, 8) * 8
-    per_head = state * (wide_tn + groups * tm) * q.element_size()
-    step = max(1, min(B * heads, STATE_BYTES // per_head))
-    wide = max(block_d, block_dv) > 128
-    tile = attend_tile(capability(q.device), max(block_d, block_dv), block_q, block_k)
-    tma = not eight.level and capability(q.device) >= 90 and describable(k) and describable(v)
-    tiles = (descriptor(k, block_k, block_d), descriptor(v, block_k, block_dv)) if tma else (k, v)
-    stages = min(tile.stages, stages_that_fit(shared_limit(q.device), tile.block_m, block_k, block_d, block_dv))
+    layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), feature_map)
+    plain = key_mask is None and not is_causal and not keep_branches
+    fused = hopper.takes(arch, q, k, v, block_q, block_k, plain)
+    # the linear branch lies in o until the sparse branch mixes it in
+    linear = o_linear if keep_branches else o
+    weight, shift = (lse.new_empty(0 if fused else lse.shape) for _ in range(2))
     with on_device(q):
-        arch = capability(q.device)
-        s_warps, s_dv, s_regs = STATES if not wide else (8, 64, None)
-        if arch != 90:
-            s_dv = 64
-        if eight.level and block_k > 64:
-            s_warps = 8
-        l_m, l_warps, l_jobs, l_stages = LINEAR if not wide else (32, 8, 1, 1)
-        for first in range(0, B * heads, step):
-            n = min(step, B * heads - first)
-            states = q.new_empty(n, wide_tn, state)
-            states_kernel[(n * wide_tn, num_blocks(block_dv, s_dv))](
-                k, v, k_mean, mask, states, *eight.tensors, *k.stride()[:3], *v.stride()[:3], mask_stride,
-                heads, Nk, wide_tn, first,
-                **dims, BLOCK_DV=min(block_dv, s_dv), BLOCK_K=block_k, HAS_MASK=masked,
-                HALVES=block_d > 64, LOW_BIT=eight.level, num_warps=s_warps, maxnreg=s_regs,
+        for first, summed in summed_states(
+            k, v, k_mean, lut, key_mask, layout, eight, block_q, block_k, linear_scope, is_causal
+        ):  # fmt: skip
+            if fused:
+                hopper.attend(
+                    q, eight.k8, eight.v8 if eight.level == 2 else v, eight.scales, summed, k_mean, lut, log_rest,
+                    gain, bias, o, lse,
+                    Nk=Nk, first=first * tm, z_at=layout.z_at, alpha=alpha, low_bit=eight.level, scale=scale,
+                    feature_map=feature_map, limit=shared_limit(q.device),
+                )  # fmt: skip
+                continue
+            rows, warps, jobs, stages = LINEAR if not layout.wide else (32, 8, 1, 1)
+            rows = min(block_q, rows)
+            linear_kernel[(summed.shape[0] * groups * num_blocks(tm * (block_q // rows), jobs),)](
+                q, k_mean, log_rest, summed, linear, weight, shift, *q.stride()[:3], Hq, groups, Nq, tm, first,
+                **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q, BLOCK_M=rows,
+                CHUNK=layout.block_d if not layout.wide else 64, JOBS=jobs, STAGES=stages, num_warps=warps,
             )  # fmt: skip
-            complement = q.new_empty(n, groups * tm, wide_tn)
-            complement_kernel[(n * groups * tm,)](
-                lut, complement, tm, tn, wide_tn, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
-                BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_N=512, CAUSAL=is_causal, ALL=linear_scope == "all",
-                num_warps=2,
-            )  # fmt: skip
-            summed = torch.bmm(complement, states)
-            block_m = min(block_q, l_m)
-            linear_kernel[(n * groups * num_blocks(tm * (block_q // block_m), l_jobs),)](
-                q, k_mean, log_rest, summed, linear, weight, shift, *q.stride()[:3], Hq, groups, Nq, tm,
-                first * groups,
-                **dims, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_M=block_m, CHUNK=block_d if not wide else 64,
-                JOBS=l_jobs, STAGES=l_stages, num_warps=l_warps,
-            )  # fmt: skip
+        if fused:
+            return o, lse, o_sparse, o_linear
+        block_d, block_dv = layout.block_d, layout.block_dv
+        tile = attend_tile(arch, max(block_d, block_dv), block_q, block_k)
+        tma = not eight.level and arch >= 90 and describable(k) and describable(v)
+        tiles = (descriptor(k, block_k, block_d), descriptor(v, block_k, block_dv)) if tma else (k, v)
+        room = stages_that_fit(shared_limit(q.device), tile.block_m, block_k, block_d, block_dv)
+        mask = q if key_mask is None else key_mask
         attend_kernel[(B * Hq * tm * (block_q // tile.block_m),)](
             q, k, v, *tiles, *eight.tensors, lut, log_rest, gain, bias, mask, linear, weight, shift, o, lse, o_sparse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, bias.stride(0), bias.stride(1),
-            Hq, groups, Nq, Nk, tm, topk, scale,
-            D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=tile.block_m,
-            ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=masked, KEEP=keep_branches, TMA=tma, STAGES=stages,
-            LOW_BIT=eight.level, num_warps=tile.warps, maxnreg=None if eight.level else tile.registers,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if key_mask is None else mask.stride(0),
+            bias.stride(0), bias.stride(1), Hq, groups, Nq, Nk, tm, topk, scale,
+            D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=tile.block_m,
+            ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=key_mask is not None, KEEP=keep_branches, TMA=tma,
+            STAGES=min(tile.stages, room), LOW_BIT=eight.level, num_warps=tile.warps,
+            maxnreg=None if eight.level else tile.registers,
         )  # fmt: skip
     return o, lse, o_sparse, o_linear

@@ -7,11 +7,11 @@ scale a key block instead of one a channel (so that no pass over all of v comes 
     q8 = round(q / q_scale_i),             q_scale_i = max |q| / 127                    per row i
     v8 = e4m3(v / v_scale_j),              v_scale_j = max |v| / 448 in [2^-40, 2^80]   per key block j
     t  = (q8 . k8) q_scale_i k_scale_j scale log2(e) + v_log_j,   v_log_j = log2(v_scale_j)
-    m  = max t,  p = 2^(t - m),  p8 = e4m3(256 p) / 256
+    m  = ceil(max t),  p = 2^(t - m),  p8 = e4m3(256 p) / 256
     o_sparse = sum p8 v8 / sum p 2^-v_log_j,   lse = ln sum 2^(t - v_log_j)
 v's scale thus rides on the exponent, and p8 is small where v is. int8 keeps v, with v_log 0, and p in q's dtype.
-The maximum runs over the selected blocks in ascending order, as a kernel meets them; another order moves the
-rounding of p and nothing else.
+m is a whole number, so that p is rounded alike whatever maximum a kernel has when it meets a block: a later one
+multiplies by a power of two.
 
 Scales and roundings are float32 whatever the inputs are, in operations that every device rounds alike (a division by
 a constant is none: PyTorch multiplies on CUDA); products are float64 for float64 inputs, else float32.
@@ -101,14 +101,12 @@ def sparse_branch(
         values, v_log = v.to(wide), t.new_zeros(1)
         values = values if real is None else values.masked_fill(~real[:, None, :, None], 0.0)
     t = (t + v_log).masked_fill(~allowed, float("-inf"))
-    top = F.pad(t, (0, -Nk % block_k), value=float("-inf")).unflatten(-1, (-1, block_k)).amax(dim=-1)
-    # the least finite number keeps exp2(-inf - top) at 0 in rows that have seen no key yet
-    top = top.cummax(dim=-1).values.clamp(min=torch.finfo(wide).min)
-    running, last = per_key(top), top[..., -1:]
-    p, correction = (t - running).exp2(), (running - last).exp2()
-    total = (p * correction * (-v_log).exp2()).sum(dim=-1, keepdim=True)
+    # the least finite number keeps exp2(-inf - top) at 0 in rows that see no key
+    top = t.amax(dim=-1, keepdim=True).ceil().clamp(min=torch.finfo(wide).min)
+    p = (t - top).exp2()
+    total = (p * (-v_log).exp2()).sum(dim=-1, keepdim=True)
     p = (p * 256.0).to(torch.float8_e4m3fn).to(wide) / 256.0 if fp8 else p.to(q.dtype).to(wide)
     has_sparse = total > 0
-    o = (p * correction) @ values / total.masked_fill(~has_sparse, 1.0) * has_sparse
-    lse = torch.where(has_sparse, (last + total.log2()) * math.log(2.0), float("-inf"))
+    o = p @ values / total.masked_fill(~has_sparse, 1.0) * has_sparse
+    lse = torch.where(has_sparse, (top + total.log2()) * math.log(2.0), float("-inf"))
     return o.to(q.dtype), lse.squeeze(-1).to(q.dtype)

@@ -6,7 +6,7 @@ K is read as it is: subtracting k_mean shifts a row's scores by one constant, so
 lse is corrected at the end by - scale * q k_mean. That saves a smoothed copy of K and its rounding.
 
 In low bit, with k8, v8 and their scales from `states_kernel`, q8 = round(q / q_scale_i) by rows, and no such shift:
-    t = (q8 . k8) q_scale_i k_scale_j scale log2(e) + v_log_j,  m = max t,  p = 2^(t - m)
+    t = (q8 . k8) q_scale_i k_scale_j scale log2(e) + v_log_j,  m = ceil(max t),  p = 2^(t - m)
     o_sparse = sum e4m3(256 p) v8 / (256 sum p 2^-v_log_j),     lse = ln sum 2^(t - v_log_j)
 v's scale rides on the exponent, so p in 8 bits is small where v is. INT8 alone: v_log = 0, p v as above.
 """
@@ -39,7 +39,8 @@ def softmax_step(s, v, acc, top, total, log2_scale, MASKED: tl.constexpr):
 @triton.jit
 def low_bit_step(t, v, v_log, acc, top, total, MASKED: tl.constexpr, LOW_BIT: tl.constexpr):
     """Take one tile of t (rows, keys), scores in units of log2 plus v_log, into the running softmax."""
-    new_top = tl.maximum(top, tl.max(t, axis=1))
+    # a whole number: a later maximum then multiplies by a power of two, and does not move how p was rounded
+    new_top = tl.maximum(top, tl.ceil(tl.max(t, axis=1)))
     safe = tl.where(new_top > NEG_INF, new_top, 0.0) if MASKED else new_top
     # the compiler may fuse t's product with the subtraction, and p must not pass 1 where scores are huge
     p = tl.exp2(tl.minimum(t - safe[:, None], 0.0))
@@ -70,7 +71,7 @@ def table_counts(row, topk, q_start, Nk, BLOCK_K: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit(do_not_specialize=["Nq", "Nk", "Tm", "topk"])
 def attend_kernel(
-    q, k, v, k_tiles, v_tiles, k8, k_scale, v8, v_log, lut, log_rest, gain, bias, key_mask, linear, weight, shift,
+    q, k, v, k_tiles, v_tiles, k8, v8, scales, lut, log_rest, gain, bias, key_mask, linear, weight, shift,
     o, lse, o_sparse,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     mask_stride, bias_stride_h, bias_stride_m, Hq, groups, Nq, Nk, Tm, topk, scale,
@@ -84,7 +85,7 @@ def attend_kernel(
     Args:
         q: (B, Hq, Nq, D), k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, DV), last dim contiguous.
         k_tiles, v_tiles: tensor descriptors of k and v with tiles of one block (if TMA, which LOW_BIT excludes).
-        k8, k_scale, v8, v_log: k and v in 8 bits, from `states_kernel` (if LOW_BIT: 1 is INT8, 2 INT8 and FP8).
+        k8, v8, scales: k and v in 8 bits, from `states_kernel` (if LOW_BIT: 1 is INT8, 2 INT8 and FP8).
         lut: (B, Hq, Tm, topk); log_rest: (B, Hq, Tm); gain: (Hq,), bias: strided (Hq, Tm) as ALPHA says.
         linear, weight, shift: `linear_kernel`'s o_linear (B, Hq, Nq, DV), its weight and q k_mean (B, Hq, Nq).
         o: (B, Hq, Nq, DV), out, may be the same memory as linear; o_sparse: as o, out if KEEP.
@@ -153,8 +154,8 @@ def attend_kernel(
                 values = tl.load(v_tile + start * v_stride_n, mask=(columns < DV)[None, :], other=0.0)
         s = tl.dot(q_tile, keys)
         if LOW_BIT:
-            log = tl.load(v_log + block + j) if LOW_BIT == 2 else 0.0
-            t = s.to(tl.float32) * (log2_scales * tl.load(k_scale + block + j))[:, None] + log
+            log = tl.load(scales + (block + j) * 4 + 1) if LOW_BIT == 2 else 0.0
+            t = s.to(tl.float32) * (log2_scales * tl.load(scales + (block + j) * 4))[:, None] + log
             acc, top, total = low_bit_step(t, values, log, acc, top, total, False, LOW_BIT)
         else:
             acc, top, total = softmax_step(s, values, acc, top, total, log2_scale, False)
@@ -188,8 +189,11 @@ def attend_kernel(
             visible = visible & (at[None, :] <= rows[:, None])
         s = tl.dot(q_tile, keys)
         if LOW_BIT:
-            log = tl.load(v_log + block + j, mask=exists, other=0.0) if LOW_BIT == 2 else 0.0
-            t = s.to(tl.float32) * (log2_scales * tl.load(k_scale + block + j, mask=exists, other=0.0))[:, None] + log
+            log = tl.load(scales + (block + j) * 4 + 1, mask=exists, other=0.0) if LOW_BIT == 2 else 0.0
+            t = (
+                s.to(tl.float32) * (log2_scales * tl.load(scales + (block + j) * 4, mask=exists, other=0.0))[:, None]
+                + log
+            )
             t = tl.where(visible, t, NEG_INF)
             acc, top, total = low_bit_step(t, values, log, acc, top, total, True, LOW_BIT)
         else:

@@ -117,7 +117,7 @@ def store_value_block(
 
 @triton.jit(do_not_specialize=["Nk", "Tn", "first"])
 def states_kernel(
-    k, v, k_mean, key_mask, states, k8, k_scale, v8, v_log,
+    k, v, k_mean, key_mask, states, k8, v8, scales,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, mask_stride, heads, Nk, Tn, first,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROW_DV: tl.constexpr,
     STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_K: tl.constexpr, FEATURE_MAP: tl.constexpr,
@@ -130,10 +130,9 @@ def states_kernel(
         key_mask: (B, Nk) bool (if HAS_MASK).
         states: (n, Tn, STATE), out, of the flat key/value heads from `first` on: h at 0 with ROW_DV columns
             a row, z at Z_AT.
-        k8: (B * heads, cdiv(Nk, BLOCK_K) * BLOCK_K, D) int8, out, 0 at rows that are no real keys, and k_scale:
-            (B * heads, cdiv(Nk, BLOCK_K)) fp32, out (if LOW_BIT).
-        v8: (B * heads, cdiv(Nk, BLOCK_K), DV, BLOCK_K) float8e4nv, out, keys in `key_order`, and v_log: as k_scale,
-            out (if LOW_BIT is 2).
+        k8: (B * heads, cdiv(Nk, BLOCK_K) * BLOCK_K, D) int8, out, 0 at rows that are no real keys (if LOW_BIT).
+        v8: (B * heads, cdiv(Nk, BLOCK_K), DV, BLOCK_K) float8e4nv, out, keys in `key_order` (if LOW_BIT is 2).
+        scales: (B * heads, cdiv(Nk, BLOCK_K), 4) fp32, out, the first k_scale, the second v_log (likewise).
     """
     pid = tl.program_id(0)
     local, j = (pid // Tn).to(tl.int64), pid % Tn
@@ -160,7 +159,7 @@ def states_kernel(
         # before the keys are loaded, for their registers
         log = store_value_block(v_at, real, columns, v8 + block * DV * BLOCK_K, exists, DV, BLOCK_DV, BLOCK_K)
         if tl.program_id(1) == 0:
-            tl.store(v_log + block, log, mask=exists)
+            tl.store(scales + block * 4 + 1, log, mask=exists)
     PART: tl.constexpr = BLOCK_D // 2 if HALVES else BLOCK_D
     dims = tl.arange(0, PART)
     x = centered_keys(k_rows, k_mean + bh * D, real, dims, D)
@@ -175,7 +174,7 @@ def states_kernel(
                 y8 = tl.where(real[:, None], y, 0.0)
                 top = tl.maximum(top, tl.max(tl.abs(y8)))
             scale = scale_of(top)
-            tl.store(k_scale + block, scale, mask=exists)
+            tl.store(scales + block * 4, scale, mask=exists)
             row = k8 + (block * BLOCK_K + order)[:, None] * D
             tl.store(row + dims[None, :], to_int8(x8, scale), mask=exists & (dims < D)[None, :])
             if HALVES:

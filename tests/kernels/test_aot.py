@@ -21,9 +21,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from sla2_compile.kernels import cuda  # noqa: E402
+from sla2_compile.kernels import cuda, hopper  # noqa: E402
+from sla2_compile.kernels.gluon_attend import attend_hopper_kernel  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
@@ -50,6 +53,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[tuple[Any, t
         if name.endswith("_kernel"):
             recorders.append(Recorder(value))
             monkeypatch.setattr(cuda, name, recorders[-1])
+    recorders.append(Recorder(attend_hopper_kernel))
+    monkeypatch.setattr(hopper, "kernel", lambda: recorders[-1])
     run()
     for recorder in recorders:
         yield from recorder.launches
@@ -63,6 +68,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: i
     kwargs = {name: True if name == "FAST" else x for name, x in kwargs.items()}
     given = dict(zip(names, args, strict=False)) | {name: x for name, x in kwargs.items() if name in names}
     fixed = set(kernel.do_not_specialize or ())
+    gluon = kernel.is_gluon()
     signature, constants, attrs = {}, {}, {}
     for index, name in enumerate(names):
         value, parameter = given[name], kernel.params[index]
@@ -71,8 +77,9 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: i
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attrs[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
+        elif isinstance(value, (TensorDescriptor, GluonDescriptor)):
+            layout = f",{value.layout!r}" if gluon else ""
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}{layout}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1 and name not in fixed:
@@ -81,7 +88,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: i
             signature[name] = "i32"
             if value % 16 == 0 and name not in fixed:
                 attrs[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
+    source = (GluonASTSource if gluon else ASTSource)(kernel, signature=signature, constexprs=constants, attrs=attrs)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -141,6 +148,22 @@ def test_low_bit_compiles_without_spills(name: str, low: str, arch: int, monkeyp
     """The two kernels that differ, without the allowance of the others."""
     both, run = ("attend_kernel", "states_kernel"), call(**LOW_BIT_SHAPES[name], low=low)
     assert set(both) == compile_all(run, arch, both, {}, monkeypatch)
+
+
+# of an item's scalars, outside the loop over key blocks
+ALLOWED_HOPPER_STACK = {"attend_hopper_kernel": 64}
+HOPPER_CALLS = [
+    *(call(D, torch.bfloat16, (128, 64), low=low) for D in (64, 128) for low in ("none", "int8", "int8_fp8")),
+    call(128, torch.float16, (128, 64)),
+]
+
+
+@pytest.mark.skipif(not hopper.knows_this_triton(), reason="a Triton whose Gluon nobody tried")
+@pytest.mark.parametrize("run", HOPPER_CALLS)
+def test_hopper_kernel_compiles(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLA2_HOPPER", "1")
+    names = tuple(ALLOWED_HOPPER_STACK)
+    assert compile_all(run, 90, names, ALLOWED_HOPPER_STACK, monkeypatch) == set(names)
 
 
 def compile_all(

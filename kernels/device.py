@@ -1,0 +1,48 @@
+"""What the launchers ask of a GPU and of a tensor's layout."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make x's GPU the current one, which is where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability of a GPU as an integer, 90 for Hopper; 80 where there is none (the smallest tiles)."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return major * 10 + minor
+
+
+@functools.cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; those of sm_90 where there is no GPU."""
+    if device.type != "cuda":
+        return 227 * 1024
+    # what every chip since sm_80 has, should PyTorch not tell
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Return x with a contiguous last dim: itself, but for layouts no projection makes."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def padded(size: int) -> int:
+    """Next power of two that a tile can have, at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def describable(x: Tensor) -> bool:
+    """Whether the copy engine can read tiles of x: 16-byte strides and address, no expanded dim."""
+    strides = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides) and x.shape[3] % 8 == 0

@@ -1,0 +1,140 @@
+"""The Hopper kernel: which calls it takes, and on a GPU what it computes (`test_aot.py` compiles it without one)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sla2_compile.kernels import cuda, hopper
+from tests.kernels.test_triton_low_bit import check, routed
+from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs
+
+PLAIN = Case(D=64, Dv=64, block_q=128, block_k=64, Nq=300, Nk=459, keep=False)
+WIDE = replace(PLAIN, D=128, Dv=128)
+CASES = {
+    "plain": PLAIN,
+    "D 128, fp16": replace(WIDE, dtype=torch.float16),
+    "batch, heads, no group": replace(WIDE, B=2, heads=3, groups=1, alpha="head"),
+    "(B, N, H, D)": replace(WIDE, transposed=True, B=2),
+    "even table": replace(WIDE, topk_ratio=0.5, Nk=512),
+    "one block": replace(WIDE, Nk=64, Nq=128),
+    "three keys": replace(PLAIN, Nk=3, Nq=5),
+    "empty complement": replace(WIDE, topk_ratio=1.0, alpha="none"),
+    "many query blocks": replace(WIDE, Nq=128 * 300, topk_ratio=0.2, alpha="block"),
+    "elu": replace(WIDE, feature_map="elu"),
+    "relu": replace(PLAIN, feature_map="relu"),
+    "all keys": replace(PLAIN, linear_scope="all"),
+}
+LEVELS = ("none", "int8", "int8_fp8")
+
+
+@pytest.fixture(autouse=True)
+def _on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLA2_HOPPER", "1")
+
+
+def tensors(D: int = 128) -> list[torch.Tensor]:
+    return [torch.empty(2, 4, 256, D, dtype=torch.bfloat16) for _ in range(3)]
+
+
+def takes(x: list[torch.Tensor], arch: int = 90, block_q: int = 128, block_k: int = 64, plain: bool = True) -> bool:
+    q, k, v = x
+    return hopper.takes(arch, q, k, v, block_q, block_k, plain)
+
+
+def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "knows_this_triton", lambda: True)
+    q, k, v = tensors()
+    assert takes([q, k, v])
+    assert takes(tensors(D=64))
+    assert takes([x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)])
+    for arch in (80, 89, 100):
+        assert not takes([q, k, v], arch=arch)
+    assert not takes([q, k, v], block_q=64)
+    assert not takes([q, k, v], block_k=128)
+    assert not takes([q, k, v], plain=False)
+    assert not takes(tensors(D=96))
+    assert not takes([q, k, v[..., :64]])
+    # rows of 130 numbers do not begin at multiples of 16 bytes
+    odd = torch.empty(2, 4, 256, 130, dtype=torch.bfloat16)[..., :128]
+    assert not takes([odd, k, v])
+    assert not takes([q, k[:1].expand(2, -1, -1, -1), v])
+    monkeypatch.setattr(hopper, "knows_this_triton", lambda: False)
+    assert not takes([q, k, v])
+
+
+def test_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "knows_this_triton", lambda: True)
+    monkeypatch.delenv("SLA2_HOPPER")
+    assert not takes(tensors())
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(("bytes_k", "bytes_v"), [(2, 2), (1, 2), (1, 1)])
+def test_two_pairs_of_blocks_fit(D: int, bytes_k: int, bytes_v: int) -> None:
+    """One is being used while the next one comes."""
+    assert hopper.stages_that_fit(227 * 1024, D, bytes_k, bytes_v) >= 2
+
+
+if not INTERPRETED:
+    HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not HOPPER, reason="not a Hopper GPU")
+    @pytest.mark.parametrize("low_bit", LEVELS)
+    @pytest.mark.parametrize("name", CASES)
+    def test_attention(name: str, low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        poison_outputs(monkeypatch)
+        took: list[None] = []
+        attend = hopper.attend
+        monkeypatch.setattr(hopper, "attend", lambda *a, **k: took.append(attend(*a, **k)))
+        check(CASES[name], low_bit)
+        assert took
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not HOPPER, reason="not a Hopper GPU")
+    @pytest.mark.parametrize("low_bit", LEVELS)
+    def test_heads_in_groups(low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Bounded memory for the states: many launches give what one gives."""
+        case = replace(WIDE, B=2, heads=2)
+        x = routed(case, case.tensors())
+        whole = case.attention(x, cuda.attention_forward, False, low_bit)
+        monkeypatch.setattr(cuda, "STATE_BYTES", 1)
+        parts = case.attention(x, cuda.attention_forward, False, low_bit)
+        assert torch.equal(whole[0], parts[0])
+        assert torch.equal(whole[1], parts[1])
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not HOPPER, reason="not a Hopper GPU")
+    @pytest.mark.parametrize("low_bit", LEVELS)
+    def test_same_bits_every_time(low_bit: str) -> None:
+        """A race would show as results that differ."""
+        case = replace(WIDE, Nq=128 * 300, Nk=64 * 100, topk_ratio=0.2)
+        x = routed_cheaply(case)
+        first = case.attention(x, cuda.attention_forward, False, low_bit)
+        for _ in range(20):
+            again = case.attention(x, cuda.attention_forward, False, low_bit)
+            assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not HOPPER, reason="not a Hopper GPU")
+    @pytest.mark.parametrize("low_bit", LEVELS)
+    def test_wild_table_reads_nothing_outside(low_bit: str) -> None:
+        case = replace(WIDE, topk_ratio=1.0)
+        x = routed_cheaply(case)
+        for wild in (-7, 2**24):
+            x["lut"] = torch.full_like(x["lut"], wild)
+            case.attention(x, cuda.attention_forward, False, low_bit)
+            torch.cuda.synchronize(DEVICE)
+
+
+def routed_cheaply(case: Case) -> dict[str, Any]:
+    """A case's tensors with what the kernels' own router says of them."""
+    x = case.tensors()
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
+    return x
