@@ -53,7 +53,7 @@ class Reason(str, Enum):
 
 
 MIN_SEQ_LEN = {
-    "cpu": ((0.05, 512), (0.15, 768), (1.0, 1024)),
+    "cpu": ((0.15, 512), (1.0, 768)),
     "cuda": ((0.15, 8192), (1.0, 16384)),
 }
 """What `min_seq_len: auto` means: by device type, (topk_ratio up to, shortest length at which SLA2 won).
