@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from sla2_compile.kernels.triton_pool import center_kernel, pool_kernel
 from sla2_compile.kernels.triton_scores import scores_kernel
 from sla2_compile.kernels.triton_select import select_kernel
 from sla2_compile.kernels.triton_states import complement_kernel, states_kernel
+from sla2_compile.kernels.tuning import launch
 
 SCORES = (128, 32, 4)
 """`scores_kernel`: query tokens and key blocks a program, warps. All three: the best of those tried on sm_90."""
@@ -232,9 +234,12 @@ def route_forward(
         Tq = q_tokens.shape[2]
         block_t, block_n, warps = SCORES
         block_t, block_n = max(a, min(block_t, padded(Tq))), min(block_n, padded(tn))
-        scores_kernel[(num_blocks(Tq, block_t) * num_blocks(tn, block_n) * B * Hq,)](
+        launch(
+            scores_kernel, lambda t: (num_blocks(Tq, t["BLOCK_T"]) * num_blocks(tn, t["BLOCK_N"]) * B * Hq,),
             q_tokens, centered, bonus, peak, typical, Hq, Hq // heads, Tq, Tk, tm, tn, scale,
-            D=D, BLOCK_D=padded(D), A=a, B=b, BLOCK_T=block_t, BLOCK_N=block_n, FAST=q.is_cuda, num_warps=warps,
+            D=D, BLOCK_D=padded(D), A=a, B=b, FAST=q.is_cuda,
+            tile={"BLOCK_T": block_t, "BLOCK_N": block_n, "num_warps": warps},
+            limits={"BLOCK_T": (a, max(a, padded(Tq))), "BLOCK_N": (1, padded(tn))},
         )  # fmt: skip
         kept = num_kept(tn, topk_ratio, block_q, block_k, is_causal)
         lut = q.new_empty(B, Hq, tm, kept, dtype=torch.int32)
@@ -247,6 +252,16 @@ def route_forward(
             num_warps=max(1, min(16, width // 1024)),
         )  # fmt: skip
     return lut, log_rest, entropy, k_mean
+
+
+def states_grid(blocks: int, width: int, tile: dict[str, Any]) -> tuple[int, int]:
+    """Programs of `states_kernel`: key blocks, and slices of v's columns."""
+    return blocks, num_blocks(width, tile["BLOCK_DV"])
+
+
+def linear_grid(heads: int, rows: int, tile: dict[str, Any]) -> tuple[int]:
+    """Programs of `linear_kernel`: each takes some tiles of one head's rows."""
+    return (heads * num_blocks(rows // tile["BLOCK_M"], tile["JOBS"]),)
 
 
 def summed_states(
@@ -274,12 +289,14 @@ def summed_states(
     for first in range(0, B * heads, step):
         n = min(step, B * heads - first)
         states = k.new_empty(n, columns, layout.size)
-        states_kernel[(n * columns, num_blocks(layout.block_dv, width))](
+        launch(
+            states_kernel, partial(states_grid, n * columns, layout.block_dv),
             k, v, k_mean, mask, states, *eight.tensors, *k.stride()[:3], *v.stride()[:3], mask_stride,
             heads, Nk, columns, first,
-            **layout.constants, BLOCK_DV=min(layout.block_dv, width), BLOCK_K=block_k,
-            HAS_MASK=key_mask is not None, HALVES=layout.block_d > 64, LOW_BIT=eight.level,
-            num_warps=warps, maxnreg=registers,
+            **layout.constants, BLOCK_K=block_k, HAS_MASK=key_mask is not None, HALVES=layout.block_d > 64,
+            LOW_BIT=eight.level,
+            tile={"BLOCK_DV": min(layout.block_dv, width), "num_warps": warps, "maxnreg": registers},
+            limits={"BLOCK_DV": (16, layout.block_dv)},
         )  # fmt: skip
         complement = k.new_empty(n, groups * tm, columns)
         complement_kernel[(n * groups * tm,)](
@@ -331,12 +348,15 @@ def attention_forward(
                     feature_map=feature_map, limit=shared_limit(q.device),
                 )  # fmt: skip
                 continue
-            rows, warps, jobs, stages = LINEAR if not layout.wide else (32, 8, 1, 1)
-            rows = min(block_q, rows)
-            linear_kernel[(summed.shape[0] * groups * num_blocks(tm * (block_q // rows), jobs),)](
+            rows, warps, jobs, loads = LINEAR if not layout.wide else (32, 8, 1, 1)
+            launch(
+                linear_kernel,
+                partial(linear_grid, summed.shape[0] * groups, tm * block_q),
                 q, k_mean, log_rest, summed, linear, weight, shift, *q.stride()[:3], Hq, groups, Nq, tm, first,
-                **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q, BLOCK_M=rows,
-                CHUNK=layout.block_d if not layout.wide else 64, JOBS=jobs, STAGES=stages, num_warps=warps,
+                **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q,
+                CHUNK=layout.block_d if not layout.wide else 64,
+                tile={"BLOCK_M": min(block_q, rows), "JOBS": jobs, "STAGES": loads, "num_warps": warps},
+                limits={"BLOCK_M": (16, min(block_q, 128 if not layout.wide else 32))},
             )  # fmt: skip
         if fused:
             return o, lse, o_sparse, o_linear
@@ -346,13 +366,18 @@ def attention_forward(
         tiles = (descriptor(k, block_k, block_d), descriptor(v, block_k, block_dv)) if tma else (k, v)
         room = stages_that_fit(shared_limit(q.device), tile.block_m, block_k, block_d, block_dv)
         mask = q if key_mask is None else key_mask
-        attend_kernel[(B * Hq * tm * (block_q // tile.block_m),)](
+        launch(
+            attend_kernel, lambda t: (B * Hq * tm * (block_q // t["BLOCK_M"]),),
             q, k, v, *tiles, *eight.tensors, lut, log_rest, gain, bias, mask, linear, weight, shift, o, lse, o_sparse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if key_mask is None else mask.stride(0),
             bias.stride(0), bias.stride(1), Hq, groups, Nq, Nk, tm, topk, scale,
-            D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=tile.block_m,
+            D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k,
             ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=key_mask is not None, KEEP=keep_branches, TMA=tma,
-            STAGES=min(tile.stages, room), LOW_BIT=eight.level, num_warps=tile.warps,
-            maxnreg=None if eight.level else tile.registers,
+            LOW_BIT=eight.level,
+            tile={
+                "BLOCK_M": tile.block_m, "STAGES": min(tile.stages, room), "num_warps": tile.warps,
+                "maxnreg": None if eight.level else tile.registers,
+            },
+            limits={"BLOCK_M": (16, block_q), "STAGES": (1, room)},
         )  # fmt: skip
     return o, lse, o_sparse, o_linear

@@ -1,0 +1,95 @@
+"""How a kernel is cut into programs: by the tables of `cuda.py`, or with SLA2_AUTOTUNE=1 by trial.
+
+By trial: on the first call of a shape class (head dims, block sizes, dtype, format; not lengths) a kernel runs with
+the table's tile and with each candidate below, and keeps the fastest: for the process, and on disk in Triton's cache
+for the next one (`triton.autotune`). It takes seconds, once; call once before capturing a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import triton
+
+Tile = dict[str, Any]
+Limits = dict[str, tuple[int, int]]
+OF_TRITON = ("num_warps", "maxnreg")
+"""What in a tile is Triton's word and not an argument of the kernel."""
+
+CANDIDATES: dict[str, list[Tile]] = {
+    "attend_kernel": [
+        {"BLOCK_M": rows, "STAGES": stages, "num_warps": warps, "maxnreg": registers}
+        for rows, warps in ((128, 8), (64, 4), (64, 8), (32, 4))
+        for stages in (2, 3)
+        for registers in (None, 128)
+    ],
+    "linear_kernel": [
+        {"BLOCK_M": rows, "JOBS": jobs, "STAGES": stages, "num_warps": warps}
+        for rows, warps in ((64, 8), (64, 4), (32, 4), (128, 8))
+        for jobs, stages in ((1, 1), (2, 2), (4, 2))
+    ],
+    "states_kernel": [
+        {"BLOCK_DV": columns, "num_warps": warps, "maxnreg": None} for columns in (32, 64, 128) for warps in (4, 8)
+    ],
+    "scores_kernel": [
+        {"BLOCK_T": tokens, "BLOCK_N": blocks, "num_warps": warps}
+        for tokens in (64, 128)
+        for blocks in (16, 32, 64)
+        for warps in (4, 8)
+    ],
+}
+CLASS = ("D", "DV", "BLOCK_Q", "BLOCK_K", "A", "B", "LOW_BIT", "CAUSAL", "HAS_MASK", "KEEP", "TMA", "FEATURE_MAP")
+"""Arguments that make a shape class; each kernel has some of them."""
+WRITTEN = {"attend_kernel": ["o"]}
+"""What a kernel reads and then overwrites, so that a second run would read something else."""
+
+
+def by_trial() -> bool:
+    """Whether tiles are found by trial: SLA2_AUTOTUNE in the environment, read at each call."""
+    return os.environ.get("SLA2_AUTOTUNE", "0") == "1"
+
+
+def fits(tile: Tile, limits: Limits) -> bool:
+    """Whether the sizes in a tile lie within what the call has room for."""
+    return all(least <= tile[name] <= most for name, (least, most) in limits.items())
+
+
+@functools.cache
+def tuned(kernel: Any, table: tuple[tuple[str, Any], ...], limits: tuple[tuple[str, tuple[int, int]], ...]) -> Any:
+    """Wrap a kernel so that its first call of each shape class tries the table's tile and the candidates."""
+    name = kernel.fn.__name__
+    tiles = [dict(table)]
+    tiles += [tile for tile in CANDIDATES[name] if fits(tile, dict(limits)) and tile not in tiles]
+    configs = [
+        triton.Config(
+            {key: x for key, x in tile.items() if key not in OF_TRITON},
+            **{key: tile[key] for key in OF_TRITON if key in tile},
+        )
+        for tile in tiles
+    ]
+    key = [x for x in CLASS if x in kernel.arg_names]
+    return triton.autotune(configs, key, restore_value=WRITTEN.get(name), cache_results=True)(kernel)
+
+
+def launch(
+    kernel: Any,
+    grid: Callable[[Tile], tuple[int, ...]],
+    *args: Any,
+    tile: Tile,
+    limits: Limits,
+    **constants: Any,
+) -> None:
+    """Run a kernel, cut by the table's tile or by the best of those tried.
+
+    Args:
+        grid: programs, given a tile's sizes.
+        tile: what the table says: sizes, num_warps, maxnreg.
+        limits: by name, the least and the largest value that a size may have in this call.
+    """
+    if by_trial():
+        tuned(kernel, tuple(tile.items()), tuple(limits.items()))[grid](*args, **constants)
+    else:
+        kernel[grid(tile)](*args, **constants, **tile)
