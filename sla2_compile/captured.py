@@ -160,6 +160,17 @@ class Graph:
         leaves, _ = tree_flatten((tuple(args), dict(kwargs)))
         return tree_unflatten(self.run(*(tensors[name] for name in self.names), *leaves), self.out_spec)
 
+    def same(self, other: Graph) -> bool:
+        """Whether other computes the same of the same weights."""
+        if (self.names, self.out_spec, self.calls) != (other.names, other.out_spec, other.calls):
+            return False
+        if self.run.code != other.run.code:
+            return False
+        if [n.target for n in self.run.graph.nodes] != [n.target for n in other.run.graph.nodes]:
+            return False
+        pairs = zip(self.run.buffers(), other.run.buffers(), strict=True)
+        return all(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
     def __deepcopy__(self, memo: Any) -> Graph:
         # holds no weights and never changes
         return self
@@ -171,12 +182,15 @@ class CapturedForward:
     Attributes:
         owner: the module.
         known: patterns met, with their graphs; None where there is none with the planned number of calls.
+        made: the graphs of all owners of this model. Equal ones are one object: torch.compile guards a GraphModule
+            by its class, of which each has its own, and would compile equal layers one by one.
         refused: calls that ran the original forward instead (eager and non-strict export).
     """
 
-    def __init__(self, owner: nn.Module, pattern: Pattern, graph: Graph) -> None:
+    def __init__(self, owner: nn.Module, pattern: Pattern, graph: Graph, made: list[Graph] | None = None) -> None:
         self.owner = owner
-        self.known: list[tuple[Pattern, Graph | None]] = [(pattern, graph)]
+        self.made = [] if made is None else made
+        self.known: list[tuple[Pattern, Graph | None]] = [(pattern, self._shared(graph))]
         self.planned = graph.calls
         self.refused = 0
 
@@ -224,7 +238,15 @@ class CapturedForward:
                 why = "other attention calls" if refusal is None else refusal.detail
                 log.warning("%s: a new call pattern runs the original: %s", kind, why)
             graph = None
+        graph = None if graph is None else self._shared(graph)
         self.known.append((Pattern.of(self.owner, args, kwargs), graph))
+        return graph
+
+    def _shared(self, graph: Graph) -> Graph:
+        for known in self.made:
+            if known.same(graph):
+                return known
+        self.made.append(graph)
         return graph
 
 

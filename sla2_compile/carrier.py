@@ -6,9 +6,10 @@ instance-level `forward`. Works in eager, under torch.compile and torch.export, 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
-from types import CodeType, FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -72,7 +73,10 @@ def _enters_checkpoint(outside: tuple[bool, Any]) -> bool:
 
 
 class SiteForward:
-    """What `owner.forward` becomes: the original forward, under `RedirectAttention`.
+    """The original forward, under `RedirectAttention`. What `owner.forward` becomes is its method `forward`.
+
+    A bound method, because torch.compile guards a forward that an instance has by the object itself, but a method by
+    its function's code: so the layers of a model share what is compiled of one. It deep-copies and pickles by name.
 
     Attributes:
         owner: the module.
@@ -92,37 +96,58 @@ class SiteForward:
             self.own, self.from_class = owner.forward, True
         self.captured = captured
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.captured is not None:
-            graph = self.captured.find(self._original, args, kwargs)
-            if graph is None:
-                return self._original(*args, **kwargs)
-            with RedirectAttention(self.owner.sla2):  # type: ignore[arg-type]
-                return graph(self.owner, args, kwargs)
-        padding = None
-        if isinstance(self.owner, nn.MultiheadAttention):
-            args, kwargs = multihead.without_fused_path(args, kwargs)
-            padding = multihead.padding_of(args, kwargs)
-        with RedirectAttention(self.owner.sla2, padding):  # type: ignore[arg-type]
-            return self._original(*args, **kwargs)
+    @property
+    def forward(self) -> MethodType:
+        """What the owner gets: `_run`, with the signature of the original."""
+        function = FunctionType(_run.__code__, _run.__globals__, "forward")
+        # a pickle that begins at this very method asks for it before self has its attributes
+        if "function" in self.__dict__:
+            # not as __signature__, which functools.wraps(owner.forward) would copy with its first parameter
+            original = self.function if self.own is None else _as_method(self.own)
+            function.__wrapped__ = original  # type: ignore[attr-defined]
+        return MethodType(function, self)
 
-    def _original(self, *args: Any, **kwargs: Any) -> Any:
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward that the owner had."""
         if self.own is not None:
             return self.own(*args, **kwargs)
         return self.function(self.owner, *args, **kwargs)
 
-    @property
-    def __code__(self) -> CodeType:
-        """The original's: torch.export names a root module's source by it."""
-        return (self.own or self.function).__code__
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The original's, for libraries that look at what forward takes."""
-        original = inspect.signature(self.own or self.function)
-        if self.own is not None:
-            return original
-        return original.replace(parameters=list(original.parameters.values())[1:])
+def _run(self: SiteForward, *args: Any, **kwargs: Any) -> Any:
+    if self.captured is not None:
+        graph = self.captured.find(self.original, args, kwargs)
+        if graph is None:
+            return self.original(*args, **kwargs)
+        with RedirectAttention(self.owner.sla2):  # type: ignore[arg-type]
+            return graph(self.owner, args, kwargs)
+    padding = None
+    if isinstance(self.owner, nn.MultiheadAttention):
+        args, kwargs = multihead.without_fused_path(args, kwargs)
+        padding = multihead.padding_of(args, kwargs)
+    with RedirectAttention(self.owner.sla2, padding):  # type: ignore[arg-type]
+        return self.original(*args, **kwargs)
+
+
+def _as_method(bound: Callable[..., Any]) -> Callable[..., Any]:
+    """`SiteForward.original` with the signature of bound; without holding bound, for copies of self share it."""
+
+    def forward(self: SiteForward, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+    with contextlib.suppress(TypeError, ValueError):
+        signature = inspect.signature(bound)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[first, *signature.parameters.values()]
+        )
+    return forward
+
+
+def site_forward(owner: nn.Module) -> SiteForward | None:
+    """What `install` gave owner, unless somebody wrapped it afterwards."""
+    forward = getattr(owner.__dict__.get("forward"), "__self__", None)
+    return forward if isinstance(forward, SiteForward) else None
 
 
 def install(owner: nn.Module, sites: Sites, captured: CapturedForward | None = None) -> None:
@@ -131,7 +156,7 @@ def install(owner: nn.Module, sites: Sites, captured: CapturedForward | None = N
         # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
         sites.register_forward_pre_hook(_never_called)
     owner._modules[CHILD] = sites
-    owner.__dict__["forward"] = SiteForward(owner, captured)
+    owner.__dict__["forward"] = SiteForward(owner, captured).forward
 
 
 def _never_called(module: nn.Module, args: Any) -> None:
@@ -149,9 +174,8 @@ def check_removable(owner: nn.Module) -> None:
     Raises:
         ValueError: `owner.forward` is no longer the one that `install` set.
     """
-    forward = owner.__dict__.get("forward")
-    if not isinstance(forward, SiteForward):
-        kind = type(owner).__name__
+    if site_forward(owner) is None:
+        kind, forward = type(owner).__name__, owner.__dict__.get("forward")
         raise ValueError(
             f"{kind}.forward must be what transform set, got {forward!r}; take the wrapper off, then restore"
         )
@@ -159,7 +183,8 @@ def check_removable(owner: nn.Module) -> None:
 
 def remove(owner: nn.Module) -> None:
     """Take owner's sites away again: the forward and the attributes are what they were."""
-    forward = owner.__dict__["forward"]
+    forward = site_forward(owner)
+    assert forward is not None
     if forward.own is None or forward.from_class:
         del owner.__dict__["forward"]
     else:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from sla2_compile.captured import NOTHING, CapturedForward, Pattern, Refusal, capture
+from sla2_compile.captured import NOTHING, CapturedForward, Graph, Pattern, Refusal, capture
 from sla2_compile.discovery import Discovery
 from sla2_compile.passes.outcome import Where
 from sla2_compile.passes.rules import Reason
@@ -21,18 +21,24 @@ def find_hand_written(model: nn.Module, found: Discovery) -> tuple[list[SeenCall
         nowhere says why), and the captured forwards by owner.
     """
     captured: dict[str, CapturedForward] = {}
+    made: list[Graph] = []
     seen: list[SeenCall] = []
     taken = {s.where.owner for s in found.seen if s.call is not None}
     for hint in found.seen:
         if hint.reason is not Reason.HAND_WRITTEN:
             seen.append(hint)
         elif not any(name in captured for name in hint.around):
-            seen += _follow(model, hint, found, captured, taken)
+            seen += _follow(model, hint, found, captured, made, taken)
     return seen, captured
 
 
 def _follow(
-    model: nn.Module, hint: SeenCall, found: Discovery, captured: dict[str, CapturedForward], taken: set[str]
+    model: nn.Module,
+    hint: SeenCall,
+    found: Discovery,
+    captured: dict[str, CapturedForward],
+    made: list[Graph],
+    taken: set[str],
 ) -> list[SeenCall]:
     refusals: list[Refusal] = []
     for name in hint.around:
@@ -46,7 +52,7 @@ def _follow(
         args, kwargs = found.inputs[name]
         graph, calls, refusal = capture(owner, owner.forward, args, kwargs)
         if graph is not None:
-            captured[name] = CapturedForward(owner, Pattern.of(owner, args, kwargs), graph)
+            captured[name] = CapturedForward(owner, Pattern.of(owner, args, kwargs), graph, made)
             captured[name].also_in_the_other_mode(args, kwargs)
             times = hint.where.times
             return [SeenCall(Where.of(name, index, call, times), call) for index, call in enumerate(calls)]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from sla2_compile.carrier import is_owner
+from sla2_compile.carrier import site_forward
 from sla2_compile.door import door_site
 from sla2_compile.kernels.precision import low_bit_on
 from sla2_compile.passes.outcome import Miss, Rewrite
@@ -234,7 +234,7 @@ def _fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
             counts = module.fallbacks
         elif isinstance(module, Sites) and module.unseen:
             counts = Counter({Reason.UNSEEN.value: module.unseen})
-        elif is_owner(module) and (captured := module.forward.captured) is not None and captured.refused:
+        elif (forward := site_forward(module)) and (captured := forward.captured) and captured.refused:
             counts = Counter({Reason.PATTERN.value: captured.refused})
         if counts:
             found[name] = dict(counts)
