@@ -13,7 +13,8 @@ VIEWS = (REGROUP | CASTS | PERMUTES) | frozenset({
     "getitem", "expand", "expand_as", "slice", "select", "narrow", "unbind", "split", "chunk", "tensor_split",
     "split_with_sizes", "diagonal", "detach", "as_strided", "unfold", "real", "imag", "view_as_real",
     "view_as_complex", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "T", "H", "mH", "data", "broadcast_to",
-    "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "identity", "dropout",
+    "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "identity", "dropout", "feature_dropout",
+    "alpha_dropout", "dsplit", "meshgrid",
 })  # fmt: skip
 """Operations whose result may share memory with what they are given."""
 

@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sla2_compile.passes.fuse_aliases import Writes
+from sla2_compile.passes.fuse_reader import Reader
+
 # what fuse-attention writes into aten graphs, of torch's own functions: no memory is shared, nothing is drawn
 PURE = (torch.logical_not, torch.logical_and, torch.where, torch.add, torch.mul, torch.div, torch.zeros)
 
 
-def evaluate(node: fx.Node, buffers: Mapping[str, Tensor]) -> Tensor | None:
+def evaluate(node: fx.Node, buffers: Mapping[str, Tensor], writes: Writes | None = None) -> Tensor | None:
     """The value of a node of an aten graph that follows from constants and these buffers; None if it does not.
 
     Anything that an input reaches, that draws random numbers, that has a symbolic size, or whose memory another node
     writes to, does not.
+
+    Args:
+        writes: those of the graph, if they are known already.
     """
     needed: set[fx.Node] = set()
     stack = [node]
@@ -29,7 +35,12 @@ def evaluate(node: fx.Node, buffers: Mapping[str, Tensor]) -> Tensor | None:
         if current not in needed:
             needed.add(current)
             stack += current.all_input_nodes
-    if _random_or_written(node.graph, needed):
+    if any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in needed):
+        return None
+    owner = node.graph.owning_module
+    if writes is None and owner is not None:
+        writes = Writes(Reader(owner))
+    if writes is None or not all(needed.issuperset(writes.writers(n)) for n in needed):
         return None
     values: dict[fx.Node, Any] = {}
     for current in (n for n in node.graph.nodes if n in needed):
@@ -40,22 +51,3 @@ def evaluate(node: fx.Node, buffers: Mapping[str, Tensor]) -> Tensor | None:
             args, kwargs = fx.node.map_arg((current.args, current.kwargs), values.__getitem__)
             values[current] = current.target(*args, **kwargs)
     return values[node] if isinstance(values[node], Tensor) else None
-
-
-def _random_or_written(graph: fx.Graph, needed: set[fx.Node]) -> bool:
-    """Whether these nodes draw random numbers, or others write into their memory."""
-    aliases = set(needed)
-    for node in graph.nodes:
-        if node in needed:
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                return True
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not aliases.intersection(node.all_input_nodes):
-            continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and value in aliases:
-                return True
-        if any(result.alias_info is not None for result in schema.returns):
-            aliases.add(node)
-    return False

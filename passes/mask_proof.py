@@ -119,7 +119,7 @@ class Chain:
         shape = self._shape(node)
         axes = tuple("" if n == 1 else axis for axis, n in zip(axes, shape, strict=True))
         if (node, axes) not in self.known:
-            constant = evaluate(node, {})
+            constant = evaluate(node, {}, self.writes)
             if constant is not None:
                 return _always(_aligned(constant, axes))
             self.known[node, axes] = self._ends(node, axes) or self._step(node, axes)

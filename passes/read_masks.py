@@ -104,7 +104,7 @@ class Masks:
         if source.target is causal_keys:
             return None
         low = None if is_aten(source) else lower(source, self.reader, self.writes)
-        mask = evaluate(low.mask if low else source, {})
+        mask = evaluate(low.mask, {}, low.writes) if low else evaluate(source, {}, self.writes)
         if mask is not None:
             view = read_mask(replace(call, attn_mask=mask), constant=True)
             known = view is not None and (view.keys is None or bool(view.keys.all()))
@@ -140,7 +140,11 @@ def _write(graph: fx.Graph, proof: Proof, structure: Structure) -> fx.Node:
     if proof.negated:
         keys = _call(graph, torch.ops.aten.logical_not.default, keys)
     keys = _call(graph, torch.ops.aten.reshape.default, keys, [B, 1, 1, Nk])
-    return keys if structure is Structure.SAME else _call(graph, causal_keys, keys)
+    if structure is Structure.SAME:
+        return keys
+    # causal_keys takes the number of tokens from it
+    keys = _call(graph, torch.ops.aten.expand.default, keys, [B, 1, 1, proof.constant.shape[-1]])
+    return _call(graph, causal_keys, keys)
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:

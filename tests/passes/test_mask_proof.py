@@ -60,6 +60,29 @@ def keys_written_later(keep):
     return m
 
 
+def written(write):
+    """A causal map of constants that something writes into."""
+
+    def build(keep):
+        m = torch.zeros(N, N).masked_fill(~causal(), NEVER)
+        write(m)
+        return m
+
+    return build
+
+
+def without_gradients(m):
+    with torch.no_grad():
+        m[:, :8] = 0.0
+
+
+def filled_without_gradients(keep):
+    m = torch.zeros(B, 1, N, N)
+    with torch.no_grad():
+        m.masked_fill_(~(keep[:, None, None] & window()), NEVER)
+    return m
+
+
 # a key mask (B, N) of booleans -> what is passed as attn_mask: a mask over keys, with causality or without
 PROVEN = {
     "broadcast": (lambda keep: keep[:, None, None, :], "keys"),
@@ -101,6 +124,11 @@ UNPROVEN = {
     "bits of numbers": lambda keep: (keep[:, None, None] & causal()).float().view(torch.int32) == 1,
     "written later": written_later,
     "keys written later": keys_written_later,
+    "a part written": written(lambda m: m.chunk(2, -1)[0].zero_()),
+    "a list written": written(lambda m: torch._foreach_zero_([m[:, :8]])),
+    "out= written": written(lambda m: torch.add(m[:, :8], 0.0, out=m[:, -8:])),
+    "written in a block": written(without_gradients),
+    "written at torch's level": filled_without_gradients,
     "random": lambda keep: keep[:, None, None] & causal() & (torch.rand(N, N) > 0),
 }
 
@@ -186,6 +214,20 @@ def test_unproven_in_what_dynamo_traces(name, inputs, caplog):
     assert "0 of 2 attention calls" in caplog.text
     for keep in (inputs[1], *others()):
         torch.testing.assert_close(ours(inputs[0], keep), model(inputs[0], keep), equal_nan=True)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_one_boolean_for_a_whole_sample(inputs, stays):
+    """Calls that stay, and sites that fall back, need the map of all tokens of it."""
+    model = Model(lambda keep: keep[:, :1, None, None] & causal())
+    program = torch.export.export(model, inputs)
+    length = 10_000 if stays else 0
+    ours = sla2_compile.transform(program, min_seq_len=length, topk_ratio=1.0, allow_none=True)
+    assert len(sla2_compile.report(ours).rewrites) == (0 if stays else 2)
+    for keep in (inputs[1], *others()):
+        seen = keep[:, :1].expand(B, N)
+        got, expected = (net(inputs[0], keep).transpose(1, 2)[seen] for net in (ours.module(), model))
+        torch.testing.assert_close(got, expected)
 
 
 def test_random_masks_are_drawn_once(inputs, caplog):
