@@ -228,9 +228,9 @@ class Reader:
                 return None
             values = [*node.args, *[None] * (len(target._schema.arguments) - len(node.args))]
             pairs = zip(values, target._schema.arguments, strict=True)
-            written = [node.kwargs.get(a.name, x) for x, a in pairs if a.alias_info and a.alias_info.is_write]
+            into = [node.kwargs.get(a.name, x) for x, a in pairs if a.alias_info and a.alias_info.is_write]
             # an operator on lists, such as _foreach_zero_, writes into all tensors of one
-            items = [x for w in written for x in (w if isinstance(w, (list, tuple)) else (w,))]
+            items = [x for w in into for x in (w if isinstance(w, (list, tuple)) else (w,))]
             return [x for x in items if isinstance(x, fx.Node)]
         name = self.name(node)
         written = [x for x in (self.first(node), node.kwargs.get("out")) if isinstance(x, fx.Node)]
