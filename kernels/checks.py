@@ -121,6 +121,8 @@ def check_attention(
     if lut.dim() != 4 or lut.shape[:3] != (B, Hq, tm) or lut.dtype != torch.int32:
         rule = f"be int32 of shape ({B}, {Hq}, {tm}, topk)"
         raise fail("lut", rule, f"{lut.dtype} {tuple(lut.shape)}", "route with the same block_q")
+    if lut.shape[3] == 0:
+        raise fail("lut", "keep at least one key block", tuple(lut.shape), "take it from sla2::route")
     if log_rest.shape != (B, Hq, tm):
         raise fail("log_rest", f"have shape {(B, Hq, tm)}", tuple(log_rest.shape), "take it from sla2::route")
     if alpha_gain is not None and (alpha_gain.shape != (Hq,) or alpha_bias is None):

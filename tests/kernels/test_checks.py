@@ -124,6 +124,8 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
      "lut must be int32 of shape (2, 4, 2, topk), got torch.int32 (2, 4, 3, 1); route with the same block_q"),
     (A, {"lut": zeros(2, 4, 2, 1, dtype=torch.int64)},
      "lut must be int32 of shape (2, 4, 2, topk), got torch.int64 (2, 4, 2, 1); route with the same block_q"),
+    (A, {"lut": zeros(2, 4, 2, 0, dtype=torch.int32)},
+     "lut must keep at least one key block, got (2, 4, 2, 0); take it from sla2::route"),
     (A, {"log_rest": zeros(2, 4, 3)},
      "log_rest must have shape (2, 4, 2), got (2, 4, 3); take it from sla2::route"),
     (A, {"alpha_gain": zeros(2)},

@@ -20,6 +20,7 @@ CASES = {
     "plain": PLAIN,
     "D 128, fp16": replace(WIDE, dtype=torch.float16),
     "batch, heads, no group": replace(WIDE, B=2, heads=3, groups=1, alpha="head"),
+    "one head": replace(WIDE, groups=1),
     "(B, N, H, D)": replace(WIDE, transposed=True, B=2),
     "even table": replace(WIDE, topk_ratio=0.5, Nk=512),
     "one block": replace(WIDE, Nk=64, Nq=128),
@@ -120,6 +121,22 @@ if not INTERPRETED:
         for _ in range(20):
             again = case.attention(x, cuda.attention_forward, False, low_bit)
             assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not HOPPER, reason="not a Hopper GPU")
+    @pytest.mark.parametrize("low_bit", LEVELS)
+    @pytest.mark.parametrize("topk_ratio", [0.2, 0.21, 0.75])
+    def test_long_tables(topk_ratio: float, low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Many steps of many blocks a program compute what the kernels do that this one replaces."""
+        case = replace(WIDE, B=2, Nq=128 * 150 + 7, Nk=64 * 100 - 5, topk_ratio=topk_ratio, alpha="none")
+        x = routed_cheaply(case)
+        got = case.attention(x, cuda.attention_forward, False, low_bit)
+        monkeypatch.setenv("SLA2_HOPPER", "0")
+        want = case.attention(x, cuda.attention_forward, False, low_bit)
+        for a, b in zip(got[:2], want[:2], strict=True):
+            error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+            print(f"norm of difference {error:.3e}")
+            assert error <= 0.01
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not HOPPER, reason="not a Hopper GPU")
