@@ -345,7 +345,7 @@ def attention_forward(
                     q, eight.k8, eight.v8 if eight.level == 2 else v, eight.scales, summed, k_mean, lut, log_rest,
                     gain, bias, o, lse,
                     Nk=Nk, first=first * tm, z_at=layout.z_at, alpha=alpha, low_bit=eight.level, scale=scale,
-                    feature_map=feature_map, limit=shared_limit(q.device),
+                    feature_map=feature_map,
                 )  # fmt: skip
                 continue
             rows, warps, jobs, loads = LINEAR if not layout.wide else (32, 8, 1, 1)

@@ -25,6 +25,8 @@ from sla2_compile.kernels.device import describable
 
 BLOCK_Q, BLOCK_K, ROWS = 128, 64, 64
 TRITONS = ((3, 6), (3, 7))
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program may have on every chip of this generation."""
 REGISTERS = 240
 """Of each thread that computes; what two groups of 128 such threads and one warp that loads can have."""
 
@@ -77,16 +79,16 @@ def tile(x: Tensor, *block: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), layout)
 
 
-def stages_that_fit(limit: int, D: int, bytes_k: int, bytes_v: int) -> int:
-    """How many pairs of key blocks fit into `limit` bytes of shared memory beside q, H and the small things."""
+def stages_that_fit(D: int, bytes_k: int, bytes_v: int) -> int:
+    """How many pairs of key blocks fit into shared memory beside q, H and the small things."""
     fixed = 2 * BLOCK_Q * D * 2 + D * D * 2 + 6 * D + 1024
-    return min(4, (limit - fixed) // (2 * (BLOCK_K * D * (bytes_k + bytes_v) + 128)))
+    return min(4, (SHARED - fixed) // (2 * (BLOCK_K * D * (bytes_k + bytes_v) + 128)))
 
 
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, scales: Tensor, summed: Tensor, k_mean: Tensor, lut: Tensor,
     log_rest: Tensor, gain: Tensor, bias: Tensor, o: Tensor, lse: Tensor, *,
-    Nk: int, first: int, z_at: int, alpha: int, low_bit: int, scale: float, feature_map: str, limit: int,
+    Nk: int, first: int, z_at: int, alpha: int, low_bit: int, scale: float, feature_map: str,
 ) -> None:  # fmt: skip
     """Write o and lse of the query blocks that `summed` has states for.
 
@@ -94,7 +96,6 @@ def attend(
         q, o: (B, Hq, Nq, D); keys: k (B, Hkv, Nk, D), or k8 (B, Hkv, Tn * 64, D) where low_bit > 0.
         values: v (B, Hkv, Nk, D), or v8 (B, Hkv, Tn, D, 64) where low_bit is 2; scales: (B, Hkv, Tn, 4) fp32.
         summed: (heads, Tm, STATE), states of query heads from flat query block `first` on; z at z_at in each.
-        limit: bytes of shared memory that one program may use.
         The rest as `attend_hopper_kernel`'s.
     """
     (B, Hq, Nq, D), heads, (tm, topk) = q.shape, keys.shape[1], lut.shape[2:]
@@ -105,7 +106,7 @@ def attend(
         v_tile = tile(values, 1, 1, D, BLOCK_K)
     else:
         v_tile = tile(values, 1, 1, BLOCK_K, D)
-    stages = stages_that_fit(limit, D, keys.element_size(), values.element_size())
+    stages = stages_that_fit(D, keys.element_size(), values.element_size())
     kernel()[(min(items, programs(q.device)),)](
         tile(q, 1, 1, ROWS, D), tile(keys, 1, 1, BLOCK_K, D), v_tile,
         # never read without low bit, but must be a thing that can be described
