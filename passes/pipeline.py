@@ -11,6 +11,7 @@ from torch import fx
 from sla2_compile.passes.base import Pass, PassResult, parse_pass, split_top
 from sla2_compile.passes.bodies import transparent_bodies
 from sla2_compile.passes.clean_up import CleanUp
+from sla2_compile.passes.expand_multihead import ExpandMultihead
 from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
@@ -52,6 +53,7 @@ class Pipeline:
         return cls(
             (
                 InlineAutocast(),
+                ExpandMultihead(),
                 NormalizeSDPA(),
                 FuseAttention(),
                 ReadMasks(),

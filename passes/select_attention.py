@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sla2_compile.passes.base import Pass, PassResult
@@ -113,6 +113,8 @@ def _attention(
 ) -> Iterator[tuple[fx.Node, SeenCall]]:
     """Yield attention calls in order, with those of graphs inside; inside: of a graph that cannot be rewritten."""
     for node in gm.graph.nodes:
+        if node.op == "call_module" and _holds_multihead(gm.get_submodule(str(node.target))):
+            yield node, SeenCall(Where(str(node.target), 0, (), (), (), "", ""), None, Reason.MULTIHEAD)
         if node.op != "call_function":
             continue
         for _, body in bodies_of(gm, node):
@@ -131,6 +133,11 @@ def _attention(
 def _spelt_call(node: fx.Node) -> AttentionCall:
     values: Any = fx.node.map_arg((node.args, node.kwargs), value_of)
     return bind(*values[0], **values[1])
+
+
+def _holds_multihead(module: nn.Module) -> bool:
+    """Whether a plain fx trace left attention of torch.nn whole, which cannot be seen into."""
+    return any(isinstance(m, nn.MultiheadAttention) for m in module.modules())
 
 
 def _hint(node: fx.Node) -> Reason | None:

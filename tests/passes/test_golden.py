@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 from expecttest import TestCase
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 
 from sla2_compile.passes.clean_up import CleanUp
+from sla2_compile.passes.expand_multihead import ExpandMultihead
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.outcome import Miss, Rewrite
@@ -15,6 +18,7 @@ from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.printer import graph_text
 from sla2_compile.passes.read_masks import ReadMasks
 from sla2_compile.passes.replace_attention import ReplaceAttention, undo
+from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.select_attention import SelectAttention
 from sla2_compile.recipes import Recipe
 
@@ -61,6 +65,24 @@ class Padded(nn.Module):
         return F.scaled_dot_product_attention(out, q, q, torch.where(keys.expand(-1, 1, 40, -1), 0.0, float("-inf")))
 
 
+class Multihead(nn.Module):
+    """Padding as nn.MultiheadAttention hands it on; and keys of its own, which stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x, padding):
+        a = self.attention
+        hidden = torch.zeros_like(padding, dtype=torch.float32).masked_fill_(padding, float("-inf"))
+        for zero in (False, True):
+            x = F.multi_head_attention_forward(
+                x, x, x, 16, 2, a.in_proj_weight, a.in_proj_bias, None, None, zero, 0.0, a.out_proj.weight,
+                a.out_proj.bias, key_padding_mask=None if zero else hidden, need_weights=False,
+            )[0]  # fmt: skip
+        return x
+
+
 def traced():
     q = [torch.randn(1, 2, 100, 16) for _ in range(3)]
     program = torch.export.export(TwoCalls(), (*q, torch.randn(1, 1, 100, 100)))
@@ -93,6 +115,47 @@ graph():
         gm.recompile()
         x = torch.randn(4, 4)
         assert torch.equal(gm(x), Island()(x))
+
+    def test_expand_multihead(self):
+        inputs = torch.randn(40, 2, 16), torch.arange(40) >= torch.tensor([[30], [40]])
+        gm = fx.symbolic_trace(Multihead())
+        expected = gm(*inputs)
+        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+        result = ExpandMultihead().run(gm)
+        assert result.changed == 1
+        (miss,) = result.outcomes
+        assert isinstance(miss, Miss)
+        assert miss.reason is Reason.EXTRA_KEYS
+        self.assertExpectedInline(
+            graph_text(gm),
+            """\
+graph():
+    %x : [num_users=1] = placeholder[target=x]
+    %padding : [num_users=1] = placeholder[target=padding]
+    %attention_in_proj_weight : [num_users=2] = get_attr[target=attention.in_proj_weight]
+    %attention_in_proj_bias : [num_users=2] = get_attr[target=attention.in_proj_bias]
+    %attention_out_proj_weight : [num_users=2] = get_attr[target=attention.out_proj.weight]
+    %attention_out_proj_bias : [num_users=2] = get_attr[target=attention.out_proj.bias]
+    %linear : [num_users=1] = call_function[target=torch._C._nn.linear](args = (%x, %attention_in_proj_weight, %attention_in_proj_bias), kwargs = {})
+    %unflatten : [num_users=1] = call_function[target=torch.unflatten](args = (%linear, -1, (3, 2, 8)), kwargs = {})
+    %permute : [num_users=3] = call_function[target=torch.permute](args = (%unflatten, (2, 1, 3, 0, 4)), kwargs = {})
+    %getitem_2 : [num_users=1] = call_function[target=operator.getitem](args = (%permute, 0), kwargs = {})
+    %getitem_3 : [num_users=1] = call_function[target=operator.getitem](args = (%permute, 1), kwargs = {})
+    %getitem_4 : [num_users=1] = call_function[target=operator.getitem](args = (%permute, 2), kwargs = {})
+    %getitem_5 : [num_users=1] = call_function[target=operator.getitem](args = (%padding, (slice(None, None, None), None, None)), kwargs = {})
+    %logical_not : [num_users=1] = call_function[target=torch.logical_not](args = (%getitem_5,), kwargs = {})
+    %scaled_dot_product_attention : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%getitem_2, %getitem_3, %getitem_4), kwargs = {attn_mask: %logical_not, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %permute_1 : [num_users=1] = call_function[target=torch.permute](args = (%scaled_dot_product_attention, (2, 0, 1, 3)), kwargs = {})
+    %flatten : [num_users=1] = call_function[target=torch.flatten](args = (%permute_1, 2), kwargs = {})
+    %linear_1 : [num_users=1] = call_function[target=torch._C._nn.linear](args = (%flatten, %attention_out_proj_weight, %attention_out_proj_bias), kwargs = {})
+    %multi_head_attention_forward_1 : [num_users=1] = call_function[target=torch.nn.functional.multi_head_attention_forward](args = (%linear_1, %linear_1, %linear_1, 16, 2, %attention_in_proj_weight, %attention_in_proj_bias, None, None, True, 0.0, %attention_out_proj_weight, %attention_out_proj_bias), kwargs = {training: True, key_padding_mask: None, need_weights: False, attn_mask: None, is_causal: False, use_separate_proj_weight: False, q_proj_weight: None, k_proj_weight: None, v_proj_weight: None, static_k: None, static_v: None, average_attn_weights: True})
+    %getitem_1 : [num_users=1] = call_function[target=operator.getitem](args = (%multi_head_attention_forward_1, 0), kwargs = {})
+    return getitem_1""",
+        )
+        again = ExpandMultihead().run(gm)
+        assert (again.changed, again.outcomes) == (0, [])
+        gm.recompile()
+        torch.testing.assert_close(gm(*inputs), expected)
 
     def test_normalize_sdpa(self):
         gm = traced()
@@ -161,7 +224,8 @@ graph():
     %unsqueeze : [num_users=1] = call_function[target=torch.ops.aten.unsqueeze.default](args = (%to, 1), kwargs = {})
     %unsqueeze_1 : [num_users=2] = call_function[target=torch.ops.aten.unsqueeze.default](args = (%unsqueeze, 2), kwargs = {})
     %reshape_default : [num_users=1] = call_function[target=torch.ops.aten.reshape.default](args = (%unsqueeze_1, [2, 1, 1, 40]), kwargs = {})
-    %causal_keys : [num_users=2] = call_function[target=sla2_compile.passes.call.causal_keys](args = (%reshape_default,), kwargs = {})
+    %expand_default : [num_users=1] = call_function[target=torch.ops.aten.expand.default](args = (%reshape_default, [2, 1, 1, 40]), kwargs = {})
+    %causal_keys : [num_users=2] = call_function[target=sla2_compile.passes.call.causal_keys](args = (%expand_default,), kwargs = {})
     %scaled_dot_product_attention : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %q, %q), kwargs = {attn_mask: %causal_keys, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
     %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%scaled_dot_product_attention, %q, %q), kwargs = {attn_mask: %causal_keys, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
     %reshape_default_1 : [num_users=1] = call_function[target=torch.ops.aten.reshape.default](args = (%unsqueeze_1, [2, 1, 1, 40]), kwargs = {})

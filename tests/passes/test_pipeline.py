@@ -31,7 +31,7 @@ def test_text_round_trip(recipe):
 
 def test_standard_text():
     assert str(Pipeline.standard(Recipe.of("balanced", topk_ratio=0.1), learned=False)) == (
-        "inline-autocast,normalize-sdpa,fuse-attention,read-masks,"
+        "inline-autocast,expand-multihead,normalize-sdpa,fuse-attention,read-masks,"
         "select-attention{recipe=balanced,bodies=true,topk_ratio=0.1},replace-attention{learned=false},clean-up"
     )
 

@@ -1,0 +1,136 @@
+"""expand-multihead: nn.MultiheadAttention, and layers fused into one operator, become what they are made of.
+
+Dynamo puts `F.multi_head_attention_forward` into its graphs as one node, and in inference whole encoder layers; no
+other pass sees the attention inside. Each becomes projections, one scaled_dot_product_attention in the normal form,
+and what comes behind it, with the same values up to rounding. One exception: a fused operator gives nan to a query
+all of whose keys are hidden, and scaled_dot_product_attention gives it zeros.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from sla2_compile.passes import multihead
+from sla2_compile.passes.base import Pass, PassResult
+from sla2_compile.passes.fuse_aliases import Writes
+from sla2_compile.passes.fuse_builder import Builder
+from sla2_compile.passes.fuse_reader import Reader, same
+from sla2_compile.passes.multihead_masks import MultiheadMasks, NotPlain
+from sla2_compile.passes.multihead_nodes import NATIVE, encoder_layer, multi_head, native
+from sla2_compile.passes.outcome import Miss, Where
+from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.select_attention import DECISION, FUSED, owner_of
+
+LAYER = torch.ops.aten._transformer_encoder_layer_fwd.default
+SCHEMAS = {
+    torch._transformer_encoder_layer_fwd: LAYER._schema,
+    torch._native_multi_head_attention: NATIVE._schema,
+    LAYER: LAYER._schema,
+    NATIVE: NATIVE._schema,
+}
+
+
+@dataclass(frozen=True)
+class ExpandMultihead(Pass):
+    """multi_head_attention_forward and fused layers -> linear, SDPA in the normal form, linear; else a `Miss`."""
+
+    name: ClassVar[str] = "expand-multihead"
+    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        result = PassResult()
+        targets = (F.multi_head_attention_forward, *FUSED)
+        found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in targets]
+        if not found:
+            return result
+        reader = Reader(gm)
+        writes = Writes(reader)
+        masks = MultiheadMasks(reader, writes)
+        for node in found:
+            if DECISION in node.meta:
+                continue
+            try:
+                _expand(node, reader, writes, masks)
+                result.changed += 1
+            except NotPlain as miss:
+                node.meta[DECISION] = Miss(Where(owner_of(node), 0, (), (), (), "", ""), miss.reason, miss.detail)
+                result.outcomes.append(node.meta[DECISION])
+        masks.drop_unread()
+        return result
+
+
+def _expand(node: fx.Node, reader: Reader, writes: Writes, masks: MultiheadMasks) -> None:
+    """Write a node's parts before it and remove it.
+
+    Raises:
+        NotPlain: the node must stay, and does; nothing was written.
+    """
+    if node.target is F.multi_head_attention_forward:
+        arguments = multihead.arguments(node.args, node.kwargs)
+        sizes = [arguments[name] for name in ("query", "key", "value")]
+    else:
+        arguments = _by_name(SCHEMAS[node.target], node)
+        sizes = [arguments["src"]] if "src" in arguments else [arguments["query"]]
+    values = [reader.value(x) for x in sizes]
+    whole = node.target in (torch._transformer_encoder_layer_fwd, LAYER)
+    given = reader.value(node)
+    if not whole and isinstance(given, tuple):
+        given = given[0]
+    if not all(isinstance(value, Tensor) for value in [*values, given]):
+        raise NotPlain(Reason.MULTIHEAD, "shapes are not known")
+    if any(value.is_nested for value in values):
+        raise NotPlain(Reason.NESTED)
+    picks = [] if whole else _picks(node, arguments["need_weights"])
+    build = Builder(reader, writes, node, sizes)
+    try:
+        if node.target is F.multi_head_attention_forward:
+            new = multi_head(build, masks, arguments)
+        else:
+            new = encoder_layer(build, masks, arguments) if whole else native(build, masks, arguments)
+        _check(given, reader.value(new))
+    except NotPlain:
+        build.discard()
+        raise
+    for pick in picks:
+        # where no weights were asked for there are none
+        _replace(pick, new if pick.args[1] == 0 else None)
+        node.graph.erase_node(pick)
+    if whole:
+        node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _by_name(schema: Any, node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator's call by name."""
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return {**defaults, **given, **node.kwargs}
+
+
+def _picks(node: fx.Node, need_weights: bool) -> list[fx.Node]:
+    """The nodes that read the two results, the second of which, the weights, nothing may use."""
+    for pick in node.users:
+        if pick.target is not operator.getitem or pick.args[1] not in (0, 1):
+            raise NotPlain(Reason.WEIGHTS if need_weights else Reason.MULTIHEAD, "the pair of results is used")
+        if pick.args[1] == 1 and pick.users and need_weights:
+            raise NotPlain(Reason.WEIGHTS)
+    return list(node.users)
+
+
+def _replace(node: fx.Node, value: fx.Node | None) -> None:
+    """Put a value in a node's place wherever that is used."""
+    for user in list(node.users):
+        arguments: Any = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
+        user.args, user.kwargs = arguments
+
+
+def _check(old: Tensor, new: Tensor) -> None:
+    """Compare the result with what the node gave: a last line of defence."""
+    if not same(old.shape, new.shape) or old.dtype != new.dtype:
+        raise NotPlain(Reason.MULTIHEAD, f"its parts give {tuple(new.shape)} in {new.dtype}")
