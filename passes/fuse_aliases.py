@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, fx
 
-from sla2_compile.passes.fuse_reader import CASTS, PERMUTES, REGROUP, Reader
+from sla2_compile.passes.fuse_reader import CASTS, PERMUTES, REGROUP, Reader, memory_of
 
 VIEWS = (REGROUP | CASTS | PERMUTES) | frozenset({
     "getitem", "expand", "expand_as", "slice", "select", "narrow", "unbind", "split", "chunk", "tensor_split",
@@ -46,9 +46,9 @@ class Writes:
         """Take in one node."""
         for other in self._shares(node):
             self._join(node, other)
-        value = self.reader.value(node)
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            self._join(node, value.untyped_storage()._cdata)
+        memory = memory_of(self.reader.value(node))
+        if memory is not None:
+            self._join(node, memory)
 
     def _root(self, key: Hashable) -> Hashable:
         while (up := self.parent.get(key, key)) != key:

@@ -267,9 +267,19 @@ class Reader:
 
     def storages(self, nodes: Iterable[fx.Node]) -> set[int]:
         """Identities of the memory behind the fake values of these nodes."""
-        values = [self.value(n) for n in nodes]
-        strided = [v for v in values if isinstance(v, Tensor) and v.layout == torch.strided]
-        return {v.untyped_storage()._cdata for v in strided}
+        return {memory for n in nodes if (memory := memory_of(self.value(n))) is not None}
+
+
+def memory_of(value: Any) -> int | None:
+    """The identity of the memory behind a fake value, if it is a tensor in memory.
+
+    What torch.func wraps (vmap, grad) does not tell; all of that counts as one memory.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return 0
+    return int(value.untyped_storage()._cdata)
 
 
 def _says_inplace(node: fx.Node) -> bool:

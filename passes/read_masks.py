@@ -106,9 +106,8 @@ class Masks:
         low = None if is_aten(source) else lower(source, self.reader, self.writes)
         mask = evaluate(low.mask, {}, low.writes) if low else evaluate(source, {}, self.writes)
         if mask is not None:
-            view = read_mask(replace(call, attn_mask=mask), constant=True)
-            known = view is not None and (view.keys is None or bool(view.keys.all()))
-            return (None, view.is_causal) if known and view is not None else None
+            known = _structure(call, mask)
+            return None if known is None else (None, known is Structure.CAUSAL)
         proof = prove(low.mask, low.reader, low.writes) if low else prove(source, self.reader, self.writes)
         structure = None if proof is None else _structure(call, proof.constant)
         if proof is None or structure is None:
@@ -126,11 +125,17 @@ class Masks:
 
 
 def _structure(call: AttentionCall, constant: Tensor) -> Structure | None:
-    """The structure of the constant part of a mask, if it hides no key altogether."""
-    Nq, Nk = call.q.shape[2], call.k.shape[2]
-    if not isinstance(Nq, int) or not isinstance(Nk, int):
+    """The structure of a mask of constants, or of the constant part of one, if it hides no key altogether."""
+    if call.q.dim() != 4 or call.k.dim() != 4 or not 2 <= constant.dim() <= 4:
         return None
-    view = read_mask(replace(call, attn_mask=constant.expand(constant.shape[0], 1, Nq, Nk)), constant=True)
+    B, Nq, Nk = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+    batch = constant.shape[0] if constant.dim() == 4 else 1
+    if not isinstance(Nq, int) or not isinstance(Nk, int) or not (batch == 1 or (isinstance(B, int) and batch == B)):
+        return None
+    # the call's own batch may be a symbol
+    q, k = (torch.empty(batch, 1, n, 1, device="meta") for n in (Nq, Nk))
+    whole = constant.expand(*constant.shape[:-2], Nq, Nk)
+    view = read_mask(AttentionCall(q, k, k, whole), constant=True)
     return view.structure if view is not None and (view.keys is None or bool(view.keys.all())) else None
 
 

@@ -261,6 +261,38 @@ def test_dynamic_lengths_prove_nothing(inputs, caplog):
     assert "0 of 2 attention calls" in caplog.text
 
 
+def test_a_dynamic_batch_leaves_constants_constant(inputs):
+    model = Model(lambda keep: causal()[None, None])
+    batch = {0: torch.export.Dim("batch", min=2, max=8)}
+    program = torch.export.export(model, inputs, dynamic_shapes={"x": batch, "keep": batch})
+    ours = sla2_compile.transform(program, min_seq_len=0, topk_ratio=1.0)
+    assert len(sla2_compile.report(ours).rewrites) == 2
+    for n in (2, 5):
+        more = (torch.randn(n, H, N, D), torch.ones(n, N, dtype=torch.bool))
+        torch.testing.assert_close(ours.module()(*more), model(*more))
+
+
+@pytest.mark.parametrize("shape", [(N, D), (H, N, D), (1, B, H, N, D)])
+def test_other_ranks_stay(shape):
+    model = Model(lambda keep: causal())
+    x, keep = torch.randn(shape), torch.ones(1, N, dtype=torch.bool)
+    torch.testing.assert_close(compiled(model)(x, keep), model(x, keep))
+
+
+@pytest.mark.parametrize("how", ["vmap", "grad"])
+def test_what_torch_func_wraps_stays(how, inputs):
+    """Such values tell nothing of memory."""
+
+    def attend(x, keep):
+        return F.scaled_dot_product_attention(x[None], x[None], x[None], keep & causal())[0]
+
+    def total(x, keep):
+        return F.scaled_dot_product_attention(x, x, x, keep[:, None, None] & causal()).square().sum()
+
+    function = torch.vmap(attend) if how == "vmap" else torch.func.grad(total)
+    torch.testing.assert_close(compiled(function)(*inputs), function(*inputs))
+
+
 def test_calls_that_stay_keep_their_mask(inputs):
     model = Model(PROVEN["and"][0])
     program = torch.export.export(model, inputs)
