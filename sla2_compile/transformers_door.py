@@ -54,9 +54,11 @@ def register_transformers(
         fix = "pip install 'transformers>=5'"
         raise ImportError(f"register_transformers needs transformers 5, got {error}; {fix}") from error
     door = Door(Recipe.of(recipe, **overrides))
-    if name in _DOORS and _DOORS[name].recipe == door.recipe:
+    taken = name == "eager" or name in AttentionInterface().valid_keys()
+    # a name that somebody removed from the library's registry is free again
+    if taken and name in _DOORS and _DOORS[name].recipe == door.recipe:
         return
-    if name == "eager" or name in AttentionInterface().valid_keys():
+    if taken:
         raise ValueError(f"name must be free in transformers' AttentionInterface, got {name!r}; choose another")
 
     def attention(

@@ -201,6 +201,16 @@ def test_refused():
         function(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(4))
 
 
+def test_a_name_removed_from_the_library_can_be_registered_again():
+    sla2_compile.register_transformers("sla2-gone", topk_ratio=1.0)
+    for registry in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        del registry._global_mapping["sla2-gone"]
+    for ratio in (1.0, 0.5):
+        sla2_compile.register_transformers("sla2-gone", topk_ratio=ratio)
+        assert llama("sla2-gone").config._attn_implementation == "sla2-gone"
+        del transformers.AttentionInterface._global_mapping["sla2-gone"]
+
+
 def test_absent_library_is_an_import_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install"):
