@@ -176,7 +176,7 @@ def first_length(rows: list[Row]) -> str:
 
 
 def line(row: Row) -> str:
-    target = TARGETS.get((row.what, row.N, row.setting)) if row.dtype == "float32" and row.threads == 1 else None
+    target = TARGETS.get((row.what, row.N, row.setting)) if row.dtype == "float32" else None
     goal = "" if target is None else f"{target:g}x: " + ("reached" if row.ratio >= target else "missed")
     cells = (
         row.what, row.dtype, row.threads, row.N, row.setting, f"{row.block_q} x {row.block_k}",

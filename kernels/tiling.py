@@ -192,7 +192,9 @@ class Tiles:
 
     def rows_at_once(self, width: int) -> int:
         """Query-block rows such that a tile of `width` columns for each query fits the cache."""
-        return max(1, TILE_ELEMENTS.get(self.q.device.type, 2**26) // (self.q.shape[1] * width))
+        rows = max(1, TILE_ELEMENTS.get(self.q.device.type, 2**26) // (self.q.shape[1] * width))
+        # each core has a cache of its own, and a product's rows are dealt out to the cores
+        return rows * torch.get_num_threads() if self.q.device.type == "cpu" else rows
 
     def chunks(self, width: int) -> Iterator[slice]:
         """Slices of query-block rows, `rows_at_once` each."""
