@@ -1,6 +1,8 @@
-"""What the ops accept, checked on metadata only, so that real ops and fakes refuse alike."""
+"""What the ops accept, checked on metadata only, so that real ops and fakes refuse alike; on values if debugging."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -142,6 +144,32 @@ def check_attention(
     check_low_bit(low_bit)
     if low_bit != "none" and q.device.type != "cuda":
         raise cannot_run(low_bit, f"on {q.device.type}")
+
+
+def check_table(lut: Tensor, tn: int) -> None:
+    """Refuse a table that no router made, if SLA2_DEBUG is set: it reads values, so it waits for the device.
+
+    Without the check such a table gives numbers that mean nothing on a GPU, though nothing is read outside k and v.
+
+    Args:
+        lut: (B, Hq, Tm, K) int32; tn: key blocks there are.
+
+    Raises:
+        ValueError: an entry is not a key block, comes twice or out of order, or stands behind a -1.
+    """
+    if os.environ.get("SLA2_DEBUG", "0") in ("", "0"):
+        return
+    if lut.is_cuda and torch.cuda.is_current_stream_capturing():
+        # values cannot be read while a CUDA graph is captured
+        return
+    fix = "take it from sla2::route with the same block_k"
+    wild = lut[(lut < -1) | (lut >= tn)]
+    if wild.numel() > 0:
+        raise fail("lut", f"hold key blocks 0 to {tn - 1}, or -1 behind the last", wild[0].item(), fix)
+    before, after = lut[..., :-1], lut[..., 1:]
+    wrong = ~((after > before) & (before >= 0) | (after == -1)).all(dim=-1)
+    if wrong.any():
+        raise fail("lut", "ascend in each row, with every -1 at its end", lut[wrong][0].tolist(), fix)
 
 
 def check_low_bit(low_bit: str) -> None:

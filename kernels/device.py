@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from sla2_compile.kernels.schedule import Layout
+
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make x's GPU the current one, which is where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    # entering torch's context costs more than a launch, and most programs have one GPU
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 @functools.cache
@@ -42,7 +48,7 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def describable(x: Tensor) -> bool:
-    """Whether the copy engine can read tiles of x: 16-byte strides and address, no expanded dim."""
-    strides = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides) and x.shape[3] % 8 == 0
+def describable(x: Layout) -> bool:
+    """Whether the copy engine can read tiles of x (B, H, N, D): 16-byte strides and address, no expanded dim."""
+    strides = [s for s, n in zip(x.stride[:3], x.shape[:3], strict=True) if n > 1]
+    return x.aligned and all(s > 0 and s % 8 == 0 for s in strides) and x.shape[3] % 8 == 0

@@ -89,7 +89,7 @@ def sla2_attention(
     """
     o, _ = attend(
         q, k, v, options, key_mask=key_mask, is_causal=is_causal, scale=scale,
-        proj_q=proj_q, proj_k=proj_k, alpha_gain=alpha_gain, alpha_bias=alpha_bias,
+        proj_q=proj_q, proj_k=proj_k, alpha_gain=alpha_gain, alpha_bias=alpha_bias, keep_routing=False,
     )  # fmt: skip
     return o
 
@@ -103,9 +103,9 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
     proj_q: Tensor | None = None, proj_k: Tensor | None = None,
-    alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
+    alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None, keep_routing: bool = True,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
-    """`sla2_attention` that also returns what the router chose; None in a compiler's trace."""
+    """`sla2_attention` that also returns what the router chose, if keep_routing; None in a compiler's trace."""
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
         if any(t is not None for t in tangents):
@@ -128,7 +128,7 @@ def attend(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches, low_bit,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if not keep_routing or torch.compiler.is_compiling():
         return o, None
     tn = num_blocks(k.shape[2], block_k)
     return o, Routing(lut, log_rest, entropy, lse[..., ::block_q].clone(), block_q, block_k, tn)

@@ -6,22 +6,19 @@
 | D = Dv of 64 or 128, block_q 128, block_k 64 | other sizes |
 | no key_mask, not causal, no branches kept | masks, causal, training |
 | 16-byte strides and addresses of q, k and v | odd layouts |
-
-Off unless the environment says SLA2_HOPPER=1: the kernel ran on an H200 by itself, the path to it has not yet.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.device import describable
+from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
 
 BLOCK_Q, BLOCK_K, ROWS = 128, 64, 64
 TRITONS = ((3, 6), (3, 7))
@@ -51,11 +48,10 @@ def programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def takes(arch: int, q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, plain: bool) -> bool:
+def takes(arch: int, q: Layout, k: Layout, v: Layout, block_q: int, block_k: int, plain: bool) -> bool:
     """Whether this call runs on the Hopper kernel; plain: no mask, not causal, no branches kept."""
     return (
         plain
-        and os.environ.get("SLA2_HOPPER") == "1"
         and arch == 90
         and knows_this_triton()
         and (block_q, block_k) == (BLOCK_Q, BLOCK_K)
@@ -65,18 +61,25 @@ def takes(arch: int, q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int
     )
 
 
-def tile(x: Tensor, *block: int) -> Any:
-    """Describe x for the copy engine, in tiles of `block`, laid out in shared memory as tensor cores read them."""
+def tiles(slot: Slot, shape: tuple[int, ...], strides: tuple[int, ...], *block: int, offset: int = 0) -> Tiles:
+    """Describe a slot for the copy engine, in tiles of `block`, to lie in shared memory as tensor cores read them."""
     from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    row, rank = block[-1] * x.element_size(), len(block)
+    size = slot.dtype.itemsize
     # a tile with one row is read by threads, not by tensor cores
-    swizzle = 0 if block[-2] == 1 else min(row, 128)
+    swizzle = 0 if block[-2] == 1 else min(block[-1] * size, 128)
     # the stride of a dim of size 1 is never used, but must be valid
-    strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
-    layout = NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=rank)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), layout)
+    strides = (*(s if n > 1 else 16 for s, n in zip(strides[:-1], shape[:-1], strict=True)), 1)
+    layout = NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * size, rank=len(block))
+    return Tiles(slot, shape, strides, block, offset, layout)
+
+
+def packed_tiles(slot: Slot, shape: tuple[int, ...], *block: int) -> Tiles:
+    """`tiles` of a slot that lies in one piece, seen in another shape."""
+    strides = [1]
+    for n in reversed(shape[1:]):
+        strides.insert(0, n * strides[0])
+    return tiles(slot, shape, tuple(strides), *block)
 
 
 def stages_that_fit(D: int, bytes_k: int, bytes_v: int) -> int:
@@ -86,35 +89,42 @@ def stages_that_fit(D: int, bytes_k: int, bytes_v: int) -> int:
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, scales: Tensor, summed: Tensor, k_mean: Tensor, lut: Tensor,
-    log_rest: Tensor, gain: Tensor, bias: Tensor, o: Tensor, lse: Tensor, *,
-    Nk: int, first: int, z_at: int, alpha: int, low_bit: int, scale: float, feature_map: str,
+    schedule: Schedule, q: Layout, k: Layout, v: Layout, eight: tuple[Slot, Slot, Slot], low_bit: int,
+    summed: Slot, heads_in: int, o: Slot, lse: Slot, bias_strides: tuple[int, ...], *,
+    first: int, z_at: int, alpha: int, scale: float, feature_map: str,
 ) -> None:  # fmt: skip
-    """Write o and lse of the query blocks that `summed` has states for.
+    """Have o and lse written for the query blocks that `summed` has states for.
 
     Args:
-        q, o: (B, Hq, Nq, D); keys: k (B, Hkv, Nk, D), or k8 (B, Hkv, Tn * 64, D) where low_bit > 0.
-        values: v (B, Hkv, Nk, D), or v8 (B, Hkv, Tn, D, 64) where low_bit is 2; scales: (B, Hkv, Tn, 4) fp32.
-        summed: (heads, Tm, STATE), states of query heads from flat query block `first` on; z at z_at in each.
+        schedule: of `attention_schedule`, whose inputs it has.
+        eight: k8 (B, Hkv, Tn * 64, D), v8 (B, Hkv, Tn, D, 64), scales (B, Hkv, Tn, 4), as far as low_bit has them.
+        summed: (heads of k, query blocks of one, STATE), of which the first heads_in heads count, with states from
+            flat query block `first` on; z at z_at in each.
         The rest as `attend_hopper_kernel`'s.
     """
-    (B, Hq, Nq, D), heads, (tm, topk) = q.shape, keys.shape[1], lut.shape[2:]
-    tn, items = num_blocks(Nk, BLOCK_K), summed.shape[0] * summed.shape[1]
-    states = summed.view(items, -1)
+    q_in, k_in, v_in, mean, lut, log_rest, gain, bias, _ = schedule.inputs
+    (B, Hq, Nq, D), (_, heads, Nk, _), (tm, topk) = q.shape, k.shape, lut.shape[2:]
+    k8, v8, scales = eight
+    tn, items, state = num_blocks(Nk, BLOCK_K), heads_in * summed.shape[1], summed.shape[2]
+    keys = (
+        packed_tiles(k8, k8.shape, 1, 1, BLOCK_K, D) if low_bit else tiles(k_in, k.shape, k.stride, 1, 1, BLOCK_K, D)
+    )
     if low_bit == 2:
-        values = values.view(B * heads, tn, D, BLOCK_K)
-        v_tile = tile(values, 1, 1, D, BLOCK_K)
+        values = packed_tiles(v8, (B * heads, tn, D, BLOCK_K), 1, 1, D, BLOCK_K)
     else:
-        v_tile = tile(values, 1, 1, BLOCK_K, D)
-    stages = stages_that_fit(D, keys.element_size(), values.element_size())
-    kernel()[(min(items, programs(q.device)),)](
-        tile(q, 1, 1, ROWS, D), tile(keys, 1, 1, BLOCK_K, D), v_tile,
-        # never read without low bit, but must be a thing that can be described
-        tile(scales.view(B * heads, tn, 4) if low_bit else k_mean, 1, 1, 32),
-        tile(states[:, : D * D].unflatten(1, (D, D)), 1, D, D), tile(states[:, z_at : z_at + D], 1, D),
-        tile(k_mean.view(B * heads, D), 1, D), tile(o, 1, 1, ROWS, D),
-        lut, log_rest, gain, bias, lse, bias.stride(0), bias.stride(1), first, Hq, Hq // heads, tm, tn, topk, items,
-        Nq, Nk, scale,
+        values = tiles(v_in, v.shape, v.stride, 1, 1, BLOCK_K, D)
+    # never read without low bit, but must be a thing that can be described
+    scale_tiles = (
+        packed_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else packed_tiles(mean, (B, heads, D), 1, 1, 32)
+    )
+    stages = stages_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize)
+    schedule.launch(
+        kernel(), (min(items, programs(q.device)),),
+        tiles(q_in, q.shape, q.stride, 1, 1, ROWS, D), keys, values, scale_tiles,
+        tiles(summed, (items, D, D), (state, D, 1), 1, D, D),
+        tiles(summed, (items, D), (state, 1), 1, D, offset=z_at),
+        packed_tiles(mean, (B * heads, D), 1, D), packed_tiles(o, o.shape, 1, 1, ROWS, D),
+        lut, log_rest, gain, bias, lse, *bias_strides, first, Hq, Hq // heads, tm, tn, topk, items, Nq, Nk, scale,
         D=D, DV=D, BLOCK_K=BLOCK_K, STAGES=stages, LOW_BIT=low_bit, ALPHA=alpha, FEATURE_MAP=feature_map,
         REGISTERS=REGISTERS, num_warps=4,
     )  # fmt: skip

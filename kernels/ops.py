@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept
-from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, fail
+from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table, fail
 from sla2_compile.kernels.tiling import accumulation_dtype
 
 
@@ -113,6 +113,7 @@ def attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
     )  # fmt: skip
+    check_table(lut, num_blocks(k.shape[2], block_k))
     with torch.autocast(q.device.type, enabled=False):
         return attention_forward(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
@@ -134,6 +135,7 @@ def _(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
     )  # fmt: skip
+    check_table(lut, num_blocks(k.shape[2], block_k))
     if not cuda.kernels_take(q.device, q.dtype, q.shape[3], v.shape[3], block_q, block_k, scale):
         if low_bit != "none":
             raise cannot_run(low_bit, "where the Triton kernels do not take the call")

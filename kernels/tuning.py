@@ -1,4 +1,4 @@
-"""How a kernel is cut into programs: by the tables of `cuda.py`, or with SLA2_AUTOTUNE=1 by trial.
+"""How a kernel is cut into programs: by the tables of the schedules, or with SLA2_AUTOTUNE=1 by trial.
 
 By trial: on the first call of a shape class (head dims, block sizes, dtype, format; not lengths) a kernel runs with
 the table's tile and with each candidate below, and keeps the fastest: for the process, and on disk in Triton's cache
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+
+from sla2_compile.kernels.schedule import Schedule
 
 Tile = dict[str, Any]
 Limits = dict[str, tuple[int, int]]
@@ -75,21 +77,24 @@ def tuned(kernel: Any, table: tuple[tuple[str, Any], ...], limits: tuple[tuple[s
 
 
 def launch(
+    schedule: Schedule,
     kernel: Any,
     grid: Callable[[Tile], tuple[int, ...]],
     *args: Any,
     tile: Tile,
     limits: Limits,
+    trials: bool,
     **constants: Any,
 ) -> None:
-    """Run a kernel, cut by the table's tile or by the best of those tried.
+    """Put a kernel on the schedule, cut by the table's tile or by the best of those tried.
 
     Args:
         grid: programs, given a tile's sizes.
         tile: what the table says: sizes, num_warps, maxnreg.
         limits: by name, the least and the largest value that a size may have in this call.
+        trials: whether to try (`by_trial`).
     """
-    if by_trial():
-        tuned(kernel, tuple(tile.items()), tuple(limits.items()))[grid](*args, **constants)
+    if trials:
+        schedule.launch(tuned(kernel, tuple(tile.items()), tuple(limits.items())), grid, *args, **constants)
     else:
-        kernel[grid(tile)](*args, **constants, **tile)
+        schedule.launch(kernel, grid(tile), *args, **constants, **tile)

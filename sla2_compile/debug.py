@@ -2,7 +2,7 @@
 
 | SLA2_DEBUG | shows |
 |---|---|
-| 1 | the report of each transform and of each graph that torch.compile brings |
+| 1 | the report of each transform and of each graph that torch.compile brings; ops also check their look-up tables |
 | 2 | as 1, and for each pass what it changed, how long it took, and each call left alone |
 | 3 | as 2, and the graph after each pass |
 

@@ -130,7 +130,7 @@ def test_log_config(x):
 
 
 def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
-    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels import device
 
     model = sla2_compile.transform(
         models.Net(depth=2),
@@ -144,15 +144,15 @@ def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
     assert "low bit int8_fp8: not run on cpu; computed in the input's dtype" in str(report)
     assert "low bit int8: not run on cpu; computed in the input's dtype" in str(report)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "shared_limit", lambda device: 227 * 1024)
+    monkeypatch.setattr(device, "shared_limit", lambda device: 227 * 1024)
     moved = replace(report, device="cuda")
-    monkeypatch.setattr(cuda, "capability", lambda device: 90)
+    monkeypatch.setattr(device, "capability", lambda device: 90)
     assert "low bit int8_fp8: not run on cuda in float32; computed in the input's dtype" in str(moved)
     outcomes = tuple(replace(r, where=replace(r.where, dtype="bfloat16")) for r in report.outcomes)
     low = replace(moved, outcomes=outcomes)
     assert "low bit int8_fp8: INT8 QK and FP8 PV; training computes in the input's dtype" in str(low)
     assert "low bit int8: INT8 QK; training computes in the input's dtype" in str(low)
-    monkeypatch.setattr(cuda, "capability", lambda device: 80)
+    monkeypatch.setattr(device, "capability", lambda device: 80)
     assert "low bit int8_fp8: INT8 QK; training computes in the input's dtype" in str(low)
     none = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), low_bit="none", qat=False, **ANY)
     assert "low bit" not in str(sla2_compile.report(none))

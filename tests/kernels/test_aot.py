@@ -9,8 +9,6 @@ import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from sla2_compile.kernels import cuda, hopper  # noqa: E402
-from sla2_compile.kernels.gluon_attend import attend_hopper_kernel  # noqa: E402
+from sla2_compile.kernels import cuda, device, hopper  # noqa: E402
+from sla2_compile.kernels.schedule import Launch, Schedule, Slot, Tiles  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
@@ -35,33 +31,22 @@ TYPES = {
 }  # fmt: skip
 
 
-@dataclass
-class Recorder:
-    """Stands in for a kernel: keeps the arguments of each launch."""
+def scheduled(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Launch]:
+    """The launches that run() would make; none is made."""
+    seen: list[Launch] = []
 
-    kernel: Any
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    def record(self: Schedule, *inputs: Any) -> list[torch.Tensor]:
+        seen.extend(step for step in self.steps if isinstance(step, Launch))
+        return [torch.empty(slot.shape, dtype=slot.dtype) for slot in self.slots]
 
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def recorded(monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Yield (kernel, args, kwargs) of each launch that run() makes."""
-    recorders = []
-    for name, value in vars(cuda).items():
-        if name.endswith("_kernel"):
-            recorders.append(Recorder(value))
-            monkeypatch.setattr(cuda, name, recorders[-1])
-    recorders.append(Recorder(attend_hopper_kernel))
-    monkeypatch.setattr(hopper, "kernel", lambda: recorders[-1])
+    monkeypatch.setattr(Schedule, "run", record)
     run()
-    for recorder in recorders:
-        yield from recorder.launches
+    return seen
 
 
-def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> tuple[int, int, int]:
+def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
     """Compile one launch as Triton's launcher would specialise it; returns registers, stack bytes, shared bytes."""
+    kernel, args, kwargs = launch.kernel, launch.args, launch.constants
     options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if kwargs.get(name) is not None}
     names = list(inspect.signature(kernel.fn).parameters)
     # on a CPU the launcher asks for what the interpreter can do
@@ -74,12 +59,12 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: i
         value, parameter = given[name], kernel.params[index]
         if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, Slot):
             signature[name] = TYPES[value.dtype]
             attrs[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, (TensorDescriptor, GluonDescriptor)):
+        elif isinstance(value, Tiles):
             layout = f",{value.layout!r}" if gluon else ""
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}{layout}>"
+            signature[name] = f"tensordesc<{TYPES[value.slot.dtype][1:]}{list(value.block)}{layout}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1 and name not in fixed:
@@ -140,12 +125,14 @@ LOW_BIT_CALLS = [
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_without_spills(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "takes", lambda *_: False)
     assert set(HOT) <= compile_all(CALLS[name], arch, HOT, ALLOWED_STACK, monkeypatch)
 
 
 @pytest.mark.parametrize(("name", "low", "arch"), LOW_BIT_CALLS)
 def test_low_bit_compiles_without_spills(name: str, low: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two kernels that differ, without the allowance of the others."""
+    monkeypatch.setattr(hopper, "takes", lambda *_: False)
     both, run = ("attend_kernel", "states_kernel"), call(**LOW_BIT_SHAPES[name], low=low)
     assert set(both) == compile_all(run, arch, both, {}, monkeypatch)
 
@@ -161,7 +148,6 @@ HOPPER_CALLS = [
 @pytest.mark.skipif(not hopper.knows_this_triton(), reason="a Triton whose Gluon nobody tried")
 @pytest.mark.parametrize("run", HOPPER_CALLS)
 def test_hopper_kernel_compiles(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLA2_HOPPER", "1")
     names = tuple(ALLOWED_HOPPER_STACK)
     assert compile_all(run, 90, names, ALLOWED_HOPPER_STACK, monkeypatch) == set(names)
 
@@ -171,13 +157,13 @@ def compile_all(
 ) -> set[str]:
     """Compile what run launches, all kernels where wanted is HOT; returns the names of what was compiled."""
     seen = set()
-    monkeypatch.setattr(cuda, "capability", lambda device: arch)
-    monkeypatch.setattr(cuda, "shared_limit", lambda device: SHARED_LIMIT[arch])
-    for kernel, args, kwargs in recorded(monkeypatch, run):
-        name = kernel.fn.__name__
+    monkeypatch.setattr(device, "capability", lambda device: arch)
+    monkeypatch.setattr(device, "shared_limit", lambda device: SHARED_LIMIT[arch])
+    for launch in scheduled(monkeypatch, run):
+        name = launch.kernel.fn.__name__
         if wanted is not HOT and name not in wanted:
             continue
-        registers, stack, shared = compiled(kernel, args, kwargs, arch)
+        registers, stack, shared = compiled(launch, arch)
         label = f"{name} sm_{arch}: {registers} registers, {stack} bytes of stack, {shared} of shared"
         print(label)
         assert shared <= SHARED_LIMIT[arch], label

@@ -215,3 +215,32 @@ def test_every_refusal_is_tested() -> None:
     known = [message for *_, message in (*CASES, *ON_ANOTHER_DEVICE)]
     for fix in fixes:
         assert any(message.endswith(f"; {fix}") for message in known), fix
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ([0, 4], "hold key blocks 0 to 3, or -1 behind the last, got 4"),
+        ([-2, 1], "hold key blocks 0 to 3, or -1 behind the last, got -2"),
+        ([2, 1], r"ascend in each row, with every -1 at its end, got \[2, 1\]"),
+        ([1, 1], "ascend in each row"),
+        ([-1, 1], "ascend in each row"),
+    ],
+)
+def test_debug_mode_refuses_a_table_that_no_router_made(
+    row: list[int], rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLA2_DEBUG", "1")
+    lut = torch.tensor([0, 3], dtype=torch.int32).expand(2, 4, 2, 2).clone()
+    call = {**good(), "lut": lut}
+    attention(*(call[name] for name in ATTENTION))
+    lut[1, 2, 1] = torch.tensor([3, -1])
+    attention(*(call[name] for name in ATTENTION))
+    lut[1, 2, 1] = torch.tensor(row)
+    with pytest.raises(ValueError, match=f"lut must {rule}"):
+        attention(*(call[name] for name in ATTENTION))
+
+
+def test_values_of_a_table_are_not_read_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLA2_DEBUG", "0")
+    checks.check_table(torch.full((1, 1, 1, 2), 99, dtype=torch.int32), 4)

@@ -10,7 +10,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import cuda, hopper
+from sla2_compile.kernels import attention_schedule, cuda, hopper
+from sla2_compile.kernels.schedule import Layout
+from tests.kernels.schedules import forget_schedules
 from tests.kernels.test_triton_low_bit import check, routed
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs
 
@@ -34,17 +36,12 @@ CASES = {
 LEVELS = ("none", "int8", "int8_fp8")
 
 
-@pytest.fixture(autouse=True)
-def _on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLA2_HOPPER", "1")
-
-
 def tensors(D: int = 128) -> list[torch.Tensor]:
     return [torch.empty(2, 4, 256, D, dtype=torch.bfloat16) for _ in range(3)]
 
 
 def takes(x: list[torch.Tensor], arch: int = 90, block_q: int = 128, block_k: int = 64, plain: bool = True) -> bool:
-    q, k, v = x
+    q, k, v = (Layout.of(y) for y in x)
     return hopper.takes(arch, q, k, v, block_q, block_k, plain)
 
 
@@ -67,12 +64,6 @@ def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes([q, k[:1].expand(2, -1, -1, -1), v])
     monkeypatch.setattr(hopper, "knows_this_triton", lambda: False)
     assert not takes([q, k, v])
-
-
-def test_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "knows_this_triton", lambda: True)
-    monkeypatch.delenv("SLA2_HOPPER")
-    assert not takes(tensors())
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -105,7 +96,8 @@ if not INTERPRETED:
         case = replace(WIDE, B=2, heads=2)
         x = routed(case, case.tensors())
         whole = case.attention(x, cuda.attention_forward, False, low_bit)
-        monkeypatch.setattr(cuda, "STATE_BYTES", 1)
+        monkeypatch.setattr(attention_schedule, "STATE_BYTES", 1)
+        forget_schedules()
         parts = case.attention(x, cuda.attention_forward, False, low_bit)
         assert torch.equal(whole[0], parts[0])
         assert torch.equal(whole[1], parts[1])
@@ -131,7 +123,8 @@ if not INTERPRETED:
         case = replace(WIDE, B=2, Nq=128 * 150 + 7, Nk=64 * 100 - 5, topk_ratio=topk_ratio, alpha="none")
         x = routed_cheaply(case)
         got = case.attention(x, cuda.attention_forward, False, low_bit)
-        monkeypatch.setenv("SLA2_HOPPER", "0")
+        monkeypatch.setattr(hopper, "takes", lambda *_: False)
+        forget_schedules()
         want = case.attention(x, cuda.attention_forward, False, low_bit)
         for a, b in zip(got[:2], want[:2], strict=True):
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()

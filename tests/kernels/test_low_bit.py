@@ -92,12 +92,12 @@ def test_round_trip_of_the_format() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make the rule believe in a chip: gpu(90)."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels import device
 
     def of(capability: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(cuda, "capability", lambda device: capability)
-        monkeypatch.setattr(cuda, "shared_limit", lambda device: 163 * 1024)
+        monkeypatch.setattr(device, "capability", lambda device: capability)
+        monkeypatch.setattr(device, "shared_limit", lambda device: 163 * 1024)
 
     return of
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import cuda, reference
+from sla2_compile.kernels import attention_schedule, cuda, device, hopper, reference, route_schedule
 from sla2_compile.kernels.blocks import num_kept
 from tests.kernels.oracle import assert_oracle
+from tests.kernels.schedules import forget_schedules, remember_tensors
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs
 
 CASES = {
@@ -71,18 +72,7 @@ def test_route(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_route(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores and k_mean by the oracle; then table, log_rest and entropy are those of the kernel's own scores."""
-    x, kept = case.tensors(), {}
-
-    class Spy:
-        def __getitem__(self, grid: Any) -> Any:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                kept["peak"], kept["typical"] = args[:2]
-                select[grid](*args, **kwargs)
-
-            return launch
-
-    select = cuda.select_kernel
-    monkeypatch.setattr(cuda, "select_kernel", Spy())
+    x, kept = case.tensors(), remember_tensors(monkeypatch)
     lut, log_rest, entropy, k_mean = case.route(x, cuda.route_forward)
     eps = torch.finfo(case.dtype).eps
 
@@ -117,7 +107,7 @@ def check_route(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_with_the_copy_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of K and V through tensor descriptors, as on sm_90, also in the interpreter."""
     if INTERPRETED:
-        monkeypatch.setattr(cuda, "capability", lambda device: 90)
+        monkeypatch.setattr(device, "capability", lambda device: 90)
     check_attention(CASES[name])
 
 
@@ -125,7 +115,7 @@ def test_attention_with_the_copy_engine(name: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["plain", "masked", "causal masked", "D 96", "large values"])
 def test_attention_with_pointers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of K and V through pointers, as on chips without a copy engine."""
-    monkeypatch.setattr(cuda, "describable", lambda x: False)
+    monkeypatch.setattr(attention_schedule, "describable", lambda x: False)
     check_attention(CASES[name])
 
 
@@ -188,7 +178,7 @@ def test_degenerate_inputs_stay_finite(change: str) -> None:
 @pytest.mark.parametrize("Nk", [203, 5])
 def test_wild_table_reads_nothing_outside(Nk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """k and v lie inside NaN: a read outside them would show. The values of such a call mean nothing."""
-    monkeypatch.setattr(cuda, "describable", lambda x: False)
+    monkeypatch.setattr(attention_schedule, "describable", lambda x: False)
     case = replace(Case(), Nk=Nk, topk_ratio=1.0, keep=False)
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
@@ -208,7 +198,8 @@ def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
     whole = case.attention(x, cuda.attention_forward, False)[0]
-    monkeypatch.setattr(cuda, "STATE_BYTES", 1)
+    monkeypatch.setattr(attention_schedule, "STATE_BYTES", 1)
+    forget_schedules()
     assert torch.equal(whole, case.attention(x, cuda.attention_forward, False)[0])
 
 
@@ -225,10 +216,10 @@ def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for y, block_q, block_k, scale in ((x, 64, 64, 1.0), (x.half(), 8, 64, 1.0), (x.half(), 64, 256, 1.0)):
         assert not takes(y, block_q, block_k, scale)
     assert not takes(x.half(), 64, 64, -1.0)
-    monkeypatch.setattr(cuda, "shared_limit", lambda device: 99 * 1024)
+    monkeypatch.setattr(device, "shared_limit", lambda device: 99 * 1024)
     assert takes(wide, 128, 64, 0.1)
     assert not takes(wide, 128, 128, 0.1)
-    monkeypatch.setattr(cuda, "capability", lambda device: 75)
+    monkeypatch.setattr(device, "capability", lambda device: 75)
     assert not takes(x.half(), 64, 64, 0.1)
 
 
@@ -259,7 +250,9 @@ if not INTERPRETED:
             sla2_attention(q, q, q, AttentionOptions())
 
         def built() -> int:
-            kernels = [x for name, x in vars(cuda).items() if name.endswith("_kernel")]
+            names = {**vars(attention_schedule), **vars(route_schedule)}
+            kernels = [x for name, x in names.items() if name.endswith("_kernel")]
+            kernels += [hopper.kernel()] if hopper.knows_this_triton() else []
             return sum(len(x.device_caches[torch.cuda.current_device()][0]) for x in kernels)
 
         for n in (3001, 3072):

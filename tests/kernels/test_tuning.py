@@ -12,7 +12,8 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import cuda, tuning  # noqa: E402
+from sla2_compile.kernels import attention_schedule, cuda, route_schedule, tuning  # noqa: E402
+from tests.kernels.schedules import forget_schedules  # noqa: E402
 from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs  # noqa: E402
 
 SMALL = Case(D=64, Dv=64, block_q=64, block_k=32, Nq=70, Nk=100, heads=1, groups=1, keep=False)
@@ -48,9 +49,11 @@ def attend(monkeypatch: pytest.MonkeyPatch, fastest: dict[str, int] | None) -> t
 
         monkeypatch.setattr(triton, "autotune", fake)
     tuning.tuned.cache_clear()
+    forget_schedules()
     x["lut"], x["log_rest"], _, x["k_mean"] = SMALL.route(x, cuda.route_forward)
     o, lse, *_ = SMALL.attention(x, cuda.attention_forward, False)
     tuning.tuned.cache_clear()
+    forget_schedules()
     return [x["lut"], o, lse], made
 
 
@@ -83,6 +86,7 @@ if INTERPRETED:
         _, made = attend(monkeypatch, {})
         before = {name: tuner.do_bench.trials for name, tuner in made.items()}
         x = SMALL.tensors()
+        forget_schedules()
         monkeypatch.setattr(tuning, "tuned", lambda kernel, *_: made[kernel.fn.__name__])
         x["lut"], x["log_rest"], _, x["k_mean"] = SMALL.route(x, cuda.route_forward)
         SMALL.attention(x, cuda.attention_forward, False)
@@ -107,6 +111,6 @@ def test_candidates_keep_to_the_limits() -> None:
 
 def test_every_candidate_names_what_the_kernel_has() -> None:
     for name, tiles in tuning.CANDIDATES.items():
-        kernel = getattr(cuda, name)
+        kernel = getattr(attention_schedule, name, None) or getattr(route_schedule, name)
         for tile in tiles:
             assert set(tile) - set(tuning.OF_TRITON) <= set(kernel.arg_names), name

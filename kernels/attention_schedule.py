@@ -1,0 +1,303 @@
+"""The launches of `sla2::attention` on a GPU: states, complement, GEMM, then linear and attend, or Hopper's for both.
+
+Where a tile is not the caller's choice, the tables here hold what was the best of those tried on sm_90, and what
+compiles without spills elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sla2_compile.kernels import device, hopper
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.checks import LOW_BITS
+from sla2_compile.kernels.device import describable, padded
+from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
+from sla2_compile.kernels.triton_attend import attend_kernel
+from sla2_compile.kernels.triton_linear import linear_kernel
+from sla2_compile.kernels.triton_states import complement_kernel, states_kernel
+from sla2_compile.kernels.tuning import launch
+
+STATES = (4, 128, None)
+"""`states_kernel`: warps, columns of v a program, registers a thread."""
+LINEAR = (64, 8, 4, 2)
+"""`linear_kernel`: rows a tile, warps, tiles a program, pipeline stages."""
+STATE_BYTES = 1 << 30
+"""Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How `attend_kernel` cuts its work: rows a program, warps, pipeline stages, registers a thread."""
+
+    block_m: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def attend_tile(arch: int, width: int, block_q: int, block_k: int) -> Tile:
+    """Choose the tile for a head dim padded to `width`."""
+    if width > 128:
+        return Tile(min(block_q, 32), 8, 2)
+    if width == 128 and (arch < 90 or block_k > 64):
+        return Tile(min(block_q, 64), 8, 2)
+    if arch == 90 and width <= 64:
+        return Tile(min(block_q, 64), 4, 3, 96)
+    if block_q < 128:
+        return Tile(block_q, 4, 2)
+    # 128 registers let two programs share a multiprocessor: one computes while the other waits
+    return Tile(128, 8, 2, 128 if arch == 90 else None)
+
+
+def stages_that_fit(limit: int, block_m: int, block_k: int, width_k: int, width_v: int) -> int:
+    """How many tiles of K and V fit beside the tile of q in `limit` bytes of shared memory."""
+    return (limit - 1024 - 2 * block_m * width_k) // (2 * block_k * (width_k + width_v))
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """k and v of one call in 8 bits, as `states_kernel` writes them and `attend_kernel` reads them.
+
+    Attributes:
+        level: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
+        k8: (B, Hkv, Tn * block_k, D) int8, smoothed, 0 at rows that are no real keys.
+        v8: (B, Hkv, Tn, Dv, block_k) float8_e4m3fn, the keys in `key_order`.
+        scales: (B, Hkv, Tn, 4) fp32: k's scale, log2 of v's, and two of no meaning, for rows of 16 bytes.
+        What a level has not is k, and never read.
+    """
+
+    level: int
+    k8: Slot
+    v8: Slot
+    scales: Slot
+
+    @classmethod
+    def of(cls, schedule: Schedule, k: Slot, v: Slot, block_k: int, low_bit: str) -> EightBit:
+        """Have what low_bit needs allocated for k (B, Hkv, Nk, D) and v (B, Hkv, Nk, Dv)."""
+        level, (B, heads, Nk, D), Dv = LOW_BITS.index(low_bit), k.shape, v.shape[3]
+        tn = num_blocks(Nk, block_k)
+        # absent ones are not of an 8-bit type: older chips do not know it
+        k8 = v8 = scales = k
+        if level >= 1:
+            k8 = schedule.empty("k8", (B, heads, tn * block_k, D), torch.int8)
+            scales = schedule.empty("scales", (B, heads, tn, 4), torch.float32)
+        if level == 2:
+            v8 = schedule.empty("v8", (B, heads, tn, Dv, block_k), torch.float8_e4m3fn)
+        return cls(level, k8, v8, scales)
+
+    @property
+    def slots(self) -> tuple[Slot, Slot, Slot]:
+        """In the order of the kernels' arguments."""
+        return self.k8, self.v8, self.scales
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """How the state [h, z] of one key block lies in memory, and what the kernels that touch it are told.
+
+    Attributes:
+        D, Dv: head dims; block_d, block_dv: those padded to tiles; feature_map: phi.
+    """
+
+    D: int
+    Dv: int
+    block_d: int
+    block_dv: int
+    feature_map: str
+
+    @property
+    def row(self) -> int:
+        """Columns of a row of h, for rows of whole 16-byte pieces."""
+        return num_blocks(self.Dv, 16) * 16
+
+    @property
+    def z_at(self) -> int:
+        """Where z begins, behind h."""
+        return num_blocks(self.D, 16) * 16 * self.row
+
+    @property
+    def size(self) -> int:
+        """Numbers in one state."""
+        return self.z_at + num_blocks(self.D, 16) * 16
+
+    @property
+    def wide(self) -> bool:
+        """Whether a head is cut in slices, so that registers suffice."""
+        return max(self.block_d, self.block_dv) > 128
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Arguments of `states_kernel` and `linear_kernel`."""
+        return {
+            "D": self.D, "DV": self.Dv, "BLOCK_D": self.block_d, "ROW_DV": self.row, "STATE": self.size,
+            "Z_AT": self.z_at, "FEATURE_MAP": self.feature_map,
+        }  # fmt: skip
+
+
+def tiles(slot: Slot, x: Layout, rows: int, width: int) -> Tiles:
+    """x (B, H, N, D) for the copy engine, in tiles of rows x width."""
+    # the stride of a dim of size 1 is never used, but must be valid
+    strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride[:3], x.shape[:3], strict=True)]
+    return Tiles(slot, tuple(x.shape), (*strides, 1), (1, 1, rows, width))
+
+
+def states_grid(blocks: int, width: int, tile: dict[str, Any]) -> tuple[int, int]:
+    """Programs of `states_kernel`: key blocks, and slices of v's columns."""
+    return blocks, num_blocks(width, tile["BLOCK_DV"])
+
+
+def linear_grid(heads: int, rows: int, tile: dict[str, Any]) -> tuple[int]:
+    """Programs of `linear_kernel`: each takes some tiles of one head's rows."""
+    return (heads * num_blocks(rows // tile["BLOCK_M"], tile["JOBS"]),)
+
+
+def product(n: int, complement: Tensor, states: Tensor) -> Tensor:
+    """Sum the states of the first n heads over each query block's complement."""
+    return torch.bmm(complement[:n], states[:n])
+
+
+@dataclass(frozen=True)
+class Summed:
+    """States of some heads, summed over each query block's complement.
+
+    Attributes:
+        slot: (heads, groups * Tm, `StateLayout.size`), of which the first n heads count; first: first query head.
+    """
+
+    slot: Slot
+    n: int
+    first: int
+
+
+def summed_states(
+    schedule: Schedule, k: Layout, v: Layout, mask: Layout | None, layout: StateLayout, eight: EightBit,
+    Hq: int, tm: int, topk: int, block_q: int, block_k: int, linear_scope: str, is_causal: bool, trials: bool,
+) -> Iterator[Summed]:  # fmt: skip
+    """Have states summed for as many heads at a time as memory is meant to hold; the slots are used again."""
+    _, k_in, v_in, mean, lut, _, _, _, mask_in = schedule.inputs
+    B, heads, Nk, _ = k.shape
+    groups, tn = Hq // heads, num_blocks(Nk, block_k)
+    # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
+    columns = num_blocks(tn, 8) * 8
+    per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
+    step = max(1, min(B * heads, STATE_BYTES // per_head))
+    warps, width, registers = STATES if not layout.wide else (8, 64, None)
+    if device.capability(k.device) != 90:
+        width = 64
+    if eight.level and block_k > 64:
+        warps = 8
+    states = schedule.empty("states", (step, columns, layout.size), k.dtype)
+    complement = schedule.empty("complement", (step, groups * tm, columns), k.dtype)
+    summed = schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
+    for first in range(0, B * heads, step):
+        n = min(step, B * heads - first)
+        launch(
+            schedule, states_kernel, partial(states_grid, n * columns, layout.block_dv),
+            k_in, v_in, mean, mask_in, states, *eight.slots, *k.stride[:3], *v.stride[:3],
+            0 if mask is None else mask.stride[0], heads, Nk, columns, first,
+            **layout.constants, BLOCK_K=block_k, HAS_MASK=mask is not None, HALVES=layout.block_d > 64,
+            LOW_BIT=eight.level,
+            tile={"BLOCK_DV": min(layout.block_dv, width), "num_warps": warps, "maxnreg": registers},
+            limits={"BLOCK_DV": (16, layout.block_dv)},
+            trials=trials,
+        )  # fmt: skip
+        schedule.launch(
+            complement_kernel, (n * groups * tm,),
+            lut, complement, tm, tn, columns, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
+            BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_N=512, CAUSAL=is_causal, ALL=linear_scope == "all", num_warps=2,
+        )  # fmt: skip
+        schedule.compute(partial(product, n), complement, states, into=summed)
+        yield Summed(summed, n, first * groups)
+
+
+@functools.lru_cache(maxsize=256)
+def attention_schedule(
+    q: Layout, k: Layout, v: Layout, k_mean: Layout, lut: Layout, log_rest: Layout,
+    gain: Layout | None, bias: Layout | None, mask: Layout | None,
+    block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
+    keep_branches: bool, low_bit: str, trials: bool,
+) -> tuple[Schedule, tuple[Slot, ...]]:  # fmt: skip
+    """Schedule what `reference.attention` defines; arguments as there, of their layouts.
+
+    Args:
+        trials: whether tiles are found by trial (`tuning.by_trial`).
+
+    Returns:
+        The schedule of the nine tensors, and the slots of o, lse, o_sparse and o_linear, of which the latter two
+        are empty unless keep_branches (the backward needs them).
+    """
+    schedule = Schedule(q, k, v, k_mean, lut, log_rest, gain, bias, mask)
+    q_in, k_in, v_in, mean_in, lut_in, rest_in, gain_in, bias_in, mask_in = schedule.inputs
+    (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = q.shape, v.shape, lut.shape[2:]
+    groups, arch = Hq // heads, device.capability(q.device)
+    o = schedule.empty("o", (B, Hq, Nq, Dv), q.dtype)
+    lse = schedule.empty("lse", (B, Hq, Nq), torch.float32)
+    o_sparse, o_linear = (
+        schedule.empty(name, o.shape if keep_branches else (0,), q.dtype) for name in ("o_sparse", "o_linear")
+    )
+    # bias (1 or Hq, 1 or Tm), read as (Hq, Tm)
+    steps = (0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride, bias.shape, strict=True))
+    alpha = 0 if bias is None else (1 if gain is None else 2)
+
+    eight = EightBit.of(schedule, k_in, v_in, block_k, low_bit)
+    # an INT8 product sums over 32 dims at a time
+    layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), feature_map)
+    plain = mask is None and not is_causal and not keep_branches
+    fused = hopper.takes(arch, q, k, v, block_q, block_k, plain)
+    # the linear branch lies in o until the sparse branch mixes it in
+    linear = o_linear if keep_branches else o
+    weight, shift = (
+        schedule.empty(name, (0,) if fused else lse.shape, torch.float32) for name in ("weight", "shift")
+    )
+    for summed in summed_states(
+        schedule, k, v, mask, layout, eight, Hq, tm, topk, block_q, block_k, linear_scope, is_causal, trials
+    ):  # fmt: skip
+        if fused:
+            hopper.attend(
+                schedule, q, k, v, eight.slots, eight.level, summed.slot, summed.n, o, lse, steps,
+                first=summed.first * tm, z_at=layout.z_at, alpha=alpha, scale=scale, feature_map=feature_map,
+            )  # fmt: skip
+            continue
+        rows, warps, jobs, loads = LINEAR if not layout.wide else (32, 8, 1, 1)
+        launch(
+            schedule, linear_kernel, partial(linear_grid, summed.n * groups, tm * block_q),
+            q_in, mean_in, rest_in, summed.slot, linear, weight, shift, *q.stride[:3], Hq, groups, Nq, tm,
+            summed.first,
+            **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q,
+            CHUNK=layout.block_d if not layout.wide else 64,
+            tile={"BLOCK_M": min(block_q, rows), "JOBS": jobs, "STAGES": loads, "num_warps": warps},
+            limits={"BLOCK_M": (16, min(block_q, 128 if not layout.wide else 32))},
+            trials=trials,
+        )  # fmt: skip
+    outputs = (o, lse, o_sparse, o_linear)
+    if fused:
+        return schedule, outputs
+    block_d, block_dv = layout.block_d, layout.block_dv
+    tile = attend_tile(arch, max(block_d, block_dv), block_q, block_k)
+    tma = not eight.level and arch >= 90 and describable(k) and describable(v)
+    k_tiles, v_tiles = (tiles(k_in, k, block_k, block_d), tiles(v_in, v, block_k, block_dv)) if tma else (k_in, v_in)
+    room = stages_that_fit(device.shared_limit(q.device), tile.block_m, block_k, block_d, block_dv)
+    launch(
+        schedule, attend_kernel, lambda t: (B * Hq * tm * (block_q // t["BLOCK_M"]),),
+        q_in, k_in, v_in, k_tiles, v_tiles, *eight.slots, lut_in, rest_in, gain_in, bias_in, mask_in, linear, weight,
+        shift, o, lse, o_sparse, *q.stride[:3], *k.stride[:3], *v.stride[:3], 0 if mask is None else mask.stride[0],
+        *steps, Hq, groups, Nq, Nk, tm, topk, scale,
+        D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k,
+        ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=mask is not None, KEEP=keep_branches, TMA=tma, LOW_BIT=eight.level,
+        tile={
+            "BLOCK_M": tile.block_m, "STAGES": min(tile.stages, room), "num_warps": tile.warps,
+            "maxnreg": None if eight.level else tile.registers,
+        },
+        limits={"BLOCK_M": (16, block_q), "STAGES": (1, room)},
+        trials=trials,
+    )  # fmt: skip
+    return schedule, outputs
