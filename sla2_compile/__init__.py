@@ -16,6 +16,7 @@ import sla2_compile.kernels  # noqa: F401  (registers the ops, so that saved pro
 
 if TYPE_CHECKING:
     from sla2_compile.api import restore, transform
+    from sla2_compile.diffusers_door import diffusers_backend, set_diffusers_backend
     from sla2_compile.kernels import AttentionOptions, sla2_attention
     from sla2_compile.recipes import Recipe, RecipeError
     from sla2_compile.reporting import Report, report
@@ -30,11 +31,13 @@ _HOMES = {
     "Recipe": "recipes",
     "RecipeError": "recipes",
     "Report": "reporting",
+    "diffusers_backend": "diffusers_door",
     "register_transformers": "transformers_door",
     "report": "reporting",
     "get_sla2_statistics": "statistics",
     "log_sla2_config": "statistics",
     "restore": "api",
+    "set_diffusers_backend": "diffusers_door",
     "transform": "api",
 }
 
@@ -43,11 +46,13 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "diffusers_backend",
     "get_sla2_statistics",
     "log_sla2_config",
     "register_transformers",
     "report",
     "restore",
+    "set_diffusers_backend",
     "sla2_attention",
     "transform",
 ]

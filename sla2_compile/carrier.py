@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from sla2_compile.captured import CHILD, CapturedForward
 from sla2_compile.passes import multihead
@@ -195,3 +195,8 @@ def remove(owner: nn.Module) -> None:
 def is_owner(module: nn.Module) -> bool:
     """Whether module carries sites."""
     return isinstance(module._modules.get(CHILD), Sites)
+
+
+def under_plan() -> bool:
+    """Whether the forward of an owner runs around this point, in eager or in a trace."""
+    return any(isinstance(mode, RedirectAttention) for mode in _get_current_function_mode_stack())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sla2_compile.carrier import is_owner
+from sla2_compile.carrier import is_owner, under_plan
 from sla2_compile.discovery import recording
 from sla2_compile.passes.call import AttentionCall
 from sla2_compile.passes.masks import MaskView
@@ -93,7 +93,7 @@ class Door:
 
     Attributes:
         recipe: as given.
-        nameless: the site that traced calls go to; compiled graphs record nothing.
+        nameless: the site of traced calls, for compiled graphs record nothing, and of calls from nowhere known.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -111,11 +111,16 @@ class Door:
         self.recipe = recipe
         self.nameless = DoorSite(recipe)
 
-    def call(self, module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run function, in which the attention call of module stands, with SLA2 in the place of that call."""
-        if is_owner(module) or recording():
+    def call(self, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run function, in which an attention call stands, with SLA2 in the place of that call.
+
+        Args:
+            module: whose call it is, or None where the library does not say.
+            function, *args, **kwargs: the library's own code around `F.scaled_dot_product_attention`.
+        """
+        if under_plan() or (module is not None and is_owner(module)) or recording():
             return function(*args, **kwargs)
-        with Redirect(self.nameless if torch.compiler.is_compiling() else self._site(module)):
+        with Redirect(self.nameless if module is None or torch.compiler.is_compiling() else self._site(module)):
             return function(*args, **kwargs)
 
     def _site(self, module: nn.Module) -> DoorSite:
@@ -136,7 +141,7 @@ class Redirect(TorchFunctionMode):
         kwargs = {} if kwargs is None else kwargs
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        if any(isinstance(x, Tensor) and x.is_nested for x in args):
+        if any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values())):
             self.site.count(Reason.NESTED)
             return func(*args, **kwargs)
         return self.site(*args, **kwargs)

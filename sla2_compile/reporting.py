@@ -165,7 +165,8 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     """Return what `transform` did with each attention call of model, a module or an exported program.
 
     A model that holds several transformed parts gets one report with the parts' names before the owners'.
-    Calls behind a library's own name for SLA2 (`register_transformers`) are listed as they were made so far.
+    Calls behind a library's own name for SLA2 (`register_transformers`, `set_diffusers_backend`) are listed as they
+    were made so far.
     A model that was never transformed gets an empty one; `inspect` says what would be done.
     """
     if not isinstance(model, (nn.Module, ExportedProgram)):

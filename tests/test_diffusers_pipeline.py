@@ -40,9 +40,3 @@ def test_a_transformed_pipeline_runs():
     assert torch.equal(image(pipe), expected)
     pipe.transformer = sla2_compile.transform(pipe.transformer, topk_ratio=0.25, min_seq_len=0)
     assert not torch.equal(image(pipe), expected)
-
-
-def test_the_dispatcher_takes_no_new_name():
-    """The day this fails, diffusers can have a door too: its names are a closed Enum, and its choice is global."""
-    with pytest.raises(ValueError, match="must be one of"):
-        pipeline().transformer.set_attention_backend("sla2")

@@ -1,0 +1,201 @@
+"""`set_diffusers_backend`: SLA2 behind diffusers' own attention dispatcher, one recipe for each model.
+
+    sla2_compile.set_diffusers_backend(pipe.transformer, recipe="balanced")
+    pipe.transformer.reset_attention_backend()      # diffusers' own way back
+
+diffusers' attention processors pass their `_attention_backend` to `dispatch_attention_fn`, which looks up a function
+in a registry. It takes any instance of its enumeration for a name, so ours is one that the class does not list: the
+enumeration, its names and the choice for the whole process stay as they are. The registered function is diffusers'
+own for "native", with SLA2 (no learned parameters) in the place of its one call of `F.scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import threading
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sla2_compile.door import Door
+from sla2_compile.recipes import DEFAULT, Recipe
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+log = logging.getLogger("sla2_compile")
+
+# by recipe, as text; one object for each, because compilers guard a name by its identity
+_NAMES: dict[str, AttentionBackendName] = {}
+
+
+def set_diffusers_backend(
+    model: nn.Module, recipe: str | Path | Recipe | dict[str, Any] = DEFAULT, **overrides: Any
+) -> None:
+    """Send the attention calls that model makes through diffusers' dispatcher to SLA2, without learned parameters.
+
+    What `model.set_attention_backend` does for diffusers' names, less its change of the default of the process: other
+    models keep what they have. Calls that SLA2 does not take (`passes/rules.py`) run as "native"; `report(model)`
+    lists both, as eager calls were made. Compiled code records nothing. Copies and pickles of model keep the choice.
+    Back with `model.reset_attention_backend()`, or any other name with `model.set_attention_backend(...)`.
+
+    Args:
+        model: of diffusers, `pipe.transformer` for one; its calls have q (B, Nq, H, D), k and v (B, Nk, Hk, D).
+        recipe, **overrides: as `transform`; fields that tell sites apart must be left out.
+
+    Raises:
+        ImportError: diffusers is not installed, or too old.
+        RecipeError: unknown recipe or field.
+        TypeError: model is no nn.Module.
+        ValueError: no attention processor of model uses the dispatcher; context parallelism is on; the recipe tells
+            sites apart.
+
+    Example:
+        >>> sla2_compile.set_diffusers_backend(pipe.transformer, recipe="balanced", topk_ratio=0.1)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; for a pipeline its transformer")
+    name = diffusers_backend(recipe, **overrides)
+    modules = _attention_modules(model)
+    dispatching = [x for x in modules if _dispatches(x.processor)]
+    others = sorted({type(x.processor).__name__ for x in modules if x not in dispatching})
+    if not dispatching:
+        raise ValueError(
+            "model must have attention processors that leave the choice to diffusers' dispatcher, got "
+            f"{type(model).__name__} with {', '.join(others) or 'none'}; use sla2_compile.transform"
+        )
+    for module in dispatching:
+        _refuse_parallel(getattr(module.processor, "_parallel_config", None))
+    if others:
+        log.warning("left as they are, for they go past diffusers' dispatcher: %s", ", ".join(others))
+    for module in dispatching:
+        module.processor._attention_backend = name
+        _watch(module)
+
+
+def diffusers_backend(
+    recipe: str | Path | Recipe | dict[str, Any] = DEFAULT, **overrides: Any
+) -> AttentionBackendName:
+    """Return the name of SLA2 with this recipe for diffusers' `with attention_backend(name):`.
+
+    There the choice holds for every model that has none of its own, and `report` lists nothing: the dispatcher does
+    not say whose call it is. `set_diffusers_backend` is for one model. The same recipe gives the same name.
+
+    Args:
+        recipe, **overrides: as `transform`; fields that tell sites apart must be left out.
+
+    Raises:
+        ImportError: diffusers is not installed, or too old.
+        RecipeError: unknown recipe or field.
+        ValueError: the recipe tells sites apart.
+
+    Example:
+        >>> with diffusers.attention_backend(sla2_compile.diffusers_backend("balanced")):
+        ...     image = pipe("a cat").images[0]
+    """
+    try:
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    except ImportError as error:
+        fix = "pip install 'diffusers>=0.36'"
+        raise ImportError(f"the dispatcher needs diffusers 0.36 or later, got {error}; {fix}") from error
+    chosen = Recipe.of(recipe, **overrides)
+    fields = chosen.model_dump(mode="json")
+    text = json.dumps(fields, sort_keys=True)
+    if text in _NAMES:
+        return _NAMES[text]
+    door = Door(chosen)
+    native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+    constraints = list(_AttentionBackendRegistry._constraints[AttentionBackendName.NATIVE])
+
+    # under native's signature, by which the dispatcher tells which arguments to pass
+    @functools.wraps(native)
+    def attention(**kwargs: Any) -> Tensor:
+        _refuse_parallel(kwargs.get("_parallel_config"))
+        return door.call(_running(), native, **kwargs)
+
+    value = f"sla2_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    name: Any = str.__new__(AttentionBackendName, value)
+    name._name_, name._value_ = value.upper(), value
+    # as the class would pickle it, it could not be found again
+    name.__reduce_ex__ = partial(_reduce, fields)
+    _AttentionBackendRegistry.register(name, constraints=constraints)(attention)
+    return _NAMES.setdefault(text, name)
+
+
+def _reduce(fields: dict[str, Any], protocol: int) -> tuple[Any, tuple[dict[str, Any]]]:
+    return diffusers_backend, (fields,)
+
+
+def _attention_modules(model: nn.Module) -> list[Any]:
+    """The modules that `model.set_attention_backend` looks at."""
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention, MochiAttention
+
+    classes = (Attention, MochiAttention, AttentionModuleMixin)
+    return [x for x in model.modules() if isinstance(x, classes) and getattr(x, "processor", None) is not None]
+
+
+def _dispatches(processor: Any) -> bool:
+    # a processor whose own class names what computes it takes nothing else
+    own = getattr(type(processor), "_attention_backend", None)
+    return own is None and hasattr(processor, "_attention_backend")
+
+
+def _refuse_parallel(config: Any) -> None:
+    if config is not None:
+        raise ValueError(
+            "diffusers' context parallelism must be off under SLA2, which routes over the whole sequence, got "
+            f"{type(config).__name__}; use model.set_attention_backend('native')"
+        )
+
+
+# whose call it is, which the dispatcher does not pass on: hooks of the attention modules say, in eager mode only
+_THREAD = threading.local()
+# one id for all modules, where torch counts up from 0: compiled layers are guarded by it, and would share nothing
+HOOK = -1
+
+
+def _running() -> nn.Module | None:
+    if torch.compiler.is_compiling():
+        return None
+    stack = getattr(_THREAD, "stack", None)
+    return stack[-1] if stack else None
+
+
+def _watch(module: nn.Module) -> None:
+    module._forward_pre_hooks[HOOK] = _enter
+    module._forward_hooks[HOOK] = _leave
+    module._forward_hooks_always_called[HOOK] = True
+
+
+def _unwatch(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+        hooks.pop(HOOK, None)
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    if not any(backend is name for name in _NAMES.values()):
+        # somebody chose anew, by diffusers' own methods
+        _unwatch(module)
+        return
+    if not hasattr(_THREAD, "stack"):
+        _THREAD.stack = []
+    _THREAD.stack.append(module)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    # not what _enter put there if a compiler ran one of the two
+    stack = getattr(_THREAD, "stack", None)
+    if stack and stack[-1] is module:
+        stack.pop()
