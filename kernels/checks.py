@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +15,23 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
+class Described(Protocol):
+    """What checks ask of a tensor, which a `schedule.Layout` knows too."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
 def fail(name: str, rule: str, value: object, fix: str) -> ValueError:
     """Build the one error of this project: `<name> must <rule>, got <value>; <fix>`."""
     return ValueError(f"{name} must {rule}, got {value}; {fix}")
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+def check_qkv(q: Described, k: Described, v: Described | None) -> None:
     """Refuse q, k, v that do not form one attention call.
 
     Args:
@@ -32,7 +44,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
     """
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, x in named.items():
-        if x.dim() != 4:
+        if len(x.shape) != 4:
             raise fail(name, "have shape (batch, heads, tokens, head_dim)", tuple(x.shape), "reshape it to 4-D")
         if x.dtype not in DTYPES:
             raise fail(name, "be float64, float32, bfloat16 or float16", x.dtype, "cast it first")
@@ -56,13 +68,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
         raise fail("q", f"have a multiple of k's {k.shape[1]} heads", q.shape[1], "repeat or drop heads")
 
 
-def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
+def check_key_mask(key_mask: Described | None, k: Described) -> None:
     """Refuse a key mask that is not (B, Nk) bool, True where a key takes part."""
     if key_mask is None:
         return
     if key_mask.dtype != torch.bool:
         raise fail("key_mask", "be boolean, True where the key takes part", key_mask.dtype, "compare first")
-    if key_mask.dim() != 2 or key_mask.shape[0] != k.shape[0] or key_mask.shape[1] != k.shape[2]:
+    if len(key_mask.shape) != 2 or key_mask.shape[0] != k.shape[0] or key_mask.shape[1] != k.shape[2]:
         raise fail(
             "key_mask",
             f"have shape ({k.shape[0]}, {k.shape[2]})",
@@ -84,7 +96,7 @@ def check_blocks(block_q: int, block_k: int, compression_ratio: int) -> None:
 
 
 def check_route(
-    q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None,
+    q: Described, k: Described, proj_q: Described | None, proj_k: Described | None, key_mask: Described | None,
     topk_ratio: float, compression_ratio: int, block_q: int, block_k: int,
 ) -> None:  # fmt: skip
     """All checks of `sla2::route`."""
@@ -96,7 +108,7 @@ def check_route(
     for name, proj in (("proj_q", proj_q), ("proj_k", proj_k)):
         if proj is None:
             continue
-        if proj.dim() != 2 or proj.shape[0] != q.shape[3] or proj.shape[1] != q.shape[3]:
+        if len(proj.shape) != 2 or proj.shape[0] != q.shape[3] or proj.shape[1] != q.shape[3]:
             want = f"have shape ({q.shape[3]}, {q.shape[3]})"
             raise fail(name, want, tuple(proj.shape), "one head_dim x head_dim matrix per site")
         if proj.device != q.device:
@@ -104,8 +116,8 @@ def check_route(
 
 
 def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
-    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
+    q: Described, k: Described, v: Described, k_mean: Described, lut: Described, log_rest: Described,
+    alpha_gain: Described | None, alpha_bias: Described | None, key_mask: Described | None,
     block_q: int, block_k: int, feature_map: str, linear_scope: str, is_causal: bool, low_bit: str,
 ) -> None:  # fmt: skip
     """All checks of `sla2::attention`."""
@@ -120,7 +132,7 @@ def check_attention(
             raise fail(name, f"be on q's device {q.device}", x.device, "move the model and its inputs together")
     if k_mean.shape != (B, k.shape[1], D):
         raise fail("k_mean", f"have shape {(B, k.shape[1], D)}", tuple(k_mean.shape), "take it from sla2::route")
-    if lut.dim() != 4 or lut.shape[:3] != (B, Hq, tm) or lut.dtype != torch.int32:
+    if len(lut.shape) != 4 or lut.shape[:3] != (B, Hq, tm) or lut.dtype != torch.int32:
         rule = f"be int32 of shape ({B}, {Hq}, {tm}, topk)"
         raise fail("lut", rule, f"{lut.dtype} {tuple(lut.shape)}", "route with the same block_q")
     if lut.shape[3] == 0:
@@ -131,7 +143,7 @@ def check_attention(
         shape = tuple(alpha_gain.shape)
         raise fail("alpha_gain", f"have shape ({Hq},) and come with alpha_bias", shape, "give one value per head")
     if alpha_bias is not None and (
-        alpha_bias.dim() != 2 or alpha_bias.shape[0] not in (1, Hq) or alpha_bias.shape[1] not in (1, tm)
+        len(alpha_bias.shape) != 2 or alpha_bias.shape[0] not in (1, Hq) or alpha_bias.shape[1] not in (1, tm)
     ):
         shape = tuple(alpha_bias.shape)
         raise fail("alpha_bias", f"broadcast to ({Hq}, {tm})", shape, "alpha='block' fits one sequence length only")

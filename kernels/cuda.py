@@ -18,14 +18,19 @@ of the kernels: a new length compiles nothing, except that `select_kernel` knows
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sla2_compile.kernels import device as chip
+from sla2_compile.kernels import portable_attention, portable_route
 from sla2_compile.kernels.attention_schedule import attend_tile, attention_schedule, stages_that_fit
-from sla2_compile.kernels.device import packed, padded
+from sla2_compile.kernels.checks import cannot_run, check_attention, check_route
+from sla2_compile.kernels.device import packed, padded, whole
 from sla2_compile.kernels.route_schedule import route_schedule
-from sla2_compile.kernels.schedule import Layout
+from sla2_compile.kernels.schedule import Layout, Schedule, Slot
 from sla2_compile.kernels.tuning import by_trial
 
 
@@ -47,37 +52,84 @@ def multiplies_fp8(device: torch.device, block_k: int) -> bool:
     return chip.capability(device) >= 89 and block_k >= 32
 
 
-def route_forward(
-    q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None,
+@functools.lru_cache(maxsize=256)
+def takes_route(
+    q: Layout, k: Layout, proj_q: Layout | None, proj_k: Layout | None, mask: Layout | None,
     topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float, is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute what `reference.route` defines; arguments and results as there, fp32 where it computes."""
-    tensors = (packed(q), packed(k), proj_q, proj_k, None if key_mask is None else packed(key_mask))
-    schedule, (lut, log_rest, entropy, k_mean) = route_schedule(
-        *Layout.of_all(*tensors), topk_ratio, compression_ratio, block_q, block_k, scale, is_causal, by_trial()
-    )
-    made = schedule.run(*tensors)
-    return made[lut.at], made[log_rest.at], made[entropy.at], made[k_mean.at]
+) -> bool:  # fmt: skip
+    """Check a route, once for its layouts; whether the kernels run it."""
+    check_route(q, k, proj_q, proj_k, mask, topk_ratio, compression_ratio, block_q, block_k)
+    return kernels_take(q.device, q.dtype, q.shape[3], q.shape[3], block_q, block_k, scale)
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
-    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
+@functools.lru_cache(maxsize=256)
+def takes_attention(
+    q: Layout, k: Layout, v: Layout, k_mean: Layout, lut: Layout, log_rest: Layout,
+    gain: Layout | None, bias: Layout | None, mask: Layout | None,
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
-    keep_branches: bool, low_bit: str = "none",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute what `reference.attention` defines; arguments and results as there.
+    keep_branches: bool, low_bit: str,
+) -> bool:  # fmt: skip
+    """Check an attention call, once for its layouts; whether the kernels run it."""
+    check_attention(
+        q, k, v, k_mean, lut, log_rest, gain, bias, mask,
+        block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
+    )  # fmt: skip
+    if not kernels_take(q.device, q.dtype, q.shape[3], v.shape[3], block_q, block_k, scale):
+        if low_bit != "none":
+            raise cannot_run(low_bit, "where the Triton kernels do not take the call")
+        return False
+    if low_bit == "int8_fp8" and not multiplies_fp8(q.device, block_k):
+        raise cannot_run(low_bit, "or 'int8' on this chip with this block_k")
+    return True
 
-    o_sparse and o_linear are empty unless keep_branches (the backward needs them).
+
+Inputs = tuple[Tensor | None, ...]
+
+
+def route_inputs(q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, mask: Tensor | None) -> Inputs:
+    """The tensors of a route, in layouts that the kernels read."""
+    return packed(q), packed(k), whole(proj_q), whole(proj_k), packed(mask)
+
+
+def attention_inputs(
+    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
+    gain: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+) -> Inputs:  # fmt: skip
+    """The tensors of an attention call, in layouts that the kernels read."""
+    small = (whole(x) for x in (k_mean, lut, log_rest, gain))
+    return packed(q), packed(k), packed(v), *small, bias, packed(mask)
+
+
+def route(
+    q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute what `reference.route` defines, by the kernels or by PyTorch; arguments and results as there."""
+    tensors = route_inputs(q, k, proj_q, proj_k, key_mask)
+    layouts = Layout.of_all(*tensors)
+    if not takes_route(*layouts, *options):
+        return portable_route.route_forward(q, k, proj_q, proj_k, key_mask, *options)
+    return run(route_schedule(*layouts, *options, by_trial()), tensors)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
+    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute what `reference.attention` defines, by the kernels or by PyTorch; arguments and results as there.
+
+    options: those of `sla2::attention`, the last two keep_branches and low_bit.
     """
-    tensors = (
-        packed(q), packed(k), packed(v), k_mean.contiguous(), lut.contiguous(), log_rest.contiguous(),
-        None if alpha_gain is None else alpha_gain.contiguous(), alpha_bias,
-        None if key_mask is None else packed(key_mask),
-    )  # fmt: skip
-    schedule, (o, lse, o_sparse, o_linear) = attention_schedule(
-        *Layout.of_all(*tensors),
-        block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches, low_bit, by_trial(),
-    )  # fmt: skip
+    tensors = attention_inputs(q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask)
+    layouts = Layout.of_all(*tensors)
+    if not takes_attention(*layouts, *options):
+        return portable_attention.attention_forward(
+            q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask, *options[:-1]
+        )
+    return run(attention_schedule(*layouts, *options, by_trial()), tensors)
+
+
+def run(scheduled: tuple[Schedule, tuple[Slot, ...]], tensors: Inputs) -> Any:
+    """Make a schedule's launches; returns the tensors of its result."""
+    schedule, results = scheduled
     made = schedule.run(*tensors)
-    return made[o.at], made[lse.at], made[o_sparse.at], made[o_linear.at]
+    return tuple(made[slot.at] for slot in results)

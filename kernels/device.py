@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import triton
@@ -12,6 +12,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from sla2_compile.kernels.schedule import Layout
+
+_T = TypeVar("_T", Tensor, None, Tensor | None)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -38,9 +40,14 @@ def shared_limit(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
-def packed(x: Tensor) -> Tensor:
-    """Return x with a contiguous last dim: itself, but for layouts no projection makes."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def packed(x: _T) -> _T:
+    """Return x with a contiguous last dim: itself, but for layouts no projection makes. None stays None."""
+    return x if x is None or x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
+
+
+def whole(x: _T) -> _T:
+    """Return x in one piece. None stays None."""
+    return x if x is None else x.contiguous()
 
 
 def padded(size: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept
-from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table, fail
+from sla2_compile.kernels.checks import check_attention, check_route, check_table, fail
 from sla2_compile.kernels.tiling import accumulation_dtype
 
 
@@ -51,14 +51,11 @@ def _(
     topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from sla2_compile.kernels import cuda
-    from sla2_compile.kernels.portable_route import route_forward
 
-    check_route(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k)
-    D = q.shape[3]
-    taken = cuda.kernels_take(q.device, q.dtype, D, D, block_q, block_k, scale)
-    run = cuda.route_forward if taken else route_forward
     with without_autocast(q):
-        return run(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k, scale, is_causal)
+        return cuda.route(
+            q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k, scale, is_causal
+        )
 
 
 @route.register_fake
@@ -129,25 +126,10 @@ def _(
     keep_branches: bool, low_bit: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from sla2_compile.kernels import cuda
-    from sla2_compile.kernels.portable_attention import attention_forward
 
-    check_attention(
-        q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-        block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
-    )  # fmt: skip
     check_table(lut, num_blocks(k.shape[2], block_k))
-    if not cuda.kernels_take(q.device, q.dtype, q.shape[3], v.shape[3], block_q, block_k, scale):
-        if low_bit != "none":
-            raise cannot_run(low_bit, "where the Triton kernels do not take the call")
-        with without_autocast(q):
-            return attention_forward(
-                q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-                block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches,
-            )  # fmt: skip
-    if low_bit == "int8_fp8" and not cuda.multiplies_fp8(q.device, block_k):
-        raise cannot_run(low_bit, "or 'int8' on this chip with this block_k")
     with without_autocast(q):
-        return cuda.attention_forward(
+        return cuda.attention(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
             block_q, block_k, scale, feature_map, linear_scope, is_causal, keep_branches, low_bit,
         )  # fmt: skip

@@ -1,27 +1,24 @@
-"""The launches of `sla2::route` on a GPU: pool q, pool k, centre k, score, select.
-
-The router's projections, where there are any, are two products by PyTorch in between.
-"""
+"""The launches of `sla2::route` on a GPU: pool q, pool k, centre k, project both if asked, score, select."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
-from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.kernels.device import padded
 from sla2_compile.kernels.schedule import Layout, Schedule, Slot
-from sla2_compile.kernels.triton_pool import center_kernel, pool_kernel
+from sla2_compile.kernels.triton_pool import center_kernel, pool_kernel, project_kernel
 from sla2_compile.kernels.triton_scores import scores_kernel
 from sla2_compile.kernels.triton_select import select_kernel
 from sla2_compile.kernels.tuning import launch
 
 SCORES = (128, 32, 4)
 """`scores_kernel`: query tokens and key blocks a program, warps. The best of those tried on sm_90."""
-CENTER_TOKENS = 32
-"""Tokens that a program of `center_kernel` takes at a time."""
+CENTER_TOKENS, PROJECTED_TOKENS = 32, 32
+"""Tokens that a program of `center_kernel` and of `project_kernel` takes at a time."""
 
 
 def pool(
@@ -43,9 +40,17 @@ def pool(
     return tokens, count, sums, tiles
 
 
-def project(dtype: torch.dtype, tokens: Tensor, proj: Tensor) -> Tensor:
+def project(schedule: Schedule, name: str, tokens: Slot, proj: Slot, dtype: torch.dtype) -> Slot:
     """Multiply router tokens (B, H, T, D) fp32 by a projection (D, D), into dtype."""
-    return (tokens @ proj.to(torch.float32).mT).to(dtype)
+    *outer, D = tokens.shape
+    rows = math.prod(outer)
+    out = schedule.empty(f"{name}_projected", tokens.shape, dtype)
+    schedule.launch(
+        project_kernel, (num_blocks(rows, PROJECTED_TOKENS),),
+        tokens, proj, out, rows,
+        D=D, BLOCK_D=padded(D), BLOCK_T=PROJECTED_TOKENS, CHUNK=32, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,11 +90,9 @@ def route_schedule(
         D=D, BLOCK_D=padded(D), ROWS=rows_k, BLOCK_T=CENTER_TOKENS, HAS_MASK=masked, num_warps=8,
     )  # fmt: skip
     if proj_q is not None:
-        fine, q_tokens = q_tokens, schedule.later("q_projected", q_tokens.shape, q.dtype)
-        schedule.compute(functools.partial(project, q.dtype), fine, proj_q_in, into=q_tokens)
+        q_tokens = project(schedule, "q", q_tokens, proj_q_in, q.dtype)
     if proj_k is not None:
-        fine, centered = centered, schedule.later("k_projected", centered.shape, q.dtype)
-        schedule.compute(functools.partial(project, q.dtype), fine, proj_k_in, into=centered)
+        centered = project(schedule, "k", centered, proj_k_in, q.dtype)
     peak, typical = (schedule.empty(name, (B, Hq, tm, tn), fp32) for name in ("peak", "typical"))
     block_t, block_n, warps = SCORES
     block_t, block_n = max(a, min(block_t, padded(Tq))), min(block_n, padded(tn))

@@ -13,7 +13,6 @@ A first run compiles through Triton's own launcher; later ones call the compiled
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -101,21 +100,20 @@ class Launch:
     tiles: list[tuple[int, Tiles]] = field(init=False)
     repeat: Callable[..., None] | None = field(init=False, default=None)
     described: list[tuple[int, Tiles, Any]] = field(init=False, default_factory=list)
+    trailing: tuple[Any, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         self.slots = [(n, x.at) for n, x in enumerate(self.args) if isinstance(x, Slot)]
         self.tiles = [(n, x) for n, x in enumerate(self.args) if isinstance(x, Tiles)]
 
-    def __call__(self, tensors: list[Tensor]) -> None:
+    def __call__(self, tensors: list[Tensor], stream: int | None) -> None:
         args = list(self.args)
         for n, at in self.slots:
             args[n] = tensors[at]
         if self.repeat is not None:
             for n, tiles, description in self.described:
-                # checked when it was first made; a copy, since another thread may launch at the same time
-                args[n] = copy.copy(description)
-                args[n].base = tiles.start(tensors[tiles.slot.at])
-            self.repeat(*args)
+                args[n] = based(description, tiles.start(tensors[tiles.slot.at]))
+            self.repeat(*args, *self.trailing, stream=stream)
             return
         for n, tiles in self.tiles:
             args[n] = tiles.describe(tensors[tiles.slot.at])
@@ -125,13 +123,19 @@ class Launch:
             self._keep(compiled, args)
 
     def _keep(self, compiled: CompiledKernel, args: list[Any]) -> None:
-        constants = [self.constants[name] for name in self.kernel.arg_names[len(args) :]]
-        run = compiled[(*self.grid, 1, 1)[:3]]
-        for n, tiles in self.tiles:
-            description = copy.copy(args[n])
-            description.base = None
-            self.described.append((n, tiles, description))
-        self.repeat = lambda *args: run(*args, *constants)
+        self.trailing = tuple(self.constants[name] for name in self.kernel.arg_names[len(args) :])
+        self.described = [(n, tiles, based(args[n], None)) for n, tiles in self.tiles]
+        self.repeat = compiled[(*self.grid, 1, 1)[:3]]
+
+
+def based(description: Any, base: Tensor | None) -> Any:
+    """The same description of another tensor, which was checked when it was first made.
+
+    A copy, since another thread may launch at the same time; quicker than copy.copy.
+    """
+    made = object.__new__(type(description))
+    made.__dict__.update(description.__dict__, base=base)
+    return made
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class Compute:
     slots: tuple[Slot, ...]
     into: Slot
 
-    def __call__(self, tensors: list[Tensor]) -> None:
+    def __call__(self, tensors: list[Tensor], stream: int | None) -> None:
         tensors[self.into.at] = self.function(*(tensors[slot.at] for slot in self.slots))
 
 
@@ -199,6 +203,8 @@ class Schedule:
         for slot, x in zip(self._allocated, self.allocate(first), strict=True):
             tensors[slot.at] = x
         with on_device(first):
+            # asked once and not by every launch
+            stream = torch.cuda.current_stream().cuda_stream if first.is_cuda else None
             for step in self.steps:
-                step(tensors)
+                step(tensors, stream)
         return tensors

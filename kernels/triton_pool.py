@@ -2,7 +2,8 @@
 
 `pool_kernel` reads x (B, H, N, D) once and writes the mean of each ROWS neighbouring rows; for keys it also
 writes the sum of each tile, from which `center_kernel` makes k_mean and the smoothed key tokens
-(mean over rows of k - k_mean = pooled k - k_mean). No atomics: results do not depend on the order of programs.
+(mean over rows of k - k_mean = pooled k - k_mean). `project_kernel` applies the learned projections.
+No atomics: results do not depend on the order of programs.
 """
 
 from __future__ import annotations
@@ -106,3 +107,29 @@ def center_kernel(
             rows = tl.minimum(tl.maximum(N - at * ROWS, 0), ROWS).to(tl.float32)
         rows = tl.where(rows > 0.0, tl.log2(tl.maximum(rows, 1.0)), EMPTY)
         tl.store(bonus + (bh // H) * T + at, rows, mask=(at < T) & (bh % H == 0))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def project_kernel(
+    tokens, proj, out, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Write out = tokens proj^T, BLOCK_T rows a program: the router's learned projection.
+
+    Args:
+        tokens: (rows, D) fp32; proj: (D, D), any float type; out: (rows, D), out.
+    """
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns, part = tl.arange(0, BLOCK_D), tl.arange(0, CHUNK)
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(0, D, CHUNK):
+        dims = first + part
+        x = tl.load(
+            tokens + t[:, None] * D + dims[None, :], mask=(t < rows)[:, None] & (dims < D)[None, :], other=0.0
+        )
+        w = tl.load(
+            proj + columns[None, :] * D + dims[:, None], mask=(columns < D)[None, :] & (dims < D)[:, None], other=0.0
+        )
+        # three products of TF32, close to fp32: learned weights must not be rounded where the pooled ones were not
+        total = tl.dot(x, w.to(tl.float32), total, input_precision="tf32x3")
+    inside = (t < rows)[:, None] & (columns < D)[None, :]
+    tl.store(out + t[:, None] * D + columns[None, :], total.to(out.dtype.element_ty), mask=inside)

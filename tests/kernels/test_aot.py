@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from sla2_compile.kernels import cuda, device, hopper  # noqa: E402
+from sla2_compile.kernels import device, hopper  # noqa: E402
 from sla2_compile.kernels.schedule import Launch, Schedule, Slot, Tiles  # noqa: E402
+from tests.kernels.triton_case import scheduled_attention, scheduled_route  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
@@ -92,9 +93,10 @@ def call(
     def run() -> None:
         q = torch.empty(1, 2, 4096, D, dtype=dtype)
         mask = torch.ones(1, 4096, dtype=torch.bool) if masked else None
-        lut, rest, _, mean = cuda.route_forward(q, q, None, None, mask, 0.1, 8, *blocks, D**-0.5, causal)
+        proj = torch.empty(D, D)
+        lut, rest, _, mean = scheduled_route(q, q, proj, proj, mask, 0.1, 8, *blocks, D**-0.5, causal)
         args = (q, q, q, mean, lut, rest, None, None, mask, *blocks, D**-0.5, "softmax", "complement", causal)
-        cuda.attention_forward(*args, False, low)
+        scheduled_attention(*args, False, low)
 
     return run
 

@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, cuda, hopper
+from sla2_compile.kernels import attention_schedule, hopper
 from sla2_compile.kernels.schedule import Layout
 from tests.kernels.schedules import forget_schedules
 from tests.kernels.test_triton_low_bit import check, routed
-from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs
+from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs, scheduled_attention, scheduled_route
 
 PLAIN = Case(D=64, Dv=64, block_q=128, block_k=64, Nq=300, Nk=459, keep=False)
 WIDE = replace(PLAIN, D=128, Dv=128)
@@ -95,10 +95,10 @@ if not INTERPRETED:
         """Bounded memory for the states: many launches give what one gives."""
         case = replace(WIDE, B=2, heads=2)
         x = routed(case, case.tensors())
-        whole = case.attention(x, cuda.attention_forward, False, low_bit)
+        whole = case.attention(x, scheduled_attention, False, low_bit)
         monkeypatch.setattr(attention_schedule, "STATE_BYTES", 1)
         forget_schedules()
-        parts = case.attention(x, cuda.attention_forward, False, low_bit)
+        parts = case.attention(x, scheduled_attention, False, low_bit)
         assert torch.equal(whole[0], parts[0])
         assert torch.equal(whole[1], parts[1])
 
@@ -109,9 +109,9 @@ if not INTERPRETED:
         """A race would show as results that differ."""
         case = replace(WIDE, Nq=128 * 300, Nk=64 * 100, topk_ratio=0.2)
         x = routed_cheaply(case)
-        first = case.attention(x, cuda.attention_forward, False, low_bit)
+        first = case.attention(x, scheduled_attention, False, low_bit)
         for _ in range(20):
-            again = case.attention(x, cuda.attention_forward, False, low_bit)
+            again = case.attention(x, scheduled_attention, False, low_bit)
             assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
 
     @pytest.mark.gpu
@@ -122,10 +122,10 @@ if not INTERPRETED:
         """Many steps of many blocks a program compute what the kernels do that this one replaces."""
         case = replace(WIDE, B=2, Nq=128 * 150 + 7, Nk=64 * 100 - 5, topk_ratio=topk_ratio, alpha="none")
         x = routed_cheaply(case)
-        got = case.attention(x, cuda.attention_forward, False, low_bit)
+        got = case.attention(x, scheduled_attention, False, low_bit)
         monkeypatch.setattr(hopper, "takes", lambda *_: False)
         forget_schedules()
-        want = case.attention(x, cuda.attention_forward, False, low_bit)
+        want = case.attention(x, scheduled_attention, False, low_bit)
         for a, b in zip(got[:2], want[:2], strict=True):
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()
             print(f"norm of difference {error:.3e}")
@@ -139,12 +139,12 @@ if not INTERPRETED:
         x = routed_cheaply(case)
         for wild in (-7, 2**24):
             x["lut"] = torch.full_like(x["lut"], wild)
-            case.attention(x, cuda.attention_forward, False, low_bit)
+            case.attention(x, scheduled_attention, False, low_bit)
             torch.cuda.synchronize(DEVICE)
 
 
 def routed_cheaply(case: Case) -> dict[str, Any]:
     """A case's tensors with what the kernels' own router says of them."""
     x = case.tensors()
-    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
     return x

@@ -22,7 +22,16 @@ from sla2_compile.kernels import attention_schedule, cuda, device, hopper, refer
 from sla2_compile.kernels.blocks import num_kept
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules, remember_tensors
-from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs
+from tests.kernels.triton_case import (
+    DEVICE,
+    INTERPRETED,
+    Case,
+    body,
+    exact,
+    poison_outputs,
+    scheduled_attention,
+    scheduled_route,
+)
 
 CASES = {
     "plain": Case(),
@@ -73,7 +82,7 @@ def test_route(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def check_route(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores and k_mean by the oracle; then table, log_rest and entropy are those of the kernel's own scores."""
     x, kept = case.tensors(), remember_tensors(monkeypatch)
-    lut, log_rest, entropy, k_mean = case.route(x, cuda.route_forward)
+    lut, log_rest, entropy, k_mean = case.route(x, scheduled_route)
     eps = torch.finfo(case.dtype).eps
 
     low, want = (rounded_scores(case, x, dtype) for dtype in (case.dtype, torch.float64))
@@ -131,7 +140,7 @@ def check_attention(case: Case) -> None:
     wide = exact(x, torch.float64)
     x["lut"], log_rest, _, k_mean = case.route(wide, reference.route)
     x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
-    got = case.attention(x, cuda.attention_forward, case.keep)
+    got = case.attention(x, scheduled_attention, case.keep)
     low = case.attention(exact(x, case.dtype), reference.attention)
     want = case.attention(exact(x, torch.float64), reference.attention)
     names = ("o", "lse", "o_sparse", "o_linear") if case.keep else ("o", "lse")
@@ -145,9 +154,9 @@ def check_attention(case: Case) -> None:
 def test_empty_complement_is_full_attention() -> None:
     case = CASES["empty complement"]
     x = case.tensors()
-    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
     assert (x["log_rest"] == float("-inf")).all()
-    o = case.attention(x, cuda.attention_forward, False)[0]
+    o = case.attention(x, scheduled_attention, False)[0]
     q, k, v = (x[n].double() for n in "qkv")
     k, v = (t.repeat_interleave(case.groups, dim=1) for t in (k, v))
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -165,8 +174,8 @@ def test_degenerate_inputs_stay_finite(change: str) -> None:
     else:
         for name in "qkv":
             x[name].fill_(0.0 if change == "zeros" else 3.0)
-    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
-    o, lse, _, _ = case.attention(x, cuda.attention_forward, False)
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
+    o, lse, _, _ = case.attention(x, scheduled_attention, False)
     assert o.isfinite().all()
     if change == "no key at all":
         assert (lse == float("-inf")).all()
@@ -181,14 +190,14 @@ def test_wild_table_reads_nothing_outside(Nk: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention_schedule, "describable", lambda x: False)
     case = replace(Case(), Nk=Nk, topk_ratio=1.0, keep=False)
     x = case.tensors()
-    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
     for name in "kv":
         guarded = torch.full((1, 3, Nk + 512, case.D), float("nan"), device=DEVICE, dtype=case.dtype)
         guarded[:, 1:2, 256 : 256 + Nk] = x[name]
         x[name] = guarded[:, 1:2, 256 : 256 + Nk]
     for wild in (-7, 1000, 2**30):
         x["lut"].fill_(wild)
-        assert case.attention(x, cuda.attention_forward, False)[0].isfinite().all()
+        assert case.attention(x, scheduled_attention, False)[0].isfinite().all()
 
 
 @body
@@ -196,11 +205,11 @@ def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded memory for the states: many launches give what one gives."""
     case = replace(Case(), B=2, heads=3, keep=False)
     x = case.tensors()
-    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route_forward)
-    whole = case.attention(x, cuda.attention_forward, False)[0]
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
+    whole = case.attention(x, scheduled_attention, False)[0]
     monkeypatch.setattr(attention_schedule, "STATE_BYTES", 1)
     forget_schedules()
-    assert torch.equal(whole, case.attention(x, cuda.attention_forward, False)[0])
+    assert torch.equal(whole, case.attention(x, scheduled_attention, False)[0])
 
 
 def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, cuda, reference, reference_low_bit
+from sla2_compile.kernels import attention_schedule, reference, reference_low_bit
 from sla2_compile.kernels.schedule import Schedule
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules, remember_tensors
-from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs
+from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs, scheduled_attention
 
 # a case takes a second, so a failing one is shown as it was drawn
 NO_SHRINKING = (Phase.explicit, Phase.generate)
@@ -48,7 +48,7 @@ def routed(case: Case, x: dict[str, Any]) -> dict[str, Any]:
 def check(case: Case, low_bit: str, x: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
     """All four results by the oracle rule; o and its parts also in the norm, which noise of FP8's size would fail."""
     x = routed(case, case.tensors()) if x is None else x
-    got = case.attention(x, cuda.attention_forward, case.keep, low_bit)
+    got = case.attention(x, scheduled_attention, case.keep, low_bit)
     low = case.attention(exact(x, torch.float32), reference.attention, low_bit)
     want = case.attention(exact(x, torch.float64), reference.attention, low_bit)
     eps = torch.finfo(case.dtype).eps
@@ -133,7 +133,7 @@ def test_format(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     low_bit = RUN[-1]
     case, kept = CASES[name], remember_tensors(monkeypatch)
     x = routed(case, case.tensors())
-    case.attention(x, cuda.attention_forward, False, low_bit)
+    case.attention(x, scheduled_attention, False, low_bit)
     smooth = x["k"].float() - x["k_mean"][:, :, None]
     k8, k_scale = reference_low_bit.quantise_keys(smooth, x["mask"], case.block_k)
     assert torch.equal(kept["k8"], k8.flatten(2, 3))
@@ -195,8 +195,8 @@ def test_adversarial_inputs(change: str, low_bit: str) -> None:
         # the reference multiplies what is masked by 0
         clean = {**x, "k": x["k"].nan_to_num(0.0), "v": x["v"].nan_to_num(0.0)}
         clean = routed(case, clean)
-        wanted = case.attention(clean, cuda.attention_forward, True, low_bit)
-        got = case.attention({**clean, "k": x["k"], "v": x["v"]}, cuda.attention_forward, True, low_bit)
+        wanted = case.attention(clean, scheduled_attention, True, low_bit)
+        got = case.attention({**clean, "k": x["k"], "v": x["v"]}, scheduled_attention, True, low_bit)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         return
     x = routed(case, x)
@@ -204,7 +204,7 @@ def test_adversarial_inputs(change: str, low_bit: str) -> None:
         o, lse, o_sparse, _ = check(case, low_bit, x)
     else:
         # scores of 1e9: float32 cannot tell neighbours apart, and the emulation in float64 can
-        o, lse, o_sparse, _ = case.attention(x, cuda.attention_forward, True, low_bit)
+        o, lse, o_sparse, _ = case.attention(x, scheduled_attention, True, low_bit)
     assert o.isfinite().all()
     assert o_sparse.isfinite().all()
     assert (lse == float("-inf")).all() if change == "no key at all" else lse.isfinite().all()
@@ -232,7 +232,7 @@ def test_wild_table_reads_nothing_outside(Nk: int, low_bit: str, monkeypatch: py
     monkeypatch.setattr(Schedule, "allocate", guarded)
     for wild in (-7, 2**30):
         x["lut"].fill_(wild)
-        assert case.attention(x, cuda.attention_forward, False, low_bit)[0].isfinite().all()
+        assert case.attention(x, scheduled_attention, False, low_bit)[0].isfinite().all()
 
 
 @body
@@ -241,10 +241,10 @@ def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     low_bit = RUN[-1]
     case = replace(Case(), heads=3, groups=1, Nq=75, Nk=107, keep=False)
     x = routed(case, case.tensors())
-    whole = case.attention(x, cuda.attention_forward, False, low_bit)[0]
+    whole = case.attention(x, scheduled_attention, False, low_bit)[0]
     monkeypatch.setattr(attention_schedule, "STATE_BYTES", 1)
     forget_schedules()
-    assert torch.equal(whole, case.attention(x, cuda.attention_forward, False, low_bit)[0])
+    assert torch.equal(whole, case.attention(x, scheduled_attention, False, low_bit)[0])
 
 
 if not INTERPRETED:

@@ -12,9 +12,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, cuda, route_schedule, tuning  # noqa: E402
+from sla2_compile.kernels import attention_schedule, route_schedule, tuning  # noqa: E402
 from tests.kernels.schedules import forget_schedules  # noqa: E402
-from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs  # noqa: E402
+from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_attention, scheduled_route  # noqa: E402
 
 SMALL = Case(D=64, Dv=64, block_q=64, block_k=32, Nq=70, Nk=100, heads=1, groups=1, keep=False)
 
@@ -50,8 +50,8 @@ def attend(monkeypatch: pytest.MonkeyPatch, fastest: dict[str, int] | None) -> t
         monkeypatch.setattr(triton, "autotune", fake)
     tuning.tuned.cache_clear()
     forget_schedules()
-    x["lut"], x["log_rest"], _, x["k_mean"] = SMALL.route(x, cuda.route_forward)
-    o, lse, *_ = SMALL.attention(x, cuda.attention_forward, False)
+    x["lut"], x["log_rest"], _, x["k_mean"] = SMALL.route(x, scheduled_route)
+    o, lse, *_ = SMALL.attention(x, scheduled_attention, False)
     tuning.tuned.cache_clear()
     forget_schedules()
     return [x["lut"], o, lse], made
@@ -88,8 +88,8 @@ if INTERPRETED:
         x = SMALL.tensors()
         forget_schedules()
         monkeypatch.setattr(tuning, "tuned", lambda kernel, *_: made[kernel.fn.__name__])
-        x["lut"], x["log_rest"], _, x["k_mean"] = SMALL.route(x, cuda.route_forward)
-        SMALL.attention(x, cuda.attention_forward, False)
+        x["lut"], x["log_rest"], _, x["k_mean"] = SMALL.route(x, scheduled_route)
+        SMALL.attention(x, scheduled_attention, False)
         assert {name: tuner.do_bench.trials for name, tuner in made.items()} == before
 
 else:

@@ -19,7 +19,12 @@ if INTERPRETED:
 
     interpreter.repair()
 
+from sla2_compile.kernels import cuda  # noqa: E402
+from sla2_compile.kernels.attention_schedule import attention_schedule  # noqa: E402
 from sla2_compile.kernels.blocks import num_blocks  # noqa: E402
+from sla2_compile.kernels.route_schedule import route_schedule  # noqa: E402
+from sla2_compile.kernels.schedule import Layout  # noqa: E402
+from sla2_compile.kernels.tuning import by_trial  # noqa: E402
 from tests.kernels.oracle import CallArguments  # noqa: E402
 
 
@@ -88,6 +93,18 @@ class Case(CallArguments):
             mask[:, 0] = True
             made["mask"] = mask.to(DEVICE)
         return made
+
+
+def scheduled_route(*args: Any) -> Any:
+    """What `cuda.route` runs on a GPU, wherever we are: without its checks and its choice."""
+    tensors = cuda.route_inputs(*args[:5])
+    return cuda.run(route_schedule(*Layout.of_all(*tensors), *args[5:], by_trial()), tensors)
+
+
+def scheduled_attention(*args: Any) -> Any:
+    """What `cuda.attention` runs on a GPU, likewise; low_bit may be left out."""
+    tensors, options = cuda.attention_inputs(*args[:9]), args[9:] if len(args) == 17 else (*args[9:], "none")
+    return cuda.run(attention_schedule(*Layout.of_all(*tensors), *options, by_trial()), tensors)
 
 
 def exact(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
