@@ -28,6 +28,8 @@ from sla2_compile.kernels.tuning import launch
 
 STATES = (4, 128, None)
 """`states_kernel`: warps, columns of v a program, registers a thread."""
+STATES_LOW_BIT = 168
+"""Its registers a thread where it also writes k and v in 8 bits."""
 LINEAR = (64, 8, 4, 2)
 """`linear_kernel`: rows a tile, warps, tiles a program, pipeline stages."""
 STATE_BYTES = 1 << 30
@@ -193,6 +195,9 @@ def summed_states(
     warps, width, registers = STATES if not layout.wide else (8, 64, None)
     if device.capability(k.device) != 90:
         width = 64
+    elif eight.level and not layout.wide:
+        # a few registers less, and three programs share a multiprocessor instead of two
+        registers = STATES_LOW_BIT
     if eight.level and block_k > 64:
         warps = 8
     states = schedule.empty("states", (step, columns, layout.size), k.dtype)

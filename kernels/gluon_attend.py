@@ -250,6 +250,31 @@ def softmax_step(
 
 
 @gluon.jit
+def held(total):
+    """Return total (ROWS, 8), which is never negative, so that what made it stands before the wait that follows.
+
+    Without this the assembler moves the wait up: all exponentials then run behind the product they were to hide. It
+    pays where both products are short (15 %: 6 % of the kernel in low bit, nothing in bf16).
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred never;
+        .reg .f32 sum;
+        add.f32 sum, $4, $5;
+        add.f32 sum, sum, $6;
+        add.f32 sum, sum, $7;
+        setp.lt.f32 never, sum, 0f00000000;
+        @never nanosleep.u32 1;
+        mov.b32 $0, $4;
+        mov.b32 $1, $5;
+        mov.b32 $2, $6;
+        mov.b32 $3, $7;
+        }""",
+        "=r,=r,=r,=r,r,r,r,r", [total], dtype=gl.float32, is_pure=False, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
 def feature_map(x, NAME: gl.constexpr):
     """phi over the last axis of x (rows, dims) fp32."""
     if NAME == "softmax":
@@ -349,6 +374,8 @@ def take_rows(
                 as_float(na, LOW_BIT), as_float(nb, LOW_BIT), c * ka, c * kb, la, lb, top, total,
                 part, BLOCK_K, LOW_BIT,
             )  # fmt: skip
+            if LOW_BIT == 2:
+                total = held(total)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(stage), count=1)
             pa = carried(wa, v_bufs.dtype, p_layout, LOW_BIT)

@@ -32,16 +32,17 @@ def effective_low_bit(
     check_low_bit(low_bit)
     if low_bit == "none" or wants_grad or q.device.type != "cuda":
         return "none"
-    # branches, so that in a compiler's trace with symbolic head dims these are constants
+    # branches, so that these are constants in a trace where dims, and under dynamic=True all integers, are symbols
     positive = True if scale > 0.0 else False  # noqa: SIM210
-    return low_bit_on(low_bit, q.device, q.dtype, width(q.shape[3]), width(v_dim), block_q, block_k, positive)
+    sizes = (constant(x) for x in (q.shape[3], v_dim, block_q, block_k))
+    return low_bit_on(low_bit, q.device, q.dtype, *sizes, positive)
 
 
-def width(head_dim: int) -> int:
-    """Round a head dim up to 16, 32, 64, 128 or 256, which is all that the kernels' rule asks of it."""
-    for size in (16, 32, 64, 128):
-        if head_dim <= size:
-            return size
+def constant(size: int) -> int:
+    """Round a head dim or a block size up to a power of two from 8 to 256, all that the kernels' rule asks of it."""
+    for power in (8, 16, 32, 64, 128):
+        if size <= power:
+            return power
     return 256
 
 
