@@ -7,7 +7,7 @@ that the copy engine brings ahead of their use, registers that go from one produ
 
 A program takes query blocks one after the other. Of its warps, one asks the copy engine for tiles (`load_tiles`) and
 two groups of four take 64 of the block's 128 rows each (`take_rows`):
-    for two key blocks at a time, from the table's end (only its last entry can be ragged):
+    for each key block, from the table's end (only its last entry can be ragged):
         start the next scores and the product of the last weights with their values, then wait for the scores alone
         running softmax of the scores while the other product goes on
     phi(q) H, the mix, and the tile goes back through shared memory
@@ -48,7 +48,6 @@ def load_tiles(
     q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty = bars
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
     heads = Hq // groups
-    steps = (topk + 1) // 2
     done = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -66,40 +65,31 @@ def load_tiles(
         for half in gl.static_range(2):
             place = [b, h, (2 * i + half) * ROWS, 0]
             tma.async_copy_global_to_shared(q_desc, place, q_full.index(side), q_bufs.index(2 * side + half))
-        for n in range(steps):
-            # an odd table begins with a block behind the last key, which loads zeros
-            last = 2 * (steps - n) - 1
-            jb = gl.where(last < topk, gl.load(table + gl.minimum(last, topk - 1)), Tn)
-            ja = gl.load(table + last - 1)
+        for n in range(topk):
+            j = gl.load(table + topk - 1 - n)
             stage = done % STAGES
             phase = (done // STAGES + 1) & 1
             mbarrier.wait(k_empty.index(stage), phase)
             if LOW_BIT > 0:
-                mbarrier.expect(k_full.index(stage), 2 * (k_desc.block_type.nbytes + scale_desc.block_type.nbytes))
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes + scale_desc.block_type.nbytes)
             else:
-                mbarrier.expect(k_full.index(stage), 2 * k_desc.block_type.nbytes)
-            for half in gl.static_range(2):
-                j = ja if half == 0 else jb
-                at = 2 * stage + half
-                if LOW_BIT > 0:
-                    tma.async_copy_global_to_shared(
-                        scale_desc, [flat, j, 0], k_full.index(stage), scale_bufs.index(at)
-                    )
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            if LOW_BIT > 0:
                 tma.async_copy_global_to_shared(
-                    k_desc, [b, h_kv, j * BLOCK_K, 0], k_full.index(stage), k_bufs.index(at)
+                    scale_desc, [flat, j, 0], k_full.index(stage), scale_bufs.index(stage)
                 )
+            tma.async_copy_global_to_shared(
+                k_desc, [b, h_kv, j * BLOCK_K, 0], k_full.index(stage), k_bufs.index(stage)
+            )
             mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), 2 * v_desc.block_type.nbytes)
-            for half in gl.static_range(2):
-                j = ja if half == 0 else jb
-                at = 2 * stage + half
-                if LOW_BIT == 2:
-                    place = [flat, j, 0, 0]
-                else:
-                    place = [b, h_kv, j * BLOCK_K, 0]
-                tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_bufs.index(at))
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            if LOW_BIT == 2:
+                place = [flat, j, 0, 0]
+            else:
+                place = [b, h_kv, j * BLOCK_K, 0]
+            tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_bufs.index(stage))
             done += 1
-            if n == gl.maximum(steps - 2, 0):
+            if n == gl.maximum(topk - 3, 0):
                 # wanted at the block's end only: behind most of its tiles
                 mbarrier.wait(h_empty, (turn + 1) & 1)
                 mbarrier.expect(
@@ -113,16 +103,13 @@ def load_tiles(
 
 @gluon.jit
 def start_scores(q, k_bufs, stage, mma: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Start the scores of the two key blocks of a stage; returns what to wait for."""
+    """Start the scores of a stage's key block; returns what to wait for."""
     if LOW_BIT > 0:
         zero = gl.full([ROWS, BLOCK_K], 0x4B400000, gl.int32, layout=mma)
     else:
         zero = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=mma)
-    ka = k_bufs.index(2 * stage).reshape([BLOCK_K, D]).permute((1, 0))
-    kb = k_bufs.index(2 * stage + 1).reshape([BLOCK_K, D]).permute((1, 0))
-    sa = warpgroup_mma(q, ka, zero, use_acc=LOW_BIT > 0, is_async=True)
-    sb = warpgroup_mma(q, kb, zero, use_acc=LOW_BIT > 0, is_async=True)
-    return sa, sb
+    keys = k_bufs.index(stage).reshape([BLOCK_K, D]).permute((1, 0))
+    return warpgroup_mma(q, keys, zero, use_acc=LOW_BIT > 0, is_async=True)
 
 
 @gluon.jit
@@ -164,27 +151,23 @@ def as_operand(p, layout: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.const
 
 
 @gluon.jit
-def start_values(xa, xb, v_bufs, stage, acc, DV: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Start acc += p v of the two key blocks of a stage; returns what to wait for."""
+def start_values(p, v_bufs, stage, acc, DV: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Start acc += p v of a stage's key block; returns what to wait for."""
     if LOW_BIT == 2:
-        va = v_bufs.index(2 * stage).reshape([DV, BLOCK_K]).permute((1, 0))
-        vb = v_bufs.index(2 * stage + 1).reshape([DV, BLOCK_K]).permute((1, 0))
+        values = v_bufs.index(stage).reshape([DV, BLOCK_K]).permute((1, 0))
     else:
-        va = v_bufs.index(2 * stage).reshape([BLOCK_K, DV])
-        vb = v_bufs.index(2 * stage + 1).reshape([BLOCK_K, DV])
-    acc = warpgroup_mma(xa, va, acc, is_async=True)
-    return warpgroup_mma(xb, vb, acc, is_async=True)
+        values = v_bufs.index(stage).reshape([BLOCK_K, DV])
+    return warpgroup_mma(p, values, acc, is_async=True)
 
 
 @gluon.jit
-def block_scales(scale_bufs, at, row: gl.constexpr, LOW_BIT: gl.constexpr):
+def block_scales(scale_bufs, stage, row: gl.constexpr, LOW_BIT: gl.constexpr):
     """Scale of a tile's keys and log2 of that of its values, as tensors of one element."""
     scale = 1.0
     v_log = 0.0
     if LOW_BIT > 0:
-        both = scale_bufs.index(at).reshape([32])
-        # a block behind the last key loads zeros; its scores are masked, and their scale must not be 0
-        scale = gl.maximum(both.slice(0, 1).load(row), 1e-20)
+        both = scale_bufs.index(stage).reshape([32])
+        scale = both.slice(0, 1).load(row)
         if LOW_BIT == 2:
             v_log = both.slice(1, 1).load(row)
     return scale, v_log
@@ -197,56 +180,42 @@ def fold(p, part: gl.constexpr, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(
-    sa, sb, ca, cb, la, lb, top, total, part: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr
-):
-    """Take the scores of two key blocks into the running softmax, in units of log2.
+def softmax_step(s, c, v_log, top, total, part: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Take the scores of a key block into the running softmax, in units of log2.
 
     Args:
-        sa, sb: (ROWS, BLOCK_K); ca, cb: what each is multiplied by; la, lb: log2 of the values' scales.
+        s: (ROWS, BLOCK_K); c: what they are multiplied by; v_log: log2 of the values' scale.
         top: (ROWS,), running maximum; total: (ROWS, 8), parts of the running sum.
 
     Returns:
-        Both weights, the new top, what the accumulator is multiplied by, the new total.
+        The weights, the new top, what the accumulator is multiplied by, the new total.
     """
-    ma = gl.max(sa, axis=1)
-    mb = gl.max(sb, axis=1)
+    new = gl.max(s, axis=1)
     if LOW_BIT > 0:
-        ma = ma - MAGIC
-        mb = mb - MAGIC
+        new = new - MAGIC
         # a product of two least scales is 0, and a masked score times 0 is NaN
-        ca = gl.maximum(ca, 1e-30)
-        cb = gl.maximum(cb, 1e-30)
-    ma = ma * ca
-    mb = mb * cb
+        c = gl.maximum(c, 1e-30)
+    new = new * c
     if LOW_BIT == 2:
-        ma = ma + la
-        mb = mb + lb
-    new = gl.maximum(ma, mb)
+        new = new + v_log
     if LOW_BIT > 0:
         # a whole number: a later maximum then multiplies by a power of two, and does not move how p was rounded
         new = gl.ceil(new)
     new = gl.maximum(top, new)
-    oa = new
-    ob = new
+    origin = new
     if LOW_BIT == 2:
         # weights up to 256: a power of two costs nothing, and E4M3's smallest numbers are 2^-9
-        oa = oa - la - 8.0
-        ob = ob - lb - 8.0
+        origin = origin - v_log - 8.0
     if LOW_BIT > 0:
-        oa = oa + MAGIC * ca
-        ob = ob + MAGIC * cb
-    pa = gl.exp2(sa * gl.expand_dims(ca, 1) - gl.expand_dims(oa, 1))
-    pb = gl.exp2(sb * gl.expand_dims(cb, 1) - gl.expand_dims(ob, 1))
+        origin = origin + MAGIC * c
+    p = gl.exp2(s * gl.expand_dims(c, 1) - gl.expand_dims(origin, 1))
     row: gl.constexpr = gl.SliceLayout(1, part)
+    add = fold(p, part, BLOCK_K)
     if LOW_BIT == 2:
-        add = fold(pa, part, BLOCK_K) * gl.expand_dims(gl.convert_layout(gl.exp2(-la), row), 1)
-        add += fold(pb, part, BLOCK_K) * gl.expand_dims(gl.convert_layout(gl.exp2(-lb), row), 1)
-    else:
-        add = fold(pa + pb, part, BLOCK_K)
+        add = add * gl.expand_dims(gl.convert_layout(gl.exp2(-v_log), row), 1)
     shrink = gl.exp2(top - new)
     total = total * gl.expand_dims(gl.convert_layout(shrink, row), 1) + add
-    return pa, pb, new, shrink, total
+    return p, new, shrink, total
 
 
 @gluon.jit
@@ -306,7 +275,6 @@ def take_rows(
     row_s: gl.constexpr = gl.SliceLayout(1, mma_s)
     row_o: gl.constexpr = gl.SliceLayout(1, mma_o)
     columns_phi: gl.constexpr = gl.SliceLayout(0, phi_layout)
-    steps = (topk + 1) // 2
     done = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -316,11 +284,7 @@ def take_rows(
         h = bh % Hq
         table = lut + row.to(gl.int64) * topk
         side = turn % 2
-        jb = gl.load(table + topk - 1)
-        ja = gl.load(table + gl.maximum(topk - 2, 0))
-        if topk % 2 == 1:
-            ja = jb
-            jb = Tn
+        j = gl.load(table + topk - 1)
         rest = gl.load(log_rest + row)
         mbarrier.wait(q_full.index(side), (turn // 2) & 1)
         q_tile = q_bufs.index(2 * side + HALF).reshape([ROWS, D])
@@ -338,55 +302,45 @@ def take_rows(
 
         stage = done % STAGES
         mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-        sa, sb = start_scores(q, k_bufs, stage, mma_s, D, BLOCK_K, LOW_BIT)
-        ka, la = block_scales(scale_bufs, 2 * stage, row_s, LOW_BIT)
-        kb, lb = block_scales(scale_bufs, 2 * stage + 1, row_s, LOW_BIT)
-        sa, sb = warpgroup_mma_wait(0, deps=[sa, sb])
+        s = start_scores(q, k_bufs, stage, mma_s, D, BLOCK_K, LOW_BIT)
+        k_scale, v_log = block_scales(scale_bufs, stage, row_s, LOW_BIT)
+        s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        at = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, mma_s))
-        sa = gl.where(gl.expand_dims(ja * BLOCK_K + at < Nk, 0), as_float(sa, LOW_BIT), NEG_INF)
-        sb = gl.where(gl.expand_dims(jb * BLOCK_K + at < Nk, 0), as_float(sb, LOW_BIT), NEG_INF)
+        at = j * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, mma_s))
+        s = gl.where(gl.expand_dims(at < Nk, 0), as_float(s, LOW_BIT), NEG_INF)
         # finite, so that two empty rows differ by 0 and not by NaN
         top = gl.full([ROWS], -1.0e30, gl.float32, layout=row_s)
         total = gl.zeros([ROWS, 8], gl.float32, layout=part)
-        wa, wb, top, shrink, total = softmax_step(
-            sa, sb, c * ka, c * kb, la, lb, top, total, part, BLOCK_K, LOW_BIT
-        )  # fmt: skip
-        pa = carried(wa, v_bufs.dtype, p_layout, LOW_BIT)
-        pb = carried(wb, v_bufs.dtype, p_layout, LOW_BIT)
+        w, top, shrink, total = softmax_step(s, c * k_scale, v_log, top, total, part, BLOCK_K, LOW_BIT)
+        p = carried(w, v_bufs.dtype, p_layout, LOW_BIT)
         # the last block has left through its tile of q, which can be loaded again
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(1 - side), count=1, pred=turn > 0)
         acc = gl.zeros([ROWS, DV], gl.float32, layout=mma_o)
-        for _ in range(1, steps):
+        for _ in range(1, topk):
             ahead = (done + 1) % STAGES
-            xa = as_operand(pa, p_layout, BLOCK_K, LOW_BIT)
-            xb = as_operand(pb, p_layout, BLOCK_K, LOW_BIT)
+            operand = as_operand(p, p_layout, BLOCK_K, LOW_BIT)
             mbarrier.wait(k_full.index(ahead), ((done + 1) // STAGES) & 1)
-            na, nb = start_scores(q, k_bufs, ahead, mma_s, D, BLOCK_K, LOW_BIT)
+            ahead_s = start_scores(q, k_bufs, ahead, mma_s, D, BLOCK_K, LOW_BIT)
             mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-            acc = start_values(xa, xb, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
-            ka, la = block_scales(scale_bufs, 2 * ahead, row_s, LOW_BIT)
-            kb, lb = block_scales(scale_bufs, 2 * ahead + 1, row_s, LOW_BIT)
-            na, nb = warpgroup_mma_wait(2, deps=[na, nb])
+            acc = start_values(operand, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
+            k_scale, v_log = block_scales(scale_bufs, ahead, row_s, LOW_BIT)
+            ahead_s = warpgroup_mma_wait(1, deps=[ahead_s])
             mbarrier.arrive(k_empty.index(ahead), count=1)
-            wa, wb, top, shrink, total = softmax_step(
-                as_float(na, LOW_BIT), as_float(nb, LOW_BIT), c * ka, c * kb, la, lb, top, total,
-                part, BLOCK_K, LOW_BIT,
+            w, top, shrink, total = softmax_step(
+                as_float(ahead_s, LOW_BIT), c * k_scale, v_log, top, total, part, BLOCK_K, LOW_BIT
             )  # fmt: skip
             if LOW_BIT == 2:
                 total = held(total)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(stage), count=1)
-            pa = carried(wa, v_bufs.dtype, p_layout, LOW_BIT)
-            pb = carried(wb, v_bufs.dtype, p_layout, LOW_BIT)
+            p = carried(w, v_bufs.dtype, p_layout, LOW_BIT)
             acc = acc * gl.expand_dims(gl.convert_layout(shrink, row_o), 1)
             done += 1
             stage = ahead
         mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-        xa = as_operand(pa, p_layout, BLOCK_K, LOW_BIT)
-        xb = as_operand(pb, p_layout, BLOCK_K, LOW_BIT)
-        acc = start_values(xa, xb, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
+        operand = as_operand(p, p_layout, BLOCK_K, LOW_BIT)
+        acc = start_values(operand, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
 
         # the linear branch's left operand while that runs
         x = q_tile.load(phi_layout).to(gl.float32)
@@ -460,9 +414,9 @@ def attend_hopper_kernel(
         lse: (B, Hq, Nq) fp32, out. ALPHA: 0 neither, 1 bias, 2 gain and bias.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_type.shape, q_desc.layout)
-    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [2 * STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [2 * STAGES] + v_desc.block_type.shape, v_desc.layout)
-    SCALES: gl.constexpr = 2 * STAGES if LOW_BIT > 0 else 1
+    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    SCALES: gl.constexpr = STAGES if LOW_BIT > 0 else 1
     scale_bufs = gl.allocate_shared_memory(
         scale_desc.dtype, [SCALES] + scale_desc.block_type.shape, scale_desc.layout
     )

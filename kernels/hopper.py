@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +24,25 @@ from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
 BLOCK_Q, BLOCK_K, ROWS = 128, 64, 64
 TRITONS = ((3, 6), (3, 7))
 SHARED = 227 * 1024
-"""Bytes of shared memory that a program may have on every chip of this generation."""
-REGISTERS = 240
-"""Of each thread that computes; what two groups of 128 such threads and one warp that loads can have."""
+"""Bytes of shared memory for the programs of a multiprocessor, on every chip of this generation."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How programs share a multiprocessor: how many; registers of a computing thread, and of any at launch."""
+
+    programs: int
+    registers: int
+    at_launch: int | None = None
+
+
+CUTS = {
+    # with one key block a step, 112 registers are almost enough, and one program works while the other waits
+    64: Cut(2, 112, 80),
+    # what two groups of 128 threads and one warp that loads can have
+    128: Cut(1, 240),
+}
+"""By head dim."""
 
 
 @functools.cache
@@ -43,8 +60,8 @@ def knows_this_triton() -> bool:
 
 
 @functools.cache
-def programs(device: torch.device) -> int:
-    """One program a multiprocessor, each taking query blocks in turn; those of an H100 where there is no GPU."""
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has, each of whose programs takes query blocks in turn; an H100's where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -55,7 +72,7 @@ def takes(arch: int, q: Layout, k: Layout, v: Layout, block_q: int, block_k: int
         and arch == 90
         and knows_this_triton()
         and (block_q, block_k) == (BLOCK_Q, BLOCK_K)
-        and q.shape[3] in (64, 128)
+        and q.shape[3] in CUTS
         and v.shape[3] == q.shape[3]
         and all(describable(x) for x in (q, k, v))
     )
@@ -83,9 +100,9 @@ def packed_tiles(slot: Slot, shape: tuple[int, ...], *block: int) -> Tiles:
 
 
 def stages_that_fit(D: int, bytes_k: int, bytes_v: int) -> int:
-    """How many pairs of key blocks fit into shared memory beside q, H and the small things."""
+    """How many key blocks fit into a program's shared memory beside q, H and the small things."""
     fixed = 2 * BLOCK_Q * D * 2 + D * D * 2 + 6 * D + 1024
-    return min(4, (SHARED - fixed) // (2 * (BLOCK_K * D * (bytes_k + bytes_v) + 128)))
+    return min(4, (SHARED // CUTS[D].programs - fixed) // (BLOCK_K * D * (bytes_k + bytes_v) + 128))
 
 
 def attend(
@@ -117,14 +134,14 @@ def attend(
     scale_tiles = (
         packed_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else packed_tiles(mean, (B, heads, D), 1, 1, 32)
     )
-    stages = stages_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize)
+    cut, stages = CUTS[D], stages_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize)
     schedule.launch(
-        kernel(), (min(items, programs(q.device)),),
+        kernel(), (min(items, cut.programs * multiprocessors(q.device)),),
         tiles(q_in, q.shape, q.stride, 1, 1, ROWS, D), keys, values, scale_tiles,
         tiles(summed, (items, D, D), (state, D, 1), 1, D, D),
         tiles(summed, (items, D), (state, 1), 1, D, offset=z_at),
         packed_tiles(mean, (B * heads, D), 1, D), packed_tiles(o, o.shape, 1, 1, ROWS, D),
         lut, log_rest, gain, bias, lse, *bias_strides, first, Hq, Hq // heads, tm, tn, topk, items, Nq, Nk, scale,
         D=D, DV=D, BLOCK_K=BLOCK_K, STAGES=stages, LOW_BIT=low_bit, ALPHA=alpha, FEATURE_MAP=feature_map,
-        REGISTERS=REGISTERS, num_warps=4,
+        REGISTERS=cut.registers, num_warps=4, maxnreg=cut.at_launch,
     )  # fmt: skip

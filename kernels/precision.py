@@ -34,8 +34,8 @@ def effective_low_bit(
         return "none"
     # branches, so that these are constants in a trace where dims, and under dynamic=True all integers, are symbols
     positive = True if scale > 0.0 else False  # noqa: SIM210
-    sizes = (constant(x) for x in (q.shape[3], v_dim, block_q, block_k))
-    return low_bit_on(low_bit, q.device, q.dtype, *sizes, positive)
+    D, Dv, block_q, block_k = constant(q.shape[3]), constant(v_dim), constant(block_q), constant(block_k)
+    return low_bit_on(low_bit, q.device, q.dtype, D, Dv, block_q, block_k, positive)
 
 
 def constant(size: int) -> int:

@@ -139,8 +139,8 @@ def test_low_bit_compiles_without_spills(name: str, low: str, arch: int, monkeyp
     assert set(both) == compile_all(run, arch, both, {}, monkeypatch)
 
 
-# of an item's scalars, outside the loop over key blocks
-ALLOWED_HOPPER_STACK = {"attend_hopper_kernel": 64}
+# two programs share a multiprocessor at head dim 64, although a few registers go to the stack
+ALLOWED_HOPPER_STACK = {"attend_hopper_kernel": 96}
 HOPPER_CALLS = [
     *(call(D, torch.bfloat16, (128, 64), low=low) for D in (64, 128) for low in ("none", "int8", "int8_fp8")),
     call(128, torch.float16, (128, 64)),

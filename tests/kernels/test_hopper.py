@@ -68,7 +68,7 @@ def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize(("bytes_k", "bytes_v"), [(2, 2), (1, 2), (1, 1)])
-def test_two_pairs_of_blocks_fit(D: int, bytes_k: int, bytes_v: int) -> None:
+def test_two_blocks_fit(D: int, bytes_k: int, bytes_v: int) -> None:
     """One is being used while the next one comes."""
     assert hopper.stages_that_fit(D, bytes_k, bytes_v) >= 2
 
@@ -85,7 +85,9 @@ if not INTERPRETED:
         took: list[None] = []
         attend = hopper.attend
         monkeypatch.setattr(hopper, "attend", lambda *a, **k: took.append(attend(*a, **k)))
-        check(CASES[name], low_bit)
+        # scores and sums are not those of the emulation to the last bit, so that a weight may be rounded to FP8's
+        # other neighbour, 1/16 of it away: fp16's own rounding is too fine a measure for that
+        check(CASES[name], low_bit, eps=torch.finfo(torch.bfloat16).eps if low_bit == "int8_fp8" else 0.0)
         assert took
 
     @pytest.mark.gpu

@@ -45,13 +45,16 @@ def routed(case: Case, x: dict[str, Any]) -> dict[str, Any]:
     return x
 
 
-def check(case: Case, low_bit: str, x: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
-    """All four results by the oracle rule; o and its parts also in the norm, which noise of FP8's size would fail."""
+def check(case: Case, low_bit: str, x: dict[str, Any] | None = None, eps: float = 0.0) -> tuple[Tensor, ...]:
+    """All four results by the oracle rule; o and its parts also in the norm, which noise of FP8's size would fail.
+
+    eps: at least this is allowed for the dtype's own; that of the dtype if 0.
+    """
     x = routed(case, case.tensors()) if x is None else x
     got = case.attention(x, scheduled_attention, case.keep, low_bit)
     low = case.attention(exact(x, torch.float32), reference.attention, low_bit)
     want = case.attention(exact(x, torch.float64), reference.attention, low_bit)
-    eps = torch.finfo(case.dtype).eps
+    eps = max(eps, torch.finfo(case.dtype).eps)
     names = ("o", "lse", "o_sparse", "o_linear") if case.keep else ("o", "lse")
     for part, a, b, c in zip(names, got, low, want, strict=False):
         assert a.dtype == (torch.float32 if part == "lse" else case.dtype)
@@ -277,7 +280,9 @@ if not INTERPRETED:
         program = torch.export.export(Call(options), (q, k, v))
         assert low_bit in str(program.graph)
         assert torch.equal(program.module()(q, k, v), o)
-        assert torch.equal(sla2_attention(q.requires_grad_(), k, v, options), high)
+        trained = sla2_attention(q.requires_grad_(), k, v, options)
+        torch.testing.assert_close(trained, high, rtol=2e-2, atol=2e-2)
+        assert (trained - high).float().norm() < 0.5 * error * high.float().norm()
 
     @pytest.mark.gpu
     @levels
