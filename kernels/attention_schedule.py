@@ -26,10 +26,6 @@ from sla2_compile.kernels.triton_linear import linear_kernel
 from sla2_compile.kernels.triton_states import complement_kernel, states_kernel
 from sla2_compile.kernels.tuning import launch
 
-STATES = (4, 128, None)
-"""`states_kernel`: warps, columns of v a program, registers a thread."""
-STATES_LOW_BIT = 168
-"""Its registers a thread where it also writes k and v in 8 bits."""
 LINEAR = (64, 8, 4, 2)
 """`linear_kernel`: rows a tile, warps, tiles a program, pipeline stages."""
 STATE_BYTES = 1 << 30
@@ -145,6 +141,19 @@ class StateLayout:
         }  # fmt: skip
 
 
+def states_tile(arch: int, layout: StateLayout, low_bit: int, block_k: int) -> dict[str, Any]:
+    """Choose columns of v a program, warps and registers a thread of `states_kernel`."""
+    columns, warps, registers = 128 if arch == 90 and not layout.wide else 64, 4, None
+    if layout.wide or (low_bit and block_k > 64):
+        warps = 8
+    elif arch == 90 and max(layout.block_d, layout.block_dv) <= 64 and block_k <= 64:
+        warps = 2
+    elif arch == 90 and low_bit:
+        # a few registers less, and three programs share a multiprocessor instead of two
+        registers = 168
+    return {"BLOCK_DV": min(layout.block_dv, columns), "num_warps": warps, "maxnreg": registers}
+
+
 def tiles(slot: Slot, x: Layout, rows: int, width: int) -> Tiles:
     """x (B, H, N, D) for the copy engine, in tiles of rows x width."""
     # the stride of a dim of size 1 is never used, but must be valid
@@ -192,14 +201,7 @@ def summed_states(
     columns = num_blocks(tn, 8) * 8
     per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
     step = max(1, min(B * heads, STATE_BYTES // per_head))
-    warps, width, registers = STATES if not layout.wide else (8, 64, None)
-    if device.capability(k.device) != 90:
-        width = 64
-    elif eight.level and not layout.wide:
-        # a few registers less, and three programs share a multiprocessor instead of two
-        registers = STATES_LOW_BIT
-    if eight.level and block_k > 64:
-        warps = 8
+    tile = states_tile(device.capability(k.device), layout, eight.level, block_k)
     states = schedule.empty("states", (step, columns, layout.size), k.dtype)
     complement = schedule.empty("complement", (step, groups * tm, columns), k.dtype)
     summed = schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
@@ -211,7 +213,7 @@ def summed_states(
             0 if mask is None else mask.stride[0], heads, Nk, columns, first,
             **layout.constants, BLOCK_K=block_k, HAS_MASK=mask is not None, HALVES=layout.block_d > 64,
             LOW_BIT=eight.level,
-            tile={"BLOCK_DV": min(layout.block_dv, width), "num_warps": warps, "maxnreg": registers},
+            tile=tile,
             limits={"BLOCK_DV": (16, layout.block_dv)},
             trials=trials,
         )  # fmt: skip

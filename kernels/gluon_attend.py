@@ -7,7 +7,7 @@ that the copy engine brings ahead of their use, registers that go from one produ
 
 A program takes query blocks one after the other. Of its warps, one asks the copy engine for tiles (`load_tiles`) and
 two groups of four take 64 of the block's 128 rows each (`take_rows`):
-    for each key block, from the table's end (only its last entry can be ragged):
+    for each step of one key block, or of two (PAIR), from the table's end (only its last entry can be ragged):
         start the next scores and the product of the last weights with their values, then wait for the scores alone
         running softmax of the scores while the other product goes on
     phi(q) H, the mix, and the tile goes back through shared memory
@@ -40,14 +40,16 @@ ROWS = gl.constexpr(64)
 
 @gluon.jit
 def load_tiles(
-    descs, bufs, bars, lut, first, Hq, groups, Tm, Tn, topk, items, STAGES: gl.constexpr, LOW_BIT: gl.constexpr
-):
+    descs, bufs, bars, lut, first, Hq, groups, Tm, Tn, topk, items, STAGES: gl.constexpr, PAIR: gl.constexpr,
+    LOW_BIT: gl.constexpr,
+):  # fmt: skip
     """Ask for the tiles of every query block of this program, in the order in which they are taken."""
     q_desc, k_desc, v_desc, scale_desc, h_desc, z_desc, mean_desc, _ = descs
     q_bufs, k_bufs, v_bufs, scale_bufs, h_buf, z_buf, mean_buf = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty = bars
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
     heads = Hq // groups
+    steps = (topk + PAIR - 1) // PAIR
     done = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -65,31 +67,34 @@ def load_tiles(
         for half in gl.static_range(2):
             place = [b, h, (2 * i + half) * ROWS, 0]
             tma.async_copy_global_to_shared(q_desc, place, q_full.index(side), q_bufs.index(2 * side + half))
-        for n in range(topk):
-            j = gl.load(table + topk - 1 - n)
+        for n in range(steps):
             stage = done % STAGES
             phase = (done // STAGES + 1) & 1
             mbarrier.wait(k_empty.index(stage), phase)
             if LOW_BIT > 0:
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes + scale_desc.block_type.nbytes)
+                mbarrier.expect(k_full.index(stage), PAIR * (k_desc.block_type.nbytes + scale_desc.block_type.nbytes))
             else:
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            if LOW_BIT > 0:
-                tma.async_copy_global_to_shared(
-                    scale_desc, [flat, j, 0], k_full.index(stage), scale_bufs.index(stage)
-                )
-            tma.async_copy_global_to_shared(
-                k_desc, [b, h_kv, j * BLOCK_K, 0], k_full.index(stage), k_bufs.index(stage)
-            )
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            if LOW_BIT == 2:
-                place = [flat, j, 0, 0]
-            else:
+                mbarrier.expect(k_full.index(stage), PAIR * k_desc.block_type.nbytes)
+            for part in gl.static_range(PAIR):
+                j = entry(table, PAIR * (steps - 1 - n) + part, topk, Tn)
+                at = PAIR * stage + part
+                if LOW_BIT > 0:
+                    tma.async_copy_global_to_shared(
+                        scale_desc, [flat, j, 0], k_full.index(stage), scale_bufs.index(at)
+                    )
                 place = [b, h_kv, j * BLOCK_K, 0]
-            tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_bufs.index(stage))
+                tma.async_copy_global_to_shared(k_desc, place, k_full.index(stage), k_bufs.index(at))
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), PAIR * v_desc.block_type.nbytes)
+            for part in gl.static_range(PAIR):
+                j = entry(table, PAIR * (steps - 1 - n) + part, topk, Tn)
+                if LOW_BIT == 2:
+                    place = [flat, j, 0, 0]
+                else:
+                    place = [b, h_kv, j * BLOCK_K, 0]
+                tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_bufs.index(PAIR * stage + part))
             done += 1
-            if n == gl.maximum(topk - 3, 0):
+            if n == gl.maximum(steps - 2, 0):
                 # wanted at the block's end only: behind most of its tiles
                 mbarrier.wait(h_empty, (turn + 1) & 1)
                 mbarrier.expect(
@@ -102,14 +107,43 @@ def load_tiles(
 
 
 @gluon.jit
-def start_scores(q, k_bufs, stage, mma: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Start the scores of a stage's key block; returns what to wait for."""
+def entry(table, at, topk, Tn):
+    """Entry `at` of a row of the table; an odd row ends with a block behind the last key, which loads zeros."""
+    return gl.where(at < topk, gl.load(table + gl.minimum(at, topk - 1)), Tn)
+
+
+@gluon.jit
+def start_score(q, k_bufs, at, mma: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Start the scores of one key block."""
     if LOW_BIT > 0:
         zero = gl.full([ROWS, BLOCK_K], 0x4B400000, gl.int32, layout=mma)
     else:
         zero = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=mma)
-    keys = k_bufs.index(stage).reshape([BLOCK_K, D]).permute((1, 0))
+    keys = k_bufs.index(at).reshape([BLOCK_K, D]).permute((1, 0))
     return warpgroup_mma(q, keys, zero, use_acc=LOW_BIT > 0, is_async=True)
+
+
+@gluon.jit
+def start_scores(
+    q, k_bufs, stage, mma: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr,
+    LOW_BIT: gl.constexpr,
+):  # fmt: skip
+    """Start the scores of a stage's key blocks; returns what to wait for, a tuple as everything of a step is."""
+    first = start_score(q, k_bufs, PAIR * stage, mma, D, BLOCK_K, LOW_BIT)
+    if PAIR == 2:
+        return (first, start_score(q, k_bufs, PAIR * stage + 1, mma, D, BLOCK_K, LOW_BIT))
+    else:
+        return (first,)
+
+
+@gluon.jit
+def wait_scores(s, running: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Wait for scores while `running` later products go on; read as fp32, with MAGIC on top in low bit."""
+    if PAIR == 2:
+        first, second = warpgroup_mma_wait(running, deps=[s[0], s[1]])
+        return (as_float(first, LOW_BIT), as_float(second, LOW_BIT))
+    else:
+        return (as_float(warpgroup_mma_wait(running, deps=[s[0]]), LOW_BIT),)
 
 
 @gluon.jit
@@ -122,12 +156,20 @@ def as_float(s, LOW_BIT: gl.constexpr):
 
 
 @gluon.jit
-def carried(p, dtype: gl.constexpr, layout: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Return weights as they go round the loop: in 16 bits, but FP8 in fp32, whose bytes would be taken apart."""
+def carried_one(p, dtype: gl.constexpr, layout: gl.constexpr, LOW_BIT: gl.constexpr):
     if LOW_BIT == 2:
         return p
     else:
         return gl.convert_layout(p.to(dtype), layout)
+
+
+@gluon.jit
+def carried(p, dtype: gl.constexpr, layout: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Return weights as they go round the loop: in 16 bits, but FP8 in fp32, whose bytes would be taken apart."""
+    if PAIR == 2:
+        return (carried_one(p[0], dtype, layout, LOW_BIT), carried_one(p[1], dtype, layout, LOW_BIT))
+    else:
+        return (carried_one(p[0], dtype, layout, LOW_BIT),)
 
 
 @gluon.jit
@@ -151,26 +193,53 @@ def as_operand(p, layout: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.const
 
 
 @gluon.jit
-def start_values(p, v_bufs, stage, acc, DV: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Start acc += p v of a stage's key block; returns what to wait for."""
-    if LOW_BIT == 2:
-        values = v_bufs.index(stage).reshape([DV, BLOCK_K]).permute((1, 0))
+def operands(p, layout: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr):
+    """`as_operand` of a step's weights."""
+    if PAIR == 2:
+        return (as_operand(p[0], layout, BLOCK_K, LOW_BIT), as_operand(p[1], layout, BLOCK_K, LOW_BIT))
     else:
-        values = v_bufs.index(stage).reshape([BLOCK_K, DV])
-    return warpgroup_mma(p, values, acc, is_async=True)
+        return (as_operand(p[0], layout, BLOCK_K, LOW_BIT),)
 
 
 @gluon.jit
-def block_scales(scale_bufs, stage, row: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Scale of a tile's keys and log2 of that of its values, as tensors of one element."""
-    scale = 1.0
-    v_log = 0.0
-    if LOW_BIT > 0:
-        both = scale_bufs.index(stage).reshape([32])
-        scale = both.slice(0, 1).load(row)
+def start_values(
+    p, v_bufs, stage, acc, DV: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr
+):
+    """Start acc += p v of a stage's key blocks; returns what to wait for."""
+    for part in gl.static_range(PAIR):
+        tile = v_bufs.index(PAIR * stage + part)
         if LOW_BIT == 2:
-            v_log = both.slice(1, 1).load(row)
-    return scale, v_log
+            values = tile.reshape([DV, BLOCK_K]).permute((1, 0))
+        else:
+            values = tile.reshape([BLOCK_K, DV])
+        acc = warpgroup_mma(p[part], values, acc, is_async=True)
+    return acc
+
+
+@gluon.jit
+def scaled(scale_bufs, at, c, row: gl.constexpr, LOW_BIT: gl.constexpr):
+    """What the scores of a key block are multiplied by, and log2 of its values' scale."""
+    if LOW_BIT > 0:
+        both = scale_bufs.index(at).reshape([32])
+        # a product of two least scales is 0, and so is the scale behind the last key: a masked score times 0 is NaN
+        c = gl.maximum(c * both.slice(0, 1).load(row), 1e-30)
+        if LOW_BIT == 2:
+            return c, both.slice(1, 1).load(row)
+        else:
+            return c, 0.0
+    else:
+        return c, 0.0
+
+
+@gluon.jit
+def block_scales(scale_bufs, stage, c, row: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr):
+    """`scaled` of a stage's key blocks: factors, logarithms."""
+    ca, la = scaled(scale_bufs, PAIR * stage, c, row, LOW_BIT)
+    if PAIR == 2:
+        cb, lb = scaled(scale_bufs, PAIR * stage + 1, c, row, LOW_BIT)
+        return (ca, cb), (la, lb)
+    else:
+        return (ca,), (la,)
 
 
 @gluon.jit
@@ -180,42 +249,71 @@ def fold(p, part: gl.constexpr, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(s, c, v_log, top, total, part: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Take the scores of a key block into the running softmax, in units of log2.
+def peak(s, c, v_log, LOW_BIT: gl.constexpr):
+    """Largest of a key block's scores s (ROWS, BLOCK_K) times c, in units of log2."""
+    m = gl.max(s, axis=1)
+    if LOW_BIT > 0:
+        m = m - MAGIC
+    m = m * c
+    if LOW_BIT == 2:
+        m = m + v_log
+    return m
+
+
+@gluon.jit
+def weigh(s, c, v_log, top, part: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Return the weights of a key block, and their sums (ROWS, 8) in units of a row's softmax."""
+    if LOW_BIT == 2:
+        # weights up to 256: a power of two costs nothing, and E4M3's smallest numbers are 2^-9
+        top = top - v_log - 8.0
+    if LOW_BIT > 0:
+        top = top + MAGIC * c
+    p = gl.exp2(s * gl.expand_dims(c, 1) - gl.expand_dims(top, 1))
+    sums = fold(p, part, BLOCK_K)
+    if LOW_BIT == 2:
+        row: gl.constexpr = gl.SliceLayout(1, part)
+        sums = sums * gl.expand_dims(gl.convert_layout(gl.exp2(-v_log), row), 1)
+    return p, sums
+
+
+@gluon.jit
+def softmax_step(
+    s, c, v_log, top, total, part: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr
+):
+    """Take the scores of a step into the running softmax, in units of log2.
 
     Args:
-        s: (ROWS, BLOCK_K); c: what they are multiplied by; v_log: log2 of the values' scale.
+        s: (ROWS, BLOCK_K) of each key block; c: what they are multiplied by; v_log: log2 of the values' scale.
         top: (ROWS,), running maximum; total: (ROWS, 8), parts of the running sum.
 
     Returns:
         The weights, the new top, what the accumulator is multiplied by, the new total.
     """
-    new = gl.max(s, axis=1)
-    if LOW_BIT > 0:
-        new = new - MAGIC
-        # a product of two least scales is 0, and a masked score times 0 is NaN
-        c = gl.maximum(c, 1e-30)
-    new = new * c
-    if LOW_BIT == 2:
-        new = new + v_log
+    new = peak(s[0], c[0], v_log[0], LOW_BIT)
+    if PAIR == 2:
+        new = gl.maximum(new, peak(s[1], c[1], v_log[1], LOW_BIT))
     if LOW_BIT > 0:
         # a whole number: a later maximum then multiplies by a power of two, and does not move how p was rounded
         new = gl.ceil(new)
     new = gl.maximum(top, new)
-    origin = new
-    if LOW_BIT == 2:
-        # weights up to 256: a power of two costs nothing, and E4M3's smallest numbers are 2^-9
-        origin = origin - v_log - 8.0
-    if LOW_BIT > 0:
-        origin = origin + MAGIC * c
-    p = gl.exp2(s * gl.expand_dims(c, 1) - gl.expand_dims(origin, 1))
-    row: gl.constexpr = gl.SliceLayout(1, part)
-    add = fold(p, part, BLOCK_K)
-    if LOW_BIT == 2:
-        add = add * gl.expand_dims(gl.convert_layout(gl.exp2(-v_log), row), 1)
+    pa, add = weigh(s[0], c[0], v_log[0], new, part, BLOCK_K, LOW_BIT)
     shrink = gl.exp2(top - new)
+    if PAIR == 2:
+        pb, more = weigh(s[1], c[1], v_log[1], new, part, BLOCK_K, LOW_BIT)
+        add = add + more
+    row: gl.constexpr = gl.SliceLayout(1, part)
     total = total * gl.expand_dims(gl.convert_layout(shrink, row), 1) + add
-    return p, new, shrink, total
+    if PAIR == 2:
+        return (pa, pb), new, shrink, total
+    else:
+        return (pa,), new, shrink, total
+
+
+@gluon.jit
+def masked(s, j, Nk, BLOCK_K: gl.constexpr, columns: gl.constexpr):
+    """Scores of block j, -inf behind the last key."""
+    at = j * BLOCK_K + gl.arange(0, BLOCK_K, layout=columns)
+    return gl.where(gl.expand_dims(at < Nk, 0), s, NEG_INF)
 
 
 @gluon.jit
@@ -259,8 +357,8 @@ def feature_map(x, NAME: gl.constexpr):
 def take_rows(
     HALF: gl.constexpr, o_desc, bufs, bars, lut, log_rest, gain, bias, lse, bias_stride_h, bias_stride_m,
     first, Hq, Tm, Tn, topk, items, Nq, Nk, scale,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LOW_BIT: gl.constexpr,
-    ALPHA: gl.constexpr, FEATURE_MAP: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
+    LOW_BIT: gl.constexpr, ALPHA: gl.constexpr, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 rows of each query block of this program; arguments as `attend_hopper_kernel`'s."""
     q_bufs, k_bufs, v_bufs, scale_bufs, h_buf, z_buf, mean_buf = bufs
@@ -274,7 +372,9 @@ def take_rows(
     phi_layout: gl.constexpr = gl.DotOperandLayout(0, mma_l, 2)
     row_s: gl.constexpr = gl.SliceLayout(1, mma_s)
     row_o: gl.constexpr = gl.SliceLayout(1, mma_o)
+    columns_s: gl.constexpr = gl.SliceLayout(0, mma_s)
     columns_phi: gl.constexpr = gl.SliceLayout(0, phi_layout)
+    steps = (topk + PAIR - 1) // PAIR
     done = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -284,17 +384,16 @@ def take_rows(
         h = bh % Hq
         table = lut + row.to(gl.int64) * topk
         side = turn % 2
-        j = gl.load(table + topk - 1)
         rest = gl.load(log_rest + row)
         mbarrier.wait(q_full.index(side), (turn // 2) & 1)
         q_tile = q_bufs.index(2 * side + HALF).reshape([ROWS, D])
         if LOW_BIT > 0:
-            x = q_tile.load(q_layout).to(gl.float32)
-            q_scale = gl.maximum(gl.max(gl.abs(x), axis=1) * (1.0 / 127.0), 1e-20)
+            raw = q_tile.load(q_layout).to(gl.float32)
+            q_scale = gl.maximum(gl.max(gl.abs(raw), axis=1) * (1.0 / 127.0), 1e-20)
             # clamped, so that the sum below is not fused with the product, which would round ties the other way
-            x = gl.minimum(gl.maximum(x * gl.expand_dims(gl.div_rn(1.0, q_scale), 1), -127.0), 127.0)
+            raw = gl.minimum(gl.maximum(raw * gl.expand_dims(gl.div_rn(1.0, q_scale), 1), -127.0), 127.0)
             # the low byte of MAGIC + x is x rounded to an int8
-            q = (x + MAGIC).to(gl.int32, bitcast=True).to(gl.int8)
+            q = (raw + MAGIC).to(gl.int32, bitcast=True).to(gl.int8)
             c = gl.convert_layout(q_scale, row_s) * (scale * LOG2_E)
         else:
             q = q_tile
@@ -302,54 +401,58 @@ def take_rows(
 
         stage = done % STAGES
         mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-        s = start_scores(q, k_bufs, stage, mma_s, D, BLOCK_K, LOW_BIT)
-        k_scale, v_log = block_scales(scale_bufs, stage, row_s, LOW_BIT)
-        s = warpgroup_mma_wait(0, deps=[s])
+        s = start_scores(q, k_bufs, stage, mma_s, D, BLOCK_K, PAIR, LOW_BIT)
+        factors, v_logs = block_scales(scale_bufs, stage, c, row_s, PAIR, LOW_BIT)
+        s = wait_scores(s, 0, PAIR, LOW_BIT)
         mbarrier.arrive(k_empty.index(stage), count=1)
-        at = j * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, mma_s))
-        s = gl.where(gl.expand_dims(at < Nk, 0), as_float(s, LOW_BIT), NEG_INF)
+        first_at = PAIR * (steps - 1)
+        sa = masked(s[0], gl.load(table + first_at), Nk, BLOCK_K, columns_s)
+        if PAIR == 2:
+            s = (sa, masked(s[1], entry(table, first_at + 1, topk, Tn), Nk, BLOCK_K, columns_s))
+        else:
+            s = (sa,)
         # finite, so that two empty rows differ by 0 and not by NaN
         top = gl.full([ROWS], -1.0e30, gl.float32, layout=row_s)
         total = gl.zeros([ROWS, 8], gl.float32, layout=part)
-        w, top, shrink, total = softmax_step(s, c * k_scale, v_log, top, total, part, BLOCK_K, LOW_BIT)
-        p = carried(w, v_bufs.dtype, p_layout, LOW_BIT)
+        w, top, shrink, total = softmax_step(s, factors, v_logs, top, total, part, BLOCK_K, PAIR, LOW_BIT)
+        p = carried(w, v_bufs.dtype, p_layout, PAIR, LOW_BIT)
         # the last block has left through its tile of q, which can be loaded again
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(1 - side), count=1, pred=turn > 0)
         acc = gl.zeros([ROWS, DV], gl.float32, layout=mma_o)
-        for _ in range(1, topk):
+        for _ in range(1, steps):
             ahead = (done + 1) % STAGES
-            operand = as_operand(p, p_layout, BLOCK_K, LOW_BIT)
+            x = operands(p, p_layout, BLOCK_K, PAIR, LOW_BIT)
             mbarrier.wait(k_full.index(ahead), ((done + 1) // STAGES) & 1)
-            ahead_s = start_scores(q, k_bufs, ahead, mma_s, D, BLOCK_K, LOW_BIT)
+            started = start_scores(q, k_bufs, ahead, mma_s, D, BLOCK_K, PAIR, LOW_BIT)
             mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-            acc = start_values(operand, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
-            k_scale, v_log = block_scales(scale_bufs, ahead, row_s, LOW_BIT)
-            ahead_s = warpgroup_mma_wait(1, deps=[ahead_s])
+            acc = start_values(x, v_bufs, stage, acc, DV, BLOCK_K, PAIR, LOW_BIT)
+            factors, v_logs = block_scales(scale_bufs, ahead, c, row_s, PAIR, LOW_BIT)
+            scores = wait_scores(started, PAIR, PAIR, LOW_BIT)
             mbarrier.arrive(k_empty.index(ahead), count=1)
             w, top, shrink, total = softmax_step(
-                as_float(ahead_s, LOW_BIT), c * k_scale, v_log, top, total, part, BLOCK_K, LOW_BIT
+                scores, factors, v_logs, top, total, part, BLOCK_K, PAIR, LOW_BIT
             )  # fmt: skip
             if LOW_BIT == 2:
                 total = held(total)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(stage), count=1)
-            p = carried(w, v_bufs.dtype, p_layout, LOW_BIT)
+            p = carried(w, v_bufs.dtype, p_layout, PAIR, LOW_BIT)
             acc = acc * gl.expand_dims(gl.convert_layout(shrink, row_o), 1)
             done += 1
             stage = ahead
         mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-        operand = as_operand(p, p_layout, BLOCK_K, LOW_BIT)
-        acc = start_values(operand, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
+        x = operands(p, p_layout, BLOCK_K, PAIR, LOW_BIT)
+        acc = start_values(x, v_bufs, stage, acc, DV, BLOCK_K, PAIR, LOW_BIT)
 
         # the linear branch's left operand while that runs
-        x = q_tile.load(phi_layout).to(gl.float32)
+        raw = q_tile.load(phi_layout).to(gl.float32)
         mbarrier.wait(h_full, turn & 1)
         if LOW_BIT == 0:
             # K was read as it is: its mean shifts a row's scores by one constant
             mean = mean_buf.reshape([D]).load(columns_phi)
-            shift = gl.convert_layout(gl.sum(x * gl.expand_dims(mean, 0), axis=1), row_o) * scale
-        phi_q = feature_map(x, FEATURE_MAP)
+            shift = gl.convert_layout(gl.sum(raw * gl.expand_dims(mean, 0), axis=1), row_o) * scale
+        phi_q = feature_map(raw, FEATURE_MAP)
         z = z_buf.reshape([D]).load(columns_phi).to(gl.float32)
         weight = gl.convert_layout(gl.sum(phi_q * gl.expand_dims(z, 0), axis=1), row_o)
         total = gl.convert_layout(gl.sum(total, axis=1), row_o)
@@ -400,8 +503,8 @@ def take_rows(
 def attend_hopper_kernel(
     q_desc, k_desc, v_desc, scale_desc, h_desc, z_desc, mean_desc, o_desc, lut, log_rest, gain, bias, lse,
     bias_stride_h, bias_stride_m, first, Hq, groups, Tm, Tn, topk, items, Nq, Nk, scale,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LOW_BIT: gl.constexpr,
-    ALPHA: gl.constexpr, FEATURE_MAP: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
+    LOW_BIT: gl.constexpr, ALPHA: gl.constexpr, FEATURE_MAP: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Compute o and lse of `items` query blocks of 128 rows, from flat block `first` (of B * Hq * Tm) on.
 
@@ -414,9 +517,9 @@ def attend_hopper_kernel(
         lse: (B, Hq, Nq) fp32, out. ALPHA: 0 neither, 1 bias, 2 gain and bias.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_type.shape, q_desc.layout)
-    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    SCALES: gl.constexpr = STAGES if LOW_BIT > 0 else 1
+    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [PAIR * STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [PAIR * STAGES] + v_desc.block_type.shape, v_desc.layout)
+    SCALES: gl.constexpr = PAIR * STAGES if LOW_BIT > 0 else 1
     scale_bufs = gl.allocate_shared_memory(
         scale_desc.dtype, [SCALES] + scale_desc.block_type.shape, scale_desc.layout
     )
@@ -451,13 +554,13 @@ def attend_hopper_kernel(
         [
             (take_rows, (
                 0, o_desc, bufs, bars, lut, log_rest, gain, bias, lse, bias_stride_h, bias_stride_m, first, Hq, Tm,
-                Tn, topk, items, Nq, Nk, scale, D, DV, BLOCK_K, STAGES, LOW_BIT, ALPHA, FEATURE_MAP,
+                Tn, topk, items, Nq, Nk, scale, D, DV, BLOCK_K, STAGES, PAIR, LOW_BIT, ALPHA, FEATURE_MAP,
             )),
             (take_rows, (
                 1, o_desc, bufs, bars, lut, log_rest, gain, bias, lse, bias_stride_h, bias_stride_m, first, Hq, Tm,
-                Tn, topk, items, Nq, Nk, scale, D, DV, BLOCK_K, STAGES, LOW_BIT, ALPHA, FEATURE_MAP,
+                Tn, topk, items, Nq, Nk, scale, D, DV, BLOCK_K, STAGES, PAIR, LOW_BIT, ALPHA, FEATURE_MAP,
             )),
-            (load_tiles, (descs, bufs, bars, lut, first, Hq, groups, Tm, Tn, topk, items, STAGES, LOW_BIT)),
+            (load_tiles, (descs, bufs, bars, lut, first, Hq, groups, Tm, Tn, topk, items, STAGES, PAIR, LOW_BIT)),
         ],
         [4, 1],
         [REGISTERS, 24],

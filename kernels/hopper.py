@@ -29,20 +29,27 @@ SHARED = 227 * 1024
 
 @dataclass(frozen=True)
 class Cut:
-    """How programs share a multiprocessor: how many; registers of a computing thread, and of any at launch."""
+    """How the kernel is cut; measured on an H200 (benchmarks/NOTES.md).
 
+    Attributes:
+        pair: key blocks a step.
+        programs: that share a multiprocessor.
+        registers: of a thread that computes; at_launch: of any thread before that.
+    """
+
+    pair: int
     programs: int
     registers: int
     at_launch: int | None = None
 
 
-CUTS = {
-    # with one key block a step, 112 registers are almost enough, and one program works while the other waits
-    64: Cut(2, 112, 80),
-    # what two groups of 128 threads and one warp that loads can have
-    128: Cut(1, 240),
-}
-"""By head dim."""
+def cut_for(D: int, low_bit: int) -> Cut:
+    """Choose for a head dim and a LOW_BIT."""
+    if D == 64:
+        # with one key block a step 112 registers are almost enough, and one program works while the other waits
+        return Cut(1, 2, 112, 80)
+    # all that two groups of 128 threads and one warp that loads can have; 8-bit products are too short to work beside
+    return Cut(2 if low_bit else 1, 1, 240)
 
 
 @functools.cache
@@ -72,7 +79,7 @@ def takes(arch: int, q: Layout, k: Layout, v: Layout, block_q: int, block_k: int
         and arch == 90
         and knows_this_triton()
         and (block_q, block_k) == (BLOCK_Q, BLOCK_K)
-        and q.shape[3] in CUTS
+        and q.shape[3] in (64, 128)
         and v.shape[3] == q.shape[3]
         and all(describable(x) for x in (q, k, v))
     )
@@ -99,10 +106,10 @@ def packed_tiles(slot: Slot, shape: tuple[int, ...], *block: int) -> Tiles:
     return tiles(slot, shape, tuple(strides), *block)
 
 
-def stages_that_fit(D: int, bytes_k: int, bytes_v: int) -> int:
-    """How many key blocks fit into a program's shared memory beside q, H and the small things."""
+def stages_that_fit(D: int, bytes_k: int, bytes_v: int, cut: Cut) -> int:
+    """How many steps' key blocks fit into a program's shared memory beside q, H and the small things."""
     fixed = 2 * BLOCK_Q * D * 2 + D * D * 2 + 6 * D + 1024
-    return min(4, (SHARED // CUTS[D].programs - fixed) // (BLOCK_K * D * (bytes_k + bytes_v) + 128))
+    return min(4, (SHARED // cut.programs - fixed) // (cut.pair * (BLOCK_K * D * (bytes_k + bytes_v) + 128)))
 
 
 def attend(
@@ -134,7 +141,8 @@ def attend(
     scale_tiles = (
         packed_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else packed_tiles(mean, (B, heads, D), 1, 1, 32)
     )
-    cut, stages = CUTS[D], stages_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize)
+    cut = cut_for(D, low_bit)
+    stages = stages_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize, cut)
     schedule.launch(
         kernel(), (min(items, cut.programs * multiprocessors(q.device)),),
         tiles(q_in, q.shape, q.stride, 1, 1, ROWS, D), keys, values, scale_tiles,
@@ -142,6 +150,6 @@ def attend(
         tiles(summed, (items, D), (state, 1), 1, D, offset=z_at),
         packed_tiles(mean, (B * heads, D), 1, D), packed_tiles(o, o.shape, 1, 1, ROWS, D),
         lut, log_rest, gain, bias, lse, *bias_strides, first, Hq, Hq // heads, tm, tn, topk, items, Nq, Nk, scale,
-        D=D, DV=D, BLOCK_K=BLOCK_K, STAGES=stages, LOW_BIT=low_bit, ALPHA=alpha, FEATURE_MAP=feature_map,
-        REGISTERS=cut.registers, num_warps=4, maxnreg=cut.at_launch,
+        D=D, DV=D, BLOCK_K=BLOCK_K, STAGES=stages, PAIR=cut.pair, LOW_BIT=low_bit, ALPHA=alpha,
+        FEATURE_MAP=feature_map, REGISTERS=cut.registers, num_warps=4, maxnreg=cut.at_launch,
     )  # fmt: skip

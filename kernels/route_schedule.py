@@ -15,8 +15,8 @@ from sla2_compile.kernels.triton_scores import scores_kernel
 from sla2_compile.kernels.triton_select import select_kernel
 from sla2_compile.kernels.tuning import launch
 
-POOL = {64: (256, 4), 256: (128, 4)}
-"""`pool_kernel`, up to a head dim of: rows and warps a program."""
+POOL = (128, 4)
+"""`pool_kernel`: rows and warps a program."""
 SCORES = (128, 32, 4)
 """`scores_kernel`: query tokens and key blocks a program, warps. The best of those tried on sm_90."""
 CENTER_TOKENS, PROJECTED_TOKENS = 32, 32
@@ -29,7 +29,7 @@ def pool(
 ) -> tuple[Slot, Slot, Slot, int]:  # fmt: skip
     """Pool x (B, H, N, D) by `rows`; returns tokens (B, H, T, D), count, partial sums and number of tiles."""
     B, H, N, D = x.shape
-    T, (tile, warps) = num_blocks(N, rows), next(cut for most, cut in POOL.items() if most >= D)
+    T, (tile, warps) = num_blocks(N, rows), POOL
     tiles = num_blocks(N, tile)
     tokens = schedule.empty(f"{name}_tokens", (B, H, T, D), dtype)
     count = schedule.empty(f"{name}_count", (B if mask is not None else 0, T), torch.float32)
