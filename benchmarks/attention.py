@@ -3,6 +3,7 @@
     python benchmarks/attention.py --suite anchors --output benchmarks/results/attention
     python benchmarks/attention.py --suite crossover
     python benchmarks/attention.py --suite sweep
+    python benchmarks/attention.py --suite sweep --report --output benchmarks/results/attention_sweep
 
 Ours is the whole op: router, top-k, sparse branch, exact complement, mix; `low` takes the sparse branch in INT8
 and FP8. `ours` and `low` call it as a user does; `_graph` replays the same call from a CUDA graph, which leaves the
@@ -230,35 +231,97 @@ def crossovers(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the speed-up over each rival."""
+KINDS = {
+    "ours_vs_fa2_graph": "over FlashAttention-2", "low_vs_fa2_graph": "over FlashAttention-2, low bit",
+    "ours_vs_cudnn_graph": "over cuDNN", "low_vs_cudnn_graph": "over cuDNN, low bit",
+    "ours_vs_fa2": "over FlashAttention-2, eager",
+}  # fmt: skip
+"""What is drawn, and its label."""
+
+
+def plot(rows: list[dict[str, Any]], path: Path, suite: str) -> None:
+    """Draw the speed-up over each rival: bars of single shapes, or curves over what a suite varies."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    if suite == "anchors":
+        fig, axis = plt.subplots(figsize=(max(6, 1.6 * len(rows)), 4))
+        bars(axis, rows)
+        axis.legend()
+    else:
+        drawn = panels(rows)
+        fig, grid = plt.subplots(-(-len(drawn) // 3), 3, figsize=(12, 3.2 * -(-len(drawn) // 3)), squeeze=False)
+        for axis, (title, x, mine) in zip(grid.flat, drawn, strict=False):
+            curves(axis, title, x, mine)
+        grid.flat[0].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+
+
+def bars(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """One group of bars a shape, of graph replays."""
     names = [f"{r['B']},{r['H']},{r['N']},{r['D']}\n{r['topk_ratio']:.0%} r{r['compression_ratio']}" for r in rows]
-    fig, axis = plt.subplots(figsize=(max(6, 1.6 * len(rows)), 4))
-    kinds = {
-        "ours_vs_fa2_graph": "FlashAttention-2", "low_vs_fa2_graph": "FlashAttention-2, low bit",
-        "ours_vs_cudnn_graph": "cuDNN", "low_vs_cudnn_graph": "cuDNN, low bit",
-    }  # fmt: skip
-    for n, (kind, label) in enumerate(kinds.items()):
+    for n, kind in enumerate(kind for kind in KINDS if kind.endswith("_graph")):
         at, heights = [i + 0.22 * n for i in range(len(rows))], [r.get(kind, 0.0) for r in rows]
-        axis.bar_label(axis.bar(at, heights, width=0.2, label=f"over {label}"), fmt="%.1f", fontsize=6)
+        axis.bar_label(axis.bar(at, heights, width=0.2, label=KINDS[kind]), fmt="%.1f", fontsize=6)
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xticks([i + 0.33 for i in range(len(rows))], names, fontsize=7)
     axis.set_ylabel("speed-up of the whole op")
-    axis.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
+
+
+def panels(rows: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Cut a suite's rows into runs in which one thing varies: title, that thing, its rows."""
+    named = {"N": "tokens", "topk_ratio": "share of key blocks kept", "D": "head dim"}
+    fields = ("B", "H", "N", "D", "topk_ratio", "compression_ratio", "dtype")
+    found = []
+    for x in named:
+        for key in dict.fromkeys(tuple(r[f] for f in fields if f != x) for r in rows):
+            mine = [r for r in rows if tuple(r[f] for f in fields if f != x) == key]
+            if len({r[x] for r in mine}) > 2:
+                fixed = dict(zip((f for f in fields if f != x), key, strict=True))
+                recipe = f"top-k {fixed['topk_ratio']:.0%}, " if "topk_ratio" in fixed else ""
+                rest = ", ".join(f"{f}={fixed[f]}" for f in ("B", "H", "N", "D") if f in fixed)
+                found.append((f"{recipe}r={fixed['compression_ratio']}, {rest}", named[x], sorted_by(mine, x)))
+    return found
+
+
+def sorted_by(rows: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
+    """Rows in the order of x, each x once, with its value under "x"."""
+    return [{**r, "x": value} for value, r in sorted({r[x]: r for r in rows}.items())]
+
+
+def short(x: float) -> str:
+    return f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"
+
+
+def curves(axis: Any, title: str, x: str, rows: list[dict[str, Any]]) -> None:
+    """One curve a rival and mode, both axes logarithmic."""
+    for kind, label in KINDS.items():
+        points = [(r["x"], r[kind]) for r in rows if kind in r]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=".", label=label)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xticks([r["x"] for r in rows], [short(r["x"]) for r in rows], fontsize=7)
+    axis.xaxis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:g}x")
+    axis.set_title(title, fontsize=8)
+    axis.set_xlabel(x, fontsize=8)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="anchors")
     parser.add_argument("--output", type=Path, help="prefix of the JSON, Markdown and PNG files")
+    parser.add_argument("--report", action="store_true", help="measure nothing: draw the picture of --output anew")
     args = parser.parse_args()
+    if args.report:
+        rows = json.loads(Path(f"{args.output}.json").read_text())["rows"]
+        plot(rows, Path(f"{args.output}.png"), args.suite)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py must run on a CUDA GPU, got none; see benchmarks/results instead")
     about = environment()
@@ -277,7 +340,7 @@ def main() -> None:
         base = str(args.output)
         Path(base + ".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
         Path(base + ".md").write_text(f"`{json.dumps(about)}`\n\n{text}\n")
-        plot(rows, Path(base + ".png"))
+        plot(rows, Path(base + ".png"), args.suite)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@
 | `reference_low_bit.py` | its sparse branch in INT8 and FP8: the specification of the 8-bit format |
 | `ops.py` | schemas, fakes, autograd, dispatch |
 | `tiling.py`, `portable_route.py`, `portable_attention.py`, `portable_backward.py` | blocked PyTorch for any device |
-| `cuda.py` | which calls the Triton kernels take, and their launches |
+| `cuda.py` | which calls the Triton kernels take, and the calls |
+| `schedule.py` | a call's launches, worked out once for its layout |
+| `route_schedule.py`, `attention_schedule.py` | those of the two ops; tiles |
+| `tuning.py`, `device.py` | tiles by trial; what launchers ask of a GPU and of a layout |
 | `triton_pool.py`, `triton_scores.py`, `triton_select.py` | router: pooled tokens, block scores, top-k |
 | `triton_states.py`, `triton_linear.py`, `triton_attend.py` | linear branch; sparse branch and mix |
+| `hopper.py`, `gluon_attend.py` | which calls one kernel takes for both branches on sm_90, and that kernel |
 | `precision.py` | which numeric format the sparse branch really runs in |
 | `functional.py` | route + attention in one call |
 

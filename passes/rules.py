@@ -54,13 +54,13 @@ class Reason(str, Enum):
 
 MIN_SEQ_LEN = {
     "cpu": ((0.15, 512), (1.0, 768)),
-    "cuda": ((0.15, 8192), (1.0, 16384)),
+    "cuda": ((1.0, 8192),),
 }
 """What `min_seq_len: auto` means: by device type, (topk_ratio up to, shortest length at which SLA2 won).
 
 CPU: `python benchmarks/cpu.py`, float32, one thread (benchmarks/results/cpu.md). CUDA: `python
 benchmarks/attention.py`, H200, bf16, eager, against FA2 (benchmarks/results/attention_crossover.md); in CUDA graphs,
-without the host's time, SLA2 wins from a quarter of these lengths on.
+without the host's time, SLA2 wins from an eighth to a half of that on.
 """
 
 
