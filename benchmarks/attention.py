@@ -1,4 +1,4 @@
-"""Time one attention call: SLA2 against FlashAttention-2, cuDNN and FlexAttention on the same tensors in one run.
+"""Time one attention call: SLA2 against FlashAttention-2, cuDNN, FlexAttention and materialised attention in one run.
 
     python benchmarks/attention.py --suite anchors --output benchmarks/results/attention
     python benchmarks/attention.py --suite crossover
@@ -130,6 +130,17 @@ def flex_call(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Call:
     return run
 
 
+def materialised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with its whole map in memory, in q's dtype; refuses what does not fit."""
+    needed, free = (
+        3 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size(),
+        torch.cuda.mem_get_info()[0],
+    )
+    if needed > free:
+        raise MemoryError(f"three maps of {needed // 3 >> 20} MiB must fit into {free >> 20} MiB")
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+
+
 def stages(call: Call) -> dict[str, float]:
     """Device time of each kernel of one call, in milliseconds, from the profiler."""
     call()
@@ -167,6 +178,7 @@ def measure(shape: Shape, detail: bool) -> dict[str, Any]:
     row: dict[str, Any] = {**asdict(shape)}
     contenders: dict[str, Call] = {
         "fa2": backend(SDPBackend.FLASH_ATTENTION), "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
+        "math": lambda: materialised(q, k, v),
         **{name: sla2(low_bit) for name, low_bit in OURS.items()},
     }  # fmt: skip
     if shape.with_flex:
@@ -208,7 +220,7 @@ def environment() -> dict[str, str]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table, times in milliseconds."""
     columns = [
-        "fa2", "cudnn", "flex", "ours", "ours_graph", "low_graph", "ours_vs_fa2_graph", "ours_vs_cudnn_graph",
+        "fa2", "cudnn", "flex", "math", "ours", "ours_graph", "low_graph", "ours_vs_fa2_graph", "ours_vs_cudnn_graph",
         "low_vs_fa2_graph", "low_vs_cudnn_graph", "low_error",
     ]  # fmt: skip
     lines = ["| (B, H, N, D), dtype | top-k, r | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
