@@ -252,14 +252,16 @@ def attention_schedule(
         schedule.empty(name, o.shape if keep_branches else (0,), q.dtype) for name in ("o_sparse", "o_linear")
     )
     # bias (1 or Hq, 1 or Tm), read as (Hq, Tm)
-    steps = (0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride, bias.shape, strict=True))
+    bias_strides = (
+        (0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride, bias.shape, strict=True))
+    )
     alpha = 0 if bias is None else (1 if gain is None else 2)
 
     eight = EightBit.of(schedule, k_in, v_in, block_k, low_bit)
     # an INT8 product sums over 32 dims at a time
     layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), feature_map)
     plain = mask is None and not is_causal and not keep_branches
-    fused = hopper.takes(arch, q, k, v, block_q, block_k, plain)
+    fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, plain)
     # the linear branch lies in o until the sparse branch mixes it in
     linear = o_linear if keep_branches else o
     weight, shift = (
@@ -270,7 +272,7 @@ def attention_schedule(
     ):  # fmt: skip
         if fused:
             hopper.attend(
-                schedule, q, k, v, eight.slots, eight.level, summed.slot, summed.n, o, lse, steps,
+                schedule, q, k, v, eight.slots, eight.level, summed.slot, summed.n, o, lse, bias_strides,
                 first=summed.first * tm, z_at=layout.z_at, alpha=alpha, scale=scale, feature_map=feature_map,
             )  # fmt: skip
             continue
@@ -297,7 +299,7 @@ def attention_schedule(
         schedule, attend_kernel, lambda t: (B * Hq * tm * (block_q // t["BLOCK_M"]),),
         q_in, k_in, v_in, k_tiles, v_tiles, *eight.slots, lut_in, rest_in, gain_in, bias_in, mask_in, linear, weight,
         shift, o, lse, o_sparse, *q.stride[:3], *k.stride[:3], *v.stride[:3], 0 if mask is None else mask.stride[0],
-        *steps, Hq, groups, Nq, Nk, tm, topk, scale,
+        *bias_strides, Hq, groups, Nq, Nk, tm, topk, scale,
         D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k,
         ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=mask is not None, KEEP=keep_branches, TMA=tma, LOW_BIT=eight.level,
         tile={

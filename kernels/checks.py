@@ -158,13 +158,15 @@ def check_attention(
         raise cannot_run(low_bit, f"on {q.device.type}")
 
 
-def check_table(lut: Tensor, tn: int) -> None:
+def check_table(lut: Tensor, tn: int, may_end_early: bool) -> None:
     """Refuse a table that no router made, if SLA2_DEBUG is set: it reads values, so it waits for the device.
 
-    Without the check such a table gives numbers that mean nothing on a GPU, though nothing is read outside k and v.
+    Without the check the Triton kernels make meaningless numbers of such a table, though they read nothing outside k
+    and v; the portable path ends in PyTorch's own indexing error.
 
     Args:
         lut: (B, Hq, Tm, K) int32; tn: key blocks there are.
+        may_end_early: whether a row may have fewer blocks than K: only causality and masks forbid some.
 
     Raises:
         ValueError: an entry is not a key block, comes twice or out of order, or stands behind a -1.
@@ -174,10 +176,11 @@ def check_table(lut: Tensor, tn: int) -> None:
     if lut.is_cuda and torch.cuda.is_current_stream_capturing():
         # values cannot be read while a CUDA graph is captured
         return
-    fix = "take it from sla2::route with the same block_k"
-    wild = lut[(lut < -1) | (lut >= tn)]
+    fix = "take it from sla2::route with the same block_k, is_causal and key_mask"
+    least, or_none = (-1, ", or -1 behind the last") if may_end_early else (0, "")
+    wild = lut[(lut < least) | (lut >= tn)]
     if wild.numel() > 0:
-        raise fail("lut", f"hold key blocks 0 to {tn - 1}, or -1 behind the last", wild[0].item(), fix)
+        raise fail("lut", f"hold key blocks 0 to {tn - 1}{or_none}", wild[0].item(), fix)
     before, after = lut[..., :-1], lut[..., 1:]
     wrong = ~((after > before) & (before >= 0) | (after == -1)).all(dim=-1)
     if wrong.any():

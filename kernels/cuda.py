@@ -13,7 +13,8 @@
 
 A call's launches (`route_schedule.py`, `attention_schedule.py`) are worked out once for its layout and kept. Nothing
 waits for the device or depends on values, so a call can be captured in a CUDA graph. Lengths are plain arguments
-of the kernels: a new length compiles nothing, except that `select_kernel` knows the next power of two of Tn.
+of the kernels: a new length compiles nothing, except that `select_kernel` knows the next power of two of Tn, and is
+scheduled in about a millisecond. The 256 layouts used last are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torch import Tensor
 from sla2_compile.kernels import device as chip
 from sla2_compile.kernels import portable_attention, portable_route
 from sla2_compile.kernels.attention_schedule import attend_tile, attention_schedule, stages_that_fit
-from sla2_compile.kernels.checks import cannot_run, check_attention, check_route
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table
 from sla2_compile.kernels.device import packed, padded, whole
 from sla2_compile.kernels.route_schedule import route_schedule
 from sla2_compile.kernels.schedule import Layout, Schedule, Slot
@@ -59,7 +61,7 @@ def takes_route(
 ) -> bool:  # fmt: skip
     """Check a route, once for its layouts; whether the kernels run it."""
     check_route(q, k, proj_q, proj_k, mask, topk_ratio, compression_ratio, block_q, block_k)
-    return kernels_take(q.device, q.dtype, q.shape[3], q.shape[3], block_q, block_k, scale)
+    return q.shape[0] > 0 and kernels_take(q.device, q.dtype, q.shape[3], q.shape[3], block_q, block_k, scale)
 
 
 @functools.lru_cache(maxsize=256)
@@ -74,6 +76,8 @@ def takes_attention(
         q, k, v, k_mean, lut, log_rest, gain, bias, mask,
         block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
     )  # fmt: skip
+    if q.shape[0] == 0 and low_bit == "none":
+        return False
     if not kernels_take(q.device, q.dtype, q.shape[3], v.shape[3], block_q, block_k, scale):
         if low_bit != "none":
             raise cannot_run(low_bit, "where the Triton kernels do not take the call")
@@ -121,7 +125,10 @@ def attention(
     """
     tensors = attention_inputs(q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask)
     layouts = Layout.of_all(*tensors)
-    if not takes_attention(*layouts, *options):
+    taken = takes_attention(*layouts, *options)
+    block_k, is_causal = options[1], options[5]
+    check_table(lut, num_blocks(k.shape[2], block_k), is_causal or key_mask is not None)
+    if not taken:
         return portable_attention.attention_forward(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask, *options[:-1]
         )

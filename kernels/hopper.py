@@ -5,7 +5,7 @@
 | compute capability 9.0, Triton 3.6 and 3.7 (Gluon, its language, may still change) | other chips, other Tritons |
 | D = Dv of 64 or 128, block_q 128, block_k 64 | other sizes |
 | no key_mask, not causal, no branches kept | masks, causal, training |
-| 16-byte strides and addresses of q, k and v | odd layouts |
+| 16-byte strides and addresses of q, k and v; k_mean as the router makes it | odd layouts |
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def takes(arch: int, q: Layout, k: Layout, v: Layout, block_q: int, block_k: int, plain: bool) -> bool:
+def takes(
+    arch: int, q: Layout, k: Layout, v: Layout, k_mean: Layout, block_q: int, block_k: int, plain: bool
+) -> bool:
     """Whether this call runs on the Hopper kernel; plain: no mask, not causal, no branches kept."""
     return (
         plain
@@ -82,6 +84,8 @@ def takes(arch: int, q: Layout, k: Layout, v: Layout, block_q: int, block_k: int
         and q.shape[3] in (64, 128)
         and v.shape[3] == q.shape[3]
         and all(describable(x) for x in (q, k, v))
+        and k_mean.aligned
+        and k_mean.dtype == torch.float32
     )
 
 

@@ -110,7 +110,7 @@ def attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
     )  # fmt: skip
-    check_table(lut, num_blocks(k.shape[2], block_k))
+    check_table(lut, num_blocks(k.shape[2], block_k), is_causal or key_mask is not None)
     with torch.autocast(q.device.type, enabled=False):
         return attention_forward(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
@@ -127,7 +127,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from sla2_compile.kernels import cuda
 
-    check_table(lut, num_blocks(k.shape[2], block_k))
     with without_autocast(q):
         return cuda.attention(
             q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,

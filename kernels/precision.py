@@ -34,11 +34,11 @@ def effective_low_bit(
         return "none"
     # branches, so that these are constants in a trace where dims, and under dynamic=True all integers, are symbols
     positive = True if scale > 0.0 else False  # noqa: SIM210
-    D, Dv, block_q, block_k = constant(q.shape[3]), constant(v_dim), constant(block_q), constant(block_k)
+    D, Dv, block_q, block_k = rounded_up(q.shape[3]), rounded_up(v_dim), rounded_up(block_q), rounded_up(block_k)
     return low_bit_on(low_bit, q.device, q.dtype, D, Dv, block_q, block_k, positive)
 
 
-def constant(size: int) -> int:
+def rounded_up(size: int) -> int:
     """Round a head dim or a block size up to a power of two from 8 to 256, all that the kernels' rule asks of it."""
     for power in (8, 16, 32, 64, 128):
         if size <= power:

@@ -8,7 +8,8 @@ time. None of it depends on values, so calls with the same shapes, strides, dtyp
     schedule.launch(kernel, grid, schedule.inputs[1], mean, N, D=64, num_warps=4)
     tensors = schedule.run(q_tensor, k_tensor)        # as often as wanted
 
-A first run compiles through Triton's own launcher; later ones call the compiled kernel that it gave back.
+A first run compiles through Triton's own launcher; later ones call the compiled kernel that it gave back. Profilers'
+launch hooks run each time; what else Triton reads at a launch (debug knobs, pre-run hooks) counts at the first one.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ class Launch:
     Attributes:
         grid: programs; a function of a tile where the tile is found by trial.
         args: positional arguments, with `Slot` and `Tiles` for tensors; constants: those by name.
+        slots, tiles: which of the arguments are such.
+        repeat: the compiled kernel's launch, once there is one; described: tiles, as checked at the first launch;
+        trailing: constants, in the kernel's order.
     """
 
     kernel: Any

@@ -6,18 +6,19 @@ import pytest
 from torch import Tensor
 
 try:
+    from sla2_compile.kernels import cuda
     from sla2_compile.kernels.attention_schedule import attention_schedule
     from sla2_compile.kernels.route_schedule import route_schedule
 except ImportError:  # no Triton here, so nothing is scheduled
-    MAKERS = []
+    CACHES = []
 else:
-    MAKERS = [route_schedule, attention_schedule]
+    CACHES = [route_schedule, attention_schedule, cuda.takes_route, cuda.takes_attention]
 
 
 def forget_schedules() -> None:
-    """Have schedules made anew: what a test changed of the chip or of limits is not part of their key."""
-    for maker in MAKERS:
-        maker.cache_clear()
+    """Have calls checked and scheduled anew: what a test changed of the chip or of limits is not in their key."""
+    for cache in CACHES:
+        cache.cache_clear()
 
 
 def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
@@ -34,3 +35,8 @@ def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
     monkeypatch.setattr(Schedule, "run", keep)
     return kept
+
+
+def state_bytes(kept: dict[str, Tensor], heads: int, of: int) -> int:
+    """STATE_BYTES that lets `heads` heads of k run at a time, from what a run of all of them allocated."""
+    return heads * (kept["states"].nbytes + kept["summed"].nbytes) // of

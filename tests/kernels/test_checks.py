@@ -231,6 +231,7 @@ def test_debug_mode_refuses_a_table_that_no_router_made(
     row: list[int], rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLA2_DEBUG", "1")
+    # good()'s key_mask lets a row end early
     lut = torch.tensor([0, 3], dtype=torch.int32).expand(2, 4, 2, 2).clone()
     call = {**good(), "lut": lut}
     attention(*(call[name] for name in ATTENTION))
@@ -243,4 +244,33 @@ def test_debug_mode_refuses_a_table_that_no_router_made(
 
 def test_values_of_a_table_are_not_read_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLA2_DEBUG", "0")
-    checks.check_table(torch.full((1, 1, 1, 2), 99, dtype=torch.int32), 4)
+    checks.check_table(torch.full((1, 1, 1, 2), 99, dtype=torch.int32), 4, False)
+
+
+def test_only_causality_and_masks_make_a_row_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLA2_DEBUG", "1")
+    lut = torch.tensor([0, -1], dtype=torch.int32).expand(2, 4, 2, 2)
+    for change in ({}, {"key_mask": None, "is_causal": True}):
+        call = {**good(), "lut": lut, **change}
+        attention(*(call[name] for name in ATTENTION))
+    call = {**good(), "lut": lut, "key_mask": None}
+    with pytest.raises(ValueError, match=r"lut must hold key blocks 0 to 3, got -1; .* is_causal and key_mask"):
+        attention(*(call[name] for name in ATTENTION))
+
+
+def test_the_path_of_a_gpu_refuses_the_same() -> None:
+    """Metadata is checked before the table is: the rule comes out, not an IndexError of the check's own."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from sla2_compile.kernels import cuda
+
+    for change, rule in (
+        ({"k": torch.zeros(2, 50)}, "k must have shape"),
+        ({"block_k": 0}, "block_k must be a power of two"),
+        ({"lut": torch.zeros(2, 4, 2, 1)}, "lut must be int32"),
+    ):
+        call = {**good(), **change}
+        with pytest.raises(ValueError, match=rule):
+            cuda.attention(*(call[name] for name in ATTENTION))
+    call = {**good(), "proj_q": torch.eye(3)}
+    with pytest.raises(ValueError, match="proj_q must have shape"):
+        cuda.route(*(call[name] for name in ROUTE))

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels import attention_schedule, hopper
 from sla2_compile.kernels.schedule import Layout
-from tests.kernels.schedules import forget_schedules
+from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.test_triton_low_bit import check, routed
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs, scheduled_attention, scheduled_route
 
@@ -40,9 +40,16 @@ def tensors(D: int = 128) -> list[torch.Tensor]:
     return [torch.empty(2, 4, 256, D, dtype=torch.bfloat16) for _ in range(3)]
 
 
-def takes(x: list[torch.Tensor], arch: int = 90, block_q: int = 128, block_k: int = 64, plain: bool = True) -> bool:
+def takes(
+    x: list[torch.Tensor],
+    arch: int = 90,
+    block_q: int = 128,
+    block_k: int = 64,
+    plain: bool = True,
+    mean: Layout | None = None,
+) -> bool:
     q, k, v = (Layout.of(y) for y in x)
-    return hopper.takes(arch, q, k, v, block_q, block_k, plain)
+    return hopper.takes(arch, q, k, v, mean or Layout.of(torch.empty(2, 4, 128)), block_q, block_k, plain)
 
 
 def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +69,8 @@ def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
     odd = torch.empty(2, 4, 256, 130, dtype=torch.bfloat16)[..., :128]
     assert not takes([odd, k, v])
     assert not takes([q, k[:1].expand(2, -1, -1, -1), v])
+    assert not takes([q, k, v], mean=Layout.of(torch.empty(2, 4, 128, dtype=torch.float64)))
+    assert not takes([q, k, v], mean=Layout.of(torch.empty(2 * 4 * 128 + 1)[1:].view(2, 4, 128)))
     monkeypatch.setattr(hopper, "knows_this_triton", lambda: False)
     assert not takes([q, k, v])
 
@@ -95,10 +104,10 @@ if not INTERPRETED:
     @pytest.mark.parametrize("low_bit", LEVELS)
     def test_heads_in_groups(low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Bounded memory for the states: many launches give what one gives."""
-        case = replace(WIDE, B=2, heads=2)
+        case, kept = replace(WIDE, B=2, heads=2), remember_tensors(monkeypatch)
         x = routed(case, case.tensors())
         whole = case.attention(x, scheduled_attention, False, low_bit)
-        monkeypatch.setattr(attention_schedule, "STATE_BYTES", 1)
+        monkeypatch.setattr(attention_schedule, "STATE_BYTES", state_bytes(kept, 3, of=4))
         forget_schedules()
         parts = case.attention(x, scheduled_attention, False, low_bit)
         assert torch.equal(whole[0], parts[0])

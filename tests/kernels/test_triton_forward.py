@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from sla2_compile.kernels import attention_schedule, cuda, device, hopper, reference, route_schedule
 from sla2_compile.kernels.blocks import num_kept
 from tests.kernels.oracle import assert_oracle
-from tests.kernels.schedules import forget_schedules, remember_tensors
+from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.triton_case import (
     DEVICE,
     INTERPRETED,
@@ -201,15 +201,17 @@ def test_wild_table_reads_nothing_outside(Nk: int, monkeypatch: pytest.MonkeyPat
 
 
 @body
-def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounded memory for the states: many launches give what one gives."""
-    case = replace(Case(), B=2, heads=3, keep=False)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_heads_in_groups(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded memory for the states: many launches give what one gives, also where the last group is smaller."""
+    case, kept = replace(Case(), B=2, heads=3, keep=False), remember_tensors(monkeypatch)
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
     whole = case.attention(x, scheduled_attention, False)[0]
-    monkeypatch.setattr(attention_schedule, "STATE_BYTES", 1)
+    monkeypatch.setattr(attention_schedule, "STATE_BYTES", state_bytes(kept, heads, of=6))
     forget_schedules()
     assert torch.equal(whole, case.attention(x, scheduled_attention, False)[0])
+    assert len(kept["states"]) == heads
 
 
 def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from sla2_compile.kernels import attention_schedule, reference, reference_low_bit
 from sla2_compile.kernels.schedule import Schedule
 from tests.kernels.oracle import assert_oracle
-from tests.kernels.schedules import forget_schedules, remember_tensors
+from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs, scheduled_attention
 
 # a case takes a second, so a failing one is shown as it was drawn
@@ -240,14 +240,15 @@ def test_wild_table_reads_nothing_outside(Nk: int, low_bit: str, monkeypatch: py
 
 @body
 def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounded memory for the states: many launches give what one gives."""
-    low_bit = RUN[-1]
+    """Bounded memory for the states: many launches give what one gives, also where the last group is smaller."""
+    low_bit, kept = RUN[-1], remember_tensors(monkeypatch)
     case = replace(Case(), heads=3, groups=1, Nq=75, Nk=107, keep=False)
     x = routed(case, case.tensors())
     whole = case.attention(x, scheduled_attention, False, low_bit)[0]
-    monkeypatch.setattr(attention_schedule, "STATE_BYTES", 1)
+    monkeypatch.setattr(attention_schedule, "STATE_BYTES", state_bytes(kept, 2, of=3))
     forget_schedules()
     assert torch.equal(whole, case.attention(x, scheduled_attention, False, low_bit)[0])
+    assert len(kept["states"]) == 2
 
 
 if not INTERPRETED:
