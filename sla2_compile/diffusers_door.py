@@ -12,18 +12,18 @@ own for "native", with SLA2 (no learned parameters) in the place of its one call
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
-from sla2_compile.door import Door
+from sla2_compile.door import Door, forget
 from sla2_compile.recipes import DEFAULT, Recipe
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ log = logging.getLogger("sla2_compile")
 
 # by recipe, as text; one object for each, because compilers guard a name by its identity
 _NAMES: dict[str, AttentionBackendName] = {}
+# registered, and without a recipe so far
+_SPARE: list[Slot] = []
+# how many are registered at a time: whatever is compiled of diffusers, of any model, is guarded by their number
+SPARE = 16
+_LOCK = threading.Lock()
 
 
 def set_diffusers_backend(
@@ -41,9 +46,13 @@ def set_diffusers_backend(
     """Send the attention calls that model makes through diffusers' dispatcher to SLA2, without learned parameters.
 
     What `model.set_attention_backend` does for diffusers' names, less its change of the default of the process: other
-    models keep what they have. Calls that SLA2 does not take (`passes/rules.py`) run as "native"; `report(model)`
-    lists both, as eager calls were made. Compiled code records nothing. Copies and pickles of model keep the choice.
-    Back with `model.reset_attention_backend()`, or any other name with `model.set_attention_backend(...)`.
+    models keep what they have, unless they share processor objects. Calls that SLA2 does not take (`passes/rules.py`)
+    run as "native"; `report(model)` lists both, as eager calls were made. Compiled code records nothing. Copies and
+    pickles of model keep the choice. Processors set afterwards do not have it. Calls for which a processor passes
+    another backend, or none, than it was given (the prefill of Qwen-Image 2.1) are not SLA2's, and not listed.
+
+    Back with `model.reset_attention_backend()`, or any other name with `model.set_attention_backend(...)`; the hooks
+    of the attention modules, which are there for the report, go at the next eager forward.
 
     Args:
         model: of diffusers, `pipe.transformer` for one; its calls have q (B, Nq, H, D), k and v (B, Nk, Hk, D).
@@ -100,32 +109,46 @@ def diffusers_backend(
         ...     image = pipe("a cat").images[0]
     """
     try:
-        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry  # noqa: F401
     except ImportError as error:
         fix = "pip install 'diffusers>=0.36'"
         raise ImportError(f"the dispatcher needs diffusers 0.36 or later, got {error}; {fix}") from error
     chosen = Recipe.of(recipe, **overrides)
     fields = chosen.model_dump(mode="json")
     text = json.dumps(fields, sort_keys=True)
-    if text in _NAMES:
+    with _LOCK:
+        if text not in _NAMES:
+            door = Door(chosen, lambda module: _backend(module) is _NAMES[text])
+            if not _SPARE:
+                _SPARE.extend(Slot(len(_NAMES) + i) for i in range(SPARE))
+            slot = _SPARE.pop(0)
+            slot.door = door
+            # as the class would pickle it, it could not be found again
+            slot.name.__reduce_ex__ = partial(_reduce, fields)
+            _NAMES[text] = slot.name
         return _NAMES[text]
-    door = Door(chosen)
-    native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
-    constraints = list(_AttentionBackendRegistry._constraints[AttentionBackendName.NATIVE])
 
-    # under native's signature, by which the dispatcher tells which arguments to pass
-    @functools.wraps(native)
-    def attention(**kwargs: Any) -> Tensor:
-        _refuse_parallel(kwargs.get("_parallel_config"))
-        return door.call(_running(), native, **kwargs)
 
-    value = f"sla2_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    name: Any = str.__new__(AttentionBackendName, value)
-    name._name_, name._value_ = value.upper(), value
-    # as the class would pickle it, it could not be found again
-    name.__reduce_ex__ = partial(_reduce, fields)
-    _AttentionBackendRegistry.register(name, constraints=constraints)(attention)
-    return _NAMES.setdefault(text, name)
+class Slot:
+    """A name in diffusers' registry, and the door behind it once a recipe has taken it."""
+
+    def __init__(self, index: int) -> None:
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+        self.door: Door | None = None
+        native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+        constraints = list(_AttentionBackendRegistry._constraints[AttentionBackendName.NATIVE])
+
+        # under native's signature, by which the dispatcher tells which arguments to pass
+        @functools.wraps(native)
+        def attention(**kwargs: Any) -> Tensor:
+            assert self.door is not None
+            _refuse_parallel(kwargs.get("_parallel_config"))
+            return self.door.call(_running(self.name), native, **kwargs)
+
+        self.name: Any = str.__new__(AttentionBackendName, f"sla2_{index}")
+        self.name._name_, self.name._value_ = f"SLA2_{index}", f"sla2_{index}"
+        _AttentionBackendRegistry.register(self.name, constraints=constraints)(attention)
 
 
 def _reduce(fields: dict[str, Any], protocol: int) -> tuple[Any, tuple[dict[str, Any]]]:
@@ -157,24 +180,39 @@ def _refuse_parallel(config: Any) -> None:
 
 # whose call it is, which the dispatcher does not pass on: hooks of the attention modules say, in eager mode only
 _THREAD = threading.local()
-# one id for all modules, where torch counts up from 0: compiled layers are guarded by it, and would share nothing
-HOOK = -1
+# one id for all modules, where torch counts up from 0: compiled layers are guarded by it, and would share nothing.
+# No number, which somebody else could have taken
+HOOK: Any = "sla2_compile"
 
 
-def _running() -> nn.Module | None:
+def _backend(module: nn.Module) -> Any:
+    return getattr(getattr(module, "processor", None), "_attention_backend", None)
+
+
+def _running(name: Any) -> nn.Module | None:
     if torch.compiler.is_compiling():
         return None
-    stack = getattr(_THREAD, "stack", None)
-    return stack[-1] if stack else None
+    stack = _stack()
+    module = stack[-1]() if stack else None
+    return module if module is not None and _backend(module) is name else None
+
+
+def _stack() -> list[ReferenceType[nn.Module]]:
+    """The watched modules of this thread whose forward runs, the innermost last."""
+    if not hasattr(_THREAD, "stack"):
+        _THREAD.stack = []
+    return _THREAD.stack
 
 
 def _watch(module: nn.Module) -> None:
+    forget(module)
     module._forward_pre_hooks[HOOK] = _enter
     module._forward_hooks[HOOK] = _leave
     module._forward_hooks_always_called[HOOK] = True
 
 
 def _unwatch(module: nn.Module) -> None:
+    forget(module)
     for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
         hooks.pop(HOOK, None)
 
@@ -182,20 +220,28 @@ def _unwatch(module: nn.Module) -> None:
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
-    if not any(backend is name for name in _NAMES.values()):
+    backend = _backend(module)
+    if not any(backend is name for name in tuple(_NAMES.values())):
         # somebody chose anew, by diffusers' own methods
+        if "_attention_backend" not in getattr(getattr(module, "processor", None), "__dict__", {}):
+            log.warning("no longer SLA2, for its processor was replaced since: %s", type(module).__name__)
         _unwatch(module)
         return
-    if not hasattr(_THREAD, "stack"):
-        _THREAD.stack = []
-    _THREAD.stack.append(module)
+    stack = _stack()
+    # a forward that KeyboardInterrupt ended, for which torch calls no hooks, is not around this one
+    while stack and not _is_around(stack[-1](), module):
+        stack.pop()
+    stack.append(ref(module))
+
+
+def _is_around(outer: nn.Module | None, module: nn.Module) -> bool:
+    return outer is not None and outer is not module and any(x is module for x in outer.modules())
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     # not what _enter put there if a compiler ran one of the two
-    stack = getattr(_THREAD, "stack", None)
-    if stack and stack[-1] is module:
+    stack = _stack()
+    if stack and stack[-1]() is module:
         stack.pop()

@@ -40,13 +40,14 @@ class DoorSite(Site):
     """The site of one module behind a door: learns nothing, and remembers what became of each call.
 
     Attributes:
-        recipe: the door's.
+        recipe, chosen: the door's.
         outcomes: a `Rewrite` under "", and a `Miss` under each reason met; the longest call of each, and how many.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, chosen: Callable[[nn.Module], bool]) -> None:
         super().__init__(SiteSettings.of(recipe, ""))
         self.recipe = recipe
+        self.chosen = chosen
         # Dynamo calls such a function while it traces, and leaves nothing of it in the graph
         self.tell = torch.compiler.assume_constant_result(_tell)
         self.outcomes: dict[str, Rewrite | Miss] = {}
@@ -84,20 +85,35 @@ _SITES: WeakKeyDictionary[nn.Module, DoorSite] = WeakKeyDictionary()
 
 
 def door_site(module: nn.Module) -> DoorSite | None:
-    """What became of a module's calls through a door, or None if none came through one."""
-    return _SITES.get(module)
+    """What became of a module's calls through a door; None if none came, or they go elsewhere by now."""
+    site = _SITES.get(module)
+    return None if site is None or is_owner(module) or not site.chosen(module) else site
+
+
+def forget(module: nn.Module) -> None:
+    """Begin a new record of a module's calls."""
+    _SITES.pop(module, None)
+
+
+def always(module: nn.Module) -> bool:
+    """The `chosen` of a library that cannot say whether a module still goes by a door."""
+    return True
 
 
 class Door:
     """One recipe behind one name.
 
     Attributes:
-        recipe: as given.
+        recipe, chosen: as given.
         nameless: the site of traced calls, for compiled graphs record nothing, and of calls from nowhere known.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, chosen: Callable[[nn.Module], bool] = always) -> None:
         """Build a door.
+
+        Args:
+            recipe: of all calls.
+            chosen: whether a module still goes by this door, asked for reports.
 
         Raises:
             ValueError: the recipe speaks of single sites.
@@ -109,7 +125,8 @@ class Door:
                     f"{getattr(recipe, field)!r}; use sla2_compile.transform for recipes that tell sites apart"
                 )
         self.recipe = recipe
-        self.nameless = DoorSite(recipe)
+        self.chosen = chosen
+        self.nameless = DoorSite(recipe, chosen)
 
     def call(self, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run function, in which an attention call stands, with SLA2 in the place of that call.
@@ -126,7 +143,7 @@ class Door:
     def _site(self, module: nn.Module) -> DoorSite:
         site = _SITES.get(module)
         if site is None or site.recipe != self.recipe:
-            site = _SITES[module] = DoorSite(self.recipe)
+            site = _SITES[module] = DoorSite(self.recipe, self.chosen)
         return site
 
 

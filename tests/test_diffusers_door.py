@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import subprocess
 import sys
+import threading
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import sla2_compile
+from sla2_compile import diffusers_door
 from sla2_compile.passes.rules import Reason
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -263,6 +267,123 @@ def test_an_error_in_a_forward_leaves_no_trace():
     with diffusers.attention_backend(sla2_compile.diffusers_backend(**FEW)):
         output(flux(), flux_inputs())
     assert sla2_compile.report(model).outcomes == ()
+
+
+def test_an_interrupt_leaves_no_trace():
+    """torch calls no hooks after a KeyboardInterrupt."""
+    model, other = flux(), flux()
+    for net in (model, other):
+        sla2_compile.set_diffusers_backend(net, **FEW)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    attn = model.transformer_blocks[0].attn
+    handle = attn.to_q.register_forward_hook(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            output(model, flux_inputs())
+    handle.remove()
+    # a recipe of its own is not the interrupted module's
+    with diffusers.attention_backend(sla2_compile.diffusers_backend(**ALL)):
+        output(flux(), flux_inputs())
+    assert sla2_compile.report(model).outcomes == ()
+    # nor is any call once another watched module has run
+    output(other, flux_inputs())
+    with diffusers.attention_backend(sla2_compile.diffusers_backend(**FEW)):
+        output(flux(), flux_inputs())
+    assert sla2_compile.report(model).outcomes == ()
+    output(model, flux_inputs())
+    assert [x.where.times for x in sla2_compile.report(model).rewrites] == [1, 1, 1]
+    attn.to_q.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        output(model, flux_inputs())
+    gone = weakref.ref(attn)
+    del model, net, attn, handle
+    gc.collect()
+    assert gone() is None
+
+
+def test_other_peoples_hooks_stay():
+    model, seen = flux(), []
+    attn = model.transformer_blocks[0].attn
+    attn._forward_hooks[-1] = lambda *args: seen.append(-1)
+    handle = attn.register_forward_pre_hook(lambda *args: seen.append(0))
+    sla2_compile.set_diffusers_backend(model, **FEW)
+    attn.register_forward_hook(lambda *args: seen.append(1), prepend=True)
+    output(model, flux_inputs())
+    model.reset_attention_backend()
+    handle.remove()
+    output(model, flux_inputs())
+    assert seen == [0, 1, -1, 1, -1]
+    assert len(attn._forward_hooks) == 2
+    assert not attn._forward_pre_hooks
+
+
+def test_a_report_is_of_the_choice_that_holds(caplog):
+    model = flux()
+    for recipe in (FEW, ALL, ALL):
+        sla2_compile.set_diffusers_backend(model, **recipe)
+        assert sla2_compile.report(model).outcomes == ()
+        output(model, flux_inputs())
+        assert [x.where.times for x in sla2_compile.report(model).rewrites] == [1, 1, 1]
+    # planned modules are the plan's, calls from before included
+    sla2_compile.transform(model, example_kwargs=flux_inputs(), **FEW)
+    assert len(sla2_compile.report(model).outcomes) == 3
+    sla2_compile.restore(model)
+    model.reset_attention_backend()
+    for _ in range(2):
+        assert sla2_compile.report(model).discovery == "not transformed"
+        assert not sla2_compile.report(model).outcomes
+        output(model, flux_inputs())
+    assert "replaced" not in caplog.text
+    # a processor that comes later has no choice, which is said once
+    sla2_compile.set_diffusers_backend(model, **FEW)
+    output(model, flux_inputs())
+    attn = model.transformer_blocks[0].attn
+    attn.set_processor(type(attn.processor)())
+    for _ in range(2):
+        output(model, flux_inputs())
+    assert names(model) == ["transformer_blocks.1.attn", "single_transformer_blocks.0.attn"]
+    assert caplog.text.count("its processor was replaced since: FluxAttention") == 1
+
+
+def test_naming_recipes_leaves_what_is_compiled_alone():
+    """It is guarded by the number of names in the library's registry, whose model it may be."""
+    model = flux()
+    expected = output(model, flux_inputs())
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for i in range(diffusers_door.SPARE):
+            assert torch.equal(compiled(**flux_inputs())[0], expected)
+            sla2_compile.diffusers_backend(topk_ratio=0.31 + 0.01 * i)
+    # once more where the names in store ran out
+    assert counter.frame_count <= 2
+
+
+def test_threads():
+    models = [flux() for _ in range(4)]
+    given = flux_inputs()
+    expected = [output(flux(), given)] * 4
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        recipe: dict[str, Any] = {"topk_ratio": 1.0, "min_seq_len": i // 2}
+        for _ in range(3):
+            sla2_compile.set_diffusers_backend(models[i], **recipe)
+            if not torch.allclose(output(models[i], given), expected[i], rtol=1e-4, atol=1e-5):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert [[x.where.times for x in sla2_compile.report(model).rewrites] for model in models] == [[1, 1, 1]] * 4
+    backends = [model.transformer_blocks[0].attn.processor._attention_backend for model in models]
+    assert backends[0] is backends[1] is not backends[2]
 
 
 def test_compiled_whole():
