@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
@@ -94,6 +95,14 @@ def sla2_attention(
     return o
 
 
+def traced(x: Tensor) -> bool:
+    """Whether a compiler traces the computation that x is part of.
+
+    A back end's own trace does not count as compiling in torch 2.11, but its tensors are functional ones.
+    """
+    return torch.compiler.is_compiling() or isinstance(x, FunctionalTensor)
+
+
 def autocasts(q: Tensor) -> bool:
     """Whether autocast will bring q, k and v to one dtype, as it does for PyTorch's own attention."""
     return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
@@ -106,7 +115,7 @@ def attend(
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None, keep_routing: bool = True,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """`sla2_attention` that also returns what the router chose, if keep_routing; None in a compiler's trace."""
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if not traced(q) and forward_ad._current_level >= 0:
         tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
         if any(t is not None for t in tangents):
             raise NotImplementedError("SLA2 has no forward-mode derivative; use reverse mode, or full attention")
@@ -128,7 +137,7 @@ def attend(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches, low_bit,
     )  # fmt: skip
-    if not keep_routing or torch.compiler.is_compiling():
+    if not keep_routing or traced(q):
         return o, None
     tn = num_blocks(k.shape[2], block_k)
     return o, Routing(lut, log_rest, entropy, lse[..., ::block_q].clone(), block_q, block_k, tn)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sla2_compile.kernels.functional import traced
 from sla2_compile.passes.call import AttentionCall
 
 
@@ -94,14 +95,15 @@ def _is_one_row(mask: Tensor, axis: int) -> bool:
 
 def _structure_of(mask: Tensor, planned: Structure | None, constant: bool) -> Structure | None:
     """The structure that a mask's values have; while tracing, the planned one, with an assertion in the graph."""
-    if torch.compiler.is_compiling() and not constant:
+    if traced(mask) and not constant:
         if planned is None or (planned is Structure.CAUSAL and mask.shape[-1] != mask.shape[-2]):
             return None
         message = f"attn_mask must hide {planned.value}, as when SLA2 was planned; run this mask in eager mode"
         torch._assert_async(_has(mask, planned), message)
         return planned
-    if mask.is_meta or isinstance(mask, FakeTensor):
-        # values unknown, and no graph to assert anything in: a map over keys is one, a full map may be anything
+    if mask.is_meta or isinstance(mask, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        # values unknown (torch.func wraps what it batches or differentiates), and no graph to assert anything in:
+        # a map over keys is one, a full map may be anything
         return Structure.SAME if same_for_all_queries(mask) else None
     if mask.is_inference():
         # inference tensors count no versions, so a verdict could grow stale

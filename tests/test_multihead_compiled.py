@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sla2_compile
 from sla2_compile.passes.rules import Reason
+from tests.versions import OLD, needs_newer_torch
 
 B, N, E, H = 2, 90, 32, 2
 OPTIONS: dict[str, Any] = {"min_seq_len": 0, "topk_ratio": 1.0, "inner_backend": "aot_eager"}
@@ -148,6 +149,8 @@ def encoder(**options):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}])
 def test_encoder(options, training, dynamic, replaced):
+    if OLD and dynamic and not training:
+        pytest.skip("this torch cannot trace fused encoder layers with symbolic sizes")
     model, x = encoder(**options).train(training), torch.randn(B, N, E)
     twin = copy.deepcopy(model)
     with torch.set_grad_enabled(training):
@@ -162,6 +165,7 @@ def test_encoder(options, training, dynamic, replaced):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
 
 
+@needs_newer_torch("symbolic sizes of nn.TransformerEncoder are specialised, or not traced at all")
 @pytest.mark.parametrize("training", [True, False])
 def test_encoder_of_two_lengths(training):
     model = encoder().train(training)

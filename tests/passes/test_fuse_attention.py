@@ -35,6 +35,7 @@ from tests.passes.handwritten import (
     split_heads,
     t1,
 )  # fmt: skip
+from tests.versions import OLD
 
 
 @pytest.fixture(params=[(2, 12), (1, 33)], ids=["even", "odd"])
@@ -405,7 +406,9 @@ def test_symbolic_lengths(attend, dynamic):
         x = torch.randn(*shape, C)
         torch.testing.assert_close(function(x), module(x))
     if dynamic == "dynamo":
-        assert [r.changed for r, _ in seen] == [1]
+        # torch 2.11 compiles t20's reshapes anew for each length, with or without us
+        graphs = 3 if OLD and attend is t20 else 1
+        assert [r.changed for r, _ in seen] == [1] * graphs
 
 
 def test_hidden_rows():
