@@ -16,7 +16,7 @@ import sla2_compile.kernels  # noqa: F401  (registers the ops, so that saved pro
 
 if TYPE_CHECKING:
     from sla2_compile.api import restore, transform
-    from sla2_compile.diffusers_door import diffusers_backend, set_diffusers_backend
+    from sla2_compile.diffusers_door import diffusers_backend, reset_diffusers_backend, set_diffusers_backend
     from sla2_compile.kernels import AttentionOptions, sla2_attention
     from sla2_compile.recipes import Recipe, RecipeError
     from sla2_compile.reporting import Report, report
@@ -32,6 +32,7 @@ _HOMES = {
     "RecipeError": "recipes",
     "Report": "reporting",
     "diffusers_backend": "diffusers_door",
+    "reset_diffusers_backend": "diffusers_door",
     "register_transformers": "transformers_door",
     "report": "reporting",
     "get_sla2_statistics": "statistics",
@@ -51,6 +52,7 @@ __all__ = [
     "log_sla2_config",
     "register_transformers",
     "report",
+    "reset_diffusers_backend",
     "restore",
     "set_diffusers_backend",
     "sla2_attention",

@@ -1,7 +1,7 @@
 """`set_diffusers_backend`: SLA2 behind diffusers' own attention dispatcher, one recipe for each model.
 
     sla2_compile.set_diffusers_backend(pipe.transformer, recipe="balanced")
-    pipe.transformer.reset_attention_backend()      # diffusers' own way back
+    sla2_compile.reset_diffusers_backend(pipe.transformer)
 
 diffusers' attention processors pass their `_attention_backend` to `dispatch_attention_fn`, which looks up a function
 in a registry. It takes any instance of its enumeration for a name, so ours is one that the class does not list: the
@@ -51,8 +51,8 @@ def set_diffusers_backend(
     pickles of model keep the choice. Processors set afterwards do not have it. Calls for which a processor passes
     another backend, or none, than it was given (the prefill of Qwen-Image 2.1) are not SLA2's, and not listed.
 
-    Back with `model.reset_attention_backend()`, or any other name with `model.set_attention_backend(...)`; the hooks
-    of the attention modules, which are there for the report, go at the next eager forward.
+    Back with `reset_diffusers_backend(model)`, or by diffusers' own `reset_attention_backend` and
+    `set_attention_backend`, after which the hooks that make the report go at the next eager forward.
 
     Args:
         model: of diffusers, `pipe.transformer` for one; its calls have q (B, Nq, H, D), k and v (B, Nk, Hk, D).
@@ -86,6 +86,21 @@ def set_diffusers_backend(
     for module in dispatching:
         module.processor._attention_backend = name
         _watch(module)
+
+
+def reset_diffusers_backend(model: nn.Module) -> None:
+    """Undo `set_diffusers_backend`: the library's default again, and nothing of ours left in model.
+
+    A model without SLA2, or with other names, stays as it is.
+
+    Args:
+        model: as `set_diffusers_backend`'s.
+    """
+    for module in model.modules():
+        if any(_backend(module) is name for name in tuple(_NAMES.values())):
+            module.processor._attention_backend = None  # type: ignore[union-attr]
+        if HOOK in module._forward_pre_hooks:
+            _unwatch(module)
 
 
 def diffusers_backend(

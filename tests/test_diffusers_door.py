@@ -512,3 +512,33 @@ def test_absent_library_is_an_import_error(monkeypatch):
 def test_the_package_does_not_import_the_library():
     code = "import sys, sla2_compile; sla2_compile.set_diffusers_backend; assert 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reset_leaves_nothing_behind():
+    model, other = flux(), torch.nn.Linear(2, 2)
+    expected = output(model, flux_inputs())
+    before = [
+        (len(x._forward_pre_hooks), len(x._forward_hooks), len(x._forward_hooks_always_called))
+        for x in model.modules()
+    ]
+    processors = [dict(x.processor.__dict__) for x in model.modules() if hasattr(x, "processor")]
+    sla2_compile.set_diffusers_backend(model, **FEW)
+    assert not torch.equal(output(model, flux_inputs()), expected)
+    sla2_compile.reset_diffusers_backend(model)
+    after = [
+        (len(x._forward_pre_hooks), len(x._forward_hooks), len(x._forward_hooks_always_called))
+        for x in model.modules()
+    ]
+    assert after == before
+    assert [dict(x.processor.__dict__) for x in model.modules() if hasattr(x, "processor")] == [
+        {**old, "_attention_backend": None} for old in processors
+    ]
+    assert torch.equal(output(model, flux_inputs()), expected)
+    # other choices, and models without any, stay
+    model.set_attention_backend("_native_math")
+    sla2_compile.reset_diffusers_backend(model)
+    assert {x.processor._attention_backend for x in model.modules() if hasattr(x, "processor")} == {
+        dispatch.AttentionBackendName._NATIVE_MATH
+    }
+    sla2_compile.reset_diffusers_backend(other)
+    dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
