@@ -514,21 +514,20 @@ def test_the_package_does_not_import_the_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def hooks(model):
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
+    return [[len(getattr(x, kind)) for kind in kinds] for x in model.modules()]
+
+
 def test_reset_leaves_nothing_behind():
     model, other = flux(), torch.nn.Linear(2, 2)
     expected = output(model, flux_inputs())
-    before = [
-        (len(x._forward_pre_hooks), len(x._forward_hooks), len(x._forward_hooks_always_called))
-        for x in model.modules()
-    ]
+    before = hooks(model)
     processors = [dict(x.processor.__dict__) for x in model.modules() if hasattr(x, "processor")]
     sla2_compile.set_diffusers_backend(model, **FEW)
     assert not torch.equal(output(model, flux_inputs()), expected)
     sla2_compile.reset_diffusers_backend(model)
-    after = [
-        (len(x._forward_pre_hooks), len(x._forward_hooks), len(x._forward_hooks_always_called))
-        for x in model.modules()
-    ]
+    after = hooks(model)
     assert after == before
     assert [dict(x.processor.__dict__) for x in model.modules() if hasattr(x, "processor")] == [
         {**old, "_attention_backend": None} for old in processors
