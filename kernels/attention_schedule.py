@@ -154,7 +154,7 @@ def states_tile(arch: int, layout: StateLayout, low_bit: int, block_k: int) -> d
     return {"BLOCK_DV": min(layout.block_dv, columns), "num_warps": warps, "maxnreg": registers}
 
 
-def tiles(slot: Slot, x: Layout, rows: int, width: int) -> Tiles:
+def block_tiles(slot: Slot, x: Layout, rows: int, width: int) -> Tiles:
     """x (B, H, N, D) for the copy engine, in tiles of rows x width."""
     # the stride of a dim of size 1 is never used, but must be valid
     strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride[:3], x.shape[:3], strict=True)]
@@ -293,7 +293,9 @@ def attention_schedule(
     block_d, block_dv = layout.block_d, layout.block_dv
     tile = attend_tile(arch, max(block_d, block_dv), block_q, block_k)
     tma = not eight.level and arch >= 90 and describable(k) and describable(v)
-    k_tiles, v_tiles = (tiles(k_in, k, block_k, block_d), tiles(v_in, v, block_k, block_dv)) if tma else (k_in, v_in)
+    k_tiles, v_tiles = (
+        (block_tiles(k_in, k, block_k, block_d), block_tiles(v_in, v, block_k, block_dv)) if tma else (k_in, v_in)
+    )
     room = stages_that_fit(device.shared_limit(q.device), tile.block_m, block_k, block_d, block_dv)
     launch(
         schedule, attend_kernel, lambda t: (B * Hq * tm * (block_q // t["BLOCK_M"]),),

@@ -89,7 +89,9 @@ def takes(
     )
 
 
-def tiles(slot: Slot, shape: tuple[int, ...], strides: tuple[int, ...], *block: int, offset: int = 0) -> Tiles:
+def swizzled_tiles(
+    slot: Slot, shape: tuple[int, ...], strides: tuple[int, ...], *block: int, offset: int = 0
+) -> Tiles:
     """Describe a slot for the copy engine, in tiles of `block`, to lie in shared memory as tensor cores read them."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
@@ -102,15 +104,15 @@ def tiles(slot: Slot, shape: tuple[int, ...], strides: tuple[int, ...], *block: 
     return Tiles(slot, shape, strides, block, offset, layout)
 
 
-def packed_tiles(slot: Slot, shape: tuple[int, ...], *block: int) -> Tiles:
-    """`tiles` of a slot that lies in one piece, seen in another shape."""
+def whole_tiles(slot: Slot, shape: tuple[int, ...], *block: int) -> Tiles:
+    """`swizzled_tiles` of a slot that lies in one piece, seen in another shape."""
     strides = [1]
     for n in reversed(shape[1:]):
         strides.insert(0, n * strides[0])
-    return tiles(slot, shape, tuple(strides), *block)
+    return swizzled_tiles(slot, shape, tuple(strides), *block)
 
 
-def stages_that_fit(D: int, bytes_k: int, bytes_v: int, cut: Cut) -> int:
+def steps_that_fit(D: int, bytes_k: int, bytes_v: int, cut: Cut) -> int:
     """How many steps' key blocks fit into a program's shared memory beside q, H and the small things."""
     fixed = 2 * BLOCK_Q * D * 2 + D * D * 2 + 6 * D + 1024
     return min(4, (SHARED // cut.programs - fixed) // (cut.pair * (BLOCK_K * D * (bytes_k + bytes_v) + 128)))
@@ -135,24 +137,26 @@ def attend(
     k8, v8, scales = eight
     tn, items, state = num_blocks(Nk, BLOCK_K), heads_in * summed.shape[1], summed.shape[2]
     keys = (
-        packed_tiles(k8, k8.shape, 1, 1, BLOCK_K, D) if low_bit else tiles(k_in, k.shape, k.stride, 1, 1, BLOCK_K, D)
+        whole_tiles(k8, k8.shape, 1, 1, BLOCK_K, D)
+        if low_bit
+        else swizzled_tiles(k_in, k.shape, k.stride, 1, 1, BLOCK_K, D)
     )
     if low_bit == 2:
-        values = packed_tiles(v8, (B * heads, tn, D, BLOCK_K), 1, 1, D, BLOCK_K)
+        values = whole_tiles(v8, (B * heads, tn, D, BLOCK_K), 1, 1, D, BLOCK_K)
     else:
-        values = tiles(v_in, v.shape, v.stride, 1, 1, BLOCK_K, D)
+        values = swizzled_tiles(v_in, v.shape, v.stride, 1, 1, BLOCK_K, D)
     # never read without low bit, but must be a thing that can be described
     scale_tiles = (
-        packed_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else packed_tiles(mean, (B, heads, D), 1, 1, 32)
+        whole_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else whole_tiles(mean, (B, heads, D), 1, 1, 32)
     )
     cut = cut_for(D, low_bit)
-    stages = stages_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize, cut)
+    stages = steps_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize, cut)
     schedule.launch(
         kernel(), (min(items, cut.programs * multiprocessors(q.device)),),
-        tiles(q_in, q.shape, q.stride, 1, 1, ROWS, D), keys, values, scale_tiles,
-        tiles(summed, (items, D, D), (state, D, 1), 1, D, D),
-        tiles(summed, (items, D), (state, 1), 1, D, offset=z_at),
-        packed_tiles(mean, (B * heads, D), 1, D), packed_tiles(o, o.shape, 1, 1, ROWS, D),
+        swizzled_tiles(q_in, q.shape, q.stride, 1, 1, ROWS, D), keys, values, scale_tiles,
+        swizzled_tiles(summed, (items, D, D), (state, D, 1), 1, D, D),
+        swizzled_tiles(summed, (items, D), (state, 1), 1, D, offset=z_at),
+        whole_tiles(mean, (B * heads, D), 1, D), whole_tiles(o, o.shape, 1, 1, ROWS, D),
         lut, log_rest, gain, bias, lse, *bias_strides, first, Hq, Hq // heads, tm, tn, topk, items, Nq, Nk, scale,
         D=D, DV=D, BLOCK_K=BLOCK_K, STAGES=stages, PAIR=cut.pair, LOW_BIT=low_bit, ALPHA=alpha,
         FEATURE_MAP=feature_map, REGISTERS=cut.registers, num_warps=4, maxnreg=cut.at_launch,

@@ -79,7 +79,7 @@ def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("low_bit", "bytes_k", "bytes_v"), [(0, 2, 2), (1, 1, 2), (2, 1, 1)])
 def test_two_steps_fit(D: int, low_bit: int, bytes_k: int, bytes_v: int) -> None:
     """One is being used while the next one comes."""
-    assert hopper.stages_that_fit(D, bytes_k, bytes_v, hopper.cut_for(D, low_bit)) >= 2
+    assert hopper.steps_that_fit(D, bytes_k, bytes_v, hopper.cut_for(D, low_bit)) >= 2
 
 
 if not INTERPRETED:
