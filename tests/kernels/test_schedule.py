@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import pytest
@@ -10,9 +12,18 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 from sla2_compile.kernels.attention_schedule import attention_schedule
 from sla2_compile.kernels.schedule import Layout, Schedule, Tiles
+
+
+def test_triton_launches_alike_the_first_and_the_second_time() -> None:
+    """Triton's source says what only a GPU could: a new Triton that passes other arguments must not go unseen."""
+    first, second = (inspect.getsource(x) for x in (JITFunction.run, CompiledKernel.__getitem__))
+    assert re.search(r"kernel\.run\(.*launch_exit_hook,\s*\*bound_args\.values\(\)\)", first, re.DOTALL)
+    assert re.search(r"def runner\(\*args, stream=None\):", second)
+    assert re.search(r"self\.run\(.*launch_exit_hook,\s*\*args\)", second, re.DOTALL)
 
 
 class Compiled(CompiledKernel):
