@@ -264,9 +264,8 @@ def attention_schedule(
     fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, plain)
     # the linear branch lies in o until the sparse branch mixes it in
     linear = o_linear if keep_branches else o
-    weight, shift = (
-        schedule.empty(name, (0,) if fused else lse.shape, torch.float32) for name in ("weight", "shift")
-    )
+    # of the two kernels that the fused one replaces
+    weight, shift = (lse if fused else schedule.empty(name, lse.shape, torch.float32) for name in ("weight", "shift"))
     for summed in summed_states(
         schedule, k, v, mask, layout, eight, Hq, tm, topk, block_q, block_k, linear_scope, is_causal, trials
     ):  # fmt: skip

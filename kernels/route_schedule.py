@@ -32,8 +32,9 @@ def pool(
     T, (tile, warps) = num_blocks(N, rows), POOL
     tiles = num_blocks(N, tile)
     tokens = schedule.empty(f"{name}_tokens", (B, H, T, D), dtype)
-    count = schedule.empty(f"{name}_count", (B if mask is not None else 0, T), torch.float32)
-    sums = schedule.empty(f"{name}_sums", (B * H if partial else 0, tiles, D), torch.float32)
+    # what is not asked for is not touched, and costs no allocation
+    count = x if mask is None else schedule.empty(f"{name}_count", (B, T), torch.float32)
+    sums = schedule.empty(f"{name}_sums", (B * H, tiles, D), torch.float32) if partial else x
     schedule.launch(
         pool_kernel, (tiles * B * H,),
         x, mask or x, tokens, count, sums, *layout.stride[:3], mask_stride, H, N, T, tiles,
