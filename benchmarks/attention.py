@@ -7,8 +7,10 @@
 
 Ours is the whole op: router, top-k, sparse branch, exact complement, mix; `low` takes the sparse branch in INT8
 and FP8. `ours` and `low` call it as a user does; `_graph` replays the same call from a CUDA graph, which leaves the
-GPU's own time. TFLOP/s are dense-equivalent (4 B H N^2 D / time) and real (what the sparse branch computes / time of
-the whole op). `low_error` is the norm of low's difference from ours over the norm of ours.
+GPU's own time. `host` is how much longer the host took, while a row was measured, for a fixed piece of Python than at
+its best: eager times of a row far from 1 say nothing. TFLOP/s are dense-equivalent (4 B H N^2 D / time) and real
+(what the sparse branch computes / time of the whole op). `low_error` is the norm of low's difference from ours over
+the norm of ours.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.host import Host, slowdowns
 
 Call = Callable[[], Any]
 
@@ -156,7 +162,7 @@ def stages(call: Call) -> dict[str, float]:
     return {name: round(t, 4) for name, t in total.items() if t > 0}
 
 
-def measure(shape: Shape, detail: bool) -> dict[str, Any]:
+def measure(shape: Shape, detail: bool, host: Host) -> dict[str, Any]:
     """Time every competitor on one shape; a competitor that refuses leaves its error."""
     q, k, v = shape.tensors()
     budget = 400 if shape.N * shape.N * shape.H * shape.B > 10**11 else 60
@@ -176,6 +182,7 @@ def measure(shape: Shape, detail: bool) -> dict[str, Any]:
         return run
 
     row: dict[str, Any] = {**asdict(shape)}
+    row["host_ms"] = host.settle()
     contenders: dict[str, Call] = {
         "fa2": backend(SDPBackend.FLASH_ATTENTION), "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
         "math": lambda: materialised(q, k, v),
@@ -191,6 +198,7 @@ def measure(shape: Shape, detail: bool) -> dict[str, Any]:
             row[f"{name}_error"] = str(error).splitlines()[0]
             continue
         row[name] = milliseconds(call, budget)
+        row["host_ms"] = max(row["host_ms"], host.probe())
         if detail:
             row[f"{name}_mib"] = peak_memory(call)
     for ours in OURS:
@@ -221,12 +229,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table, times in milliseconds."""
     columns = [
         "fa2", "cudnn", "flex", "math", "ours", "ours_graph", "low_graph", "ours_vs_fa2_graph", "ours_vs_cudnn_graph",
-        "low_vs_fa2_graph", "low_vs_cudnn_graph", "low_error",
+        "low_vs_fa2_graph", "low_vs_cudnn_graph", "low_error", "host",
     ]  # fmt: skip
+    rows = [
+        {**row, "host": host} for row, host in zip(rows, slowdowns([r.get("host_ms") for r in rows]), strict=True)
+    ]
     lines = ["| (B, H, N, D), dtype | top-k, r | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
         shape = f"({row['B']}, {row['H']}, {row['N']}, {row['D']}), {row['dtype']}"
-        cells = [f"{row[name]:.3f}" if name in row else "-" for name in columns]
+        cells = ["-" if row.get(name) is None else f"{row[name]:.3f}" for name in columns]
         lines.append(f"| {shape} | {row['topk_ratio']:.0%}, {row['compression_ratio']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -336,11 +347,11 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py must run on a CUDA GPU, got none; see benchmarks/results instead")
-    about = environment()
+    about, host = environment(), Host()
     print(json.dumps(about))
     rows = []
     for shape in SUITES[args.suite]:
-        rows.append(measure(shape, detail=args.suite == "anchors"))
+        rows.append(measure(shape, args.suite == "anchors", host))
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
         torch.cuda.empty_cache()
     text = table(rows)

@@ -13,7 +13,8 @@ layer     one attention call against materialised attention, softmax(q k^T) v, a
 bf16. `eager` as it is; `compiled`: torch.compile(fullgraph, no dynamic shapes) of every block; `graph`: a CUDA graph
 of the compiled model (layer: of the eager call), which leaves the GPU's own time. `no attention` returns v instead of
 self-attention: what is left is everything else, and a contender's attention time is its total less that. Calls that
-SLA2 leaves alone run on FlashAttention-2. Memory is the peak beyond weights and inputs.
+SLA2 leaves alone run on FlashAttention-2. Memory is the peak beyond weights and inputs. `host` is how much longer the
+host took for a fixed piece of Python than at its best in the run: eager and compiled rows far from 1 say nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.end_to_end_contenders import CONTENDERS, MODES, Contender, compiled_blocks, contending
 from benchmarks.end_to_end_report import environment, load, row_line, save
 from benchmarks.end_to_end_workloads import PARTS, Workload, workloads
+from benchmarks.host import Host
 
 Call = Callable[[], Any]
 
@@ -44,7 +46,7 @@ class Clock:
     """Times calls on one device; `budget` seconds of repeats each."""
 
     def __init__(self, device: torch.device, budget: float) -> None:
-        self.cuda, self.budget = device.type == "cuda", budget
+        self.cuda, self.budget, self.host = device.type == "cuda", budget, Host()
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -131,7 +133,9 @@ def measure(
                 row["first_call_s"] = clock.once(call)
                 for mode in mine:
                     timed = graphed(call) if mode == "graph" else call
+                    before = clock.host.settle()
                     found = {"mode": mode, "ms": clock.milliseconds(timed)}
+                    found["host_ms"] = max(before, clock.host.probe())
                     if clock.cuda and mode != "graph":
                         found["mib"] = clock.peak_mib(call)
                     del timed

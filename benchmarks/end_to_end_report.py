@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.end_to_end_workloads import PARTS
+from benchmarks.host import slowdowns
 
 Row = dict[str, Any]
 Found = dict[str, dict[str, Any]]
@@ -87,11 +88,13 @@ def table(rows: list[Row]) -> list[str]:
     """Rows of one workload as Markdown, milliseconds and MiB."""
     rivals = {head: name for head, name in RIVALS.items() if any(r["contender"] == name for r in rows)}
     split = any(r["kind"] == "none" for r in rows)
+    hosts = slowdowns([row.get("host_ms") for row in rows])
     calls = any("replaced" in r for r in rows)
     heads = ["attention by", "mode", "ms", *(["attention ms", "rest ms"] if split else []), *rivals, "MiB"]
+    heads += ["host"] if any(hosts) else []
     heads += ["calls replaced"] if calls else []
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in rows:
+    for row, host in zip(rows, hosts, strict=True):
         if "error" in row:
             lines.append(
                 f"| {row['contender']} | {row['mode']} | {row['error'].replace('|', '/')} |" + " |" * (len(heads) - 3)
@@ -105,6 +108,9 @@ def table(rows: list[Row]) -> list[str]:
             value = ratio(rows, row, name)
             cells.append("" if value is None else f"{value:.2f}x")
         cells.append(f"{row['mib']:.0f}" if "mib" in row else "")
+        if any(hosts):
+            # a graph's replay is one launch
+            cells.append("" if host is None or row["mode"] == "graph" else f"{host:.1f}x")
         if calls:
             cells.append(f"{row['replaced']} of {row['self_attention_calls']}" if "replaced" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
