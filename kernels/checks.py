@@ -54,6 +54,8 @@ def check_qkv(q: Described, k: Described, v: Described | None) -> None:
             raise fail(name, f"be on q's device {q.device}", x.device, "move q, k and v to one device")
         if x.shape[0] != q.shape[0]:
             raise fail(name, f"have q's batch size {q.shape[0]}", x.shape[0], "expand it first")
+        if x.shape[0] == 0:
+            raise fail(name, "have at least one sequence", tuple(x.shape), "skip attention over empty batches")
         if x.shape[2] == 0:
             raise fail(name, "have at least one token", tuple(x.shape), "skip attention over empty sequences")
         if x.shape[1] == 0:

@@ -61,7 +61,7 @@ def takes_route(
 ) -> bool:  # fmt: skip
     """Check a route, once for its layouts; whether the kernels run it."""
     check_route(q, k, proj_q, proj_k, mask, topk_ratio, compression_ratio, block_q, block_k)
-    return q.shape[0] > 0 and kernels_take(q.device, q.dtype, q.shape[3], q.shape[3], block_q, block_k, scale)
+    return kernels_take(q.device, q.dtype, q.shape[3], q.shape[3], block_q, block_k, scale)
 
 
 @functools.lru_cache(maxsize=256)
@@ -76,8 +76,6 @@ def takes_attention(
         q, k, v, k_mean, lut, log_rest, gain, bias, mask,
         block_q, block_k, feature_map, linear_scope, is_causal, low_bit,
     )  # fmt: skip
-    if q.shape[0] == 0 and low_bit == "none":
-        return False
     if not kernels_take(q.device, q.dtype, q.shape[3], v.shape[3], block_q, block_k, scale):
         if low_bit != "none":
             raise cannot_run(low_bit, "where the Triton kernels do not take the call")

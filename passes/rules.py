@@ -59,8 +59,8 @@ MIN_SEQ_LEN = {
 """What `min_seq_len: auto` means: by device type, (topk_ratio up to, shortest length at which SLA2 won).
 
 CPU: `python benchmarks/cpu.py`, float32, one thread (benchmarks/results/cpu.md). CUDA: `python
-benchmarks/attention.py`, H200, bf16, eager, against FA2 (benchmarks/results/attention_crossover.md); in CUDA graphs,
-without the host's time, SLA2 wins from an eighth to a half of that on.
+benchmarks/attention.py --suite crossover`, H200 bf16, eager, against FA2 (benchmarks/results/attention_crossover.md).
+In CUDA graphs, without the host's time, SLA2 wins from an eighth to a half of that on.
 """
 
 

@@ -92,6 +92,8 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
      "v must have k's heads and tokens (2, 50), got (2, 49); match k and v"),
     (BOTH, {"q": zeros(2, 3, 40, 16)},
      "q must have a multiple of k's 2 heads, got 3; repeat or drop heads"),
+    (BOTH, {"q": zeros(0, 4, 40, 16)},
+     "q must have at least one sequence, got (0, 4, 40, 16); skip attention over empty batches"),
     (BOTH, {"k": zeros(2, 0, 50, 16), "v": zeros(2, 0, 50, 24)},
      "k must have at least one head, got (2, 0, 50, 16); skip attention without heads"),
     (BOTH, {"key_mask": zeros(2, 50)},
