@@ -11,6 +11,7 @@ from torch import Tensor
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("complement", "all")
 LOW_BITS = ("none", "int8", "int8_fp8")
+"""Formats that an op computes; `precision.py` makes one of what a recipe asks for."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -155,7 +156,8 @@ def check_attention(
         raise fail("linear_scope", f"be one of {', '.join(LINEAR_SCOPES)}", repr(linear_scope), "use complement")
     if is_causal and linear_scope == "all":
         raise fail("linear_scope", "be 'complement' when is_causal", "'all'", "all keys would include future ones")
-    check_low_bit(low_bit)
+    if low_bit not in LOW_BITS:
+        raise fail("low_bit", f"be one of {', '.join(LOW_BITS)}", repr(low_bit), "int8_fp8 is the paper's")
     if low_bit != "none" and q.device.type != "cuda":
         raise cannot_run(low_bit, f"on {q.device.type}")
 
@@ -187,12 +189,6 @@ def check_table(lut: Tensor, tn: int, may_end_early: bool) -> None:
     wrong = ~((after > before) & (before >= 0) | (after == -1)).all(dim=-1)
     if wrong.any():
         raise fail("lut", "ascend in each row, with every -1 at its end", lut[wrong][0].tolist(), fix)
-
-
-def check_low_bit(low_bit: str) -> None:
-    """Refuse a word that is no numeric format."""
-    if low_bit not in LOW_BITS:
-        raise fail("low_bit", f"be one of {', '.join(LOW_BITS)}", repr(low_bit), "int8_fp8 is the paper's")
 
 
 def cannot_run(low_bit: str, where: str) -> ValueError:

@@ -25,7 +25,7 @@ class AttentionOptions:
         block_q, block_k: rows of a query and a key block; 0 (AUTO) chooses by length.
         feature_map: phi of the linear branch: softmax, elu or relu.
         linear_scope: complement (the paper's) or all keys.
-        low_bit: format asked of the sparse branch: none, int8 or int8_fp8; `precision.py` says what runs.
+        low_bit: format asked of the sparse branch: none, auto, int8 or int8_fp8; `precision.py` says what runs.
     """
 
     topk_ratio: float = 0.15
@@ -132,7 +132,10 @@ def attend(
     # k_mean asks for a gradient where only proj_q or proj_k does
     params = (q, k, v, k_mean, alpha_gain, alpha_bias)
     keep_branches = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
-    low_bit = effective_low_bit(options.low_bit, q, v.shape[3], block_q, block_k, scale, keep_branches)
+    plain = key_mask is None and not is_causal
+    low_bit = effective_low_bit(
+        options.low_bit, q, v.shape[3], block_q, block_k, scale, lut.shape[3], plain, keep_branches
+    )
     o, lse, _, _ = attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches, low_bit,

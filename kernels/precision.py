@@ -5,7 +5,8 @@
 | int8_fp8 | INT8 QK, FP8 PV | NVIDIA sm_89 and later, block_k of 32 or more |
 | int8_fp8 | as int8 | sm_80 to sm_88, or block_k 16 (an FP8 product sums over 32 keys at a time) |
 | int8 | INT8 QK, PV in q's dtype | NVIDIA sm_80 and later |
-| either | the input's dtype | other devices, what the Triton kernels do not take (`cuda.py`), training |
+| auto | as int8 | where that was measured to be faster (`measured_to_pay`), so far on sm_90 alone |
+| any | the input's dtype | other devices, what the Triton kernels do not take (`cuda.py`), training |
 """
 
 from __future__ import annotations
@@ -13,29 +14,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.checks import check_low_bit
+from sla2_compile.kernels.blocks import shorter
+from sla2_compile.kernels.checks import fail
+
+LOW_BIT_CHOICES = ("none", "auto", "int8", "int8_fp8")
+"""What a recipe may ask for."""
 
 
 def effective_low_bit(
-    low_bit: str, q: Tensor, v_dim: int, block_q: int, block_k: int, scale: float, wants_grad: bool
+    low_bit: str,
+    q: Tensor,
+    v_dim: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    kept: int,
+    plain: bool,
+    wants_grad: bool,
 ) -> str:
     """Return what `low_bit` comes to for one call: none, int8 or int8_fp8; see the table above.
 
     Args:
         low_bit: what the recipe asks for.
         q: (B, Hq, Nq, D), real or fake; v_dim: head dim of v.
+        kept: key blocks a query block; plain: whether the call has no key mask and is not causal.
         wants_grad: whether a backward will follow: there is none in low bit.
 
     Raises:
-        ValueError: low_bit is none of the three words.
+        ValueError: low_bit is none of `LOW_BIT_CHOICES`.
     """
-    check_low_bit(low_bit)
+    if low_bit not in LOW_BIT_CHOICES:
+        raise fail("low_bit", f"be one of {', '.join(LOW_BIT_CHOICES)}", repr(low_bit), "auto runs what pays")
     if low_bit == "none" or wants_grad or q.device.type != "cuda":
         return "none"
     # branches, so that these are constants in a trace where dims, and under dynamic=True all integers, are symbols
     positive = True if scale > 0.0 else False  # noqa: SIM210
+    pays = measured_to_pay(q.shape[3], v_dim, block_q, block_k, kept, plain)
     D, Dv, block_q, block_k = rounded_up(q.shape[3]), rounded_up(v_dim), rounded_up(block_q), rounded_up(block_k)
-    return low_bit_on(low_bit, q.device, q.dtype, D, Dv, block_q, block_k, positive)
+    return low_bit_on(low_bit, q.device, q.dtype, D, Dv, block_q, block_k, positive, pays)
+
+
+def measured_to_pay(D: int, Dv: int, block_q: int, block_k: int, kept: int, plain: bool) -> bool:
+    """Whether INT8 QK was measured to be faster than 16 bits for such a call, on sm_90 (benchmarks/NOTES.md).
+
+    At head dim 128 it saves an eighth of the whole op with 35 key blocks a query block, and costs a few percent with
+    15; at head dim 64 it is slower throughout. FP8 PV on top gains no more than 3 %, at three times the error.
+    """
+    if not plain or D != 128 or Dv != 128 or block_q != 128 or block_k != 64:
+        return False
+    return not shorter(kept, 32)
 
 
 def rounded_up(size: int) -> int:
@@ -55,14 +82,22 @@ def low_bit_on(
     block_q: int,
     block_k: int,
     positive: bool,
+    pays: bool,
 ) -> str:
-    """`effective_low_bit` of a call without gradient, from plain data; positive: whether scale is."""
+    """`effective_low_bit` of a call without gradient, from plain data.
+
+    Args:
+        positive: whether scale is; pays: `measured_to_pay`.
+    """
     if low_bit == "none" or device.type != "cuda" or not torch.cuda.is_available():
         return "none"
     from sla2_compile.kernels import cuda
+    from sla2_compile.kernels import device as chip
 
     if not cuda.kernels_take(device, dtype, D, Dv, block_q, block_k, 1.0 if positive else -1.0):
         return "none"
+    if low_bit == "auto":
+        return "int8" if pays and chip.capability(device) == 90 else "none"
     return low_bit if cuda.multiplies_fp8(device, block_k) else "int8"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.passes.call import AttentionCall
+from sla2_compile.passes.masks import MaskView
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.settings import SiteSettings
 
@@ -55,6 +56,7 @@ class Rewrite:
         block_q, block_k, topk: block sizes, and key blocks kept per query block.
         tm, tn: numbers of query and key blocks; 0 where the length is symbolic.
         flops, full_flops: multiply-adds times two of one call, by SLA2 and by full attention; 0 if symbolic.
+        plain: whether every query sees every key.
     """
 
     where: Where
@@ -66,6 +68,7 @@ class Rewrite:
     tn: int
     flops: int
     full_flops: int
+    plain: bool
 
     @property
     def sparsity(self) -> float:
@@ -73,17 +76,19 @@ class Rewrite:
         return 1.0 - self.topk / self.tn if self.tn else 1.0 - self.settings.options.topk_ratio
 
     @classmethod
-    def of(cls, where: Where, call: AttentionCall, settings: SiteSettings, is_causal: bool) -> Rewrite:
+    def of(cls, where: Where, call: AttentionCall, settings: SiteSettings, mask: MaskView) -> Rewrite:
         B, H, Nq, D = call.q.shape
         Nk, Dv, options = call.k.shape[2], call.v.shape[3], settings.options
+        plain = mask.keys is None and not mask.is_causal
         if not all(isinstance(n, int) for n in (B, H, Nq, Nk)):
-            return cls(where, settings, options.block_q, options.block_k, 0, 0, 0, 0, 0)
+            return cls(where, settings, options.block_q, options.block_k, 0, 0, 0, 0, 0, plain)
         block_q, block_k = options.block_sizes(Nq, Nk)
         tm, tn = num_blocks(Nq, block_q), num_blocks(Nk, block_k)
-        kept = num_kept(tn, options.topk_ratio, block_q, block_k, is_causal)
+        kept = num_kept(tn, options.topk_ratio, block_q, block_k, mask.is_causal)
         rows_q, rows_k = (router_tokens(block, options.compression_ratio)[0] for block in (block_q, block_k))
         sparse = 2 * Nq * min(Nk, kept * block_k) * (D + Dv)
         linear = 0 if kept == tn else 2 * (Nq + Nk + tm * tn) * D * Dv
         router = 2 * num_blocks(Nq, rows_q) * num_blocks(Nk, rows_k) * D
-        full = 2 * Nq * Nk * (D + Dv) // (2 if is_causal else 1)
-        return cls(where, settings, block_q, block_k, kept, tm, tn, B * H * (sparse + linear + router), B * H * full)
+        full = 2 * Nq * Nk * (D + Dv) // (2 if mask.is_causal else 1)
+        flops = B * H * (sparse + linear + router)
+        return cls(where, settings, block_q, block_k, kept, tm, tn, flops, B * H * full, plain)

@@ -67,7 +67,7 @@ def select(seen: Sequence[SeenCall], recipe: Recipe) -> list[Rewrite | Miss]:
             mask = read_mask(s.call)
             reason = why_not(s.call, mask, settings)
         if reason is None and s.call is not None and mask is not None:
-            outcomes.append(Rewrite.of(s.where, s.call, settings, mask.is_causal))
+            outcomes.append(Rewrite.of(s.where, s.call, settings, mask))
         else:
             assert reason is not None
             outcomes.append(Miss(s.where, reason, s.detail or _detail(reason, s, settings, layer)))

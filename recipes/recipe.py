@@ -34,8 +34,9 @@ class Recipe(BaseModel):
         alpha: where the mix of the branches comes from: routed (the router's estimate, scaled per head),
             head (one learned value a head), block (one a query block, the paper's; fixes the length).
         linear_scope: complement (keys that the sparse branch skips, the paper's) or all.
-        low_bit: numeric format of the sparse branch in inference: none, int8 (INT8 QK), int8_fp8 (and FP8 PV); a chip
-            without one takes the next less, training and CPUs the input's dtype, and the report says what runs.
+        low_bit: numeric format of the sparse branch in inference: none, int8 (INT8 QK), int8_fp8 (and FP8 PV), or
+            auto (int8 where that was measured to be faster). A chip without one takes the next less, training and
+            CPUs the input's dtype, and the report says what runs.
         qat: train with fake-quantised forward; needs a low_bit other than none.
         start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; None means the last.
             Layers are counted in the order in which a forward reaches them.
@@ -61,7 +62,7 @@ class Recipe(BaseModel):
     feature_map: Literal["softmax", "elu", "relu"] = "softmax"
     alpha: Literal["routed", "head", "block"] = "routed"
     linear_scope: Literal["complement", "all"] = "complement"
-    low_bit: Literal["none", "int8", "int8_fp8"] = "int8_fp8"
+    low_bit: Literal["none", "auto", "int8", "int8_fp8"] = "auto"
     qat: bool = True
     start_layer: int = Field(default=0, ge=0)
     end_layer: int | None = Field(default=None, ge=1)
@@ -104,9 +105,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.qat and self.low_bit == "none":
-            raise ValueError(
-                "qat must be false when low_bit is 'none', got true; set qat=False or low_bit='int8_fp8'"
-            )
+            raise ValueError("qat must be false when low_bit is 'none', got true; set qat=False or low_bit='auto'")
         if self.end_layer is not None and self.end_layer <= self.start_layer:
             got = f"{self.end_layer} with start_layer {self.start_layer}"
             raise ValueError(f"end_layer must be greater than start_layer, got {got}; no layer would be left")

@@ -71,7 +71,7 @@ class DoorSite(Site):
             self.outcomes[key] = Miss(where, reason)
         else:
             assert mask is not None
-            self.outcomes[key] = Rewrite.of(where, call, self.settings, mask.is_causal)
+            self.outcomes[key] = Rewrite.of(where, call, self.settings, mask)
 
 
 def _tell(reason: str) -> bool:

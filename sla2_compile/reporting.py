@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from sla2_compile.carrier import site_forward
 from sla2_compile.door import door_site
-from sla2_compile.kernels.precision import low_bit_on
+from sla2_compile.kernels.precision import low_bit_on, measured_to_pay
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.site import Site, Sites
@@ -142,16 +142,18 @@ def low_bit_lines(rewrites: list[Rewrite], device: str) -> list[str]:
         if low_bit == "none":
             continue
         D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
-        # symbolic lengths leave the choice of blocks open: those of long sequences
+        # symbolic lengths leave the choice of blocks, and their number, open: those of long sequences
         blocks = r.block_q or 128, r.block_k or 64
-        runs = low_bit_on(low_bit, torch.device(on), getattr(torch, r.where.dtype), D, Dv, *blocks, True)
+        pays = measured_to_pay(D, Dv, *blocks, r.topk or 32, r.plain)
+        runs = low_bit_on(low_bit, torch.device(on), getattr(torch, r.where.dtype), D, Dv, *blocks, True, pays)
         place = f"{on} in {r.where.dtype}" if on == "cuda" else on
         asked.setdefault(low_bit, Counter())[runs, place] += r.where.times
     lines = []
     for low_bit, counts in asked.items():
         if all(runs == "none" for runs, _ in counts):
             places = ", ".join(sorted({place for _, place in counts}))
-            lines.append(f"low bit {low_bit}: not run on {places}; computed in the input's dtype")
+            why = "does not pay" if low_bit == "auto" and places != "cpu" else "not run"
+            lines.append(f"low bit {low_bit}: {why} on {places}; computed in the input's dtype")
             continue
         total: Counter[str] = Counter()
         for (runs, _), n in counts.items():

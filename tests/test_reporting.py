@@ -137,6 +137,7 @@ def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
         example_inputs=(x,),
         block_q=32,
         block_k=32,
+        low_bit="int8_fp8",
         overrides={"blocks.1": {"low_bit": "int8"}},
         **ANY,
     )
@@ -156,3 +157,27 @@ def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
     assert "low bit int8_fp8: INT8 QK; training computes in the input's dtype" in str(low)
     none = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), low_bit="none", qat=False, **ANY)
     assert "low bit" not in str(sla2_compile.report(none))
+
+
+def test_caption_says_what_auto_comes_to(monkeypatch):
+    from sla2_compile.kernels import device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "shared_limit", lambda device: 227 * 1024)
+    monkeypatch.setattr(device, "capability", lambda device: 90)
+
+    def caption(D, topk_ratio=0.25, **options):
+        class Call(torch.nn.Module):
+            def forward(self, q):
+                return torch.nn.functional.scaled_dot_product_attention(q, q, q, **options)
+
+        model, q = Call(), torch.empty(1, 1, 8192, D, dtype=torch.bfloat16, device="meta")
+        sla2_compile.transform(model, example_inputs=(q,), topk_ratio=topk_ratio, recipe="balanced", min_seq_len=0)
+        return str(replace(sla2_compile.report(model), device="cuda"))
+
+    runs = "low bit auto: INT8 QK; training computes in the input's dtype"
+    not_worth_it = "low bit auto: does not pay on cuda in bfloat16; computed in the input's dtype"
+    assert runs in caption(128)
+    assert not_worth_it in caption(64)
+    assert not_worth_it in caption(128, topk_ratio=0.2)
+    assert not_worth_it in caption(128, is_causal=True)

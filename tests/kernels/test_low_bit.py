@@ -126,18 +126,62 @@ def test_what_runs(
     asked: str, arch: int, dtype: torch.dtype, blocks: tuple[int, int], positive: bool, runs: str, gpu: Any
 ) -> None:
     gpu(arch)
-    assert low_bit_on(asked, torch.device("cuda"), dtype, 64, 64, *blocks, positive) == runs
-    assert low_bit_on(asked, torch.device("cpu"), dtype, 64, 64, *blocks, positive) == "none"
+    assert low_bit_on(asked, torch.device("cuda"), dtype, 64, 64, *blocks, positive, True) == runs
+    assert low_bit_on(asked, torch.device("cpu"), dtype, 64, 64, *blocks, positive, True) == "none"
     with FakeTensorMode():
         q = torch.empty(1, 2, 300, 64, device="cuda", dtype=dtype)
     scale = 0.125 if positive else -0.125
-    assert effective_low_bit(asked, q, 64, *blocks, scale, False) == runs
-    assert effective_low_bit(asked, q, 64, *blocks, scale, True) == "none"
+    assert effective_low_bit(asked, q, 64, *blocks, scale, 32, True, False) == runs
+    assert effective_low_bit(asked, q, 64, *blocks, scale, 32, True, True) == "none"
+
+
+# capability, D, Dv, (block_q, block_k), key blocks, plain -> what auto runs
+AUTO = [
+    (90, 128, 128, (128, 64), 32, True, "int8"),
+    (90, 128, 128, (128, 64), 31, True, "none"),
+    (90, 128, 128, (128, 64), 32, False, "none"),
+    (90, 64, 64, (128, 64), 32, True, "none"),
+    (90, 96, 96, (128, 64), 32, True, "none"),
+    (90, 128, 64, (128, 64), 32, True, "none"),
+    (90, 128, 128, (64, 64), 32, True, "none"),
+    (80, 128, 128, (128, 64), 32, True, "none"),
+    (100, 128, 128, (128, 64), 32, True, "none"),
+]
+
+
+@pytest.mark.parametrize(("arch", "D", "Dv", "blocks", "kept", "plain", "runs"), AUTO)
+def test_auto_runs_what_was_measured_to_pay(
+    arch: int, D: int, Dv: int, blocks: tuple[int, int], kept: int, plain: bool, runs: str, gpu: Any
+) -> None:
+    gpu(arch)
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 300, D, device="cuda", dtype=torch.bfloat16)
+        cpu = q.to("cpu")
+    assert effective_low_bit("auto", q, Dv, *blocks, D**-0.5, kept, plain, False) == runs
+    assert effective_low_bit("auto", q, Dv, *blocks, D**-0.5, kept, plain, True) == "none"
+    assert effective_low_bit("auto", q.float(), Dv, *blocks, D**-0.5, kept, plain, False) == "none"
+    assert effective_low_bit("auto", cpu, Dv, *blocks, D**-0.5, kept, plain, False) == "none"
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"key_mask": torch.ones(1, 300, dtype=torch.bool)}])
+def test_a_call_says_how_many_blocks_and_whether_it_is_plain(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def decide(*args: Any) -> str:
+        seen.append(args[6:8])
+        return "none"
+
+    monkeypatch.setattr(functional, "effective_low_bit", decide)
+    q = torch.randn(1, 1, 300, 16)
+    sla2_attention(q, q, q, AttentionOptions(0.5, 8, 32, 16, low_bit="auto"), **options)
+    assert seen == [(9, not options)]
 
 
 def test_without_cuda_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert low_bit_on("int8", torch.device("cuda"), torch.bfloat16, 64, 64, 128, 64, True) == "none"
+    assert low_bit_on("int8", torch.device("cuda"), torch.bfloat16, 64, 64, 128, 64, True, True) == "none"
 
 
 def test_the_decision_is_a_constant_of_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +198,7 @@ def test_the_decision_is_a_constant_of_a_trace(monkeypatch: pytest.MonkeyPatch) 
 
     def call(q: Tensor, v: Tensor) -> Tensor:
         gpu: Any = OnGpu(q)
-        low_bit = effective_low_bit("int8_fp8", gpu, v.shape[3], 64, 32, q.shape[3] ** -0.5, False)
+        low_bit = effective_low_bit("int8_fp8", gpu, v.shape[3], 64, 32, q.shape[3] ** -0.5, 32, True, False)
         return q + len(low_bit)
 
     class OnGpu:
@@ -167,12 +211,12 @@ def test_the_decision_is_a_constant_of_a_trace(monkeypatch: pytest.MonkeyPatch) 
         for n in (75, 130, 33):
             q = torch.randn(2, 3, n, 40)
             assert torch.equal(compiled(q, q), q + 4)
-    assert asked == [("int8_fp8", torch.device("cuda"), torch.float32, 64, 64, 64, 32, True)]
+    assert asked == [("int8_fp8", torch.device("cuda"), torch.float32, 64, 64, 64, 32, True, False)]
 
 
 def test_a_word_that_is_none() -> None:
     q = torch.randn(1, 1, 64, 16)
-    with pytest.raises(ValueError, match="low_bit must be one of none, int8, int8_fp8, got 'fp4'"):
+    with pytest.raises(ValueError, match="low_bit must be one of none, auto, int8, int8_fp8, got 'fp4'"):
         sla2_attention(q, q, q, AttentionOptions(low_bit="fp4"))
 
 
