@@ -25,7 +25,7 @@ from sla2_compile.passes.site import Site, Sites
 from sla2_compile.plan import Plan, plans, set_plan
 from sla2_compile.recipes import DEFAULT, Recipe
 from sla2_compile.reporting import report
-from sla2_compile.transformers_door import behind_door
+from sla2_compile.transformers_door import door_of
 
 M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
@@ -223,7 +223,7 @@ def _transform_now(
     # an owner whose calls all stay must answer them itself if a module around it is an owner, or a door would
     for s in seen:
         module = modules[s.where.owner]
-        taken = _inside(s.where.owner, owners) or behind_door(module)
+        taken = _inside(s.where.owner, owners) or door_of(module) is not None
         if s.call is not None and s.where.owner not in owners and taken and not isinstance(module, CONTAINERS):
             owners[s.where.owner] = {}
     # nn.TransformerEncoder turns padded batches into nested tensors, unless a function mode is active: be one

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sla2_compile")
 
-# by recipe, as text; one object for each, because compilers guard a name by its identity
-_NAMES: dict[str, AttentionBackendName] = {}
+# by recipe, as text; one name for each, because compilers guard a name by its identity
+_TAKEN: dict[str, Slot] = {}
 # registered, and without a recipe so far
 _SPARE: list[Slot] = []
 # how many are registered at a time: whatever is compiled of diffusers, of any model, is guarded by their number
@@ -97,7 +97,7 @@ def reset_diffusers_backend(model: nn.Module) -> None:
         model: as `set_diffusers_backend`'s.
     """
     for module in model.modules():
-        if any(_backend(module) is name for name in tuple(_NAMES.values())):
+        if door_of(module) is not None:
             module.processor._attention_backend = None  # type: ignore[union-attr]
         if HOOK in module._forward_pre_hooks:
             _unwatch(module)
@@ -132,16 +132,17 @@ def diffusers_backend(
     fields = chosen.model_dump(mode="json")
     text = json.dumps(fields, sort_keys=True)
     with _LOCK:
-        if text not in _NAMES:
-            door = Door(chosen, lambda module: _backend(module) is _NAMES[text])
+        if text not in _TAKEN:
+            door = Door(chosen, "diffusers' dispatcher")
             if not _SPARE:
-                _SPARE.extend(Slot(len(_NAMES) + i) for i in range(SPARE))
+                _SPARE.extend(Slot(len(_TAKEN) + i) for i in range(SPARE))
             slot = _SPARE.pop(0)
             slot.door = door
             # as the class would pickle it, it could not be found again
             slot.name.__reduce_ex__ = partial(_reduce, fields)
-            _NAMES[text] = slot.name
-        return _NAMES[text]
+            _TAKEN[text] = slot
+        name: AttentionBackendName = _TAKEN[text].name
+        return name
 
 
 class Slot:
@@ -204,6 +205,12 @@ def _backend(module: nn.Module) -> Any:
     return getattr(getattr(module, "processor", None), "_attention_backend", None)
 
 
+def door_of(module: nn.Module) -> Door | None:
+    """The door that a module's own choice of a backend leads to, as it is now; None if it leads elsewhere."""
+    backend = _backend(module)
+    return next((slot.door for slot in tuple(_TAKEN.values()) if slot.name is backend), None)
+
+
 def _running(name: Any) -> nn.Module | None:
     if torch.compiler.is_compiling():
         return None
@@ -235,8 +242,7 @@ def _unwatch(module: nn.Module) -> None:
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    backend = _backend(module)
-    if not any(backend is name for name in tuple(_NAMES.values())):
+    if door_of(module) is None:
         # somebody chose anew, by diffusers' own methods
         if "_attention_backend" not in getattr(getattr(module, "processor", None), "__dict__", {}):
             log.warning("no longer SLA2, for its processor was replaced since: %s", type(module).__name__)

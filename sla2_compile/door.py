@@ -40,14 +40,13 @@ class DoorSite(Site):
     """The site of one module behind a door: learns nothing, and remembers what became of each call.
 
     Attributes:
-        recipe, chosen: the door's.
+        recipe: the door's.
         outcomes: a `Rewrite` under "", and a `Miss` under each reason met; the longest call of each, and how many.
     """
 
-    def __init__(self, recipe: Recipe, chosen: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__(SiteSettings.of(recipe, ""))
         self.recipe = recipe
-        self.chosen = chosen
         # Dynamo calls such a function while it traces, and leaves nothing of it in the graph
         self.tell = torch.compiler.assume_constant_result(_tell)
         self.outcomes: dict[str, Rewrite | Miss] = {}
@@ -84,36 +83,25 @@ def _tell(reason: str) -> bool:
 _SITES: WeakKeyDictionary[nn.Module, DoorSite] = WeakKeyDictionary()
 
 
-def door_site(module: nn.Module) -> DoorSite | None:
-    """What became of a module's calls through a door; None if none came, or they go elsewhere by now."""
-    site = _SITES.get(module)
-    return None if site is None or is_owner(module) or not site.chosen(module) else site
-
-
 def forget(module: nn.Module) -> None:
     """Begin a new record of a module's calls."""
     _SITES.pop(module, None)
-
-
-def always(module: nn.Module) -> bool:
-    """The `chosen` of a library that cannot say whether a module still goes by a door."""
-    return True
 
 
 class Door:
     """One recipe behind one name.
 
     Attributes:
-        recipe, chosen: as given.
+        recipe, name: as given.
         nameless: the site of traced calls, for compiled graphs record nothing, and of calls from nowhere known.
     """
 
-    def __init__(self, recipe: Recipe, chosen: Callable[[nn.Module], bool] = always) -> None:
+    def __init__(self, recipe: Recipe, name: str) -> None:
         """Build a door.
 
         Args:
             recipe: of all calls.
-            chosen: whether a module still goes by this door, asked for reports.
+            name: what a user calls it, for messages.
 
         Raises:
             ValueError: the recipe speaks of single sites.
@@ -125,8 +113,8 @@ class Door:
                     f"{getattr(recipe, field)!r}; use sla2_compile.transform for recipes that tell sites apart"
                 )
         self.recipe = recipe
-        self.chosen = chosen
-        self.nameless = DoorSite(recipe, chosen)
+        self.name = name
+        self.nameless = DoorSite(recipe)
 
     def call(self, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run function, in which an attention call stands, with SLA2 in the place of that call.
@@ -140,10 +128,15 @@ class Door:
         with Redirect(self.nameless if module is None or torch.compiler.is_compiling() else self._site(module)):
             return function(*args, **kwargs)
 
-    def _site(self, module: nn.Module) -> DoorSite:
+    def record(self, module: nn.Module) -> DoorSite | None:
+        """What became of a module's eager calls under this recipe; None if none came."""
         site = _SITES.get(module)
-        if site is None or site.recipe != self.recipe:
-            site = _SITES[module] = DoorSite(self.recipe, self.chosen)
+        return site if site is not None and site.recipe == self.recipe else None
+
+    def _site(self, module: nn.Module) -> DoorSite:
+        site = self.record(module)
+        if site is None:
+            site = _SITES[module] = DoorSite(self.recipe)
         return site
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from sla2_compile.door import door_site
+from sla2_compile.behind_doors import door_sites
 from sla2_compile.kernels.functional import Routing
 from sla2_compile.passes.site import Site
 from sla2_compile.plan import plans
@@ -16,11 +16,9 @@ from sla2_compile.plan import plans
 def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     """Yield (name, site) for each site of model, names as in its state dict; a door's by the module that calls."""
     for name, module in model.named_modules():
-        name = name.removeprefix("_orig_mod").lstrip(".")
         if isinstance(module, Site):
-            yield name, module
-        elif (behind := door_site(module)) is not None:
-            yield name, behind
+            yield name.removeprefix("_orig_mod").lstrip("."), module
+    yield from door_sites(model)
 
 
 def get_sla2_statistics(model: nn.Module) -> dict[str, float]:

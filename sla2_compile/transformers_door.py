@@ -30,9 +30,9 @@ def register_transformers(
     """Make `attn_implementation=name` mean SLA2 with this recipe in transformers.
 
     Calls that SLA2 does not take (`passes/rules.py`) run as "sdpa"; `report(model)` lists both, as eager calls were
-    made. Compiled and exported code records nothing. There, a causal map that the library builds as a tensor (padded
-    batches, or no cache) keeps full attention: only `transform` knows beforehand what a mask will say. A second
-    recipe takes a second name.
+    made, for as long as the model's config has this name. Compiled and exported code records nothing. There, a causal
+    map that the library builds as a tensor (padded batches, or no cache) keeps full attention: only `transform` knows
+    beforehand what a mask will say. A second recipe takes a second name.
 
     Args:
         name: what `attn_implementation` is to be.
@@ -53,7 +53,7 @@ def register_transformers(
     except ImportError as error:
         fix = "pip install 'transformers>=5'"
         raise ImportError(f"register_transformers needs transformers 5, got {error}; {fix}") from error
-    door = Door(Recipe.of(recipe, **overrides))
+    door = Door(Recipe.of(recipe, **overrides), f"transformers' attn_implementation={name!r}")
     taken = name == "eager" or name in AttentionInterface().valid_keys()
     # a name that somebody removed from the library's registry is free again
     if taken and name in _DOORS and _DOORS[name].recipe == door.recipe:
@@ -78,9 +78,11 @@ def register_transformers(
     _DOORS[name] = door
 
 
-def behind_door(module: nn.Module) -> bool:
-    """Whether transformers sends this module's attention calls to a function that was registered here."""
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) in _DOORS
+def door_of(module: nn.Module) -> Door | None:
+    """The door that transformers sends this module's calls to, by what its config says now; None if none."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    # configs of other libraries may answer every name, with whatever they like
+    return _DOORS.get(name) if isinstance(name, str) else None
 
 
 def attention_mask(**kwargs: Any) -> Tensor | None:

@@ -129,6 +129,35 @@ def test_statistics_and_two_recipes_in_one_process():
     assert sla2_compile.report(llama("sla2")).discovery == "not transformed"
 
 
+def test_a_report_is_of_the_implementation_that_holds():
+    model = llama("sla2")
+    output(model, **inputs())
+    assert replaced(model) == (2, {})
+    model.set_attn_implementation("sdpa")
+    output(model, **inputs())
+    assert sla2_compile.report(model).discovery == "not transformed"
+    assert "0 of 0 attention calls replaced, recipe none" in str(sla2_compile.report(model))
+    # another recipe of ours has seen nothing yet, and then its own calls only
+    model.set_attn_implementation("sla2-sparse")
+    assert replaced(model) == (0, {})
+    output(model, **inputs())
+    assert [x.settings.options.topk_ratio for x in sla2_compile.report(model).rewrites] == [0.25, 0.25]
+
+
+def test_a_part_that_left_is_not_reported():
+    """The other part still is: each module's own config says where its calls go."""
+    parts = torch.nn.ModuleDict({"gone": llama("sla2"), "there": bert("sla2")})
+    for part in parts.values():
+        output(part, **inputs())
+    parts["gone"].set_attn_implementation("eager")
+    owners = [x.where.owner for x in sla2_compile.report(parts).outcomes]
+    assert [owner.split(".")[0] for owner in owners] == ["there", "there"]
+    # back at the same name, its calls so far count on
+    parts["gone"].set_attn_implementation("sla2")
+    output(parts["gone"], **inputs())
+    assert replaced(parts["gone"]) == (4, {})
+
+
 def test_gradients_and_gradient_checkpointing():
     model, twin = llama("sla2-sparse").train(), llama("sla2-sparse").train()
     twin.gradient_checkpointing_enable()
