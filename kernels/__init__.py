@@ -11,8 +11,9 @@
 | `tiling.py`, `portable_route.py`, `portable_attention.py`, `portable_backward.py` | blocked PyTorch for any device |
 | `cuda.py` | which calls the Triton kernels take, and the calls |
 | `schedule.py` | a call's launches, worked out once for its layout |
-| `route_schedule.py`, `attention_schedule.py` | those of the two ops; tiles |
-| `tuning.py`, `device.py` | tiles by trial; what launchers ask of a GPU and of a layout |
+| `route_schedule.py`, `attention_schedule.py` | those of the two ops |
+| `tiles.py`, `tuning.py` | how attention's kernels are cut: by tables, or by trial |
+| `device.py` | what launchers ask of a GPU and of a layout |
 | `triton_pool.py`, `triton_scores.py`, `triton_select.py` | router: pooled tokens, block scores, top-k |
 | `triton_states.py`, `triton_linear.py`, `triton_attend.py` | linear branch; sparse branch and mix |
 | `hopper.py`, `gluon_attend.py` | which calls one kernel takes for both branches on sm_90, and that kernel |

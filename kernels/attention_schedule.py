@@ -1,7 +1,6 @@
 """The launches of `sla2::attention` on a GPU: states, complement, GEMM, then linear and attend, or Hopper's for both.
 
-Where a tile is not the caller's choice, the tables here hold what was the best of those tried on sm_90, and what
-compiles without spills elsewhere.
+How each is cut into programs stands in `tiles.py`.
 """
 
 from __future__ import annotations
@@ -21,44 +20,14 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import LOW_BITS
 from sla2_compile.kernels.device import describable, padded
 from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
+from sla2_compile.kernels.tiles import ShapeClass, attend_tile, linear_chunk, linear_tile, states_tile
 from sla2_compile.kernels.triton_attend import attend_kernel
 from sla2_compile.kernels.triton_linear import linear_kernel
 from sla2_compile.kernels.triton_states import complement_kernel, states_kernel
 from sla2_compile.kernels.tuning import launch
 
-LINEAR = (64, 8, 4, 2)
-"""`linear_kernel`: rows a tile, warps, tiles a program, pipeline stages."""
 STATE_BYTES = 1 << 30
 """Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How `attend_kernel` cuts its work: rows a program, warps, pipeline stages, registers a thread."""
-
-    block_m: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-def attend_tile(arch: int, width: int, block_q: int, block_k: int) -> Tile:
-    """Choose the tile for a head dim padded to `width`."""
-    if width > 128:
-        return Tile(min(block_q, 32), 8, 2)
-    if width == 128 and (arch < 90 or block_k > 64):
-        return Tile(min(block_q, 64), 8, 2)
-    if arch == 90 and width <= 64:
-        return Tile(min(block_q, 64), 4, 3, 96)
-    if block_q < 128:
-        return Tile(block_q, 4, 2)
-    # 128 registers let two programs share a multiprocessor: one computes while the other waits
-    return Tile(128, 8, 2, 128 if arch == 90 else None)
-
-
-def stages_that_fit(limit: int, block_m: int, block_k: int, width_k: int, width_v: int) -> int:
-    """How many tiles of K and V fit beside the tile of q in `limit` bytes of shared memory."""
-    return (limit - 1024 - 2 * block_m * width_k) // (2 * block_k * (width_k + width_v))
 
 
 @dataclass(frozen=True)
@@ -128,30 +97,12 @@ class StateLayout:
         return self.z_at + num_blocks(self.D, 16) * 16
 
     @property
-    def wide(self) -> bool:
-        """Whether a head is cut in slices, so that registers suffice."""
-        return max(self.block_d, self.block_dv) > 128
-
-    @property
     def constants(self) -> dict[str, Any]:
         """Arguments of `states_kernel` and `linear_kernel`."""
         return {
             "D": self.D, "DV": self.Dv, "BLOCK_D": self.block_d, "ROW_DV": self.row, "STATE": self.size,
             "Z_AT": self.z_at, "FEATURE_MAP": self.feature_map,
         }  # fmt: skip
-
-
-def states_tile(arch: int, layout: StateLayout, low_bit: int, block_k: int) -> dict[str, Any]:
-    """Choose columns of v a program, warps and registers a thread of `states_kernel`."""
-    columns, warps, registers = 128 if arch == 90 and not layout.wide else 64, 4, None
-    if layout.wide or (low_bit and block_k > 64):
-        warps = 8
-    elif arch == 90 and max(layout.block_d, layout.block_dv) <= 64 and block_k <= 64:
-        warps = 2
-    elif arch == 90 and low_bit:
-        # a few registers less, and three programs share a multiprocessor instead of two
-        registers = 168
-    return {"BLOCK_DV": min(layout.block_dv, columns), "num_warps": warps, "maxnreg": registers}
 
 
 def block_tiles(slot: Slot, x: Layout, rows: int, width: int) -> Tiles:
@@ -190,18 +141,18 @@ class Summed:
 
 
 def summed_states(
-    schedule: Schedule, k: Layout, v: Layout, mask: Layout | None, layout: StateLayout, eight: EightBit,
-    Hq: int, tm: int, topk: int, block_q: int, block_k: int, linear_scope: str, is_causal: bool, trials: bool,
+    schedule: Schedule, shape: ShapeClass, k: Layout, v: Layout, mask: Layout | None, layout: StateLayout,
+    eight: EightBit, Hq: int, tm: int, topk: int, linear_scope: str, is_causal: bool, trials: bool,
 ) -> Iterator[Summed]:  # fmt: skip
     """Have states summed for as many heads at a time as memory is meant to hold; the slots are used again."""
     _, k_in, v_in, mean, lut, _, _, _, mask_in = schedule.inputs
     B, heads, Nk, _ = k.shape
-    groups, tn = Hq // heads, num_blocks(Nk, block_k)
+    groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
     # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
     columns = num_blocks(tn, 8) * 8
     per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
     step = max(1, min(B * heads, STATE_BYTES // per_head))
-    tile = states_tile(device.capability(k.device), layout, eight.level, block_k)
+    tile, limits = states_tile(shape)
     states = schedule.empty("states", (step, columns, layout.size), k.dtype)
     complement = schedule.empty("complement", (step, groups * tm, columns), k.dtype)
     summed = schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
@@ -211,16 +162,14 @@ def summed_states(
             schedule, states_kernel, partial(states_grid, n * columns, layout.block_dv),
             k_in, v_in, mean, mask_in, states, *eight.slots, *k.stride[:3], *v.stride[:3],
             0 if mask is None else mask.stride[0], heads, Nk, columns, first,
-            **layout.constants, BLOCK_K=block_k, HAS_MASK=mask is not None, HALVES=layout.block_d > 64,
-            LOW_BIT=eight.level,
-            tile=tile,
-            limits={"BLOCK_DV": (16, layout.block_dv)},
-            trials=trials,
+            **layout.constants, BLOCK_K=shape.block_k, HAS_MASK=mask is not None, HALVES=layout.block_d > 64,
+            LOW_BIT=eight.level, tile=tile, limits=limits, trials=trials,
         )  # fmt: skip
         schedule.launch(
             complement_kernel, (n * groups * tm,),
             lut, complement, tm, tn, columns, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
-            BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_N=512, CAUSAL=is_causal, ALL=linear_scope == "all", num_warps=2,
+            BLOCK_Q=shape.block_q, BLOCK_K=shape.block_k, BLOCK_N=512, CAUSAL=is_causal, ALL=linear_scope == "all",
+            num_warps=2,
         )  # fmt: skip
         schedule.compute(partial(product, n), complement, states, into=summed)
         yield Summed(summed, n, first * groups)
@@ -260,6 +209,7 @@ def attention_schedule(
     eight = EightBit.of(schedule, k_in, v_in, block_k, low_bit)
     # an INT8 product sums over 32 dims at a time
     layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), feature_map)
+    shape = ShapeClass(arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level)
     plain = mask is None and not is_causal and not keep_branches
     fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, plain)
     # the linear branch lies in o until the sparse branch mixes it in
@@ -267,35 +217,31 @@ def attention_schedule(
     # of the two kernels that the fused one replaces
     weight, shift = (lse if fused else schedule.empty(name, lse.shape, torch.float32) for name in ("weight", "shift"))
     for summed in summed_states(
-        schedule, k, v, mask, layout, eight, Hq, tm, topk, block_q, block_k, linear_scope, is_causal, trials
+        schedule, shape, k, v, mask, layout, eight, Hq, tm, topk, linear_scope, is_causal, trials
     ):  # fmt: skip
         if fused:
             hopper.attend(
-                schedule, q, k, v, eight.slots, eight.level, summed.slot, summed.n, o, lse, bias_strides,
+                schedule, shape, q, k, v, eight.slots, summed.slot, summed.n, o, lse, bias_strides,
                 first=summed.first * tm, z_at=layout.z_at, alpha=alpha, scale=scale, feature_map=feature_map,
             )  # fmt: skip
             continue
-        rows, warps, jobs, loads = LINEAR if not layout.wide else (32, 8, 1, 1)
+        tile, limits = linear_tile(shape)
         launch(
             schedule, linear_kernel, partial(linear_grid, summed.n * groups, tm * block_q),
             q_in, mean_in, rest_in, summed.slot, linear, weight, shift, *q.stride[:3], Hq, groups, Nq, tm,
             summed.first,
-            **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q,
-            CHUNK=layout.block_d if not layout.wide else 64,
-            tile={"BLOCK_M": min(block_q, rows), "JOBS": jobs, "STAGES": loads, "num_warps": warps},
-            limits={"BLOCK_M": (16, min(block_q, 128 if not layout.wide else 32))},
-            trials=trials,
+            **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q, CHUNK=linear_chunk(shape),
+            tile=tile, limits=limits, trials=trials,
         )  # fmt: skip
     outputs = (o, lse, o_sparse, o_linear)
     if fused:
         return schedule, outputs
     block_d, block_dv = layout.block_d, layout.block_dv
-    tile = attend_tile(arch, max(block_d, block_dv), block_q, block_k)
+    tile, limits = attend_tile(shape, device.shared_limit(q.device))
     tma = not eight.level and arch >= 90 and describable(k) and describable(v)
     k_tiles, v_tiles = (
         (block_tiles(k_in, k, block_k, block_d), block_tiles(v_in, v, block_k, block_dv)) if tma else (k_in, v_in)
     )
-    room = stages_that_fit(device.shared_limit(q.device), tile.block_m, block_k, block_d, block_dv)
     launch(
         schedule, attend_kernel, lambda t: (B * Hq * tm * (block_q // t["BLOCK_M"]),),
         q_in, k_in, v_in, k_tiles, v_tiles, *eight.slots, lut_in, rest_in, gain_in, bias_in, mask_in, linear, weight,
@@ -303,11 +249,6 @@ def attention_schedule(
         *bias_strides, Hq, groups, Nq, Nk, tm, topk, scale,
         D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k,
         ALPHA=alpha, CAUSAL=is_causal, HAS_MASK=mask is not None, KEEP=keep_branches, TMA=tma, LOW_BIT=eight.level,
-        tile={
-            "BLOCK_M": tile.block_m, "STAGES": min(tile.stages, room), "num_warps": tile.warps,
-            "maxnreg": None if eight.level else tile.registers,
-        },
-        limits={"BLOCK_M": (16, block_q), "STAGES": (1, room)},
-        trials=trials,
+        tile=tile, limits=limits, trials=trials,
     )  # fmt: skip
     return schedule, outputs

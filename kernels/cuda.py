@@ -27,12 +27,13 @@ from torch import Tensor
 
 from sla2_compile.kernels import device as chip
 from sla2_compile.kernels import portable_attention, portable_route
-from sla2_compile.kernels.attention_schedule import attend_tile, attention_schedule, stages_that_fit
+from sla2_compile.kernels.attention_schedule import attention_schedule
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table
 from sla2_compile.kernels.device import packed, padded, whole
 from sla2_compile.kernels.route_schedule import route_schedule
 from sla2_compile.kernels.schedule import Layout, Schedule, Slot
+from sla2_compile.kernels.tiles import ShapeClass, attend_tile
 from sla2_compile.kernels.tuning import by_trial
 
 
@@ -40,13 +41,13 @@ def kernels_take(
     device: torch.device, dtype: torch.dtype, D: int, Dv: int, block_q: int, block_k: int, scale: float
 ) -> bool:
     """Whether the Triton kernels run this call; see the table above. Dv: head dim of v (q's for a route)."""
-    arch, width_k, width_v = chip.capability(device), padded(D), padded(Dv)
+    arch = chip.capability(device)
     if torch.version.hip is not None or arch < 80 or dtype not in (torch.bfloat16, torch.float16) or scale <= 0.0:
         return False
     if not (16 <= block_q <= 128 and 16 <= block_k <= 128):
         return False
-    block_m = attend_tile(arch, max(width_k, width_v), block_q, block_k).block_m
-    return stages_that_fit(chip.shared_limit(device), block_m, block_k, width_k, width_v) >= 1
+    tile, _ = attend_tile(ShapeClass(arch, padded(D), padded(Dv), block_q, block_k), chip.shared_limit(device))
+    return tile["STAGES"] >= 1
 
 
 def multiplies_fp8(device: torch.device, block_k: int) -> bool:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,36 +19,12 @@ import triton
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.device import describable
 from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
+from sla2_compile.kernels.tiles import HopperTile, ShapeClass, hopper_tile
 
 BLOCK_Q, BLOCK_K, ROWS = 128, 64, 64
 TRITONS = ((3, 6), (3, 7))
 SHARED = 227 * 1024
 """Bytes of shared memory for the programs of a multiprocessor, on every chip of this generation."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the kernel is cut; measured on an H200 (benchmarks/NOTES.md).
-
-    Attributes:
-        pair: key blocks a step.
-        programs: that share a multiprocessor.
-        registers: of a thread that computes; at_launch: of any thread before that.
-    """
-
-    pair: int
-    programs: int
-    registers: int
-    at_launch: int | None = None
-
-
-def cut_for(D: int, low_bit: int) -> Cut:
-    """Choose for a head dim and a LOW_BIT."""
-    if D == 64:
-        # with one key block a step 112 registers are almost enough, and one program works while the other waits
-        return Cut(1, 2, 112, 80)
-    # all that two groups of 128 threads and one warp that loads can have; 8-bit products are too short to work beside
-    return Cut(2 if low_bit else 1, 1, 240)
 
 
 @functools.cache
@@ -112,14 +87,14 @@ def whole_tiles(slot: Slot, shape: tuple[int, ...], *block: int) -> Tiles:
     return swizzled_tiles(slot, shape, tuple(strides), *block)
 
 
-def steps_that_fit(D: int, bytes_k: int, bytes_v: int, cut: Cut) -> int:
+def steps_that_fit(D: int, bytes_k: int, bytes_v: int, tile: HopperTile) -> int:
     """How many steps' key blocks fit into a program's shared memory beside q, H and the small things."""
     fixed = 2 * BLOCK_Q * D * 2 + D * D * 2 + 6 * D + 1024
-    return min(4, (SHARED // cut.programs - fixed) // (cut.pair * (BLOCK_K * D * (bytes_k + bytes_v) + 128)))
+    return min(4, (SHARED // tile.programs - fixed) // (tile.pair * (BLOCK_K * D * (bytes_k + bytes_v) + 128)))
 
 
 def attend(
-    schedule: Schedule, q: Layout, k: Layout, v: Layout, eight: tuple[Slot, Slot, Slot], low_bit: int,
+    schedule: Schedule, shape: ShapeClass, q: Layout, k: Layout, v: Layout, eight: tuple[Slot, Slot, Slot],
     summed: Slot, heads_in: int, o: Slot, lse: Slot, bias_strides: tuple[int, ...], *,
     first: int, z_at: int, alpha: int, scale: float, feature_map: str,
 ) -> None:  # fmt: skip
@@ -134,7 +109,7 @@ def attend(
     """
     q_in, k_in, v_in, mean, lut, log_rest, gain, bias, _ = schedule.inputs
     (B, Hq, Nq, D), (_, heads, Nk, _), (tm, topk) = q.shape, k.shape, lut.shape[2:]
-    k8, v8, scales = eight
+    (k8, v8, scales), low_bit = eight, shape.low_bit
     tn, items, state = num_blocks(Nk, BLOCK_K), heads_in * summed.shape[1], summed.shape[2]
     keys = (
         whole_tiles(k8, k8.shape, 1, 1, BLOCK_K, D)
@@ -149,15 +124,15 @@ def attend(
     scale_tiles = (
         whole_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else whole_tiles(mean, (B, heads, D), 1, 1, 32)
     )
-    cut = cut_for(D, low_bit)
-    stages = steps_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize, cut)
+    tile = hopper_tile(shape)
+    stages = steps_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize, tile)
     schedule.launch(
-        kernel(), (min(items, cut.programs * multiprocessors(q.device)),),
+        kernel(), (min(items, tile.programs * multiprocessors(q.device)),),
         swizzled_tiles(q_in, q.shape, q.stride, 1, 1, ROWS, D), keys, values, scale_tiles,
         swizzled_tiles(summed, (items, D, D), (state, D, 1), 1, D, D),
         swizzled_tiles(summed, (items, D), (state, 1), 1, D, offset=z_at),
         whole_tiles(mean, (B * heads, D), 1, D), whole_tiles(o, o.shape, 1, 1, ROWS, D),
         lut, log_rest, gain, bias, lse, *bias_strides, first, Hq, Hq // heads, tm, tn, topk, items, Nq, Nk, scale,
-        D=D, DV=D, BLOCK_K=BLOCK_K, STAGES=stages, PAIR=cut.pair, LOW_BIT=low_bit, ALPHA=alpha,
-        FEATURE_MAP=feature_map, REGISTERS=cut.registers, num_warps=4, maxnreg=cut.at_launch,
+        D=D, DV=D, BLOCK_K=BLOCK_K, STAGES=stages, PAIR=tile.pair, LOW_BIT=low_bit, ALPHA=alpha,
+        FEATURE_MAP=feature_map, REGISTERS=tile.registers, num_warps=4, maxnreg=tile.at_launch,
     )  # fmt: skip

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels import attention_schedule, hopper
 from sla2_compile.kernels.schedule import Layout
+from sla2_compile.kernels.tiles import ShapeClass, hopper_tile
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.test_triton_low_bit import check, routed
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs, scheduled_attention, scheduled_route
@@ -79,7 +80,8 @@ def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("low_bit", "bytes_k", "bytes_v"), [(0, 2, 2), (1, 1, 2), (2, 1, 1)])
 def test_two_steps_fit(D: int, low_bit: int, bytes_k: int, bytes_v: int) -> None:
     """One is being used while the next one comes."""
-    assert hopper.steps_that_fit(D, bytes_k, bytes_v, hopper.cut_for(D, low_bit)) >= 2
+    tile = hopper_tile(ShapeClass(90, D, D, 128, 64, low_bit))
+    assert hopper.steps_that_fit(D, bytes_k, bytes_v, tile) >= 2
 
 
 if not INTERPRETED:

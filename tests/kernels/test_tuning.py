@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -114,3 +115,16 @@ def test_every_candidate_names_what_the_kernel_has() -> None:
         kernel = getattr(attention_schedule, name, None) or getattr(route_schedule, name)
         for tile in tiles:
             assert set(tile) - set(tuning.OF_TRITON) <= set(kernel.arg_names), name
+
+
+@pytest.mark.parametrize("table", ["ATTEND", "LINEAR", "STATES", "HOPPER"])
+def test_every_call_has_a_row_and_every_row_a_call(table: str) -> None:
+    from sla2_compile.kernels import tiles
+
+    rows, used = getattr(tiles, table), set()
+    arches = (90,) if table == "HOPPER" else (80, 89, 90, 100)
+    dims = (64, 128) if table == "HOPPER" else (16, 64, 128, 256)
+    for arch, d, block_q, block_k, low in itertools.product(arches, dims, (16, 128), (16, 64, 128), (0, 1, 2)):
+        shape = tiles.ShapeClass(arch, d, d, block_q, block_k, low)
+        used.add(next(n for n, (fits, _) in enumerate(rows) if fits(shape)))
+    assert used == set(range(len(rows)))
