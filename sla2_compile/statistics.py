@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from sla2_compile.behind_doors import door_sites
+from sla2_compile.behind_doors import door_sites, doors_of
 from sla2_compile.kernels.functional import Routing
 from sla2_compile.passes.site import Site
 from sla2_compile.plan import plans
+
+if TYPE_CHECKING:
+    from sla2_compile.recipes import Recipe
+
+ELSE_A_DOOR = "or send it through register_transformers or set_diffusers_backend"
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
@@ -31,20 +38,18 @@ def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
         router_entropy: of the router's distribution over key blocks, in nats, mean over heads and query blocks.
 
     Raises:
-        ValueError: model has no site, or no site has run in eager mode yet (compiled graphs record nothing).
+        ValueError: model has no site and goes by no door; no site has run in eager mode yet (compiled graphs record
+            nothing); every site's last call kept full attention.
     """
     all_sites = list(sites(model))
-    if not all_sites:
+    if not all_sites and not doors_of(model):
         raise ValueError(
             "model must be transformed, got no SLA2 site; call sla2_compile.transform first "
-            "(and run one forward if it was given no example_inputs)"
+            f"(and run one forward if it was given no example_inputs), {ELSE_A_DOOR}"
         )
     ran = [(name, site, site.last_routing) for name, site in all_sites if site.last_routing is not None]
     if not ran:
-        raise ValueError(
-            f"model must have run a forward in eager mode, got {len(all_sites)} sites with none recorded; "
-            "run one forward outside torch.compile (torch.compiler.set_stance('force_eager'))"
-        )
+        raise _nothing_recorded(model, [site for _, site in all_sites])
     stats: dict[str, float] = {}
     for name, site, routing in ran:
         stats |= {f"{name}/{key}": value for key, value in _site_statistics(site, routing).items()}
@@ -52,6 +57,23 @@ def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
         values = [value for name, value in stats.items() if name.endswith("/" + key)]
         stats[f"mean/{key}"] = sum(values) / len(values)
     return stats
+
+
+def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
+    kept = sum((site.fallbacks for site in all_sites), Counter())
+    if kept:
+        reasons = ", ".join(f"{times} x {reason}" for reason, times in kept.items())
+        return ValueError(
+            "model must have an attention call that SLA2 took last in eager mode, got full attention at "
+            f"{len(all_sites)} sites: {reasons}; give it inputs that SLA2 takes, or change the recipe"
+        )
+    got = f"{len(all_sites)} sites with none recorded"
+    if not all_sites:
+        got = "no call yet through " + ", ".join(sorted({use.door.name for use in doors_of(model)}))
+    return ValueError(
+        f"model must have run a forward in eager mode, got {got}; "
+        "run one forward outside torch.compile (torch.compiler.set_stance('force_eager'))"
+    )
 
 
 @torch.no_grad()
@@ -79,18 +101,33 @@ def _site_statistics(site: Site, routing: Routing) -> dict[str, float]:
 def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> None:
     """Write the model's SLA2 configuration, a line at a time, with log (print, logger.info, ...).
 
+    One block for each part that `transform` planned, then one for each of a library's names for SLA2 that the model
+    goes by now (`register_transformers`, `set_diffusers_backend`), with its eager calls so far.
+
     Raises:
-        ValueError: model is not transformed.
+        ValueError: model is not transformed, and goes by no such name.
     """
-    found = list(plans(model))
-    if not found:
-        raise ValueError("model must be transformed, got one that is not; call sla2_compile.transform first")
+    found, uses = list(plans(model)), doors_of(model)
+    if not found and not uses:
+        raise ValueError(
+            f"model must be transformed, got one that is not; call sla2_compile.transform first, {ELSE_A_DOOR}"
+        )
     for name, root, plan in found:
-        recipe, where = plan.recipe, name or type(root).__name__
-        log(f"SLA2 in {where}: recipe {recipe.name}, {len(plan.rewrites)} sites, {len(plan.misses)} left alone")
-        for field, value in recipe.model_dump(exclude={"name", "overrides"}).items():
-            log(f"  {field}: {value}")
-        for pattern, values in recipe.overrides.items():
-            log(f"  override {pattern}: {values}")
+        where = name or type(root).__name__
+        log(f"SLA2 in {where}: recipe {plan.recipe.name}, {len(plan.rewrites)} sites, {len(plan.misses)} left alone")
+        _log_recipe(plan.recipe, log)
+    for use in uses:
+        # torch.compile's wrapper is not what a user built
+        where = use.part or type(getattr(model, "_orig_mod", model)).__name__
+        log(f"SLA2 in {where}: recipe {use.door.recipe.name}, behind {use.door.name}")
+        log(f"  eager calls so far: {use.replaced} replaced, {use.left_alone} left alone")
+        _log_recipe(use.door.recipe, log)
     learned = sum(p.numel() for _, site in sites(model) for p in site.parameters())
     log(f"  parameters added: {learned}")
+
+
+def _log_recipe(recipe: Recipe, log: Callable[[str], object]) -> None:
+    for field, value in recipe.model_dump(exclude={"name", "overrides"}).items():
+        log(f"  {field}: {value}")
+    for pattern, values in recipe.overrides.items():
+        log(f"  override {pattern}: {values}")

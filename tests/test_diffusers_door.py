@@ -388,6 +388,42 @@ def test_threads():
     assert backends[0] is backends[1] is not backends[2]
 
 
+def test_the_configuration_is_printed_with_the_calls_so_far():
+    model = flux()
+    sla2_compile.set_diffusers_backend(model, **FEW)
+    for part, seen in ((model, "FluxTransformer2DModel"), (torch.nn.ModuleDict({"flux": model}), "flux")):
+        for calls in (0, 3):
+            lines: list[str] = []
+            sla2_compile.log_sla2_config(part, lines.append)
+            assert lines[0] == f"SLA2 in {seen}: recipe balanced, behind diffusers' dispatcher"
+            assert lines[1] == f"  eager calls so far: {calls} replaced, 0 left alone"
+            assert "  topk_ratio: 0.25" in lines
+            assert lines[-1] == "  parameters added: 0"
+            if not calls:
+                with pytest.raises(ValueError, match="got no call yet through diffusers' dispatcher; run one"):
+                    sla2_compile.get_sla2_statistics(part)
+                output(model, flux_inputs())
+        # a choice begins a new record
+        sla2_compile.set_diffusers_backend(model, **FEW)
+    model.reset_attention_backend()
+    with pytest.raises(ValueError, match="or send it through register_transformers or set_diffusers_backend"):
+        sla2_compile.log_sla2_config(model)
+
+
+def test_the_configuration_beside_a_plan():
+    model = flux()
+    sla2_compile.set_diffusers_backend(model, **ALL)
+    sla2_compile.transform(model, example_kwargs=flux_inputs(), exclude="single*", **FEW)
+    output(model, flux_inputs())
+    lines: list[str] = []
+    sla2_compile.log_sla2_config(model, lines.append)
+    assert [line for line in lines if line.startswith("SLA2")] == [
+        "SLA2 in FluxTransformer2DModel: recipe balanced, 2 sites, 1 left alone",
+        "SLA2 in single_transformer_blocks.0.attn: recipe balanced, behind diffusers' dispatcher",
+    ]
+    assert "  eager calls so far: 1 replaced, 0 left alone" in lines
+
+
 def test_compiled_whole():
     model, other = flux(), flux()
     expected = output(model, flux_inputs())

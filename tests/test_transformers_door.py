@@ -158,6 +158,54 @@ def test_a_part_that_left_is_not_reported():
     assert replaced(parts["gone"]) == (4, {})
 
 
+def configuration(model):
+    lines: list[str] = []
+    sla2_compile.log_sla2_config(model, lines.append)
+    return lines
+
+
+def test_the_configuration_is_printed_with_the_calls_so_far():
+    model = llama("sla2-sparse")
+    head = "SLA2 in LlamaForCausalLM: recipe balanced, behind transformers' attn_implementation='sla2-sparse'"
+    assert configuration(model)[:2] == [head, "  eager calls so far: 0 replaced, 0 left alone"]
+    model.generate(**inputs(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    for seen in (model, torch.compile(model)):
+        lines = configuration(seen)
+        assert lines[:2] == [head, "  eager calls so far: 2 replaced, 4 left alone"]
+        assert "  topk_ratio: 0.25" in lines
+        assert lines[-1] == "  parameters added: 0"
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="must be transformed"):
+        configuration(model)
+
+
+def test_the_configuration_of_parts():
+    parts = torch.nn.ModuleDict({"dense": llama("sla2"), "sparse": llama("sla2-sparse"), "full": llama("sdpa")})
+    heads = [line.split(":")[0] for line in configuration(parts) if line.startswith("SLA2")]
+    assert heads == ["SLA2 in dense", "SLA2 in sparse"]
+    # what is planned does not go by the door, whatever its config says
+    sla2_compile.transform(parts["dense"], example_kwargs=inputs(), topk_ratio=0.5, min_seq_len=64)
+    lines = configuration(parts)
+    assert [line for line in lines if line.startswith("SLA2")] == [
+        "SLA2 in dense: recipe balanced, 2 sites, 0 left alone",
+        "SLA2 in sparse: recipe balanced, behind transformers' attn_implementation='sla2-sparse'",
+    ]
+    assert [line for line in lines if "topk_ratio" in line] == ["  topk_ratio: 0.5", "  topk_ratio: 0.25"]
+    assert lines[-1] != "  parameters added: 0"
+
+
+def test_statistics_say_what_is_missing():
+    model = llama("sla2")
+    with pytest.raises(ValueError, match="got no call yet through transformers' attn_implementation='sla2'; run one"):
+        sla2_compile.get_sla2_statistics(model)
+    # each layer's last call decodes
+    model.generate(**inputs(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match=f"at 2 sites: 4 x {Reason.FEW_QUERIES.value}"):
+        sla2_compile.get_sla2_statistics(model)
+    with pytest.raises(ValueError, match="or send it through register_transformers"):
+        sla2_compile.get_sla2_statistics(llama("sdpa"))
+
+
 def test_gradients_and_gradient_checkpointing():
     model, twin = llama("sla2-sparse").train(), llama("sla2-sparse").train()
     twin.gradient_checkpointing_enable()
