@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
 
@@ -28,7 +28,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show one recipe in 
     if name is not None:
         console.print(yaml.safe_dump(_checked(lambda: Recipe.of(name)).model_dump(mode="json"), sort_keys=False))
         return
-    table = Table("recipe", "topk_ratio", "compression_ratio", "blocks", "alpha", "low bit", "QAT")
+    # names are what is typed: a narrow terminal must not break them
+    name_column = Column("recipe", no_wrap=True)
+    table = Table(name_column, "topk_ratio", "compression_ratio", "blocks", "alpha", "low bit", "QAT")
     for key in recipe_names():
         r = Recipe.named(key)
         mark = f"{key} (default)" if key == DEFAULT else key

@@ -37,6 +37,16 @@ def test_recipes(run):
     assert "topk_ratio: 0.15" in run("recipes", "balanced").output
 
 
+def test_a_narrow_terminal_breaks_no_name(monkeypatch):
+    from rich.console import Console
+
+    from sla2_compile import cli
+
+    monkeypatch.setattr(cli, "console", Console(width=60))
+    output = CliRunner().invoke(app, ["recipes"]).output
+    assert all(name in output for name in ("max_speedup", "balanced (default)", "high_quality", "paper"))
+
+
 def test_inspect(run):
     result = run("inspect", FACTORY, "--set", "min_seq_len=0")
     assert result.exit_code == 0
