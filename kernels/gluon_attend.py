@@ -113,101 +113,78 @@ def entry(table, at, topk, Tn):
 
 
 @gluon.jit
-def start_score(q, k_bufs, at, mma: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Start the scores of one key block."""
-    if LOW_BIT > 0:
-        zero = gl.full([ROWS, BLOCK_K], 0x4B400000, gl.int32, layout=mma)
-    else:
-        zero = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=mma)
-    keys = k_bufs.index(at).reshape([BLOCK_K, D]).permute((1, 0))
-    return warpgroup_mma(q, keys, zero, use_acc=LOW_BIT > 0, is_async=True)
-
-
-@gluon.jit
 def start_scores(
     q, k_bufs, stage, mma: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr,
     LOW_BIT: gl.constexpr,
 ):  # fmt: skip
     """Start the scores of a stage's key blocks; returns what to wait for, a tuple as everything of a step is."""
-    first = start_score(q, k_bufs, PAIR * stage, mma, D, BLOCK_K, LOW_BIT)
-    if PAIR == 2:
-        return (first, start_score(q, k_bufs, PAIR * stage + 1, mma, D, BLOCK_K, LOW_BIT))
-    else:
-        return (first,)
-
-
-@gluon.jit
-def wait_scores(s, running: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Wait for scores while `running` later products go on; read as fp32, with MAGIC on top in low bit."""
-    if PAIR == 2:
-        first, second = warpgroup_mma_wait(running, deps=[s[0], s[1]])
-        return (as_float(first, LOW_BIT), as_float(second, LOW_BIT))
-    else:
-        return (as_float(warpgroup_mma_wait(running, deps=[s[0]]), LOW_BIT),)
-
-
-@gluon.jit
-def as_float(s, LOW_BIT: gl.constexpr):
-    """Read scores as fp32, with MAGIC on top in low bit."""
     if LOW_BIT > 0:
-        return s.to(gl.float32, bitcast=True)
+        zero = gl.full([ROWS, BLOCK_K], 0x4B400000, gl.int32, layout=mma)
     else:
-        return s
+        zero = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=mma)
+    # a comprehension of Gluon's goes over a tuple, not over a range
+    return [
+        warpgroup_mma(
+            q, k_bufs.index(PAIR * stage + part).reshape([BLOCK_K, D]).permute((1, 0)), zero,
+            use_acc=LOW_BIT > 0, is_async=True,
+        )
+        for part in (0, 1)[:PAIR]
+    ]  # fmt: skip
 
 
 @gluon.jit
-def carried_one(p, dtype: gl.constexpr, layout: gl.constexpr, LOW_BIT: gl.constexpr):
-    if LOW_BIT == 2:
-        return p
-    else:
-        return gl.convert_layout(p.to(dtype), layout)
+def wait_scores(s, running: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Wait for scores while `running` later products go on; read as fp32, with MAGIC on top in low bit."""
+    done = warpgroup_mma_wait(running, deps=s)
+    if len(s) == 1:
+        # one alone comes without its tuple
+        done = (done,)
+    if LOW_BIT > 0:
+        done = [x.to(gl.float32, bitcast=True) for x in done]
+    return done
 
 
 @gluon.jit
-def carried(p, dtype: gl.constexpr, layout: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr):
+def carried(p, dtype: gl.constexpr, layout: gl.constexpr, LOW_BIT: gl.constexpr):
     """Return weights as they go round the loop: in 16 bits, but FP8 in fp32, whose bytes would be taken apart."""
-    if PAIR == 2:
-        return (carried_one(p[0], dtype, layout, LOW_BIT), carried_one(p[1], dtype, layout, LOW_BIT))
+    if LOW_BIT == 2:
+        return p
     else:
-        return (carried_one(p[0], dtype, layout, LOW_BIT),)
+        return [gl.convert_layout(x.to(dtype), layout) for x in p]
 
 
 @gluon.jit
-def as_operand(p, layout: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Turn carried weights into a product's left operand; no value changes its thread."""
+def operands(p, layout: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Turn carried weights into a product's left operands."""
     if LOW_BIT == 2:
-        # the columns that one thread holds, in the order in which an 8-bit operand wants them: v8 lies in that order
-        p = gl.permute(gl.reshape(p, [ROWS, BLOCK_K // 32, 2, 2, 4, 2]), [0, 1, 2, 4, 3, 5])
-        p = gl.convert_layout(gl.reshape(p, [ROWS, BLOCK_K]), layout)
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-            mov.b32 $0, {low, high};
-            }""",
-            "=r,r,r,r,r", [p], dtype=gl.float8e4nv, is_pure=True, pack=4,
-        )  # fmt: skip
+        return [packed(x, layout) for x in p]
     else:
         return p
 
 
 @gluon.jit
-def operands(p, layout: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr):
-    """`as_operand` of a step's weights."""
-    if PAIR == 2:
-        return (as_operand(p[0], layout, BLOCK_K, LOW_BIT), as_operand(p[1], layout, BLOCK_K, LOW_BIT))
-    else:
-        return (as_operand(p[0], layout, BLOCK_K, LOW_BIT),)
+def packed(p, layout: gl.constexpr):
+    """Return weights in FP8; no value changes its thread."""
+    BLOCK_K: gl.constexpr = p.shape[1]
+    # the columns that one thread holds, in the order in which an 8-bit operand wants them: v8 lies in that order
+    p = gl.permute(gl.reshape(p, [ROWS, BLOCK_K // 32, 2, 2, 4, 2]), [0, 1, 2, 4, 3, 5])
+    p = gl.convert_layout(gl.reshape(p, [ROWS, BLOCK_K]), layout)
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,r,r,r,r", [p], dtype=gl.float8e4nv, is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @gluon.jit
-def start_values(
-    p, v_bufs, stage, acc, DV: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr
-):
+def start_values(p, v_bufs, stage, acc, DV: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
     """Start acc += p v of a stage's key blocks; returns what to wait for."""
-    for part in gl.static_range(PAIR):
-        tile = v_bufs.index(PAIR * stage + part)
+    for part in gl.static_range(len(p)):
+        tile = v_bufs.index(len(p) * stage + part)
         if LOW_BIT == 2:
             values = tile.reshape([DV, BLOCK_K]).permute((1, 0))
         else:
@@ -217,40 +194,34 @@ def start_values(
 
 
 @gluon.jit
-def scaled(scale_bufs, at, c, row: gl.constexpr, LOW_BIT: gl.constexpr):
+def scaled(both, c, row: gl.constexpr, LOW_BIT: gl.constexpr):
     """What the scores of a key block are multiplied by, and log2 of its values' scale."""
     if LOW_BIT > 0:
-        both = scale_bufs.index(at).reshape([32])
+        both = both.reshape([32])
         # a product of two least scales is 0, and so is the scale behind the last key: a masked score times 0 is NaN
         c = gl.maximum(c * both.slice(0, 1).load(row), 1e-30)
-        if LOW_BIT == 2:
-            return c, both.slice(1, 1).load(row)
-        else:
-            return c, 0.0
+    if LOW_BIT == 2:
+        return c, both.slice(1, 1).load(row)
     else:
         return c, 0.0
 
 
 @gluon.jit
 def block_scales(scale_bufs, stage, c, row: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr):
-    """`scaled` of a stage's key blocks: factors, logarithms."""
-    ca, la = scaled(scale_bufs, PAIR * stage, c, row, LOW_BIT)
-    if PAIR == 2:
-        cb, lb = scaled(scale_bufs, PAIR * stage + 1, c, row, LOW_BIT)
-        return (ca, cb), (la, lb)
-    else:
-        return (ca,), (la,)
+    """`scaled` of a stage's key blocks."""
+    return [scaled(scale_bufs.index(PAIR * stage + part), c, row, LOW_BIT) for part in (0, 1)[:PAIR]]
 
 
 @gluon.jit
-def fold(p, part: gl.constexpr, BLOCK_K: gl.constexpr):
+def fold(p, part: gl.constexpr):
     """Sum columns that lie 8 apart, which one thread holds: (ROWS, 8), and no exchange between threads."""
-    return gl.convert_layout(gl.sum(gl.reshape(p, [ROWS, BLOCK_K // 8, 8]), axis=1), part)
+    return gl.convert_layout(gl.sum(gl.reshape(p, [ROWS, p.shape[1] // 8, 8]), axis=1), part)
 
 
 @gluon.jit
-def peak(s, c, v_log, LOW_BIT: gl.constexpr):
-    """Largest of a key block's scores s (ROWS, BLOCK_K) times c, in units of log2."""
+def peak(s, scale, LOW_BIT: gl.constexpr):
+    """Largest of a key block's scores s (ROWS, BLOCK_K), scaled, in units of log2."""
+    c, v_log = scale
     m = gl.max(s, axis=1)
     if LOW_BIT > 0:
         m = m - MAGIC
@@ -261,15 +232,16 @@ def peak(s, c, v_log, LOW_BIT: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, c, v_log, top, part: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
+def weigh(s, scale, top, part: gl.constexpr, LOW_BIT: gl.constexpr):
     """Return the weights of a key block, and their sums (ROWS, 8) in units of a row's softmax."""
+    c, v_log = scale
     if LOW_BIT == 2:
         # weights up to 256: a power of two costs nothing, and E4M3's smallest numbers are 2^-9
         top = top - v_log - 8.0
     if LOW_BIT > 0:
         top = top + MAGIC * c
     p = gl.exp2(s * gl.expand_dims(c, 1) - gl.expand_dims(top, 1))
-    sums = fold(p, part, BLOCK_K)
+    sums = fold(p, part)
     if LOW_BIT == 2:
         row: gl.constexpr = gl.SliceLayout(1, part)
         sums = sums * gl.expand_dims(gl.convert_layout(gl.exp2(-v_log), row), 1)
@@ -277,41 +249,39 @@ def weigh(s, c, v_log, top, part: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: 
 
 
 @gluon.jit
-def softmax_step(
-    s, c, v_log, top, total, part: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, LOW_BIT: gl.constexpr
-):
+def softmax_step(s, scales, top, total, part: gl.constexpr, LOW_BIT: gl.constexpr):
     """Take the scores of a step into the running softmax, in units of log2.
 
     Args:
-        s: (ROWS, BLOCK_K) of each key block; c: what they are multiplied by; v_log: log2 of the values' scale.
+        s: (ROWS, BLOCK_K) of each key block; scales: `scaled` of each.
         top: (ROWS,), running maximum; total: (ROWS, 8), parts of the running sum.
 
     Returns:
         The weights, the new top, what the accumulator is multiplied by, the new total.
     """
-    new = peak(s[0], c[0], v_log[0], LOW_BIT)
-    if PAIR == 2:
-        new = gl.maximum(new, peak(s[1], c[1], v_log[1], LOW_BIT))
+    new = peak(s[0], scales[0], LOW_BIT)
+    for n in gl.static_range(1, len(s)):
+        new = gl.maximum(new, peak(s[n], scales[n], LOW_BIT))
     if LOW_BIT > 0:
         # a whole number: a later maximum then multiplies by a power of two, and does not move how p was rounded
         new = gl.ceil(new)
     new = gl.maximum(top, new)
-    pa, add = weigh(s[0], c[0], v_log[0], new, part, BLOCK_K, LOW_BIT)
+    p, add = weigh(s[0], scales[0], new, part, LOW_BIT)
+    weights = [p]
     shrink = gl.exp2(top - new)
-    if PAIR == 2:
-        pb, more = weigh(s[1], c[1], v_log[1], new, part, BLOCK_K, LOW_BIT)
-        add = add + more
+    for n in gl.static_range(1, len(s)):
+        p, more = weigh(s[n], scales[n], new, part, LOW_BIT)
+        weights += [p]
+        add += more
     row: gl.constexpr = gl.SliceLayout(1, part)
     total = total * gl.expand_dims(gl.convert_layout(shrink, row), 1) + add
-    if PAIR == 2:
-        return (pa, pb), new, shrink, total
-    else:
-        return (pa,), new, shrink, total
+    return weights, new, shrink, total
 
 
 @gluon.jit
-def masked(s, j, Nk, BLOCK_K: gl.constexpr, columns: gl.constexpr):
+def masked(s, j, Nk, columns: gl.constexpr):
     """Scores of block j, -inf behind the last key."""
+    BLOCK_K: gl.constexpr = s.shape[1]
     at = j * BLOCK_K + gl.arange(0, BLOCK_K, layout=columns)
     return gl.where(gl.expand_dims(at < Nk, 0), s, NEG_INF)
 
@@ -402,48 +372,44 @@ def take_rows(
         stage = done % STAGES
         mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
         s = start_scores(q, k_bufs, stage, mma_s, D, BLOCK_K, PAIR, LOW_BIT)
-        factors, v_logs = block_scales(scale_bufs, stage, c, row_s, PAIR, LOW_BIT)
-        s = wait_scores(s, 0, PAIR, LOW_BIT)
+        scales = block_scales(scale_bufs, stage, c, row_s, PAIR, LOW_BIT)
+        s = wait_scores(s, 0, LOW_BIT)
         mbarrier.arrive(k_empty.index(stage), count=1)
         first_at = PAIR * (steps - 1)
-        sa = masked(s[0], gl.load(table + first_at), Nk, BLOCK_K, columns_s)
-        if PAIR == 2:
-            s = (sa, masked(s[1], entry(table, first_at + 1, topk, Tn), Nk, BLOCK_K, columns_s))
-        else:
-            s = (sa,)
+        shown = [masked(s[0], gl.load(table + first_at), Nk, columns_s)]
+        for n in gl.static_range(1, PAIR):
+            shown += [masked(s[n], entry(table, first_at + n, topk, Tn), Nk, columns_s)]
         # finite, so that two empty rows differ by 0 and not by NaN
         top = gl.full([ROWS], -1.0e30, gl.float32, layout=row_s)
         total = gl.zeros([ROWS, 8], gl.float32, layout=part)
-        w, top, shrink, total = softmax_step(s, factors, v_logs, top, total, part, BLOCK_K, PAIR, LOW_BIT)
-        p = carried(w, v_bufs.dtype, p_layout, PAIR, LOW_BIT)
+        w, top, shrink, total = softmax_step(shown, scales, top, total, part, LOW_BIT)
+        p = carried(w, v_bufs.dtype, p_layout, LOW_BIT)
         # the last block has left through its tile of q, which can be loaded again
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(1 - side), count=1, pred=turn > 0)
         acc = gl.zeros([ROWS, DV], gl.float32, layout=mma_o)
         for _ in range(1, steps):
             ahead = (done + 1) % STAGES
-            x = operands(p, p_layout, BLOCK_K, PAIR, LOW_BIT)
+            x = operands(p, p_layout, LOW_BIT)
             mbarrier.wait(k_full.index(ahead), ((done + 1) // STAGES) & 1)
             started = start_scores(q, k_bufs, ahead, mma_s, D, BLOCK_K, PAIR, LOW_BIT)
             mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-            acc = start_values(x, v_bufs, stage, acc, DV, BLOCK_K, PAIR, LOW_BIT)
-            factors, v_logs = block_scales(scale_bufs, ahead, c, row_s, PAIR, LOW_BIT)
-            scores = wait_scores(started, PAIR, PAIR, LOW_BIT)
+            acc = start_values(x, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
+            scales = block_scales(scale_bufs, ahead, c, row_s, PAIR, LOW_BIT)
+            scores = wait_scores(started, PAIR, LOW_BIT)
             mbarrier.arrive(k_empty.index(ahead), count=1)
-            w, top, shrink, total = softmax_step(
-                scores, factors, v_logs, top, total, part, BLOCK_K, PAIR, LOW_BIT
-            )  # fmt: skip
+            w, top, shrink, total = softmax_step(scores, scales, top, total, part, LOW_BIT)
             if LOW_BIT == 2:
                 total = held(total)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(stage), count=1)
-            p = carried(w, v_bufs.dtype, p_layout, PAIR, LOW_BIT)
+            p = carried(w, v_bufs.dtype, p_layout, LOW_BIT)
             acc = acc * gl.expand_dims(gl.convert_layout(shrink, row_o), 1)
             done += 1
             stage = ahead
         mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-        x = operands(p, p_layout, BLOCK_K, PAIR, LOW_BIT)
-        acc = start_values(x, v_bufs, stage, acc, DV, BLOCK_K, PAIR, LOW_BIT)
+        x = operands(p, p_layout, LOW_BIT)
+        acc = start_values(x, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
 
         # the linear branch's left operand while that runs
         raw = q_tile.load(phi_layout).to(gl.float32)
