@@ -1,4 +1,4 @@
-"""How a kernel is cut into programs: by the tables of the schedules, or with SLA2_AUTOTUNE=1 by trial.
+"""How a kernel is cut into programs: by tables (`tiles.py`, `route_schedule.py`), or with SLA2_AUTOTUNE=1 by trial.
 
 By trial: on the first call of a shape class (head dims, block sizes, dtype, format; not lengths) a kernel runs with
 the table's tile and with each candidate below, and keeps the fastest: for the process, and on disk in Triton's cache
