@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from sla2_compile.behind_doors import door_sites
+from sla2_compile.behind_doors import door_sites, doors_of
 from sla2_compile.carrier import site_forward
 from sla2_compile.kernels.precision import low_bit_on, measured_to_pay
 from sla2_compile.passes.outcome import Miss, Rewrite
@@ -168,7 +168,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
 
     A model that holds several transformed parts gets one report with the parts' names before the owners'.
     Calls behind a library's own name for SLA2 (`register_transformers`, `set_diffusers_backend`) are listed as they
-    were made so far, and no longer once the model goes by another name.
+    were made so far (none before a first forward), and no longer once the model goes by another name.
     A model that was never transformed gets an empty one; `inspect` says what would be done.
     """
     if not isinstance(model, (nn.Module, ExportedProgram)):
@@ -186,6 +186,10 @@ def report(model: nn.Module | ExportedProgram) -> Report:
         outcomes += [_prefixed(x, name) for x in site.outcomes.values()]
         recipes[name] = site.recipe
         discovery = discovery or "door"
+    for use in doors_of(model):
+        if not use.replaced and not use.left_alone:
+            recipes[use.part] = use.door.recipe
+            discovery = discovery or "door"
     if not recipes:
         return Report((), None, "not transformed", {})
     first = next(iter(recipes.values()))

@@ -126,7 +126,17 @@ def test_statistics_and_two_recipes_in_one_process():
     assert few > all_ + 0.1
     both = torch.nn.ModuleDict({"dense": dense, "sparse": sparse})
     assert len(sla2_compile.report(both).recipes) == 4
-    assert sla2_compile.report(llama("sla2")).discovery == "not transformed"
+
+
+def test_a_report_before_the_first_call_names_the_recipe():
+    model = llama("sla2-sparse")
+    report = sla2_compile.report(model)
+    assert (report.discovery, report.outcomes) == ("door", ())
+    assert report.recipe.topk_ratio == 0.25
+    assert "0 of 0 attention calls replaced, recipe" in str(report)
+    assert "eager calls so far; compiled code records none" in str(report)
+    both = torch.nn.ModuleDict({"dense": llama("sla2"), "sparse": model})
+    assert {r.topk_ratio for r in sla2_compile.report(both).recipes.values()} == {1.0, 0.25}
 
 
 def test_a_report_is_of_the_implementation_that_holds():
