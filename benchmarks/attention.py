@@ -5,12 +5,12 @@
     python benchmarks/attention.py --suite sweep
     python benchmarks/attention.py --suite sweep --report --output benchmarks/results/attention_sweep
 
-Ours is the whole op: router, top-k, sparse branch, exact complement, mix; `low` takes the sparse branch in INT8
-and FP8. `ours` and `low` call it as a user does; `_graph` replays the same call from a CUDA graph, which leaves the
-GPU's own time. `host` is how much longer the host took, while a row was measured, for a fixed piece of Python than at
-its best: eager times of a row far from 1 say nothing. TFLOP/s are dense-equivalent (4 B H N^2 D / time) and real
-(what the sparse branch computes / time of the whole op). `low_error` is the norm of low's difference from ours over
-the norm of ours.
+Ours is the whole op: router, top-k, sparse branch, exact complement, mix; `int8` takes the scores of the sparse
+branch in INT8, `low` also weights and values in FP8. `ours`, `int8` and `low` call it as a user does; `_graph`
+replays the same call from a CUDA graph, which leaves the GPU's own time. `host` is how much longer the host took,
+while a row was measured, for a fixed piece of Python than at its best: eager times of a row far from 1 say nothing.
+TFLOP/s are dense-equivalent (4 B H N^2 D / time) and real (what the sparse branch computes / time of the whole op).
+`int8_off` and `low_off` are the norm of the difference from ours over the norm of ours.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Shape:
 
 
 WAN, WAN_14B = (1, 12, 32760, 128), (1, 40, 75600, 128)
-OURS = {"ours": "none", "low": "int8_fp8"}
+OURS = {"ours": "none", "int8": "int8", "low": "int8_fp8"}
 """Ours by name: the low_bit of each."""
 RECIPES = ((0.05, 16), (0.15, 8), (0.25, 4))
 SUITES = {
@@ -207,8 +207,9 @@ def measure(shape: Shape, detail: bool, host: Host) -> dict[str, Any]:
             if rival in row:
                 row[f"{ours}_vs_{rival}"] = row[rival] / row[ours]
                 row[f"{ours}_vs_{rival}_graph"] = row[rival] / row[f"{ours}_graph"]
-    full, low = contenders["ours"]().float(), contenders["low"]().float()
-    row["low_error"] = ((low - full).norm() / full.norm()).item()
+    full = contenders["ours"]().float()
+    for name in ("int8", "low"):
+        row[f"{name}_off"] = ((contenders[name]().float() - full).norm() / full.norm()).item()
     dense = 4.0 * shape.B * shape.H * shape.N**2 * shape.D
     row["dense_tflops"] = dense / row["ours_graph"] / 1e9
     row["real_tflops"] = row["dense_tflops"] * shape.topk_ratio
@@ -228,12 +229,14 @@ def environment() -> dict[str, str]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table, times in milliseconds."""
     columns = [
-        "fa2", "cudnn", "flex", "math", "ours", "ours_graph", "low_graph", "ours_vs_fa2_graph", "ours_vs_cudnn_graph",
-        "low_vs_fa2_graph", "low_vs_cudnn_graph", "low_error", "host",
+        "fa2", "cudnn", "flex", "math", "ours", "ours_graph", "int8_graph", "low_graph", "ours_vs_fa2_graph",
+        "ours_vs_cudnn_graph", "int8_vs_fa2_graph", "int8_vs_cudnn_graph", "low_vs_fa2_graph", "low_vs_cudnn_graph",
+        "int8_off", "low_off", "host",
     ]  # fmt: skip
     rows = [
         {**row, "host": host} for row, host in zip(rows, slowdowns([r.get("host_ms") for r in rows]), strict=True)
     ]
+    columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
     lines = ["| (B, H, N, D), dtype | top-k, r | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
         shape = f"({row['B']}, {row['H']}, {row['N']}, {row['D']}), {row['dtype']}"
@@ -255,8 +258,9 @@ def crossovers(rows: list[dict[str, Any]]) -> str:
 
 
 KINDS = {
-    "ours_vs_fa2_graph": "over FlashAttention-2", "low_vs_fa2_graph": "over FlashAttention-2, low bit",
-    "ours_vs_cudnn_graph": "over cuDNN", "low_vs_cudnn_graph": "over cuDNN, low bit",
+    "ours_vs_fa2_graph": "over FlashAttention-2", "int8_vs_fa2_graph": "over FlashAttention-2, INT8",
+    "low_vs_fa2_graph": "over FlashAttention-2, INT8 and FP8",
+    "ours_vs_cudnn_graph": "over cuDNN", "low_vs_cudnn_graph": "over cuDNN, INT8 and FP8",
     "ours_vs_fa2": "over FlashAttention-2, eager",
 }  # fmt: skip
 """What is drawn, and its label."""
@@ -286,11 +290,13 @@ def plot(rows: list[dict[str, Any]], path: Path, suite: str) -> None:
 def bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     """One group of bars a shape, of graph replays."""
     names = [f"{r['B']},{r['H']},{r['N']},{r['D']}\n{r['topk_ratio']:.0%} r{r['compression_ratio']}" for r in rows]
-    for n, kind in enumerate(kind for kind in KINDS if kind.endswith("_graph")):
-        at, heights = [i + 0.22 * n for i in range(len(rows))], [r.get(kind, 0.0) for r in rows]
-        axis.bar_label(axis.bar(at, heights, width=0.2, label=KINDS[kind]), fmt="%.1f", fontsize=6)
+    kinds = [kind for kind in KINDS if kind.endswith("_graph") and any(kind in r for r in rows)]
+    step = 0.88 / len(kinds)
+    for n, kind in enumerate(kinds):
+        at, heights = [i + step * n for i in range(len(rows))], [r.get(kind, 0.0) for r in rows]
+        axis.bar_label(axis.bar(at, heights, width=0.9 * step, label=KINDS[kind]), fmt="%.1f", fontsize=6)
     axis.axhline(1.0, color="black", linewidth=0.8)
-    axis.set_xticks([i + 0.33 for i in range(len(rows))], names, fontsize=7)
+    axis.set_xticks([i + 0.44 - step / 2 for i in range(len(rows))], names, fontsize=7)
     axis.set_ylabel("speed-up of the whole op")
 
 
@@ -335,15 +341,34 @@ def curves(axis: Any, title: str, x: str, rows: list[dict[str, Any]]) -> None:
     axis.set_xlabel(x, fontsize=8)
 
 
+def text(rows: list[dict[str, Any]], suite: str) -> str:
+    """What is printed of a suite: its table, and where ours wins."""
+    if suite != "crossover":
+        return table(rows)
+    return f"{table(rows)}\n\nFirst measured length from which ours stays ahead:\n\n{crossovers(rows)}"
+
+
+def write(about: dict[str, str], rows: list[dict[str, Any]], base: str, suite: str) -> str:
+    """Write table and picture; returns the text."""
+    said = text(rows, suite)
+    Path(base + ".md").write_text(f"`{json.dumps(about)}`\n\n{said}\n")
+    plot(rows, Path(base + ".png"), suite)
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="anchors")
     parser.add_argument("--output", type=Path, help="prefix of the JSON, Markdown and PNG files")
-    parser.add_argument("--report", action="store_true", help="measure nothing: draw the picture of --output anew")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing: table and picture of --output's JSON anew"
+    )
     args = parser.parse_args()
     if args.report:
-        rows = json.loads(Path(f"{args.output}.json").read_text())["rows"]
-        plot(rows, Path(f"{args.output}.png"), args.suite)
+        if args.output is None:
+            parser.error("--report must come with --output, got none; give the prefix of the JSON file")
+        found = json.loads(Path(f"{args.output}.json").read_text())
+        print(write(found["environment"], found["rows"], str(args.output), args.suite))
         return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py must run on a CUDA GPU, got none; see benchmarks/results instead")
@@ -354,16 +379,12 @@ def main() -> None:
         rows.append(measure(shape, args.suite == "anchors", host))
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
         torch.cuda.empty_cache()
-    text = table(rows)
-    if args.suite == "crossover":
-        text += "\n\nFirst measured length from which ours stays ahead:\n\n" + crossovers(rows)
-    print(text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        base = str(args.output)
-        Path(base + ".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
-        Path(base + ".md").write_text(f"`{json.dumps(about)}`\n\n{text}\n")
-        plot(rows, Path(base + ".png"), args.suite)
+        Path(f"{args.output}.json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+        print(write(about, rows, str(args.output), args.suite))
+    else:
+        print(text(rows, args.suite))
 
 
 if __name__ == "__main__":
