@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,7 +88,8 @@ class Site(nn.Module):
         Raises:
             ValueError: the site's parameters are not where q is; alpha="block" at another length.
         """
-        call = replace(bind(*args, **kwargs), key_mask=key_mask)
+        call = bind(*args, **kwargs)
+        call.key_mask = key_mask
         mask, reason = self.decide(call)
         if reason is not None or mask is None:
             assert reason is not None
