@@ -1,33 +1,182 @@
-"""What benchmarks/attention.py says of its results: the committed tables are those of the committed JSON."""
+"""What benchmarks/attention.py says of its results, and that a run outlives a contender that fails."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import attention
+from benchmarks import attention, attention_report, environment
+from sla2_compile.passes.rules import crossover
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 FILES = {"anchors": "attention", "crossover": "attention_crossover", "sweep": "attention_sweep"}
+ROW: dict[str, Any] = {
+    "B": 1, "H": 2, "N": 512, "D": 64, "dtype": "bfloat16", "topk_ratio": 0.05, "compression_ratio": 16,
+}  # fmt: skip
+
+
+def committed(suite: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{FILES[suite]}.json").read_text())
 
 
 @pytest.mark.parametrize("suite", FILES)
-def test_tables_are_those_of_the_figures(suite: str, tmp_path: Path) -> None:
-    base = RESULTS / FILES[suite]
-    found = json.loads(base.with_suffix(".json").read_text())
-    said = attention.write(found["environment"], found["rows"], str(tmp_path / "again"), suite)
-    assert base.with_suffix(".md").read_text() == (tmp_path / "again.md").read_text()
+def test_committed_tables_are_those_of_the_figures(suite: str, tmp_path: Path) -> None:
+    found, base = committed(suite), RESULTS / FILES[suite]
+    attention_report.save(found["environment"], found["rows"], tmp_path / "again", suite, draw=False)
+    for kind in ("json", "md"):
+        assert base.with_suffix(f".{kind}").read_text() == (tmp_path / f"again.{kind}").read_text()
+
+
+@pytest.mark.parametrize("suite", FILES)
+def test_every_suite_is_drawn(suite: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    found = committed(suite)
+    attention_report.save(found["environment"], found["rows"], tmp_path / "again", suite)
     assert (tmp_path / "again.png").stat().st_size > 10_000
-    assert len(found["rows"]) == said.count("float16 |")
 
 
-def test_a_column_that_no_row_has_is_left_out() -> None:
-    row = {"B": 1, "H": 2, "N": 512, "D": 64, "dtype": "bfloat16", "topk_ratio": 0.05, "compression_ratio": 16}
-    text = attention.table([{**row, "fa2": 0.5, "math_error": "too large"}, {**row, "fa2": 1.0, "int8_off": 0.01}])
-    assert text.splitlines()[0] == "| (B, H, N, D), dtype | top-k, r | fa2 | int8_off |"
-    assert text.splitlines()[2].endswith("| 5%, 16 | 0.500 | - |")
-    assert text.splitlines()[3].endswith("| 5%, 16 | 1.000 | 0.010 |")
+def test_real_work_is_that_of_the_blocks_computed() -> None:
+    """A ratio of less than one block keeps one; a share that is no whole number of blocks is rounded down."""
+    row = attention_report.complete({**ROW, "ours": 1.0, "ours_graph": 0.5, "ours_real_tflops": 1e9})
+    assert (row["kept"], row["key_blocks"], row["sparsity"]) == (1, 8, 0.875)
+    assert row["ours_dense_tflops"] == 4 * 2 * 512**2 * 64 / 0.5 / 1e9
+    assert row["ours_real_tflops"] == row["ours_dense_tflops"] / 8
+    row = attention_report.complete({**ROW, "N": 32760, "topk_ratio": 0.03, "flex": 1.0})
+    assert (row["kept"], row["key_blocks"]) == (15, 512)
+    assert row["flex_real_tflops"] == row["flex_dense_tflops"] * 7 / 256
+
+
+def test_tables_say_what_was_not_measured() -> None:
+    rows = [{**ROW, "fa2": 0.5, "math_refused": "too large"}, {**ROW, "fa2": 1.0, "int8_off": 0.01, "math": 2.0}]
+    lines = attention_report.table(
+        [*rows, {**ROW, "fa2_error": "broken"}], ("fa2", "math", "low", "int8_off")
+    ).splitlines()
+    assert lines[0] == "| (B, H, N, D), dtype | top-k, r | fa2 | math | int8_off |"
+    assert lines[2].endswith("| 5%, 16 | 0.500 | does not fit | not measured |")
+    assert lines[3].endswith("| 5%, 16 | 1.000 | 2.000 | 0.010 |")
+    assert lines[4].endswith("| 5%, 16 | failed | not measured | not measured |")
+    assert lines[6] == "Not measured in this run: `low`."
+
+
+def test_crossover_is_where_ours_stays_ahead() -> None:
+    rows = [{**ROW, "N": n, "x": x} for n, x in ((512, 1.5), (1024, 0.9), (2048, 1.1), (4096, 3.0))]
+    assert attention_report.crossover(rows, "x") == 2048
+    assert attention_report.crossover(rows[:2], "x") is None
+    assert attention_report.crossover(rows, "not measured") is None
+
+
+def test_cheaper_recipe_that_wins_later_is_marked() -> None:
+    rows = [
+        {**ROW, "N": n, "topk_ratio": ratio, "host_ms": 2.0 if n == 1024 else 1.0, "ours_vs_fa2": x}
+        for ratio, wins in ((0.05, (0.5, 0.6, 2.0)), (0.15, (0.5, 1.1, 1.5)))
+        for n, x in zip((512, 1024, 2048), wins, strict=True)
+    ]
+    said = attention_report.crossovers(rows)
+    assert "| 5%, 16 | bf16 | 2048* | none | none | none | up to 2.0x |" in said
+    assert "| 15%, 16 | bf16 | 1024 | none" in said
+    assert "host noise" in said
+    assert "Not measured in this run: INT8, INT8 + FP8." in said
+
+
+def test_min_seq_len_is_the_measured_crossover() -> None:
+    """`min_seq_len: auto` on a GPU: the longest of the eager crossovers over FlashAttention-2, whatever the batch."""
+    rows = committed("crossover")["rows"]
+    for (ratio,), of_ratio in attention_report.grouped(rows, "topk_ratio").items():
+        batches = attention_report.grouped(of_ratio, "B", "H", "D").values()
+        measured = [attention_report.crossover(mine, "ours_vs_fa2") for mine in batches]
+        assert crossover("cuda", ratio) == max(length for length in measured if length is not None)
+        assert None not in measured
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU on which FlashAttention-2 takes 2 ms and ours 1; contenders are their names, cuDNN and INT8 fail."""
+
+    def milliseconds(call: Any, budget: int) -> float:
+        if call == "cudnn":
+            raise RuntimeError("no kernel\nand a long story")
+        if call == "math":
+            raise MemoryError("three maps must fit")
+        return 2.0 if call == "fa2" else 1.0
+
+    def graphed(call: Any) -> Any:
+        if call == "int8":
+            raise RuntimeError("capture failed")
+        return call
+
+    names = ("fa2", "ours", "int8", "low", "cudnn", "math")
+    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        attention, "environment", lambda *a: {"device": "none", "torch": "0", "triton": "0", "command": "-"}
+    )
+    monkeypatch.setattr(attention, "contenders", lambda shape: {name: name for name in names})
+    monkeypatch.setattr(attention, "milliseconds", milliseconds)
+    monkeypatch.setattr(attention, "graphed", graphed)
+    monkeypatch.setattr(attention, "peak_memory", lambda call: 10.0)
+    monkeypatch.setattr(attention, "off", lambda call, other: 0.01)
+    monkeypatch.setattr(attention, "stages", lambda call: {"pool_kernel": 0.5})
+    shapes = [attention.Shape(1, 2, n, 64) for n in (512, 1024)]
+    monkeypatch.setattr(attention, "SUITES", {"sweep": shapes, "anchors": shapes})
+
+
+def run(suite: str, prefix: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Exit message and saved rows of a run."""
+    with pytest.raises(SystemExit) as ended:
+        attention.main(["--suite", suite, "--output", str(prefix)])
+    return str(ended.value), json.loads(Path(f"{prefix}.json").read_text())["rows"]
+
+
+def test_run_outlives_a_contender_that_fails(fake: None, tmp_path: Path) -> None:
+    said, rows = run("sweep", tmp_path / "out")
+    assert [row["N"] for row in rows] == [512, 1024]
+    for row in rows:
+        assert row["cudnn_error"] == "RuntimeError: no kernel"
+        assert row["int8_graph_error"] == "RuntimeError: capture failed"
+        assert row["math_refused"] == "MemoryError: three maps must fit"
+        assert (row["fa2"], row["ours_vs_fa2"], row["ours_mib"], row["low_off"]) == (2.0, 2.0, 10.0, 0.01)
+        assert "stages" not in row
+    # what does not fit is no failure
+    assert said.splitlines()[0] == "4 figures could not be taken:"
+    assert said.count("cudnn: RuntimeError: no kernel") == 2
+    assert "## Failed" in (tmp_path / "out.md").read_text()
+
+
+def test_rows_are_saved_as_they_come(fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(call: Any) -> dict[str, float]:
+        if (tmp_path / "out.json").exists():
+            raise KeyboardInterrupt
+        return {"pool_kernel": 0.5}
+
+    monkeypatch.setattr(attention, "stages", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        attention.main(["--suite", "anchors", "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [row["N"] for row in found["rows"]] == [512]
+    assert found["rows"][0]["stages"]["ours"] == {"pool_kernel": 0.5}
+    assert "| (1, 2, 512, 64), top-k 3%, r=16 | bf16 | 0.500 |" in (tmp_path / "out.md").read_text()
+
+
+def test_row_without_inputs_is_a_failure(fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(shape: attention.Shape) -> dict[str, Any]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(attention, "contenders", too_large)
+    said, rows = run("sweep", tmp_path / "out")
+    assert [row["error"] for row in rows] == ["RuntimeError: out of memory"] * 2
+    assert said.startswith("2 figures could not be taken:")
+
+
+def test_recorded_command_and_commit_are_anyones() -> None:
+    given = ["--suite", "sweep", "--output", "/tmp/here/attention_sweep"]
+    path = "--output benchmarks/results/attention_sweep"
+    assert environment.command("attention.py", given) == f"python benchmarks/attention.py --suite sweep {path}"
+    assert environment.command("attention.py", ["--output=/x/y"]).endswith(" --output=benchmarks/results/y")
+    assert "commit" in environment.environment("cpu", "attention.py", [])
+    for suite in FILES:
+        about = committed(suite)["environment"]
+        assert about["command"].endswith(f"--output benchmarks/results/{FILES[suite]}")
