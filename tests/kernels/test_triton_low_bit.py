@@ -137,6 +137,14 @@ def test_format(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, kept = CASES[name], remember_tensors(monkeypatch)
     x = routed(case, case.tensors())
     case.attention(x, scheduled_attention, False, low_bit)
+    check_format(case, x, kept, low_bit)
+
+
+def check_format(case: Case, x: dict[str, Any], kept: dict[str, Tensor], low_bit: str) -> None:
+    """What the kernel kept of k and v: scales that can be divided by, and the reference's bits."""
+    written = kept["scales"][..., : 2 if low_bit == "int8_fp8" else 1]
+    assert written.isfinite().all()
+    assert written[..., 0].gt(0).all()
     smooth = x["k"].float() - x["k_mean"][:, :, None]
     k8, k_scale = reference_low_bit.quantise_keys(smooth, x["mask"], case.block_k)
     assert torch.equal(kept["k8"], k8.flatten(2, 3))
@@ -163,8 +171,12 @@ def adversarial(case: Case, change: str) -> dict[str, Any]:
     elif change == "constant":
         x["q"][:], x["k"][:], x["v"][:] = 2.0, -1.0, 3.0
     elif change == "zero blocks":
-        for name in "kv":
-            x[name][:, :, : 2 * case.block_k] = 0.0
+        # the other keys cancel, so that smoothing leaves the zeros as they are
+        half = (case.Nk - 2 * case.block_k) // 2
+        x["k"][:, :, -half:] = -x["k"][:, :, -2 * half : -half]
+        x["k"][:, :, : case.Nk - 2 * half] = 0.0
+        x["v"][:, :, : 2 * case.block_k] = 0.0
+        x["q"][:, :, ::5] = 0.0
     elif change == "uneven blocks":
         x["v"][:, :, case.block_k : 3 * case.block_k] *= 1e6
     elif change == "masked blocks":
@@ -189,10 +201,10 @@ CHANGES = (
     ("change", "low_bit"),
     [*((change, "int8_fp8") for change in CHANGES), *((change, "int8") for change in ("1e4", "masked blocks"))],
 )
-def test_adversarial_inputs(change: str, low_bit: str) -> None:
+def test_adversarial_inputs(change: str, low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if low_bit not in RUN:
         return
-    case = Case()
+    case, kept = Case(), remember_tensors(monkeypatch)
     x = adversarial(case, change)
     if change == "masked blocks":
         # the reference multiplies what is masked by 0
@@ -201,6 +213,7 @@ def test_adversarial_inputs(change: str, low_bit: str) -> None:
         wanted = case.attention(clean, scheduled_attention, True, low_bit)
         got = case.attention({**clean, "k": x["k"], "v": x["v"]}, scheduled_attention, True, low_bit)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        check_format(case, {**clean, "k": x["k"], "v": x["v"]}, kept, low_bit)
         return
     x = routed(case, x)
     if change != "1e4":
@@ -211,6 +224,12 @@ def test_adversarial_inputs(change: str, low_bit: str) -> None:
     assert o.isfinite().all()
     assert o_sparse.isfinite().all()
     assert (lse == float("-inf")).all() if change == "no key at all" else lse.isfinite().all()
+    # an integer shows no NaN, so what was divided by is looked at too
+    check_format(case, x, kept, low_bit)
+    if change in ("zero blocks", "constant", "no key at all"):
+        empty = kept["k8"].unflatten(2, (-1, case.block_k)).eq(0).all(dim=(-1, -2))
+        assert empty[..., :2].all()
+        assert kept["scales"][..., 0][empty].eq(torch.tensor(reference_low_bit.TINY, dtype=torch.float32)).all()
 
 
 @body
