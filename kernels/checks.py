@@ -192,7 +192,11 @@ def check_table(lut: Tensor, tn: int, may_end_early: bool) -> None:
     least, or_none = (-1, ", or -1 behind the last") if may_end_early else (0, "")
     wild = lut[(lut < least) | (lut >= tn)]
     if wild.numel() > 0:
-        raise fail("lut", f"hold key blocks 0 to {tn - 1}{or_none}", wild[0].item(), fix)
+        entry = wild[0].item()
+        if entry == -1:
+            # the Triton router chooses no block by a score of NaN
+            fix += ", or look for NaN in q or k if it is"
+        raise fail("lut", f"hold key blocks 0 to {tn - 1}{or_none}", entry, fix)
     before, after = lut[..., :-1], lut[..., 1:]
     wrong = ~((after > before) & (before >= 0) | (after == -1)).all(dim=-1)
     if wrong.any():

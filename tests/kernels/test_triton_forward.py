@@ -214,6 +214,59 @@ def test_heads_in_groups(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(kept["states"]) == heads
 
 
+def views(way: str, case: Case) -> dict[str, Any]:
+    """Inputs as projections leave them, none of them in one piece."""
+    B, H, N, D, half = case.B, case.heads, case.Nk, case.D, {"device": DEVICE, "dtype": case.dtype}
+    g = torch.Generator().manual_seed(0)
+    if way == "transposed":
+        made = [torch.randn(B, N, H, D, generator=g).to(**half).transpose(1, 2) for _ in "qkv"]
+    else:
+        made = list(torch.randn(B, N, 3, H, D, generator=g).to(**half).permute(2, 0, 3, 1, 4).unbind(0))
+    mask = (torch.rand(1, N, generator=g) < 0.8).to(DEVICE).expand(B, N)
+    # a bias seen from the other side: (1, Hq) as (Hq, 1)
+    bias = torch.randn(1, H, generator=g).to(DEVICE).T
+    return {**dict(zip("qkv", made, strict=True)), "mask": mask, "bias": bias}
+
+
+@body
+@pytest.mark.parametrize("way", ["transposed", "slices of qkv"])
+def test_views_are_read_where_they_lie(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy: the launches are given the tensors themselves, and give what they give of copies."""
+    case = replace(Case(), B=2, heads=2, groups=1, Nq=75, Nk=75, keep=False)
+    x = {**case.tensors(), **views(way, case)}
+    assert not any(x[name].is_contiguous() for name in "qkv")
+    kept = remember_tensors(monkeypatch)
+
+    def check_inputs(*given: Tensor | None) -> None:
+        for n, tensor in enumerate(given):
+            if tensor is not None:
+                seen = kept[f"input {n}"]
+                assert seen.data_ptr() == tensor.data_ptr(), f"input {n} was copied"
+                assert (seen.shape, seen.stride()) == (tensor.shape, tensor.stride())
+
+    options = (case.topk_ratio, case.compression_ratio, case.block_q, case.block_k, 0.125, False)
+    x["lut"], x["log_rest"], _, x["k_mean"] = cuda.route(x["q"], x["k"], None, None, x["mask"], *options)
+    check_inputs(x["q"], x["k"], None, None, x["mask"])
+    tensors = [x[name] for name in ("q", "k", "v", "k_mean", "lut", "log_rest", "gain", "bias", "mask")]
+    rest = (case.block_q, case.block_k, 0.125, "softmax", "complement", False, False, "none")
+    o = cuda.attention(*tensors, *rest)[0]
+    check_inputs(*tensors)
+    assert torch.equal(o, cuda.attention(*(t.contiguous() for t in tensors), *rest)[0])
+
+
+@body
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_debug_mode_names_nan_where_the_router_chose_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLA2_DEBUG", "1")
+    case = replace(Case(), Nq=64, Nk=96, keep=False)
+    x = case.tensors()
+    x[name][0, 0, 5] = float("nan")
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route)
+    assert (x["lut"] == -1).any()
+    with pytest.raises(ValueError, match=r"got -1; take it from .*, or look for NaN in q or k if it is"):
+        case.attention(x, cuda.attention, False, "none")
+
+
 def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 1, 4, 8)
     wide = torch.zeros(1, 1, 4, 256).half()
