@@ -53,10 +53,13 @@ class Rewrite:
     """A call that SLA2 takes, and what that costs.
 
     Attributes:
-        block_q, block_k, topk: block sizes, and key blocks kept per query block.
-        tm, tn: numbers of query and key blocks; 0 where the length is symbolic.
-        flops, full_flops: multiply-adds times two of one call, by SLA2 and by full attention; 0 if symbolic.
+        block_q, block_k: block sizes; as the recipe has them where a length is symbolic.
+        topk: key blocks kept per query block; 0 where a length is symbolic.
+        tm, tn: numbers of query and key blocks; 0 where a length is symbolic.
+        flops, full_flops: multiply-adds times two of one call, by SLA2 and by full attention; 0 where a length, the
+            batch or the number of heads is symbolic.
         plain: whether every query sees every key.
+        positive: whether the scale of its scores is above 0, or not known.
     """
 
     where: Where
@@ -69,6 +72,7 @@ class Rewrite:
     flops: int
     full_flops: int
     plain: bool
+    positive: bool = True
 
     @property
     def sparsity(self) -> float:
@@ -80,15 +84,18 @@ class Rewrite:
         B, H, Nq, D = call.q.shape
         Nk, Dv, options = call.k.shape[2], call.v.shape[3], settings.options
         plain = mask.keys is None and not mask.is_causal
-        if not all(isinstance(n, int) for n in (B, H, Nq, Nk)):
-            return cls(where, settings, options.block_q, options.block_k, 0, 0, 0, 0, 0, plain)
+        positive = not isinstance(call.scale, (int, float)) or call.scale > 0
+        if not isinstance(Nq, int) or not isinstance(Nk, int):
+            return cls(where, settings, options.block_q, options.block_k, 0, 0, 0, 0, 0, plain, positive)
         block_q, block_k = options.block_sizes(Nq, Nk)
         tm, tn = num_blocks(Nq, block_q), num_blocks(Nk, block_k)
         kept = num_kept(tn, options.topk_ratio, block_q, block_k, mask.is_causal)
+        if not isinstance(B, int) or not isinstance(H, int):
+            return cls(where, settings, block_q, block_k, kept, tm, tn, 0, 0, plain, positive)
         rows_q, rows_k = (router_tokens(block, options.compression_ratio)[0] for block in (block_q, block_k))
         sparse = 2 * Nq * min(Nk, kept * block_k) * (D + Dv)
         linear = 0 if kept == tn else 2 * (Nq + Nk + tm * tn) * D * Dv
         router = 2 * num_blocks(Nq, rows_q) * num_blocks(Nk, rows_k) * D
         full = 2 * Nq * Nk * (D + Dv) // (2 if mask.is_causal else 1)
         flops = B * H * (sparse + linear + router)
-        return cls(where, settings, block_q, block_k, kept, tm, tn, flops, B * H * full, plain)
+        return cls(where, settings, block_q, block_k, kept, tm, tn, flops, B * H * full, plain, positive)
