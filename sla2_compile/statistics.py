@@ -63,9 +63,10 @@ def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
     kept = sum((site.fallbacks for site in all_sites), Counter())
     if kept:
         reasons = ", ".join(f"{times} x {reason}" for reason, times in kept.items())
+        where = f"{sum(bool(site.fallbacks) for site in all_sites)} of {len(all_sites)} sites"
         return ValueError(
             "model must have an attention call that SLA2 took last in eager mode, got full attention at "
-            f"{len(all_sites)} sites: {reasons}; give it inputs that SLA2 takes, or change the recipe"
+            f"{where}: {reasons}; give it inputs that SLA2 takes, or change the recipe"
         )
     got = f"{len(all_sites)} sites with none recorded"
     if not all_sites:
@@ -102,7 +103,8 @@ def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> N
     """Write the model's SLA2 configuration, a line at a time, with log (print, logger.info, ...).
 
     One block for each part that `transform` planned, then one for each of a library's names for SLA2 that the model
-    goes by now (`register_transformers`, `set_diffusers_backend`), with its eager calls so far.
+    goes by now (`register_transformers`, `set_diffusers_backend`), with its eager calls so far; where two such names
+    are spread over the same part, one for each of its parts.
 
     Raises:
         ValueError: model is not transformed, and goes by no such name.
