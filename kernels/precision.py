@@ -1,4 +1,4 @@
-"""Which numeric format the sparse branch really runs in: `effective_low_bit` alone decides.
+"""Which numeric format the sparse branch really runs in: `effective_low_bit` alone decides, and `why_less` says why.
 
 | asked | runs | where |
 |---|---|---|
@@ -99,6 +99,62 @@ def low_bit_on(
     if low_bit == "auto":
         return "int8" if pays and chip.capability(device) == 90 else "none"
     return low_bit if cuda.multiplies_fp8(device, block_k) else "int8"
+
+
+def why_less(
+    low_bit: str,
+    runs: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    D: int,
+    Dv: int,
+    block_q: int,
+    block_k: int,
+    positive: bool,
+) -> str:
+    """Return why `low_bit_on` made runs of low_bit, where that is less than was asked for; else nothing."""
+    if runs == low_bit or (low_bit, runs) == ("auto", "int8"):
+        return ""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"not run on {device.type}" + (", which is not here" if device.type == "cuda" else "")
+    refused = why_portable(device, dtype, D, Dv, block_q, block_k, positive)
+    if refused:
+        return refused
+    from sla2_compile.kernels import device as chip
+
+    arch = chip.capability(device)
+    if low_bit == "auto":
+        return f"does not pay on cuda (sm_{arch}), as far as measured"
+    return f"no FP8 on sm_{arch}" if arch < 89 else "FP8 needs block_k of 32"
+
+
+def why_portable(
+    device: torch.device, dtype: torch.dtype, D: int, Dv: int, block_q: int, block_k: int, positive: bool
+) -> str:
+    """Return why blocked PyTorch runs a CUDA call and not the Triton kernels; nothing where they do, or off CUDA.
+
+    The rule is `cuda.kernels_take`; this says which line of it spoke.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels import device as chip
+
+    if cuda.kernels_take(device, dtype, D, Dv, block_q, block_k, 1.0 if positive else -1.0):
+        return ""
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA, not ROCm"
+    arch = chip.capability(device)
+    if arch < 80:
+        return f"the Triton kernels need sm_80, not sm_{arch}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the Triton kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if not positive:
+        return "the Triton kernels take a scale above 0 only"
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if not 16 <= size <= 128:
+            return f"the Triton kernels take {name} of 16 to 128, not {size}"
+    return f"block_k {block_k} at head dim {max(D, Dv)} does not fit the shared memory of sm_{arch}"
 
 
 # what torch.compiler.assume_constant_result does: calling it would load all of torch's compiler on import

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from sla2_compile.behind_doors import door_sites, doors_of
 from sla2_compile.carrier import site_forward
-from sla2_compile.kernels.precision import low_bit_on, measured_to_pay
+from sla2_compile.kernels.precision import low_bit_on, measured_to_pay, why_less, why_portable
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.site import Site, Sites
@@ -62,13 +62,19 @@ class Report:
         return 1.0 - ours / full if full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data: recipe, recipes, discovery, flops_saved, calls, fallbacks."""
+        """Return the report as plain data: recipe, recipes, discovery, flops_saved, calls, fallbacks.
+
+        A replaced call has low_bit: what was asked for, what runs, and why if that is less; and portable: why blocked
+        PyTorch runs it on a GPU and not the Triton kernels, or nothing.
+        """
         calls = []
         for x in self.outcomes:
             row: dict[str, Any] = {**asdict(x.where), "replaced": isinstance(x, Rewrite)}
             if isinstance(x, Rewrite):
                 row |= {"sparsity": x.sparsity, "topk": x.topk, "tm": x.tm, "tn": x.tn}
                 row |= {"block_q": x.block_q, "block_k": x.block_k, "flops": x.flops, "full_flops": x.full_flops}
+                how = How.of(x, self.device)
+                row |= {"low_bit": {"asked": how.asked, "runs": how.runs, "why": how.why}, "portable": how.portable}
             else:
                 row |= {"reason": x.reason.value, "detail": x.detail}
             calls.append(row)
@@ -117,7 +123,7 @@ class Report:
             lines.append("eager calls so far; compiled code records none")
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
-        lines += low_bit_lines(self.rewrites, self.device)
+        lines += how_lines(self.rewrites, self.device)
         for name, counts in self.fallbacks.items():
             reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
             lines.append(f"{name}: full attention at run time: {reasons}")
@@ -134,33 +140,57 @@ class Report:
 LOW_BIT_WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
 
 
-def low_bit_lines(rewrites: list[Rewrite], device: str) -> list[str]:
-    """Say for each low_bit asked of these calls what computes it: on device, or where a call was seen if empty."""
-    asked: dict[str, Counter[tuple[str, str]]] = {}
-    for r in rewrites:
-        low_bit, on = r.settings.options.low_bit, device or r.where.device
-        if low_bit == "none":
-            continue
+@dataclass(frozen=True)
+class How:
+    """What computes a replaced call in inference: on the report's device, or where the call was seen.
+
+    Attributes:
+        asked, runs: low_bit of its recipe, and what that comes to; why: why less, or empty.
+        portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or empty.
+    """
+
+    asked: str
+    runs: str
+    why: str
+    portable: str
+
+    @classmethod
+    def of(cls, r: Rewrite, device: str) -> How:
+        asked, on = r.settings.options.low_bit, device or r.where.device
         D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
         # symbolic lengths leave the choice of blocks, and their number, open: those of long sequences
         blocks = r.block_q or 128, r.block_k or 64
-        pays = measured_to_pay(D, Dv, *blocks, r.topk or 32, r.plain)
-        runs = low_bit_on(low_bit, torch.device(on), getattr(torch, r.where.dtype), D, Dv, *blocks, True, pays)
-        place = f"{on} in {r.where.dtype}" if on == "cuda" else on
-        asked.setdefault(low_bit, Counter())[runs, place] += r.where.times
-    lines = []
-    for low_bit, counts in asked.items():
-        if all(runs == "none" for runs, _ in counts):
-            places = ", ".join(sorted({place for _, place in counts}))
-            why = "does not pay" if low_bit == "auto" and places != "cpu" else "not run"
-            lines.append(f"low bit {low_bit}: {why} on {places}; computed in the input's dtype")
+        call = torch.device(on), getattr(torch, r.where.dtype), D, Dv, *blocks, r.positive
+        runs = low_bit_on(asked, *call, measured_to_pay(D, Dv, *blocks, r.topk or 32, r.plain))
+        return cls(asked, runs, why_less(asked, runs, *call), why_portable(*call))
+
+
+def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
+    """Say which calls blocked PyTorch runs on a GPU, and for each low_bit asked of them what computes it."""
+    hows = Counter[How]()
+    for r in rewrites:
+        hows[How.of(r, device)] += r.where.times
+    portable = Counter[str]()
+    for how, n in hows.items():
+        portable[how.portable] += n
+    lines = [f"blocked PyTorch on cuda in {calls(n)}: {why}" for why, n in portable.items() if why]
+    for low_bit in dict.fromkeys(how.asked for how in hows if how.asked != "none"):
+        mine = {how: n for how, n in hows.items() if how.asked == low_bit}
+        if all(how.runs == "none" for how in mine):
+            reasons = dict.fromkeys("not run in blocked PyTorch" if how.portable else how.why for how in mine)
+            lines.append(f"low bit {low_bit}: {', '.join(reasons)}; computed in the input's dtype")
             continue
-        total: Counter[str] = Counter()
-        for (runs, _), n in counts.items():
-            total[runs] += n
-        words = [LOW_BIT_WORDS[runs] + (f" in {n} calls" if len(total) > 1 else "") for runs, n in total.items()]
-        lines.append(f"low bit {low_bit}: {', '.join(words)}; training computes in the input's dtype")
+        # what blocked PyTorch runs has its reason above
+        words = Counter[str]()
+        for how, n in mine.items():
+            words[LOW_BIT_WORDS[how.runs] + (f" ({how.why})" if how.why and not how.portable else "")] += n
+        each = [word + (f" in {calls(n)}" if len(words) > 1 else "") for word, n in words.items()]
+        lines.append(f"low bit {low_bit}: {', '.join(each)}; training computes in the input's dtype")
     return lines
+
+
+def calls(n: int) -> str:
+    return "1 call" if n == 1 else f"{n} calls"
 
 
 def report(model: nn.Module | ExportedProgram) -> Report:

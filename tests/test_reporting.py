@@ -129,6 +129,11 @@ def test_log_config(x):
     assert lines[-1] == f"  parameters added: {2 * (2 * 16 * 16 + 4)}"
 
 
+def one_line(report):
+    """What is printed, without the breaks that a narrow table makes."""
+    return " ".join(str(report).split())
+
+
 def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
     from sla2_compile.kernels import device
 
@@ -148,13 +153,27 @@ def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
     monkeypatch.setattr(device, "shared_limit", lambda device: 227 * 1024)
     moved = replace(report, device="cuda")
     monkeypatch.setattr(device, "capability", lambda device: 90)
-    assert "low bit int8_fp8: not run on cuda in float32; computed in the input's dtype" in str(moved)
+    text = one_line(moved)
+    assert "blocked PyTorch on cuda in 2 calls: the Triton kernels take bfloat16 and float16, not float32" in text
+    assert "low bit int8_fp8: not run in blocked PyTorch; computed in the input's dtype" in text
     outcomes = tuple(replace(r, where=replace(r.where, dtype="bfloat16")) for r in report.outcomes)
     low = replace(moved, outcomes=outcomes)
     assert "low bit int8_fp8: INT8 QK and FP8 PV; training computes in the input's dtype" in str(low)
     assert "low bit int8: INT8 QK; training computes in the input's dtype" in str(low)
     monkeypatch.setattr(device, "capability", lambda device: 80)
-    assert "low bit int8_fp8: INT8 QK; training computes in the input's dtype" in str(low)
+    assert "low bit int8_fp8: INT8 QK (no FP8 on sm_80); training computes in the input's dtype" in one_line(low)
+    assert "low bit int8: INT8 QK; training computes in the input's dtype" in one_line(low)
+    assert [call["low_bit"] for call in low.to_dict()["calls"]] == [
+        {"asked": "int8_fp8", "runs": "int8", "why": "no FP8 on sm_80"},
+        {"asked": "int8", "runs": "int8", "why": ""},
+    ]
+    assert {call["portable"] for call in low.to_dict()["calls"]} == {""}
+    assert report.to_dict()["calls"][0]["low_bit"] == {"asked": "int8_fp8", "runs": "none", "why": "not run on cpu"}
+    monkeypatch.setattr(device, "capability", lambda device: 90)
+    small = replace(low, outcomes=tuple(replace(r, block_k=16) for r in outcomes))
+    assert "low bit int8_fp8: INT8 QK (FP8 needs block_k of 32); training" in one_line(small)
+    mixed = replace(low, outcomes=(outcomes[0], replace(outcomes[0], block_k=16)))
+    assert "INT8 QK and FP8 PV in 1 call, INT8 QK (FP8 needs block_k of 32) in 1 call; training" in one_line(mixed)
     none = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), low_bit="none", qat=False, **ANY)
     assert "low bit" not in str(sla2_compile.report(none))
 
@@ -173,11 +192,67 @@ def test_caption_says_what_auto_comes_to(monkeypatch):
 
         model, q = Call(), torch.empty(1, 1, 8192, D, dtype=torch.bfloat16, device="meta")
         sla2_compile.transform(model, example_inputs=(q,), topk_ratio=topk_ratio, recipe="balanced", min_seq_len=0)
-        return str(replace(sla2_compile.report(model), device="cuda"))
+        return one_line(replace(sla2_compile.report(model), device="cuda"))
 
     runs = "low bit auto: INT8 QK; training computes in the input's dtype"
-    not_worth_it = "low bit auto: does not pay on cuda in bfloat16; computed in the input's dtype"
+    not_worth_it = "low bit auto: does not pay on cuda (sm_90), as far as measured; computed in the input's dtype"
     assert runs in caption(128)
     assert not_worth_it in caption(64)
     assert not_worth_it in caption(128, topk_ratio=0.2)
     assert not_worth_it in caption(128, is_causal=True)
+
+
+# what of a call or of a chip the Triton kernels refuse, and what the report says of it
+REFUSED = {
+    "fp32": ({"dtype": torch.float32}, 90, "the Triton kernels take bfloat16 and float16, not float32"),
+    "fp64": ({"dtype": torch.float64}, 90, "the Triton kernels take bfloat16 and float16, not float64"),
+    "old chip": ({}, 75, "the Triton kernels need sm_80, not sm_75"),
+    "block_q": ({"block_q": 8}, 90, "the Triton kernels take block_q of 16 to 128, not 8"),
+    "block_k": ({"block_k": 256}, 90, "the Triton kernels take block_k of 16 to 128, not 256"),
+    "scale": ({"scale": -0.125}, 90, "the Triton kernels take a scale above 0 only"),
+    "zero scale": ({"scale": 0.0}, 90, "the Triton kernels take a scale above 0 only"),
+    "tiles": ({"D": 256, "block_k": 128}, 89, "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
+    "nothing": ({}, 90, ""),
+    "fp16": ({"dtype": torch.float16}, 80, ""),
+}
+
+
+@pytest.mark.parametrize("low_bit", ["none", "int8"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_report_says_what_runs_blocked_pytorch_on_a_gpu(name, low_bit, monkeypatch):
+    from sla2_compile.kernels import cuda, device
+
+    options, arch, why = REFUSED[name]
+    call = {"dtype": torch.bfloat16, "D": 64, "block_q": 128, "block_k": 64, "scale": None, **options}
+
+    class Call(torch.nn.Module):
+        def forward(self, q):
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=call["scale"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "capability", lambda device: arch)
+    monkeypatch.setattr(device, "shared_limit", lambda device: (99 if arch == 89 else 227) * 1024)
+    q = torch.empty(1, 1, 1024, call["D"], dtype=call["dtype"], device="meta")
+    blocks = {name: call[name] for name in ("block_q", "block_k")}
+    report = inspect(Call(), "balanced", example_inputs=(q,), low_bit=low_bit, qat=False, **blocks, **ANY)
+    assert "blocked PyTorch" not in str(report)
+    moved = replace(report, device="cuda")
+    line = f"blocked PyTorch on cuda in 1 call: {why}"
+    assert line in one_line(moved) if why else "blocked PyTorch" not in str(moved)
+    (row,) = moved.to_dict()["calls"]
+    assert row["portable"] == why
+    assert row["low_bit"] == {"asked": low_bit, "runs": "none" if why else low_bit, "why": why * (low_bit != "none")}
+    scale = 0.125 if call["scale"] is None else call["scale"]
+    taken = cuda.kernels_take(torch.device("cuda"), call["dtype"], call["D"], call["D"], *blocks.values(), scale)
+    assert taken == (not why)
+
+
+def test_report_names_rocm(monkeypatch):
+    from sla2_compile.kernels import device, precision
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "capability", lambda device: 94)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    call = (torch.device("cuda"), torch.bfloat16, 64, 64, 128, 64, True)
+    assert precision.why_portable(*call) == "the Triton kernels are for NVIDIA, not ROCm"
+    assert precision.why_less("auto", "none", *call) == "the Triton kernels are for NVIDIA, not ROCm"
