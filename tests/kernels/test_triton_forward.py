@@ -216,12 +216,12 @@ def test_heads_in_groups(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def views(way: str, case: Case) -> dict[str, Any]:
     """Inputs as projections leave them, none of them in one piece."""
-    B, H, N, D, half = case.B, case.heads, case.Nk, case.D, {"device": DEVICE, "dtype": case.dtype}
+    B, H, N, D = case.B, case.heads, case.Nk, case.D
     g = torch.Generator().manual_seed(0)
     if way == "transposed":
-        made = [torch.randn(B, N, H, D, generator=g).to(**half).transpose(1, 2) for _ in "qkv"]
+        made = [torch.randn(B, N, H, D, generator=g).to(DEVICE, case.dtype).transpose(1, 2) for _ in "qkv"]
     else:
-        made = list(torch.randn(B, N, 3, H, D, generator=g).to(**half).permute(2, 0, 3, 1, 4).unbind(0))
+        made = list(torch.randn(B, N, 3, H, D, generator=g).to(DEVICE, case.dtype).permute(2, 0, 3, 1, 4).unbind(0))
     mask = (torch.rand(1, N, generator=g) < 0.8).to(DEVICE).expand(B, N)
     # a bias seen from the other side: (1, Hq) as (Hq, 1)
     bias = torch.randn(1, H, generator=g).to(DEVICE).T
