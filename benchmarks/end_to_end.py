@@ -9,12 +9,14 @@ jit_1024  JiT-B/16 at 1024 px, 4096 tokens and 32 more from block 4 on, batch 4,
 jit_256   the same at 256 px, 256 tokens, batch 8, forward: full attention is no bottleneck there
 train     jit_1024, forward and backward
 layer     one attention call against materialised attention, softmax(q k^T) v, at 256 to 16384 tokens
+wan_14b   Wan2.1-14B's shape at 720p, 40 layers, 75600 tokens, batch 1, forward; 28 GB of weights, minutes
 
 bf16. `eager` as it is; `compiled`: torch.compile(fullgraph, no dynamic shapes) of every block; `graph`: a CUDA graph
 of the compiled model (layer: of the eager call), which leaves the GPU's own time. `no attention` returns v instead of
-self-attention: what is left is everything else, and a contender's attention time is its total less that. Calls that
-SLA2 leaves alone run on FlashAttention-2. Memory is the peak beyond weights and inputs. `host` is how much longer the
-host took for a fixed piece of Python than at its best in the run: eager and compiled rows far from 1 say nothing.
+self-attention: what is left is everything else, and a contender's attention time is its total less that, or "within
+noise" where that is less than the clock is off by. Calls that SLA2 leaves alone run on FlashAttention-2. Memory is
+the peak beyond weights and inputs. `host` is how much longer the host took for a fixed piece of Python than at its
+best in the run: eager and compiled rows far from 1 say nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -35,8 +37,9 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.end_to_end_contenders import CONTENDERS, MODES, Contender, compiled_blocks, contending
-from benchmarks.end_to_end_report import environment, load, row_line, save
+from benchmarks.end_to_end_report import load, row_line, save
 from benchmarks.end_to_end_workloads import PARTS, Workload, workloads
+from benchmarks.environment import environment
 from benchmarks.host import Host
 
 Call = Callable[[], Any]
@@ -60,18 +63,24 @@ class Clock:
         self.synchronize()
         return time.perf_counter() - start
 
-    def milliseconds(self, call: Call) -> float:
-        """Median time of a call, by device events on a GPU; at least 3 calls, at most 30."""
+    def milliseconds(self, call: Call) -> dict[str, float]:
+        """Median time of a call and the width of the middle half of all; at least 3 calls, at most 30."""
         repeats = max(3, min(30, int(self.budget / max(self.once(call), 1e-5))))
+        times = self.times(call, repeats)
+        first, middle, third = quantiles(times, method="inclusive")
+        return {"ms": middle, "spread_ms": third - first}
+
+    def times(self, call: Call, repeats: int) -> list[float]:
+        """Milliseconds of each of some calls, by device events on a GPU."""
         if not self.cuda:
-            return median(1e3 * self.once(call) for _ in range(repeats))
+            return [1e3 * self.once(call) for _ in range(repeats)]
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         events[0].record()
         for event in events[1:]:
             call()
             event.record()
         torch.cuda.synchronize()
-        return median(a.elapsed_time(b) for a, b in pairwise(events))
+        return [a.elapsed_time(b) for a, b in pairwise(events)]
 
     def peak_mib(self, call: Call) -> float:
         """Most memory that a call takes beyond what is there before it, in MiB."""
@@ -134,7 +143,7 @@ def measure(
                 for mode in mine:
                     timed = graphed(call) if mode == "graph" else call
                     before = clock.host.settle()
-                    found = {"mode": mode, "ms": clock.milliseconds(timed)}
+                    found = {"mode": mode, **clock.milliseconds(timed)}
                     found["host_ms"] = max(before, clock.host.probe())
                     if clock.cuda and mode != "graph":
                         found["mib"] = clock.peak_mib(call)
@@ -195,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     found = load(given.output)
     for part in [] if given.report else given.parts or PARTS:
-        about = environment(given.device, ["benchmarks/end_to_end.py", *(arguments or sys.argv[1:])])
+        about = environment(given.device, "end_to_end.py", sys.argv[1:] if arguments is None else arguments)
         start = time.perf_counter()
         found[part] = {"environment": about, "rows": []}
         for row in run(part, given, Clock(torch.device(given.device), given.budget)):

@@ -1,34 +1,19 @@
-"""Tables, pictures and files of `benchmarks/end_to_end.py`."""
+"""Tables and files of `benchmarks/end_to_end.py`."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.end_to_end_plots import picture
 from benchmarks.end_to_end_workloads import PARTS
+from benchmarks.environment import described
 from benchmarks.host import slowdowns
 
 Row = dict[str, Any]
 Found = dict[str, dict[str, Any]]
 """By part: {"environment": {...}, "rows": [...]}."""
-
-
-def environment(device: str, command: list[str]) -> dict[str, str]:
-    import triton
-
-    about = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
-    about |= {"triton": triton.__version__, "python": platform.python_version()}
-    if device == "cuda":
-        about["cudnn"] = str(torch.backends.cudnn.version())
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        about["commit"] = done.stdout.strip()
-    return {**about, "command": " ".join(["python", *command])}
 
 
 def load(prefix: Path | None) -> Found:
@@ -41,6 +26,8 @@ def save(found: Found, prefix: Path | None, draw: bool = True) -> str:
     """Write JSON, Markdown and a picture, if there is a prefix; return the Markdown."""
     found = {part: found[part] for part in PARTS if part in found}
     text = "\n\n".join(section(part, **found[part]) for part in found)
+    absent = [part for part in PARTS if part not in found]
+    text += "".join(f"\n\n## {part}\n\nNot measured yet: {measuring(part)}." for part in absent)
     if prefix:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{prefix}.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -48,6 +35,11 @@ def save(found: Found, prefix: Path | None, draw: bool = True) -> str:
         if draw:
             picture(found, Path(f"{prefix}.png"))
     return text
+
+
+def measuring(part: str) -> str:
+    """The command that measures a part."""
+    return f"`python benchmarks/end_to_end.py {part} --output benchmarks/results/end_to_end`"
 
 
 def row_line(row: Row) -> str:
@@ -72,10 +64,24 @@ def ratio(rows: list[Row], row: Row, name: str) -> float | None:
 RIVALS = {"vs FA2": "FlashAttention-2", "vs cuDNN": "cuDNN", "vs materialised": "materialised"}
 
 
+def attention_ms(rows: list[Row], row: Row, rest: Row) -> str:
+    """What attention takes, the model's time less that without attention, unless it is within noise.
+
+    A model without attention cannot take longer: the most by which it did, in this workload and mode, is noise, and
+    so is the middle half of either's repeats, where that was recorded.
+    """
+    same = [r for r in rows if all(r[k] == row[k] for k in ("workload", "mode")) and "ms" in r]
+    noise = max(rest["ms"] - r["ms"] for r in same)
+    noise = max(noise, row.get("spread_ms", 0.0), rest.get("spread_ms", 0.0))
+    taken = row["ms"] - rest["ms"]
+    return f"{taken:.4g}" if row is rest or taken > noise else "within noise"
+
+
 def section(part: str, environment: dict[str, str], rows: list[Row]) -> str:
     """One part as Markdown: a table for each workload."""
-    about = ", ".join(f"{k} {v}" for k, v in environment.items() if k != "command")
-    lines = [f"## {part}", "", f"`{environment.get('command', '')}`; {about}"]
+    lines = [f"## {part}", "", described(environment)]
+    if not any(row["kind"] == "sla2" for row in rows):
+        lines += ["", f"SLA2 is not measured here yet: {measuring(part)}."]
     for workload in dict.fromkeys(row["workload"] for row in rows):
         mine = [row for row in rows if row["workload"] == workload]
         lines += ["", f"### {workload}", "", *table(mine)]
@@ -103,7 +109,7 @@ def table(rows: list[Row]) -> list[str]:
         cells = [row["contender"], row["mode"], f"{row['ms']:.4g}"]
         if split:
             rest = peer(rows, row, "no attention")
-            cells += [f"{row['ms'] - rest['ms']:.4g}", f"{rest['ms']:.4g}"] if rest else ["", ""]
+            cells += [attention_ms(rows, row, rest), f"{rest['ms']:.4g}"] if rest else ["not measured"] * 2
         for name in rivals.values():
             value = ratio(rows, row, name)
             cells.append("" if value is None else f"{value:.2f}x")
@@ -115,41 +121,3 @@ def table(rows: list[Row]) -> list[str]:
             cells.append(f"{row['replaced']} of {row['self_attention_calls']}" if "replaced" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def picture(found: Found, path: Path) -> None:
-    """Bars of the speed-up of whole models over FlashAttention-2, a panel a model."""
-    try:
-        import matplotlib
-    except ImportError:
-        # the figures are in the JSON: --report draws them where matplotlib is
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = [found[part]["rows"] for part in found if part != "layer" and found[part]["rows"]]
-    if not panels:
-        return
-    fig, axes = plt.subplots(len(panels), 1, figsize=(9, 2.9 * len(panels)), squeeze=False)
-    for axis, rows in zip(axes[:, 0], panels, strict=True):
-        bars(axis, rows)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def bars(axis: Any, rows: list[Row]) -> None:
-    """One panel: contenders side by side, a colour a mode."""
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    width = 0.8 / len(modes)
-    for index, mode in enumerate(modes):
-        mine = [(names.index(r["contender"]), ratio(rows, r, "FlashAttention-2")) for r in rows if r["mode"] == mode]
-        drawn = [(at + index * width, value) for at, value in mine if value is not None]
-        shapes = axis.bar([at for at, _ in drawn], [v for _, v in drawn], width=0.95 * width, label=mode)
-        axis.bar_label(shapes, fmt="%.2f", fontsize=6)
-    axis.axhline(1.0, color="black", linewidth=0.8)
-    axis.set_xticks([i + width * (len(modes) - 1) / 2 for i in range(len(names))], names, fontsize=7, rotation=12)
-    axis.set_ylabel("speed-up over FA2", fontsize=8)
-    axis.set_title(rows[0]["workload"], fontsize=9)
-    axis.legend(fontsize=7)

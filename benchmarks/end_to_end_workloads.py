@@ -13,7 +13,10 @@ from torch.nn import functional as F
 from benchmarks.jit_context import B16, JiTInContext
 from benchmarks.wan import Wan, WanConfig
 
-PARTS = ("wan", "jit_1024", "jit_256", "train", "layer")
+PARTS = ("wan", "jit_1024", "jit_256", "train", "layer", "wan_14b")
+"""The longest one last: a run of all of them that is cut short has the others."""
+WAN_14B = WanConfig(depth=40, width=5120, heads=40, hidden=13824, latent=(21, 90, 160))
+"""Wan2.1-T2V-14B at 1280 x 720 pixels, 81 frames."""
 LAYERS = ((8, 12, 256), (4, 12, 1024), (4, 12, 4096), (1, 12, 16384))
 """(B, H, N) of one layer of JiT-B, head dim 64."""
 
@@ -47,13 +50,13 @@ class OneCall(nn.Module):
 
 def workloads(part: str, tiny: bool) -> list[Workload]:
     """The workloads of one part; tiny ones have the same structure and take milliseconds."""
-    if part == "wan":
-        config = WanConfig()
+    if part in ("wan", "wan_14b"):
+        size, config = ("1.3B", WanConfig()) if part == "wan" else ("14B", WAN_14B)
         if tiny:
             config = WanConfig(2, 64, 2, 128, latent=(2, 16, 16), text_tokens=16, text_width=32, frequencies=16)
         # self-attention is replaced, cross-attention to the text is not
         shortest = 64 if tiny else "auto"
-        name = f"Wan2.1-1.3B, {config.tokens} tokens, batch 1"
+        name = f"Wan2.1-{size}, {config.tokens} tokens, batch 1"
         return [Workload(name, lambda: wan(config, tiny), modes=("eager", "compiled"), min_seq_len=shortest)]
     if part == "layer":
         sizes = ((1, 2, 128), (1, 2, 256)) if tiny else LAYERS

@@ -5,14 +5,60 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import end_to_end, host
-from benchmarks.end_to_end_contenders import Answer, materialised, values
-from benchmarks.end_to_end_workloads import workloads
+from benchmarks import end_to_end, end_to_end_report, host
+from benchmarks.end_to_end_contenders import CONTENDERS, Answer, materialised, values
+from benchmarks.end_to_end_workloads import PARTS, WAN_14B, workloads
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "end_to_end"
+
+
+def test_committed_table_is_that_of_the_figures(tmp_path: Path) -> None:
+    found = end_to_end_report.load(RESULTS)
+    end_to_end_report.save(found, tmp_path / "again", draw=False)
+    for kind in (".json", ".md"):
+        assert RESULTS.with_suffix(kind).read_text() == (tmp_path / "again").with_suffix(kind).read_text()
+    for of_part in found.values():
+        assert of_part["environment"]["command"].endswith("--output benchmarks/results/end_to_end")
+
+
+def test_picture_leaves_out_models_without_sla2(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    found = end_to_end_report.load(RESULTS)
+    end_to_end_report.save(found, tmp_path / "all")
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+    others = [row for row in found["wan"]["rows"] if row["kind"] != "sla2"]
+    end_to_end_report.save({"wan": {**found["wan"], "rows": others}}, tmp_path / "none")
+    assert not (tmp_path / "none.png").exists()
+    said = (tmp_path / "none.md").read_text()
+    assert "SLA2 is not measured here yet: `python benchmarks/end_to_end.py wan --output" in said
+    assert "Not measured yet: `python benchmarks/end_to_end.py layer --output" in said
+
+
+def test_attention_time_below_noise_is_said_to_be_that() -> None:
+    def row(contender: str, ms: float, **more: float) -> dict[str, Any]:
+        return {"workload": "w", "mode": "eager", "contender": contender, "ms": ms, **more}
+
+    rest, slow, fast, near = row("no attention", 10.0), row("a", 14.0), row("b", 8.5), row("c", 11.0)
+    said = [end_to_end_report.attention_ms([rest, slow, fast, near], r, rest) for r in (rest, slow, fast, near)]
+    assert said == ["0", "4", "within noise", "within noise"]
+    assert end_to_end_report.attention_ms([rest, near], near, rest) == "1"
+    unsteady = row("c", 11.0, spread_ms=1.5)
+    assert end_to_end_report.attention_ms([rest, unsteady], unsteady, rest) == "within noise"
+
+
+def test_what_tells_least_is_measured_last() -> None:
+    kinds = [contender.kind for contender in CONTENDERS]
+    assert CONTENDERS[0].name == "FlashAttention-2"
+    assert max(i for i, kind in enumerate(kinds) if kind == "sla2") < [c.name for c in CONTENDERS].index("cuDNN")
+    assert PARTS[-1] == "wan_14b"
+    assert WAN_14B.tokens == 75600
 
 
 def test_script_measures_every_contender(tmp_path: Path) -> None:
@@ -29,6 +75,7 @@ def test_script_measures_every_contender(tmp_path: Path) -> None:
         ours = {row["contender"]: row for row in of_part["rows"] if row["kind"] == "sla2"}
         for name, row in ours.items():
             assert row["replaced"] == (0 if "auto" in name else row["self_attention_calls"]), (part, name)
+    assert all(row["spread_ms"] >= 0 for of_part in found.values() for row in of_part["rows"] if "error" not in row)
     assert all(row["host_ms"] > 0 for of_part in found.values() for row in of_part["rows"] if "error" not in row)
     assert "| FlashAttention-2 | eager |" in Path(f"{prefix}.md").read_text()
 
