@@ -202,7 +202,9 @@ HOOK: Any = "sla2_compile"
 
 
 def _backend(module: nn.Module) -> Any:
-    return getattr(getattr(module, "processor", None), "_attention_backend", None)
+    """What `set_diffusers_backend`, or a method of diffusers, has written; no code of others runs, which may fail."""
+    processor = vars(module).get("processor", module._modules.get("processor"))
+    return getattr(processor, "__dict__", {}).get("_attention_backend")
 
 
 def door_of(module: nn.Module) -> Door | None:

@@ -80,8 +80,14 @@ def register_transformers(
 
 def door_of(module: nn.Module) -> Door | None:
     """The door that transformers sends this module's calls to, by what its config says now; None if none."""
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    # configs of other libraries may answer every name, with whatever they like
+    if not _DOORS:
+        return None
+    from transformers import PreTrainedConfig
+
+    # modules and configs of other libraries may compute what they are asked for, and fail: only transformers' are,
+    # whose modules hold theirs as plain attributes
+    config = vars(module).get("config")
+    name = config._attn_implementation if isinstance(config, PreTrainedConfig) else None
     return _DOORS.get(name) if isinstance(name, str) else None
 
 
