@@ -8,7 +8,7 @@ Modules that `transform` planned, and trial runs of `transform`, go past the doo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from sla2_compile.carrier import is_owner, under_plan
 from sla2_compile.discovery import recording
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.passes.call import AttentionCall
 from sla2_compile.passes.masks import MaskView
 from sla2_compile.passes.outcome import Miss, Rewrite, Where
@@ -40,16 +41,18 @@ class DoorSite(Site):
     """The site of one module behind a door: learns nothing, and remembers what became of each call.
 
     Attributes:
+        door: whose calls these are.
         recipe: the door's.
-        outcomes: a `Rewrite` under "", and a `Miss` under each reason met; the longest call of each, and how many.
+        outcomes: a `Rewrite` for each kind of call (`_kind`), and a `Miss` for each reason met; the longest call of
+            each, and how many. A kind has one number of blocks, so what is said of its longest call holds of all.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(SiteSettings.of(recipe, ""))
-        self.recipe = recipe
+    def __init__(self, door: Door) -> None:
+        super().__init__(SiteSettings.of(door.recipe, ""))
+        self.door, self.recipe = door, door.recipe
         # Dynamo calls such a function while it traces, and leaves nothing of it in the graph
         self.tell = torch.compiler.assume_constant_result(_tell)
-        self.outcomes: dict[str, Rewrite | Miss] = {}
+        self.outcomes: dict[Hashable, Rewrite | Miss] = {}
 
     def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
         mask, reason = super().decide(call)
@@ -60,17 +63,33 @@ class DoorSite(Site):
         return mask, reason
 
     def _remember(self, call: AttentionCall, mask: MaskView | None, reason: Reason | None) -> None:
-        key = "" if reason is None else reason.value
+        # what make_fx traces with symbolic sizes is no call either
+        if not isinstance(call.q.numel(), int) or not isinstance(call.k.numel(), int):
+            return
+        # by reason alone: each token that is decoded meets another length
+        key = self._kind(call, mask) if reason is None else reason
         old = self.outcomes.get(key)
         times = 1 if old is None else old.where.times + 1
-        where = Where.of("", 0, call, times)
-        if old is not None and old.where.q_shape[-2] * old.where.k_shape[-2] >= where.q_shape[-2] * where.k_shape[-2]:
+        pairs = call.q.shape[-2] * call.k.shape[-2]
+        if old is not None and old.where.q_shape[-2] * old.where.k_shape[-2] >= pairs:
             self.outcomes[key] = replace(old, where=replace(old.where, times=times))
-        elif reason is not None:
+            return
+        where = Where.of("", 0, call, times)
+        if reason is not None:
             self.outcomes[key] = Miss(where, reason)
         else:
             assert mask is not None
             self.outcomes[key] = Rewrite.of(where, call, self.settings, mask)
+
+    def _kind(self, call: AttentionCall, mask: MaskView | None) -> Hashable:
+        """All that blocks kept, low bit and, within a block's length, FLOPs of a call follow from."""
+        assert mask is not None
+        B, H, Nq, D = call.q.shape
+        Nk, Dv = call.v.shape[2:]
+        block_q, block_k = self.settings.options.block_sizes(Nq, Nk)
+        blocks = block_q, block_k, num_blocks(Nq, block_q), num_blocks(Nk, block_k)
+        positive = not isinstance(call.scale, (int, float)) or call.scale > 0
+        return B, H, D, Dv, *blocks, call.q.dtype, call.q.device.type, positive, mask.keys is None, mask.is_causal
 
 
 def _tell(reason: str) -> bool:
@@ -86,6 +105,15 @@ _SITES: WeakKeyDictionary[nn.Module, DoorSite] = WeakKeyDictionary()
 def forget(module: nn.Module) -> None:
     """Begin a new record of a module's calls."""
     _SITES.pop(module, None)
+
+
+def let_go(module: nn.Module) -> None:
+    """Drop the tensors of a module's last call behind a door that it no longer goes by; the counts stay.
+
+    A library does not say when a module leaves, so this is done where somebody asks about the model.
+    """
+    if (site := _SITES.get(module)) is not None:
+        site.last_routing = None
 
 
 class Door:
@@ -114,7 +142,7 @@ class Door:
                 )
         self.recipe = recipe
         self.name = name
-        self.nameless = DoorSite(recipe)
+        self.nameless = DoorSite(self)
 
     def call(self, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run function, in which an attention call stands, with SLA2 in the place of that call.
@@ -129,14 +157,14 @@ class Door:
             return function(*args, **kwargs)
 
     def record(self, module: nn.Module) -> DoorSite | None:
-        """What became of a module's eager calls under this recipe; None if none came."""
+        """What became of a module's eager calls through this door; None if none came."""
         site = _SITES.get(module)
-        return site if site is not None and site.recipe == self.recipe else None
+        return site if site is not None and site.door is self else None
 
     def _site(self, module: nn.Module) -> DoorSite:
         site = self.record(module)
         if site is None:
-            site = _SITES[module] = DoorSite(self.recipe)
+            site = _SITES[module] = DoorSite(self)
         return site
 
 
