@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
+from sla2_compile.listing import show
 from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
 
 if TYPE_CHECKING:
@@ -26,17 +27,16 @@ console = Console()
 def recipes(name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None) -> None:
     """List the recipes that ship with the package, or show one."""
     if name is not None:
-        console.print(yaml.safe_dump(_checked(lambda: Recipe.of(name)).model_dump(mode="json"), sort_keys=False))
+        text = yaml.safe_dump(_checked(lambda: Recipe.of(name)).model_dump(mode="json"), sort_keys=False)
+        console.print(text, soft_wrap=True, markup=False)
         return
-    # names are what is typed: a narrow terminal must not break them
-    name_column = Column("recipe", no_wrap=True)
-    table = Table(name_column, "topk_ratio", "compression_ratio", "blocks", "alpha", "low bit", "QAT")
+    table = Table("recipe", "topk_ratio", "compression_ratio", "blocks", "alpha", "low bit", "QAT")
     for key in recipe_names():
         r = Recipe.named(key)
         mark = f"{key} (default)" if key == DEFAULT else key
         row = (r.topk_ratio, r.compression_ratio, f"{r.block_q} x {r.block_k}", r.alpha, r.low_bit, r.qat)
         table.add_row(mark, *map(str, row))
-    console.print(table)
+    show(console, table)
 
 
 @app.command()
@@ -63,7 +63,7 @@ def inspect(
     if json:
         console.print_json(data=found.to_dict())
     else:
-        console.print(found)
+        show(console, found.__rich__())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

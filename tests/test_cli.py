@@ -5,19 +5,49 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+import yaml
 from typer.testing import CliRunner
 
 from sla2_compile.cli import app
+from tests import models
 
-FACTORY = "tests.test_cli:build"
+FACTORY, LONG = "tests.test_cli:build", "tests.test_cli:build_long"
 
 
 def build():
-    import torch
-
-    from tests import models
-
     return models.Net(depth=2), (torch.randn(1, 600, 32),)
+
+
+NAME = "self_attention_with_a_long_name"
+
+
+class Block(torch.nn.Module):
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+        self.add_module(NAME, Attention())
+
+    def forward(self, x):
+        return getattr(self, NAME)(x[:, :, : self.tokens])
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q):
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+class Long(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block(600), Block(200)])
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
+def build_long():
+    return Long(), (torch.randn(1, 2, 600, 64),)
 
 
 def wrong():
@@ -37,14 +67,55 @@ def test_recipes(run):
     assert "topk_ratio: 0.15" in run("recipes", "balanced").output
 
 
-def test_a_narrow_terminal_breaks_no_name(monkeypatch):
+@pytest.fixture
+def narrow(monkeypatch):
+    """What a command prints on a terminal of so many columns."""
     from rich.console import Console
 
     from sla2_compile import cli
 
-    monkeypatch.setattr(cli, "console", Console(width=60))
-    output = CliRunner().invoke(app, ["recipes"]).output
-    assert all(name in output for name in ("max_speedup", "balanced (default)", "high_quality", "paper"))
+    def output(width, *args):
+        monkeypatch.setattr(cli, "console", Console(width=width))
+        return CliRunner().invoke(app, list(args)).output
+
+    return output
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 100])
+def test_a_narrow_terminal_cuts_no_recipe(narrow, width):
+    output = narrow(width, "recipes")
+    fields = ("topk_ratio", "compression_ratio", "blocks", "alpha", "low bit", "QAT")
+    values = ("0.15", "0.25", "0.05", "0.03", "auto x auto", "128 x 64", "routed", "int8_fp8", "True")
+    for text in ("balanced (default)", "high_quality", "max_speedup", "paper", *fields, *values):
+        assert text in output
+    assert "…" not in output
+    lines = [line.rstrip() for line in output.splitlines()]
+    assert max(map(len, lines)) <= width
+    assert ("  topk_ratio: 0.15" in lines) == (width < 100)
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 100])
+def test_a_narrow_terminal_cuts_no_call(narrow, width):
+    output = narrow(width, "inspect", LONG, "--set", "min_seq_len=300")
+    assert "…" not in output
+    words = " ".join(output.split())
+    for text in ("1 of 2 attention calls replaced", "2 of 19", "600", "FLOPs saved", "short sequence", "SLA2"):
+        assert text in words
+    lines = [line.rstrip() for line in output.splitlines()]
+    if width == 100:
+        assert max(map(len, lines)) <= width
+        return
+    # a name longer than the terminal stays in one piece, alone in its line
+    assert [line for line in lines if "long_name" in line] == [f"blocks.{i}.{NAME}" for i in range(2)]
+    assert max(len(line) for line in lines if NAME not in line) <= width
+    assert "q (B, H, N, D): 1 x 2 x 600 x 64 float32" in words
+    assert "attention FLOPs saved in the replaced calls:" in words
+    assert "blocks kept: done" not in words
+
+
+def test_a_narrow_terminal_breaks_no_line_of_a_recipe(narrow):
+    assert yaml.safe_load(narrow(20, "recipes", "paper"))["compression_ratio"] == "block"
+    assert "compression_ratio: block" in narrow(20, "recipes", "paper")
 
 
 def test_inspect(run):
