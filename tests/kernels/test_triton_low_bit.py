@@ -93,6 +93,31 @@ def test_attention(name: str, low_bit: str) -> None:
         check(CASES[name], low_bit)
 
 
+@body
+@pytest.mark.parametrize("D", [64, 128])
+def test_error_beside_that_of_bf16(D: int) -> None:
+    """On normal data: within 3 times bf16's own for INT8's whole op, where one key block of 32 is kept.
+
+    The sparse branch, and FP8 in both, cost what their formats do (docs/method.md).
+    """
+    case = Case(groups=1, Nq=256, Nk=2048, D=D, Dv=D, block_q=128, block_k=64, topk_ratio=0.05, alpha="none")
+    x = case.tensors()
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(exact(x, torch.float64), reference.route)
+    want = case.attention(exact(x, torch.float64), reference.attention)
+    x["log_rest"], x["k_mean"] = x["log_rest"].float(), x["k_mean"].float()
+
+    def errors(low_bit: str) -> list[float]:
+        got = case.attention(x, scheduled_attention, True, low_bit)
+        return [((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in (0, 2)]
+
+    own = errors("none")
+    most = {"int8": (3.0, 6.0), "int8_fp8": (9.0, 21.0)}
+    for low_bit in RUN:
+        found = [error / bf16 for error, bf16 in zip(errors(low_bit), own, strict=True)]
+        print(f"{low_bit}: whole op {found[0]:.2f}, sparse branch {found[1]:.2f} times bf16's own error")
+        assert all(x <= limit for x, limit in zip(found, most[low_bit], strict=True))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Case, str]:
     block_q, block_k = draw(st.sampled_from([32, 64])), draw(st.sampled_from([32, 64, 128]))
