@@ -3,16 +3,25 @@
 By trial: on the first call of a shape class (head dims, block sizes, dtype, format; not lengths) a kernel runs with
 the table's tile and with each candidate below, and keeps the fastest: for the process, and on disk in Triton's cache
 for the next one (`triton.autotune`). It takes seconds, once; call once before capturing a CUDA graph.
+
+A file or folder of that cache that cannot be used costs the trials again and a warning, never the call (`forgiving`).
+
+`attend_hopper_kernel` has no candidates and always runs by its table. Its tile is more than an argument: key blocks a
+step, programs a multiprocessor and registers of a thread decide each other and are compiled in, and the launcher
+reckons grid and stages from them (`hopper.py`). It runs on one chip, which is the one that its table was measured on.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import triton
+from triton import knobs
 
 from sla2_compile.kernels.schedule import Schedule
 
@@ -59,6 +68,58 @@ def fits(tile: Tile, limits: Limits) -> bool:
     return all(least <= tile[name] <= most for name, (least, most) in limits.items())
 
 
+UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+"""What Triton raises over a file or a folder of its cache."""
+
+
+def complaint(error: Exception, name: str) -> str:
+    """Say what of the cache cannot be used for a kernel, and what to do."""
+    if isinstance(error, OSError):
+        return (
+            f"TRITON_CACHE_DIR must be a folder that Triton can read and write, got {error}; mend it or name another"
+        )
+    # which file of that name it is, only the frame knows that read it
+    seen = [frame.f_locals.get("path") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    every = os.path.join(knobs.cache.dir, "*", f"{name}.autotune.json")
+    path = next((x for x in seen if isinstance(x, str)), every)
+    return f"{path} must hold timings of {name}'s tiles, got {error!r}; delete it"
+
+
+def forgiving(tuner: Any) -> Any:
+    """Have a cache that cannot be read or written cost trials and a warning, where Triton would raise."""
+    check, name = tuner.check_disk_cache, tuner.base_fn.__name__
+
+    def careful(key: Any, configs: list[Any], bench: Callable[[], None]) -> bool:
+        begun = done = False
+
+        def trials() -> None:
+            nonlocal begun, done
+            begun = True
+            bench()
+            done = True
+
+        try:
+            found: bool = check(key, configs, trials)
+            # an entry that Triton can read may still be of a tile that this kernel has not
+            if found and tuner.cache[key] not in configs:
+                raise LookupError(f"a tile of {tuner.cache[key]}")
+            return found
+        except UNUSABLE as error:
+            if begun and not done:
+                # the kernel's own
+                raise
+            text = f"{complaint(error, name)}. Until then each process tries the tiles again"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if not done:
+            # what a bad file named must not outlive trials that fail
+            tuner.cache.pop(key, None)
+            bench()
+        return False
+
+    tuner.check_disk_cache = careful
+    return tuner
+
+
 @functools.cache
 def tuned(kernel: Any, table: tuple[tuple[str, Any], ...], limits: tuple[tuple[str, tuple[int, int]], ...]) -> Any:
     """Wrap a kernel so that its first call of each shape class tries the table's tile and the candidates."""
@@ -73,7 +134,7 @@ def tuned(kernel: Any, table: tuple[tuple[str, Any], ...], limits: tuple[tuple[s
         for tile in tiles
     ]
     key = [x for x in CLASS if x in kernel.arg_names]
-    return triton.autotune(configs, key, restore_value=WRITTEN.get(name), cache_results=True)(kernel)
+    return forgiving(triton.autotune(configs, key, restore_value=WRITTEN.get(name), cache_results=True)(kernel))
 
 
 def launch(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,8 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels import attention_schedule, route_schedule, tuning  # noqa: E402
+from sla2_compile.kernels.schedule import Launch, Schedule  # noqa: E402
+from sla2_compile.kernels.triton_states import states_kernel  # noqa: E402
 from tests.kernels.schedules import forget_schedules  # noqa: E402
 from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_attention, scheduled_route  # noqa: E402
 
@@ -101,6 +108,139 @@ else:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+    class Driver:
+        """Stands in for a GPU's: which chip it is, and the clock."""
+
+        def __init__(self) -> None:
+            self.bench = Bench(2)
+
+        def get_current_target(self) -> Any:
+            return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+        def get_benchmarker(self) -> Bench:
+            return self.bench
+
+    class Chip:
+        """A GPU that runs `states_kernel` in no time, and what it was asked to."""
+
+        def __init__(self, folder: Path) -> None:
+            self.folder, self.driver = folder, Driver()
+            self.launches: list[dict[str, Any]] = []
+
+        def process(self) -> int:
+            """One call of a process that has tried nothing yet; returns how many tiles it tried."""
+            tuning.tuned.cache_clear()
+            before, made = self.driver.bench.trials, Schedule()
+            arguments = {"D": 64, "DV": 64, "BLOCK_K": 64, "HAS_MASK": False, "LOW_BIT": 0, "FEATURE_MAP": "softmax"}
+            tile, limits = {"BLOCK_DV": 64, "num_warps": 4, "maxnreg": None}, {"BLOCK_DV": (16, 64)}
+            tuning.launch(made, states_kernel, lambda _: (1,), tile=tile, limits=limits, trials=True, **arguments)
+            (step,) = made.steps
+            assert isinstance(step, Launch)
+            step.kernel[step.grid](*step.args, **step.constants)
+            return self.driver.bench.trials - before
+
+        @property
+        def launched(self) -> dict[str, Any]:
+            """The tile of the last launch, which is the call's own."""
+            return {name: self.launches[-1].get(name) for name in ("BLOCK_DV", "num_warps")}
+
+        @property
+        def file(self) -> Path:
+            (found,) = self.folder.glob("*/states_kernel.autotune.json")
+            return found
+
+    @pytest.fixture
+    def chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Chip]:
+        made = Chip(tmp_path / "cache")
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(made.folder))
+        monkeypatch.setattr(states_kernel, "run", lambda *_, **options: made.launches.append(options))
+        monkeypatch.setattr(triton.runtime.driver, "_active", made.driver)
+        yield made
+        tuning.tuned.cache_clear()
+
+    SECOND = {"BLOCK_DV": 32, "num_warps": 4}
+    """What the clock says is fastest: the table's tile is the first, that of the candidates the second."""
+
+    def test_the_next_process_tries_nothing(chip: Chip) -> None:
+        assert chip.process() == 4
+        assert chip.launched == SECOND
+        chip.driver.bench.fastest = 0
+        chip.launches.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert chip.process() == 0
+        assert chip.launched == SECOND
+        assert len(chip.launches) == 1
+
+    def spoiled(text: str) -> dict[str, str]:
+        """Ways in which a file of timings goes bad."""
+        timings = json.loads(text)["configs_timings"]
+        config = timings[0][0]
+
+        def entries(*configs: dict[str, Any]) -> str:
+            return json.dumps({"configs_timings": [[x, [1.0, 1.0, 1.0]] for x in configs]})
+
+        return {
+            "empty": "",
+            "truncated": text[: len(text) // 2],
+            "without timings": "{}",
+            "empty timings": entries(),
+            "a list": "[]",
+            "null": '{"configs_timings": null}',
+            "not text": "\udcff",
+            "an unknown field": entries({**config, "threads": 3}),
+            "an unknown size": entries({**config, "kwargs": {"BLOCK_X": 3}}),
+            "no sizes": entries({**config, "kwargs": None}),
+            "another tile": entries({**config, "kwargs": {"BLOCK_DV": 8}}),
+            "times that have no order": json.dumps({"configs_timings": [[timings[0][0], 1], [timings[1][0], None]]}),
+        }
+
+    @pytest.mark.parametrize("how", spoiled('{"configs_timings": [[{}, 0], [{}, 0]]}'))
+    def test_a_file_that_cannot_be_used_costs_trials_and_a_warning(how: str, chip: Chip) -> None:
+        chip.process()
+        chip.file.write_text(spoiled(chip.file.read_text())[how], errors="surrogateescape")
+        # of a tile that no kernel has only the name of the file is known
+        named = "*" if how in ("an unknown size", "another tile") else chip.file.parent.name
+        chip.driver.bench.trials = 0
+        with pytest.warns(RuntimeWarning, match=r"delete it\.") as seen:
+            assert chip.process() == 4
+        assert [str(chip.folder / named / chip.file.name) in str(x.message) for x in seen] == [True]
+        assert chip.launched == SECOND
+        # as it says
+        chip.file.unlink()
+        chip.driver.bench.trials = 0
+        assert chip.process() == 4
+        assert chip.process() == 0
+
+    def test_a_folder_that_cannot_be_used_costs_trials_and_a_warning(chip: Chip) -> None:
+        chip.folder.write_text("in the way")
+        with pytest.warns(
+            RuntimeWarning, match=r"TRITON_CACHE_DIR must be a folder .*, got .*Not a directory"
+        ) as seen:
+            assert chip.process() == 4
+        assert len(seen) == 1
+        assert chip.launched == SECOND
+
+    def test_timings_that_cannot_be_kept_cost_a_warning(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(triton.runtime.cache.FileCacheManager, "put", full)
+        with pytest.warns(RuntimeWarning, match="No space left"):
+            assert chip.process() == 4
+        assert chip.launched == SECOND
+
+    @pytest.mark.parametrize("error", [OSError, ValueError, TypeError])
+    def test_what_a_kernel_raises_is_not_the_cache_s(
+        error: type[Exception], chip: Chip, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*_: Any, **__: Any) -> None:
+            raise error("of the kernel")
+
+        monkeypatch.setattr(states_kernel, "run", fails)
+        with pytest.raises(error, match="of the kernel"):
+            chip.process()
 
 
 def test_candidates_keep_to_the_limits() -> None:
