@@ -209,9 +209,9 @@ def attention_schedule(
     eight = EightBit.of(schedule, k_in, v_in, block_k, low_bit)
     # an INT8 product sums over 32 dims at a time
     layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), feature_map)
-    shape = ShapeClass(arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level)
-    plain = mask is None and not is_causal and not keep_branches
-    fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, plain)
+    more = mask is not None or keep_branches
+    shape = ShapeClass(arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level, more)
+    fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, not more and not is_causal)
     # the linear branch lies in o until the sparse branch mixes it in
     linear = o_linear if keep_branches else o
     # of the two kernels that the fused one replaces

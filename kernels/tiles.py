@@ -21,6 +21,7 @@ class ShapeClass:
     Attributes:
         arch: compute capability, 90 for Hopper; block_d, block_dv: head dims padded to tiles.
         low_bit: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
+        more: whether `attend_kernel` also masks keys or keeps the branches, for which it needs more registers.
     """
 
     arch: int
@@ -29,6 +30,7 @@ class ShapeClass:
     block_q: int
     block_k: int
     low_bit: int = 0
+    more: bool = False
 
     @property
     def width(self) -> int:
@@ -42,6 +44,11 @@ class ShapeClass:
     @property
     def hopper(self) -> bool:
         return self.arch == 90
+
+    @property
+    def in_registers(self) -> bool:
+        """Whether tensor cores take factors and sums from registers, as all do but those of sm_90 and sm_10x."""
+        return not 90 <= self.arch < 120
 
 
 Table = tuple[tuple[Callable[[ShapeClass], Any], Any], ...]
@@ -61,14 +68,23 @@ def attend(rows: int, warps: int, stages: int, registers: int | None = None) -> 
 ATTEND: Table = (
     # 64 rows take all 255 registers of a thread on sm_80
     (lambda s: s.wide, attend(32, 8, 2)),
-    # 128 rows take 243 registers there, and 4 warps all
-    (lambda s: s.width == 128 and s.arch < 90, attend(64, 8, 2)),
+    # 128 keys: 64 rows take up to 840 bytes of stack
+    (lambda s: s.width <= 64 and s.in_registers and s.block_k > 64, attend(32, 4, 2)),
+    # 64 rows take 16 bytes of stack on sm_80, and 4 warps 40 on sm_120
+    (lambda s: s.width == 128 and s.in_registers and s.block_k > 64 and s.more, attend(32, 8, 2)),
+    # 128 rows take 243 registers on sm_80, and 4 warps all; on sm_120 up to 400 bytes of stack
+    (lambda s: s.width == 128 and s.in_registers, attend(64, 8, 2)),
     # 128 rows take 246 registers, and spill on sm_100
     (lambda s: s.width == 128 and s.block_k > 64, attend(64, 8, 2)),
     # 0.107 ms, from 0.194 on (1, 16, 16384, 64)
-    (lambda s: s.hopper and s.width <= 64, attend(64, 4, 3, 96)),
+    (lambda s: s.hopper and s.width <= 64 and s.block_k <= 64, attend(64, 4, 3, 96)),
+    # the same without that cap, under which 128 keys take 472 bytes of stack; not timed
+    (lambda s: s.hopper and s.width <= 64, attend(64, 4, 3)),
     # half the rows, half the warps
     (lambda s: s.block_q < 128, attend(64, 4, 2)),
+    # the cap below takes 64 to 184 bytes of stack; these take 191 registers, and two programs fit as well. Not timed
+    # with masks or branches; on plain calls they came second (0.54 ms; capped 0.48, 128 rows without a cap 0.62)
+    (lambda s: s.hopper and s.more and not s.low_bit, attend(64, 4, 2)),
     # 128 registers let two programs share a multiprocessor: one computes while the other waits
     (lambda s: s.hopper, attend(128, 8, 2, 128)),
     # the same without that cap, under which sm_100 spills
@@ -119,7 +135,13 @@ def states(columns: int, warps: int, registers: int | None = None) -> Tile:
 
 
 STATES: Table = (
-    # a head in slices; with 4 warps they spill on sm_80
+    # a head in slices. Of 128 keys: 64 columns take 216 to 312 bytes of stack; these 96 to 136 in 8 bits, else none
+    (lambda s: s.wide and s.in_registers and s.block_k > 64, states(32, 8)),
+    # of few keys: with 8 warps the assembler of sm_120 fails over FP8 (C7907)
+    (lambda s: s.wide and s.in_registers and s.block_k < 64, states(64, 4)),
+    # 72 bytes of stack on sm_90; 64 columns 168
+    (lambda s: s.wide and s.low_bit == 2 and s.block_k > 64, states(128, 8)),
+    # with 4 warps they spill on sm_80
     (lambda s: s.wide, states(64, 8)),
     # 4 warps spill where v is written in FP8
     (lambda s: s.hopper and s.low_bit and s.block_k > 64, states(128, 8)),
@@ -129,6 +151,8 @@ STATES: Table = (
     (lambda s: s.hopper and s.low_bit, states(128, 4, 168)),
     # 0.138 ms; 8 warps 0.246
     (lambda s: s.hopper, states(128, 4)),
+    # 64 columns: 4 warps take 232 to 320 bytes of stack, 8 in 8 bits up to 96 with Triton 3.6
+    (lambda s: s.in_registers and s.width == 128 and s.block_k > 64, states(128, 8)),
     # 4 warps spill, as on sm_90
     (lambda s: s.low_bit and s.block_k > 64, states(64, 8)),
     # more columns were not tried

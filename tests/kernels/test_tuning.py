@@ -262,9 +262,10 @@ def test_every_call_has_a_row_and_every_row_a_call(table: str) -> None:
     from sla2_compile.kernels import tiles
 
     rows, used = getattr(tiles, table), set()
-    arches = (90,) if table == "HOPPER" else (80, 89, 90, 100)
+    arches = (90,) if table == "HOPPER" else (80, 89, 90, 100, 120)
     dims = (64, 128) if table == "HOPPER" else (16, 64, 128, 256)
-    for arch, d, block_q, block_k, low in itertools.product(arches, dims, (16, 128), (16, 64, 128), (0, 1, 2)):
-        shape = tiles.ShapeClass(arch, d, d, block_q, block_k, low)
+    blocks = ((16, 128), (16, 64, 128))
+    for arch, d, block_q, block_k, low, more in itertools.product(arches, dims, *blocks, (0, 1, 2), (False, True)):
+        shape = tiles.ShapeClass(arch, d, d, block_q, block_k, low, more)
         used.add(next(n for n, (fits, _) in enumerate(rows) if fits(shape)))
     assert used == set(range(len(rows)))
