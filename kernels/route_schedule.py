@@ -51,7 +51,8 @@ def project(schedule: Schedule, name: str, tokens: Slot, proj: Slot, dtype: torc
     schedule.launch(
         project_kernel, (num_blocks(rows, PROJECTED_TOKENS),),
         tokens, proj, out, rows,
-        D=D, BLOCK_D=padded(D), BLOCK_T=PROJECTED_TOKENS, CHUNK=32, num_warps=4,
+        # 4 warps take 96 to 184 bytes of stack where a head is wide
+        D=D, BLOCK_D=padded(D), BLOCK_T=PROJECTED_TOKENS, CHUNK=32, num_warps=8 if padded(D) > 128 else 4,
     )  # fmt: skip
     return out
 
