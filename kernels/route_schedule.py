@@ -13,12 +13,16 @@ from sla2_compile.kernels.schedule import Layout, Schedule, Slot
 from sla2_compile.kernels.triton_pool import center_kernel, pool_kernel, project_kernel
 from sla2_compile.kernels.triton_scores import scores_kernel
 from sla2_compile.kernels.triton_select import select_kernel
-from sla2_compile.kernels.tuning import launch
+from sla2_compile.kernels.tuning import Tile, launch
 
 POOL = (128, 4)
 """`pool_kernel`: rows and warps a program."""
-SCORES = (128, 32, 4)
-"""`scores_kernel`: query tokens and key blocks a program, warps. The best of those tried on sm_90."""
+SCORES = (64, 64, 4, 3, 4)
+"""`scores_kernel`: query tokens, key blocks a tile, tiles a program, pipeline stages, warps."""
+WIDE_BLOCKS = 32
+"""Key blocks a tile at head dims over 128, for the 99 KiB of shared memory that smaller chips have."""
+ENOUGH_PROGRAMS = 256
+"""Of `scores_kernel`: where there are fewer, each takes fewer tiles (6.2 us in place of 17.7 on (4, 16, 4096, 64))."""
 CENTER_TOKENS, PROJECTED_TOKENS = 32, 32
 """Tokens that a program of `center_kernel` and of `project_kernel` takes at a time."""
 
@@ -97,14 +101,28 @@ def route_schedule(
         q_tokens = project(schedule, "q", q_tokens, proj_q_in, q.dtype)
     if proj_k is not None:
         centered = project(schedule, "k", centered, proj_k_in, q.dtype)
-    peak, typical = (schedule.empty(name, (B, Hq, tm, tn), fp32) for name in ("peak", "typical"))
-    block_t, block_n, warps = SCORES
+    # rows of whole 16-byte pieces; the last few columns are never written and never read
+    columns = num_blocks(tn, 4) * 4
+    peak, typical = (schedule.empty(name, (B, Hq, tm, columns), fp32) for name in ("peak", "typical"))
+    block_t, block_n, tiles_n, stages, warps = SCORES
+    if padded(D) > 128:
+        block_n = WIDE_BLOCKS
+    if a > block_t:
+        # every token of a query block at once: in 4 warps they take more registers than there are
+        warps = 8
     block_t, block_n = max(a, min(block_t, padded(Tq))), min(block_n, padded(tn))
+
+    def grid(tile: Tile) -> tuple[int]:
+        return (num_blocks(Tq, tile["BLOCK_T"]) * num_blocks(tn, tile["BLOCK_N"] * tile["TILES"]) * B * Hq,)
+
+    tile = {"BLOCK_T": block_t, "BLOCK_N": block_n, "TILES": tiles_n, "STAGES": stages, "num_warps": warps}
+    while tile["TILES"] > 1 and (grid(tile)[0] < ENOUGH_PROGRAMS or tile["TILES"] > num_blocks(tn, block_n)):
+        tile["TILES"] //= 2
     launch(
-        schedule, scores_kernel, lambda t: (num_blocks(Tq, t["BLOCK_T"]) * num_blocks(tn, t["BLOCK_N"]) * B * Hq,),
+        schedule, scores_kernel, grid,
         q_tokens, centered, bonus, peak, typical, Hq, Hq // heads, Tq, Tk, tm, tn, scale,
         D=D, BLOCK_D=padded(D), A=a, B=b, FAST=q.device.type == "cuda",
-        tile={"BLOCK_T": block_t, "BLOCK_N": block_n, "num_warps": warps},
+        tile=tile,
         limits={"BLOCK_T": (a, max(a, padded(Tq))), "BLOCK_N": (1, padded(tn))},
         trials=trials,
     )  # fmt: skip

@@ -75,9 +75,9 @@ def scale_of(top):
 def to_int8(x, scale):
     """Round x / scale to the nearest; the same bits as the reference's. Broadcasts scale."""
     # between product and sum, so that the compiler does not fuse them: at a tie that rounds to the other side
-    x = tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -127.0), 127.0)
-    # adding and subtracting 1.5 * 2^23 rounds; the interpreter has no rint
-    return (x + 12582912.0 - 12582912.0).to(tl.int8)
+    x = tl.clamp(x * tl.div_rn(1.0, scale), -127.0, 127.0)
+    # 1.5 * 2^23 on top rounds, and leaves the whole number in the lowest byte
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def store_value_block(
             )
             top = tl.maximum(top, tl.max(tl.abs(other.to(tl.float32))))
     scale = tl.minimum(tl.maximum(top * (1.0 / 448.0), V_SCALE_MIN), V_SCALE_MAX)
-    eight = tl.minimum(tl.maximum(value * tl.div_rn(1.0, scale), -448.0), 448.0).to(tl.float8e4nv)
+    eight = tl.clamp(value * tl.div_rn(1.0, scale), -448.0, 448.0).to(tl.float8e4nv)
     at = out + columns[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(at, tl.trans(eight), mask=exists & (columns < DV)[:, None])
     return tl.log2(scale)

@@ -46,10 +46,10 @@ CANDIDATES: dict[str, list[Tile]] = {
         {"BLOCK_DV": columns, "num_warps": warps, "maxnreg": None} for columns in (32, 64, 128) for warps in (4, 8)
     ],
     "scores_kernel": [
-        {"BLOCK_T": tokens, "BLOCK_N": blocks, "num_warps": warps}
-        for tokens in (64, 128)
-        for blocks in (16, 32, 64)
-        for warps in (4, 8)
+        {"BLOCK_T": tokens, "BLOCK_N": blocks, "TILES": tiles, "STAGES": 3, "num_warps": warps}
+        for tokens, warps in ((64, 4), (128, 8))
+        for blocks in (32, 64)
+        for tiles in (1, 2, 4, 8)
     ],
 }
 CLASS = ("D", "DV", "BLOCK_Q", "BLOCK_K", "A", "B", "LOW_BIT", "CAUSAL", "HAS_MASK", "KEEP", "TMA", "FEATURE_MAP")
