@@ -337,7 +337,7 @@ def take_rows(
     mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 32 if LOW_BIT == 2 else 16])
     mma_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    q_layout: gl.constexpr = gl.DotOperandLayout(0, mma_s, 4)
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, mma_s, 4 if LOW_BIT > 0 else 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, mma_o, 4 if LOW_BIT == 2 else 2)
     phi_layout: gl.constexpr = gl.DotOperandLayout(0, mma_l, 2)
     row_s: gl.constexpr = gl.SliceLayout(1, mma_s)
@@ -366,7 +366,11 @@ def take_rows(
             q = (raw + MAGIC).to(gl.int32, bitcast=True).to(gl.int8)
             c = gl.convert_layout(q_scale, row_s) * (scale * LOG2_E)
         else:
-            q = q_tile
+            if D == 128:
+                # in registers: shared memory is as busy as the tensor cores when they read q from there, too
+                q = q_tile.load(q_layout)
+            else:
+                q = q_tile
             c = gl.full([ROWS], scale * LOG2_E, gl.float32, layout=row_s)
 
         stage = done % STAGES
