@@ -137,5 +137,4 @@ def attention(
 def run(scheduled: tuple[Schedule, tuple[Slot, ...]], tensors: Inputs) -> Any:
     """Make a schedule's launches; returns the tensors of its result."""
     schedule, results = scheduled
-    made = schedule.run(*tensors)
-    return tuple(made[slot.at] for slot in results)
+    return tuple(schedule.run(*tensors, results=results))

@@ -6,24 +6,30 @@ time. None of it depends on values, so calls with the same shapes, strides, dtyp
     schedule = Schedule(q, k)                         # layouts, not tensors
     mean = schedule.empty("mean", shape, torch.float32)
     schedule.launch(kernel, grid, schedule.inputs[1], mean, N, D=64, num_warps=4)
-    tensors = schedule.run(q_tensor, k_tensor)        # as often as wanted
+    (tensor,) = schedule.run(q_tensor, k_tensor, results=(mean,))        # as often as wanted
 
-A first run compiles through Triton's own launcher; later ones call the compiled kernel that it gave back. Profilers'
-launch hooks run each time; what else Triton reads at a launch (debug knobs, pre-run hooks) counts at the first one.
+A first run goes through Triton, which compiles, with a tensor for each argument. Later ones (`rerun.py`) go straight
+to the driver, with the compiled kernels, bare addresses and one allocation for all that no one sees but the kernels.
+While somebody listens to Triton's launch hooks, each run goes through Triton; what else Triton reads at a launch
+(debug knobs, pre-run hooks) counts at the first one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sla2_compile.kernels.device import on_device
+from sla2_compile.kernels.repeat import Again, Cells, Unknown
+from sla2_compile.kernels.rerun import Rerun, watched
 
 
 class Layout(NamedTuple):
@@ -91,55 +97,32 @@ class Launch:
     Attributes:
         grid: programs; a function of a tile where the tile is found by trial.
         args: positional arguments, with `Slot` and `Tiles` for tensors; constants: those by name.
-        slots, tiles: which of the arguments are such.
-        repeat: the compiled kernel's launch, once there is one; described: tiles, as checked at the first launch;
-        trailing: constants, in the kernel's order.
+        compiled: what Triton made of it, once there is something to keep.
     """
 
     kernel: Any
     grid: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
-    slots: list[tuple[int, int]] = field(init=False)
-    tiles: list[tuple[int, Tiles]] = field(init=False)
-    repeat: Callable[..., None] | None = field(init=False, default=None)
-    described: list[tuple[int, Tiles, Any]] = field(init=False, default_factory=list)
-    trailing: tuple[Any, ...] = field(init=False, default=())
+    compiled: CompiledKernel | None = field(init=False, default=None)
 
-    def __post_init__(self) -> None:
-        self.slots = [(n, x.at) for n, x in enumerate(self.args) if isinstance(x, Slot)]
-        self.tiles = [(n, x) for n, x in enumerate(self.args) if isinstance(x, Tiles)]
-
-    def __call__(self, tensors: list[Tensor], stream: int | None) -> None:
+    def __call__(self, tensors: list[Tensor]) -> None:
+        """Launch through Triton, which compiles."""
         args = list(self.args)
-        for n, at in self.slots:
-            args[n] = tensors[at]
-        if self.repeat is not None:
-            for n, tiles, description in self.described:
-                args[n] = based(description, tiles.start(tensors[tiles.slot.at]))
-            self.repeat(*args, *self.trailing, stream=stream)
-            return
-        for n, tiles in self.tiles:
-            args[n] = tiles.describe(tensors[tiles.slot.at])
+        for n, x in enumerate(args):
+            if isinstance(x, Slot):
+                args[n] = tensors[x.at]
+            elif isinstance(x, Tiles):
+                args[n] = x.describe(tensors[x.slot.at])
         compiled = self.kernel[self.grid](*args, **self.constants)
         # the interpreter compiles nothing, and a grid that depends on the tile cannot be kept
         if isinstance(compiled, CompiledKernel) and not callable(self.grid):
-            self._keep(compiled, args)
+            self.compiled = compiled
 
-    def _keep(self, compiled: CompiledKernel, args: list[Any]) -> None:
-        self.trailing = tuple(self.constants[name] for name in self.kernel.arg_names[len(args) :])
-        self.described = [(n, tiles, based(args[n], None)) for n, tiles in self.tiles]
-        self.repeat = compiled[(*self.grid, 1, 1)[:3]]
-
-
-def based(description: Any, base: Tensor | None) -> Any:
-    """The same description of another tensor, which was checked when it was first made.
-
-    A copy, since another thread may launch at the same time; quicker than copy.copy.
-    """
-    made = object.__new__(type(description))
-    made.__dict__.update(description.__dict__, base=base)
-    return made
+    def again(self, cells: Cells) -> Callable[[list[Tensor], int], None]:
+        """What makes this launch again; raises `Unknown` where only Triton can."""
+        launch = Again(self.compiled, self.grid, self.args, cells)
+        return lambda tensors, stream: launch(stream)
 
 
 @dataclass(frozen=True)
@@ -150,8 +133,17 @@ class Compute:
     slots: tuple[Slot, ...]
     into: Slot
 
-    def __call__(self, tensors: list[Tensor], stream: int | None) -> None:
+    def __call__(self, tensors: list[Tensor]) -> None:
         tensors[self.into.at] = self.function(*(tensors[slot.at] for slot in self.slots))
+
+    def again(self, cells: Cells) -> Callable[[list[Tensor], int], None]:
+        """What makes this step again."""
+
+        def compute(tensors: list[Tensor], stream: int) -> None:
+            self(tensors)
+            cells[self.into.at] = tensors[self.into.at].data_ptr()
+
+        return compute
 
 
 class Schedule:
@@ -167,6 +159,9 @@ class Schedule:
         self.slots: list[Slot] = []
         self.steps: list[Launch | Compute] = []
         self._allocated: list[Slot] = []
+        assert inputs[0] is not None
+        self._rerun: Rerun | None = None
+        self._unknown = False
         for n, x in enumerate(inputs):
             x = inputs[0] if x is None else x
             assert x is not None
@@ -174,7 +169,7 @@ class Schedule:
         self.inputs = tuple(self.slots)
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
-        """Have a tensor allocated at the beginning of each run."""
+        """Have memory allocated at the beginning of each run."""
         slot = self.later(name, shape, dtype)
         self._allocated.append(slot)
         return slot
@@ -193,22 +188,45 @@ class Schedule:
         self.steps.append(Compute(function, slots, into))
 
     def allocate(self, like: Tensor) -> list[Tensor]:
-        """Allocate a run's own tensors, in the order of `empty`, on the device of like."""
+        """Allocate a first run's own tensors, in the order of `empty`, on the device of like."""
         return [like.new_empty(slot.shape, dtype=slot.dtype) for slot in self._allocated]
 
-    def run(self, *inputs: Tensor | None) -> list[Tensor]:
-        """Make the launches; inputs have the layouts that the schedule was made for. Returns a tensor a slot."""
+    def run(self, *inputs: Tensor | None, results: tuple[Slot, ...]) -> list[Tensor]:
+        """Make the launches; inputs have the layouts that the schedule was made for. Returns a tensor a result."""
         first = inputs[0]
         assert first is not None
         tensors = [first] * len(self.slots)
         for n, x in enumerate(inputs):
             if x is not None:
                 tensors[n] = x
-        for slot, x in zip(self._allocated, self.allocate(first), strict=True):
-            tensors[slot.at] = x
+        wanted = tuple(slot.at for slot in results)
         with on_device(first):
-            # asked once and not by every launch
-            stream = torch.cuda.current_stream().cuda_stream if first.is_cuda else None
-            for step in self.steps:
-                step(tensors, stream)
-        return tensors
+            if self._rerun is not None and not watched():
+                self._rerun(tensors, wanted)
+            else:
+                self._run_by_triton(tensors)
+        return [tensors[at] for at in wanted]
+
+    def _run_by_triton(self, tensors: list[Tensor]) -> None:
+        for slot, x in zip(self._allocated, self.allocate(tensors[0]), strict=True):
+            tensors[slot.at] = x
+        for step in self.steps:
+            step(tensors)
+        if self._rerun is None and self._can_be_laid_out():
+            cells = Cells(len(self.slots))
+            cells.fill([x.data_ptr() for x in tensors])
+            computed = {slot.at for step in self.steps if isinstance(step, Compute) for slot in step.slots}
+            try:
+                self._rerun = Rerun([step.again(cells) for step in self.steps], cells, self._allocated, computed)
+            except Unknown as reason:
+                self._unknown = True
+                warnings.warn(
+                    f"Triton {triton.__version__} launches the kernels of SLA2 itself, which takes the host longer: "
+                    f"it uses {reason}, which sla2_compile does not know; install Triton 3.6 or 3.7",
+                    stacklevel=2,
+                )
+
+    def _can_be_laid_out(self) -> bool:
+        return not self._unknown and all(
+            isinstance(step, Compute) or step.compiled is not None for step in self.steps
+        )

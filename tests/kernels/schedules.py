@@ -23,15 +23,15 @@ def forget_schedules() -> None:
 
 def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Return a dict that fills with every tensor of each run to come, by name."""
-    from sla2_compile.kernels.schedule import Schedule
+    from sla2_compile.kernels.schedule import Schedule, Slot
 
     kept: dict[str, Tensor] = {}
     run = Schedule.run
 
-    def keep(self: Schedule, *inputs: Tensor | None) -> list[Tensor]:
-        tensors = run(self, *inputs)
+    def keep(self: Schedule, *inputs: Tensor | None, results: tuple[Slot, ...]) -> list[Tensor]:
+        tensors = run(self, *inputs, results=tuple(self.slots))
         kept.update({slot.name: x for slot, x in zip(self.slots, tensors, strict=True)})
-        return tensors
+        return [tensors[slot.at] for slot in results]
 
     monkeypatch.setattr(Schedule, "run", keep)
     return kept

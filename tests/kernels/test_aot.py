@@ -40,9 +40,9 @@ def scheduled(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Launch]:
     """The launches that run() would make; none is made."""
     seen: list[Launch] = []
 
-    def record(self: Schedule, *inputs: Any) -> list[torch.Tensor]:
+    def record(self: Schedule, *inputs: Any, results: tuple[Slot, ...]) -> list[torch.Tensor]:
         seen.extend(step for step in self.steps if isinstance(step, Launch))
-        return [torch.empty(slot.shape, dtype=slot.dtype) for slot in self.slots]
+        return [torch.empty(slot.shape, dtype=slot.dtype) for slot in results]
 
     monkeypatch.setattr(Schedule, "run", record)
     run()
@@ -55,7 +55,7 @@ def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
     options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if kwargs.get(name) is not None}
     names = list(inspect.signature(kernel.fn).parameters)
     # on a CPU the launcher asks for what the interpreter can do
-    kwargs = {name: True if name == "FAST" else x for name, x in kwargs.items()}
+    kwargs = kwargs | ({"FAST": True} if "FAST" in kwargs else {})
     given = dict(zip(names, args, strict=False)) | {name: x for name, x in kwargs.items() if name in names}
     fixed = set(kernel.do_not_specialize or ())
     gluon = kernel.is_gluon()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import re
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,28 +14,46 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.compiler import CompiledKernel
-from triton.runtime.jit import JITFunction
 
+from sla2_compile.kernels import rerun
+from sla2_compile.kernels import schedule as schedule_module
 from sla2_compile.kernels.attention_schedule import attention_schedule
-from sla2_compile.kernels.schedule import Layout, Schedule, Tiles
-
-
-def test_triton_launches_alike_the_first_and_the_second_time() -> None:
-    """Triton's source says what only a GPU could: a new Triton that passes other arguments must not go unseen."""
-    first, second = (inspect.getsource(x) for x in (JITFunction.run, CompiledKernel.__getitem__))
-    assert re.search(r"kernel\.run\(.*launch_exit_hook,\s*\*bound_args\.values\(\)\)", first, re.DOTALL)
-    assert re.search(r"def runner\(\*args, stream=None\):", second)
-    assert re.search(r"self\.run\(.*launch_exit_hook,\s*\*args\)", second, re.DOTALL)
+from sla2_compile.kernels.repeat import Cells, Unknown
+from sla2_compile.kernels.rerun import Room
+from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
 
 
 class Compiled(CompiledKernel):
-    """Stands in for what Triton compiles: keeps what it is launched with."""
+    """Stands in for what Triton compiles."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+        pass
 
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, stream=None: self.calls.append((grid, args))
+
+class Repeated:
+    """Stands in for `Again`: keeps what it was made of, and of each launch the addresses in the cells."""
+
+    made: list[Repeated]
+
+    def __init__(self, compiled: Any, grid: Any, args: tuple[Any, ...], cells: Cells) -> None:
+        self.compiled, self.grid, self.args, self.cells = compiled, grid, args, cells
+        self.launches: list[tuple[int, list[int]]] = []
+        self.made.append(self)
+
+    def __call__(self, stream: int) -> None:
+        slots = [x.slot if isinstance(x, Tiles) else x for x in self.args if isinstance(x, Slot | Tiles)]
+        self.launches.append((stream, [self.cells[slot.at] for slot in slots]))
+
+
+@pytest.fixture(autouse=True)
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Repeated]:
+    """Have later runs recorded, on a machine without a GPU."""
+    Repeated.made = []
+    monkeypatch.setattr(schedule_module, "Again", Repeated)
+    monkeypatch.setattr(rerun, "use_context", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    return Repeated.made
 
 
 class Kernel:
@@ -58,37 +78,108 @@ class Kernel:
 def scheduled(kernel: Kernel, x: torch.Tensor, grid: Any = (7,)) -> Schedule:
     schedule = Schedule(Layout.of(x), None)
     x_in, _ = schedule.inputs
-    out = schedule.empty("out", (4, 8), torch.float32)
+    out, hidden = (schedule.empty(name, (4, 8), torch.float32) for name in ("out", "hidden"))
     tiles = Tiles(x_in, (2, 8), (8, 1), (1, 8), offset=16)
     # constants in another order than the kernel's
     schedule.launch(kernel, grid, x_in, out, tiles, 5, FLAG=True, WIDTH=64, num_warps=4)
-    schedule.compute(lambda a, b: a + b, x_in, out, into=schedule.later("sum", (4, 8), torch.float32))
+    total = schedule.later("sum", (4, 8), torch.float32)
+    schedule.compute(lambda a, b: a + b, x_in, out, into=total)
+    schedule.launch(kernel, grid, total, hidden, Tiles(hidden, (4, 8), (8, 1), (1, 8)), 6, FLAG=False, WIDTH=8)
     return schedule
 
 
-def test_a_second_run_launches_the_compiled_kernel_on_its_own_tensors() -> None:
+def seen(schedule: Schedule) -> tuple[Slot, ...]:
+    """The results that a caller takes: all but `hidden`."""
+    return tuple(slot for slot in schedule.slots if slot.name != "hidden")
+
+
+def test_a_first_run_gives_triton_tensors() -> None:
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule = scheduled(kernel, x)
+    made = schedule.run(x, None, results=seen(schedule))
+    (grid, args, constants), (_, more, _) = kernel.calls
+    assert (grid, constants) == ((7,), {"FLAG": True, "WIDTH": 64, "num_warps": 4})
+    assert made[0] is made[1] is args[0] is x
+    assert args[1] is made[2]
+    assert args[2].base.data_ptr() == x.data_ptr() + 16 * 4
+    assert more[0] is made[3]
+    assert more[1].shape == (4, 8)
+
+
+def test_a_second_run_launches_the_compiled_kernels_with_its_own_addresses(repeated: list[Repeated]) -> None:
     kernel, first = Kernel(), torch.zeros(4, 8)
     schedule = scheduled(kernel, first)
-    made = schedule.run(first, None)
-    ((grid, args, constants),) = kernel.calls
-    assert (grid, constants) == ((7,), {"FLAG": True, "WIDTH": 64, "num_warps": 4})
-    assert args[0] is first
-    assert args[1] is made[2]
-    assert made[1] is first
-    assert args[2].base.data_ptr() == first.data_ptr() + 16 * 4
-
+    schedule.run(first, None, results=seen(schedule))
     second = torch.ones(4, 8)
-    made = schedule.run(second, None)
-    assert len(kernel.calls) == 1
-    ((grid, args),) = kernel.compiled.calls
-    assert grid == (7, 1, 1)
-    assert args[0] is second
-    assert args[1] is made[2]
-    assert args[2].base.data_ptr() == second.data_ptr() + 16 * 4
-    assert (args[2].shape, args[2].strides, args[2].block_shape) == ([2, 8], [8, 1], [1, 8])
-    # as Triton's own launcher passes them: numbers, then constants in the kernel's order
-    assert args[3:] == (5, 64, True)
+    made = schedule.run(second, None, results=seen(schedule))
+    assert len(kernel.calls) == 2
+    assert [(again.compiled, again.grid) for again in repeated] == [(kernel.compiled, (7,))] * 2
+    assert repeated[0].args == schedule.steps[0].args  # type: ignore[union-attr]
+    (launch,), (more,) = (again.launches for again in repeated)
+    assert launch == (77, [second.data_ptr(), made[2].data_ptr(), second.data_ptr()])
     assert torch.equal(made[3], second + made[2])
+    stream, (total, hidden, tiles) = more
+    assert (stream, total) == (77, made[3].data_ptr())
+    assert hidden == tiles
+    assert hidden not in [x.data_ptr() for x in made]
+
+
+def test_who_listens_to_launches_hears_of_each(monkeypatch: pytest.MonkeyPatch, repeated: list[Repeated]) -> None:
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule = scheduled(kernel, x)
+    schedule.run(x, None, results=seen(schedule))
+    monkeypatch.setattr(rerun.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    schedule.run(x, None, results=seen(schedule))
+    assert (len(kernel.calls), [again.launches for again in repeated]) == (4, [[], []])
+    monkeypatch.undo()
+
+
+def test_a_launch_that_only_triton_can_make_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any) -> None:
+        raise Unknown("an argument of type fp4")
+
+    monkeypatch.setattr(schedule_module, "Again", unknown)
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule = scheduled(kernel, x)
+    with pytest.warns(UserWarning, match="it uses an argument of type fp4, which sla2_compile does not know"):
+        schedule.run(x, None, results=seen(schedule))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.run(x, None, results=seen(schedule))
+    assert len(kernel.calls) == 4
+
+
+def test_threads_that_run_a_schedule_at_once_keep_to_their_own_addresses(
+    monkeypatch: pytest.MonkeyPatch, repeated: list[Repeated]
+) -> None:
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule = scheduled(kernel, x)
+    schedule.run(x, None, results=seen(schedule))
+    launch = Repeated.__call__
+
+    def slowly(self: Repeated, stream: int) -> None:
+        time.sleep(0.002)
+        launch(self, stream)
+
+    monkeypatch.setattr(Repeated, "__call__", slowly)
+    inputs = [torch.full((4, 8), float(n)) for n in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda x: schedule.run(x, None, results=seen(schedule)), inputs))
+    launched = {tuple(addresses) for _, addresses in repeated[0].launches}
+    assert launched == {(t[0].data_ptr(), t[2].data_ptr(), t[0].data_ptr()) for t in made}
+
+
+def test_scratch_lies_in_one_piece_without_overlap() -> None:
+    schedule = Schedule(Layout.of(torch.zeros(4)))
+    slots = [
+        schedule.empty(str(n), (n,), dtype) for n, dtype in ((0, torch.int8), (3, torch.int8), (600, torch.half))
+    ]
+    last = schedule.empty("last", (7, 5), torch.float32)
+    out = schedule.empty("out", (9,), torch.float32)
+    room = Room.of([*slots, last, out], {out.at})
+    assert room.tensors == [out]
+    assert room.scratch == [(slots[0].at, 0), (slots[1].at, 0), (slots[2].at, 512), (last.at, 512 + 1536)]
+    assert room.size == 512 + 1536 + 512
 
 
 def test_a_schedule_keeps_no_tensor_alive() -> None:
@@ -96,31 +187,31 @@ def test_a_schedule_keeps_no_tensor_alive() -> None:
 
     kernel, x = Kernel(), torch.zeros(4, 8)
     schedule = scheduled(kernel, x)
-    made = schedule.run(x, None)
+    made = schedule.run(x, None, results=tuple(schedule.slots))
     kernel.calls.clear()
     alive = [weakref.ref(t) for t in (x, *made)]
     del x, made
-    assert [ref() for ref in alive] == [None] * 5
+    assert [ref() for ref in alive] == [None] * 6
 
 
-def test_a_launch_that_fails_is_tried_anew() -> None:
+def test_a_launch_that_fails_is_tried_anew(repeated: list[Repeated]) -> None:
     kernel, x = Kernel(fails=True), torch.zeros(4, 8)
     schedule = scheduled(kernel, x)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of resource"):
-            schedule.run(x, None)
+            schedule.run(x, None, results=seen(schedule))
     kernel.fails = False
-    schedule.run(x, None)
-    schedule.run(x, None)
-    assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 1)
+    schedule.run(x, None, results=seen(schedule))
+    schedule.run(x, None, results=seen(schedule))
+    assert (len(kernel.calls), [len(again.launches) for again in repeated]) == (4, [1, 1])
 
 
-def test_a_grid_by_trial_is_asked_every_time() -> None:
+def test_a_grid_by_trial_is_asked_every_time(repeated: list[Repeated]) -> None:
     kernel, x = Kernel(), torch.zeros(4, 8)
     schedule = scheduled(kernel, x, grid=lambda tile: (7,))
-    schedule.run(x, None)
-    schedule.run(x, None)
-    assert (len(kernel.calls), len(kernel.compiled.calls)) == (2, 0)
+    schedule.run(x, None, results=seen(schedule))
+    schedule.run(x, None, results=seen(schedule))
+    assert (len(kernel.calls), repeated) == (4, [])
 
 
 def layouts(x: torch.Tensor) -> tuple[Layout | None, ...]:

@@ -114,9 +114,11 @@ def exact(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill every buffer that a launch will write with NaN (or a wild integer) first."""
+    # bytes of scratch hold all types: of ones alone, floats are NaN
+    wild = {torch.int8: 99, torch.uint8: 255}
 
     def poison(x: Tensor) -> Tensor:
-        return x.fill_(float("nan") if x.is_floating_point() else 99 if x.dtype == torch.int8 else 12345)
+        return x.fill_(float("nan") if x.is_floating_point() else wild.get(x.dtype, 12345))
 
     new_empty, empty_like = Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))

@@ -1,0 +1,47 @@
+"""NVIDIA's driver, as far as launches that are made again need it, through ctypes (cuda.h, CUDA 12 and 13)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig, without attributes."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    )
+
+
+@functools.cache
+def driver() -> Any:
+    """The library, which PyTorch has loaded by the time of a launch."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def check(code: int) -> None:
+    """Raise what the driver says of a call that returned this code.
+
+    Raises:
+        RuntimeError: code is not 0.
+    """
+    if code:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"CUDA driver error {code}: {(text.value or b'unknown').decode()}")
+
+
+def use_context(device: int) -> None:
+    """Have this thread work in the context that PyTorch and Triton use, should it have none yet."""
+    context = ctypes.c_void_p()
+    check(driver().cuCtxGetCurrent(ctypes.byref(context)))
+    if context.value is None:
+        check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        check(driver().cuCtxSetCurrent(context))

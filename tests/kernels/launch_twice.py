@@ -1,0 +1,72 @@
+"""Compare, byte for byte, what Triton's launcher and `kernels/repeat.py` tell the driver; run by test_repeat.py.
+
+    python -m tests.kernels.launch_twice FOLDER
+
+prints a line a schedule: its name, how many launches it has, and how many descriptions of tiles.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.kernels import fake_gpu
+
+library = fake_gpu.start(Path(sys.argv[1]))
+
+from sla2_compile.kernels import attention_schedule as attention  # noqa: E402
+from sla2_compile.kernels.repeat import Cells, parameter_bytes  # noqa: E402
+from sla2_compile.kernels.route_schedule import route_schedule  # noqa: E402
+from sla2_compile.kernels.schedule import Launch, Layout, Schedule, Tiles  # noqa: E402
+
+Inputs = tuple[torch.Tensor | None, ...]
+
+
+def compare(name: str, made: Schedule, inputs: Inputs) -> None:
+    """Launch a schedule's kernels twice, on the same tensors."""
+    launches = [step for step in made.steps if isinstance(step, Launch)]
+    assert inputs[0] is not None
+    tensors = [inputs[0] if x is None else x for x in inputs]
+    tensors += [torch.empty(slot.shape, dtype=slot.dtype) for slot in made.slots[len(inputs) :]]
+    for launch in launches:
+        launch(tensors)
+    sizes = {x.compiled.function: parameter_bytes(x.compiled.asm["ptx"]) for x in launches if x.compiled}
+    with fake_gpu.Recorder(library, sizes) as by_triton:
+        for launch in launches:
+            launch(tensors)
+    # laid out for other addresses, as those of a first run are
+    cells = Cells(len(tensors))
+    cells.fill([x.data_ptr() + 512 for x in tensors])
+    again = [launch.again(cells) for launch in launches]
+    cells.fill([x.data_ptr() for x in tensors])
+    with fake_gpu.Recorder(library, sizes) as by_us:
+        for step in again:
+            step(tensors, fake_gpu.STREAM)
+    assert len(by_triton.launches) == len(launches)
+    for launch, one, two in zip(launches, by_triton.launches, by_us.launches, strict=True):
+        assert one == two, f"{name}, {launch.kernel.fn.__name__}:\n{one}\n{two}"
+    print(name, len(launches), sum(isinstance(x, Tiles) for launch in launches for x in launch.args))
+
+
+def run(D: int, low: str = "none", projected: bool = False, masked: bool = False) -> None:
+    q = torch.empty(1, 2, 1000, D, dtype=torch.bfloat16)
+    proj = torch.empty(D, D, dtype=q.dtype) if projected else None
+    mask = torch.ones(1, 1000, dtype=torch.bool) if masked else None
+    inputs: Inputs = (q, q, proj, proj, mask)
+    options: tuple[Any, ...] = (0.1, 8, 128, 64, D**-0.5, False, False)
+    name = f"D={D} {low}{' masked' if masked else ''}"
+    compare(f"{name} route", route_schedule.__wrapped__(*Layout.of_all(*inputs), *options)[0], inputs)
+    lut, rest = torch.zeros(1, 2, 8, 2, dtype=torch.int32), torch.zeros(1, 2, 8)
+    inputs = (q, q, q, torch.zeros(1, 2, D), lut, rest, None, None, mask)
+    options = (128, 64, D**-0.5, "softmax", "complement", False, False, low, False)
+    made = attention.attention_schedule.__wrapped__(*Layout.of_all(*inputs), *options)[0]
+    compare(f"{name} attention", made, inputs)
+
+
+run(64, projected=True)
+run(128, "int8_fp8")
+run(128, "int8")
+run(96, masked=True)

@@ -1,0 +1,139 @@
+"""Launches made again tell the driver what Triton told it, and nothing that is unknown is launched."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sla2_compile.kernels import driver, repeat
+from sla2_compile.kernels.repeat import Again, Cells, Unknown, parameter_bytes
+from sla2_compile.kernels.schedule import Slot
+
+PTX = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0,
+	.param .align 64 .b8 kernel_param_1[128],
+	.param .u32 kernel_param_2,
+	.param .f32 kernel_param_3,
+	.param .u64 .ptr .global .align 1 kernel_param_4,
+	.param .u64 .ptr .global .align 1 kernel_param_5
+)
+"""
+
+
+def test_a_kernel_takes_what_its_ptx_says() -> None:
+    assert parameter_bytes(PTX) == [8, 128, 4, 4, 8, 8]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_the_driver_is_told_what_triton_tells_it(tmp_path: Path) -> None:
+    """Byte for byte, for real kernels, Triton's real launcher and a driver that does nothing."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.kernels.launch_twice", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = {line.rsplit(" ", 2)[0]: line.split()[-2:] for line in done.stdout.splitlines()}
+    assert counts == {
+        "D=64 none route": ["7", "0"],
+        "D=64 none attention": ["3", "8"],
+        "D=128 int8_fp8 route": ["5", "0"],
+        "D=128 int8_fp8 attention": ["3", "8"],
+        "D=128 int8 route": ["5", "0"],
+        "D=128 int8 attention": ["3", "8"],
+        "D=96 none masked route": ["5", "0"],
+        "D=96 none masked attention": ["4", "2"],
+    }
+
+
+class Library:
+    """Stands in for the driver: answers every call with `code`, and remembers it."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> int:
+            self.called.append(name)
+            return self.code
+
+        return call
+
+    def cuGetErrorString(self, code: int, text: Any) -> int:
+        text._obj.value = b"invalid argument"
+        return 0
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    made = Library()
+    for module in (driver, repeat):
+        monkeypatch.setattr(module, "driver", lambda: made)
+    return made
+
+
+def compiled(signature: dict[str, str], ptx: str, **meta: Any) -> Any:
+    plain = {
+        "num_ctas": 1, "launch_cooperative_grid": False, "global_scratch_size": 0, "profile_scratch_size": 0,
+        "tensordesc_meta": None, "num_warps": 4, "shared": 0, "launch_pdl": False,
+    }  # fmt: skip
+    return SimpleNamespace(
+        metadata=SimpleNamespace(**{**plain, **meta}),
+        src=SimpleNamespace(signature=signature),
+        asm={"ptx": ptx},
+        function=8,
+    )
+
+
+POINTER_AND_TWO = ".entry kernel(.param .u64 .ptr .global .align 1 a,.param .u32 b,.param .u64 c,.param .u64 d)"
+X = Slot(0, "x", (4,), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("signature", "meta", "text"),
+    [
+        ({"x": "*fp32", "n": "i32"}, {"num_ctas": 2}, "clusters"),
+        ({"x": "*fp32", "n": "i32"}, {"global_scratch_size": 64}, "scratch"),
+        ({"x": "*fp32", "n": "fp64"}, {}, "an argument of type fp64"),
+        ({"x": "*fp32", "n": "i64"}, {}, r"parameters of \[8, 4, 8, 8\] bytes in place of \[8, 8, 8, 8\]"),
+    ],
+)
+def test_what_is_unknown_is_left_to_triton(
+    signature: dict[str, str], meta: dict[str, Any], text: str, library: Library
+) -> None:
+    with pytest.raises(Unknown, match=text):
+        Again(compiled(signature, POINTER_AND_TWO, **meta), (7,), (X, 5), Cells(1))
+    assert not library.called
+
+
+def test_a_launch_that_fails_says_why(library: Library) -> None:
+    again = Again(compiled({"x": "*fp32", "n": "i32"}, POINTER_AND_TWO), (7,), (X, 5), Cells(1))
+    again(0)
+    library.code = 1
+    with pytest.raises(RuntimeError, match="CUDA driver error 1: invalid argument"):
+        again(0)
+    assert library.called == ["cuLaunchKernelEx"] * 2
+
+
+def test_a_thread_without_a_context_gets_pytorchs(library: Library) -> None:
+    driver.use_context(3)
+    assert library.called == ["cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+
+
+def test_cells_lie_where_they_say() -> None:
+    cells = Cells(3)
+    cells.fill([5, 6, 7])
+    cells[1] = 1 << 60
+    assert [ctypes.c_uint64.from_address(cells.where(n)).value for n in range(3)] == [5, 1 << 60, 7]
