@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -14,10 +15,13 @@ CODE = ("kernels", "passes", "recipes", "sla2_compile", "benchmarks/*.py")
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether its code was changed; "unknown" outside a git checkout."""
+    """The commit that is checked out, and whether its code was changed.
+
+    Outside a git checkout what SLA2_COMMIT in the environment says, or "unknown".
+    """
     head = git("rev-parse", "--short", "HEAD")
     if not head:
-        return "unknown"
+        return os.environ.get("SLA2_COMMIT", "unknown")
     return f"{head} with changes" if git("status", "--porcelain", "--", *CODE) else head
 
 
