@@ -134,8 +134,9 @@ def attend(
     keep_branches = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
     plain = key_mask is None and not is_causal
     low_bit = effective_low_bit(
-        options.low_bit, q, v.shape[3], block_q, block_k, scale, lut.shape[3], plain, keep_branches
-    )
+        options.low_bit, q, v.shape[3], block_q, block_k, scale,
+        lut.shape[3], options.topk_ratio, plain, keep_branches,
+    )  # fmt: skip
     o, lse, _, _ = attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
         block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches, low_bit,

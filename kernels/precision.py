@@ -5,7 +5,7 @@
 | int8_fp8 | INT8 QK, FP8 PV | NVIDIA sm_89 and later, block_k of 32 or more |
 | int8_fp8 | as int8 | sm_80 to sm_88, or block_k 16 (an FP8 product sums over 32 keys at a time) |
 | int8 | INT8 QK, PV in q's dtype | NVIDIA sm_80 and later |
-| auto | as int8 | where that was measured to be faster (`measured_to_pay`), so far on sm_90 alone |
+| auto | as int8 | where that was measured to be faster and close enough (`why_not_int8`), so far on sm_90 alone |
 | any | the input's dtype | other devices, what the Triton kernels do not take (`cuda.py`), training |
 """
 
@@ -20,6 +20,13 @@ from sla2_compile.kernels.checks import fail
 LOW_BIT_CHOICES = ("none", "auto", "int8", "int8_fp8")
 """What a recipe may ask for."""
 
+MOST_KEPT = 1 / 16
+"""Largest share of key blocks at which INT8's whole op is within three times bf16's own error."""
+LEAST_KEPT = 32
+"""Fewest key blocks a query block with which INT8 is faster."""
+NOT_FASTER = "does not pay on cuda (sm_90), as far as measured"
+TOO_FAR = "over 3 times bf16's own error above a sixteenth of the key blocks"
+
 
 def effective_low_bit(
     low_bit: str,
@@ -29,6 +36,7 @@ def effective_low_bit(
     block_k: int,
     scale: float,
     kept: int,
+    topk_ratio: float,
     plain: bool,
     wants_grad: bool,
 ) -> str:
@@ -37,7 +45,8 @@ def effective_low_bit(
     Args:
         low_bit: what the recipe asks for.
         q: (B, Hq, Nq, D), real or fake; v_dim: head dim of v.
-        kept: key blocks a query block; plain: whether the call has no key mask and is not causal.
+        kept: key blocks a query block; topk_ratio: their share of all.
+        plain: whether the call has no key mask and is not causal.
         wants_grad: whether a backward will follow: there is none in low bit.
 
     Raises:
@@ -49,20 +58,28 @@ def effective_low_bit(
         return "none"
     # branches, so that these are constants in a trace where dims, and under dynamic=True all integers, are symbols
     positive = True if scale > 0.0 else False  # noqa: SIM210
-    pays = measured_to_pay(q.shape[3], v_dim, block_q, block_k, kept, plain)
+    # asked for auto alone: the answer may be a guard on the length
+    fits = low_bit == "auto" and not why_not_int8(q.shape[3], v_dim, block_q, block_k, kept, topk_ratio, plain)
     D, Dv, block_q, block_k = rounded_up(q.shape[3]), rounded_up(v_dim), rounded_up(block_q), rounded_up(block_k)
-    return low_bit_on(low_bit, q.device, q.dtype, D, Dv, block_q, block_k, positive, pays)
+    return low_bit_on(low_bit, q.device, q.dtype, D, Dv, block_q, block_k, positive, fits)
 
 
-def measured_to_pay(D: int, Dv: int, block_q: int, block_k: int, kept: int, plain: bool) -> bool:
-    """Whether INT8 QK was measured to be faster than 16 bits for such a call, on sm_90 (benchmarks/NOTES.md).
+def why_not_int8(D: int, Dv: int, block_q: int, block_k: int, kept: int, topk_ratio: float, plain: bool) -> str:
+    """Return why `auto` leaves such a call in 16 bits on sm_90; nothing where INT8 QK is faster and close enough.
 
-    At head dim 128 it saves an eighth of the whole op with 35 key blocks a query block, and costs a few percent with
-    15; at head dim 64 it is slower throughout. FP8 PV on top gains no more than 3 %, at three times the error.
+    Faster (benchmarks/NOTES.md): at head dim 128 with 35 key blocks a query block or more; with 15 it gains nothing,
+    and at head dim 64 it is slower throughout. FP8 PV on top gains no more than 3 %, at three times the error.
+    Close enough (benchmarks/results/low_bit.md): at most three times bf16's own error in the whole op on normal data.
+
+    Args:
+        kept, topk_ratio, plain: as `effective_low_bit` has them.
     """
     if not plain or D != 128 or Dv != 128 or block_q != 128 or block_k != 64:
-        return False
-    return not shorter(kept, 32)
+        return NOT_FASTER
+    # the share asked for, a constant: that of the blocks kept would be another guard on the length
+    if topk_ratio > MOST_KEPT:
+        return TOO_FAR
+    return NOT_FASTER if shorter(kept, LEAST_KEPT) else ""
 
 
 def rounded_up(size: int) -> int:
@@ -82,12 +99,12 @@ def low_bit_on(
     block_q: int,
     block_k: int,
     positive: bool,
-    pays: bool,
+    fits: bool,
 ) -> str:
     """`effective_low_bit` of a call without gradient, from plain data.
 
     Args:
-        positive: whether scale is; pays: `measured_to_pay`.
+        positive: whether scale is; fits: whether `why_not_int8` has nothing to say, for auto.
     """
     if low_bit == "none" or device.type != "cuda" or not torch.cuda.is_available():
         return "none"
@@ -97,7 +114,7 @@ def low_bit_on(
     if not cuda.kernels_take(device, dtype, D, Dv, block_q, block_k, 1.0 if positive else -1.0):
         return "none"
     if low_bit == "auto":
-        return "int8" if pays and chip.capability(device) == 90 else "none"
+        return "int8" if fits and chip.capability(device) == 90 else "none"
     return low_bit if cuda.multiplies_fp8(device, block_k) else "int8"
 
 
@@ -111,8 +128,13 @@ def why_less(
     block_q: int,
     block_k: int,
     positive: bool,
+    refusal: str,
 ) -> str:
-    """Return why `low_bit_on` made runs of low_bit, where that is less than was asked for; else nothing."""
+    """Return why `low_bit_on` made runs of low_bit, where that is less than was asked for; else nothing.
+
+    Args:
+        refusal: what `why_not_int8` says of the call.
+    """
     if runs == low_bit or (low_bit, runs) == ("auto", "int8"):
         return ""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -124,7 +146,7 @@ def why_less(
 
     arch = chip.capability(device)
     if low_bit == "auto":
-        return f"does not pay on cuda (sm_{arch}), as far as measured"
+        return refusal if arch == 90 else f"not measured on sm_{arch}"
     return f"no FP8 on sm_{arch}" if arch < 89 else "FP8 needs block_k of 32"
 
 
@@ -148,7 +170,8 @@ def why_portable(
     if arch < 80:
         return f"the Triton kernels need sm_80, not sm_{arch}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"the Triton kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        outside = " outside autocast" if dtype == torch.float32 else ""
+        return f"the Triton kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}{outside}"
     if not positive:
         return "the Triton kernels take a scale above 0 only"
     for name, size in (("block_q", block_q), ("block_k", block_k)):

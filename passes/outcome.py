@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
+from sla2_compile.kernels.functional import autocasts
 from sla2_compile.passes.call import AttentionCall
 from sla2_compile.passes.masks import MaskView
 from sla2_compile.passes.rules import Reason
@@ -20,7 +23,8 @@ class Where:
         owner: qualified name of the module whose forward makes the call ("" is the model itself).
         index: position of the call among those of one forward of the owner.
         q_shape, k_shape, v_shape: as seen at planning; symbolic lengths are written as their names.
-        dtype, device: of q.
+        dtype: that computes the call: q's, or autocast's where the call was seen under it.
+        device: of q.
         times: how often one forward of the model makes the call.
     """
 
@@ -36,7 +40,10 @@ class Where:
     @classmethod
     def of(cls, owner: str, index: int, call: AttentionCall, times: int = 1) -> Where:
         q, k, v = (tuple(n if isinstance(n, int) else str(n) for n in x.shape) for x in (call.q, call.k, call.v))
-        return cls(owner, index, q, k, v, str(call.q.dtype).removeprefix("torch."), call.q.device.type, times)
+        device, dtype = call.q.device.type, call.q.dtype
+        if autocasts(call.q) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        return cls(owner, index, q, k, v, str(dtype).removeprefix("torch."), device, times)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Rewrite:
             batch or the number of heads is symbolic.
         plain: whether every query sees every key.
         positive: whether the scale of its scores is above 0, or not known.
+        low_bit: what an exported graph computes it in, at any length; empty where each call decides for itself.
+        keeps_branches: whether that graph computes what a backward needs.
     """
 
     where: Where
@@ -73,6 +82,8 @@ class Rewrite:
     full_flops: int
     plain: bool
     positive: bool = True
+    low_bit: str = ""
+    keeps_branches: bool = False
 
     @property
     def sparsity(self) -> float:

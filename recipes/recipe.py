@@ -35,8 +35,8 @@ class Recipe(BaseModel):
             head (one learned value a head), block (one a query block, the paper's; fixes the length).
         linear_scope: complement (keys that the sparse branch skips, the paper's) or all.
         low_bit: numeric format of the sparse branch in inference: none, int8 (INT8 QK), int8_fp8 (and FP8 PV), or
-            auto (int8 where that was measured to be faster). A chip without one takes the next less, training and
-            CPUs the input's dtype, and the report says what runs.
+            auto (int8 where that was measured to be faster and close to bf16). A chip without one takes the next
+            less, training and CPUs the input's dtype, and the report says what runs.
         qat: train with fake-quantised forward; needs a low_bit other than none.
         start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; None means the last.
             Layers are counted in the order in which a forward reaches them.

@@ -19,7 +19,7 @@ from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.replace_attention import site_nodes, undo
 from sla2_compile.plan import Plan, plan_of, set_plan
 from sla2_compile.recipes import Recipe
-from sla2_compile.reporting import Report
+from sla2_compile.reporting import report
 
 
 def transform_graph_module(
@@ -91,6 +91,8 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
 
     Symbolic sizes stay symbolic. torch.export tells a size of one from a larger one, so the new program's own
     guards refuse lengths that keep a single key block if the example keeps several, and the other way round.
+    What low_bit comes to is fixed here for all lengths: an unknown one counts as long, and where a gradient is wanted
+    (the learned alpha wants one, unless under torch.no_grad()) it is none.
 
     Raises:
         ValueError: the program was exported without example inputs, or nothing was replaced.
@@ -141,7 +143,7 @@ def dynamic_shapes(program: ExportedProgram) -> Any:
 def _keep(gm: fx.GraphModule, recipe: Recipe, outcomes: Sequence[Rewrite | Miss]) -> None:
     plan = Plan(recipe, tuple(outcomes), "graph")
     set_plan(gm, plan)
-    debug.show_report(lambda: Report(plan.outcomes, recipe, plan.discovery, {}))
+    debug.show_report(lambda: report(gm))
 
 
 def _require_some(outcomes: Sequence[Rewrite | Miss], allow_none: bool) -> None:

@@ -7,13 +7,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from sla2_compile.behind_doors import door_sites, doors_of
 from sla2_compile.carrier import site_forward
-from sla2_compile.kernels.precision import low_bit_on, measured_to_pay, why_less, why_portable
+from sla2_compile.computed import How, as_exported, how_lines
 from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.site import Site, Sites
@@ -33,10 +32,11 @@ class Report:
         outcomes: a `Rewrite` or a `Miss` for each attention call, in the order of a forward.
         recipe: the recipe, or None for a model that was not transformed.
         discovery: how the calls were found: fake, real, graph, pending (before a lazy first forward), or door (eager
-            calls made so far behind a library's own name for SLA2).
+            calls made so far behind a library's own name for SLA2, and nothing else).
         fallbacks: per site name, eager calls that kept full attention at run time, by reason.
         recipes: per transformed part, by its name, its recipe; empty where there is one part only.
         device: type of the device that the model is on; empty where it has no parameters.
+        behind_door: whether modules go by a library's own name for SLA2: of these the eager calls so far are listed.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -45,6 +45,7 @@ class Report:
     fallbacks: dict[str, dict[str, int]]
     recipes: dict[str, Recipe] = field(default_factory=dict)
     device: str = ""
+    behind_door: bool = False
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -62,10 +63,10 @@ class Report:
         return 1.0 - ours / full if full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data: recipe, recipes, discovery, flops_saved, calls, fallbacks.
+        """Return the report as plain data: recipe, recipes, discovery, behind_door, flops_saved, calls, fallbacks.
 
-        A replaced call has low_bit: what was asked for, what runs, and why if that is less; and portable: why blocked
-        PyTorch runs it on a GPU and not the Triton kernels, or nothing.
+        A replaced call has low_bit: what was asked for, what runs (nothing where that depends on the length), and why
+        if that is less; and portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or nothing.
         """
         calls = []
         for x in self.outcomes:
@@ -82,6 +83,7 @@ class Report:
             "recipe": None if self.recipe is None else self.recipe.model_dump(mode="json"),
             "recipes": {name: recipe.model_dump(mode="json") for name, recipe in self.recipes.items()},
             "discovery": self.discovery,
+            "behind_door": self.behind_door,
             "flops_saved": self.flops_saved,
             "calls": calls,
             "fallbacks": self.fallbacks,
@@ -119,8 +121,10 @@ class Report:
         lines = []
         if self.discovery == "pending":
             lines.append("the first forward will find the attention calls")
-        elif self.discovery == "door":
-            lines.append("eager calls so far; compiled code records none")
+        if self.behind_door:
+            # what a plan lists beside them is whole
+            whose = "" if self.discovery == "door" else "behind a library's name for SLA2: "
+            lines.append(f"{whose}eager calls so far; compiled code records none")
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
         lines += how_lines(self.rewrites, self.device)
@@ -137,62 +141,6 @@ class Report:
         return console.file.getvalue().rstrip() if isinstance(console.file, io.StringIO) else ""
 
 
-LOW_BIT_WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
-
-
-@dataclass(frozen=True)
-class How:
-    """What computes a replaced call in inference: on the report's device, or where the call was seen.
-
-    Attributes:
-        asked, runs: low_bit of its recipe, and what that comes to; why: why less, or empty.
-        portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or empty.
-    """
-
-    asked: str
-    runs: str
-    why: str
-    portable: str
-
-    @classmethod
-    def of(cls, r: Rewrite, device: str) -> How:
-        asked, on = r.settings.options.low_bit, device or r.where.device
-        D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
-        # symbolic lengths leave the choice of blocks, and their number, open: those of long sequences
-        blocks = r.block_q or 128, r.block_k or 64
-        call = torch.device(on), getattr(torch, r.where.dtype), D, Dv, *blocks, r.positive
-        runs = low_bit_on(asked, *call, measured_to_pay(D, Dv, *blocks, r.topk or 32, r.plain))
-        return cls(asked, runs, why_less(asked, runs, *call), why_portable(*call))
-
-
-def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
-    """Say which calls blocked PyTorch runs on a GPU, and for each low_bit asked of them what computes it."""
-    hows = Counter[How]()
-    for r in rewrites:
-        hows[How.of(r, device)] += r.where.times
-    portable = Counter[str]()
-    for how, n in hows.items():
-        portable[how.portable] += n
-    lines = [f"blocked PyTorch on cuda in {calls(n)}: {why}" for why, n in portable.items() if why]
-    for low_bit in dict.fromkeys(how.asked for how in hows if how.asked != "none"):
-        mine = {how: n for how, n in hows.items() if how.asked == low_bit}
-        if all(how.runs == "none" for how in mine):
-            reasons = dict.fromkeys("not run in blocked PyTorch" if how.portable else how.why for how in mine)
-            lines.append(f"low bit {low_bit}: {', '.join(reasons)}; computed in the input's dtype")
-            continue
-        # what blocked PyTorch runs has its reason above
-        words = Counter[str]()
-        for how, n in mine.items():
-            words[LOW_BIT_WORDS[how.runs] + (f" ({how.why})" if how.why and not how.portable else "")] += n
-        each = [word + (f" in {calls(n)}" if len(words) > 1 else "") for word, n in words.items()]
-        lines.append(f"low bit {low_bit}: {', '.join(each)}; training computes in the input's dtype")
-    return lines
-
-
-def calls(n: int) -> str:
-    return "1 call" if n == 1 else f"{n} calls"
-
-
 def report(model: nn.Module | ExportedProgram) -> Report:
     """Return what `transform` did with each attention call of model, a module or an exported program.
 
@@ -207,24 +155,26 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     model = model.graph_module if isinstance(model, ExportedProgram) else model
     outcomes: list[Rewrite | Miss] = []
     recipes: dict[str, Recipe] = {}
-    discovery = ""
-    for name, _, plan in plans(model):
-        outcomes += [_prefixed(x, name) for x in plan.outcomes]
+    discovery, behind_door = "", False
+    for name, root, plan in plans(model):
+        outcomes += [_prefixed(x, name) for x in as_exported(root, plan.outcomes)]
         recipes[name] = plan.recipe
         discovery = discovery or plan.discovery
     for name, site in door_sites(model):
         outcomes += [_prefixed(x, name) for x in site.outcomes.values()]
         recipes[name] = site.recipe
-        discovery = discovery or "door"
+        behind_door = True
     for use in doors_of(model):
+        behind_door = True
         if not use.replaced and not use.left_alone:
             recipes[use.part] = use.door.recipe
-            discovery = discovery or "door"
+    discovery = discovery or ("door" if behind_door else "")
     if not recipes:
         return Report((), None, "not transformed", {})
     first = next(iter(recipes.values()))
     several = len(recipes) > 1 and (discovery != "door" or any(recipe != first for recipe in recipes.values()))
-    return Report(tuple(outcomes), first, discovery, _fallbacks(model), recipes if several else {}, _device(model))
+    named, device = recipes if several else {}, _device(model)
+    return Report(tuple(outcomes), first, discovery, _fallbacks(model), named, device, behind_door)
 
 
 def inspect(

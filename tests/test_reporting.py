@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import sla2_compile
+from sla2_compile.passes.outcome import Miss
+from sla2_compile.passes.rules import Reason
 from sla2_compile.reporting import inspect
 from tests import models
 
@@ -178,33 +180,165 @@ def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
     assert "low bit" not in str(sla2_compile.report(none))
 
 
-def test_caption_says_what_auto_comes_to(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """Make the report believe in a chip: gpu(90)."""
     from sla2_compile.kernels import device
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(device, "shared_limit", lambda device: 227 * 1024)
-    monkeypatch.setattr(device, "capability", lambda device: 90)
+    def of(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(device, "capability", lambda device: capability)
+        monkeypatch.setattr(device, "shared_limit", lambda device: 227 * 1024)
 
-    def caption(D, topk_ratio=0.25, **options):
-        class Call(torch.nn.Module):
-            def forward(self, q):
-                return torch.nn.functional.scaled_dot_product_attention(q, q, q, **options)
+    return of
 
-        model, q = Call(), torch.empty(1, 1, 8192, D, dtype=torch.bfloat16, device="meta")
+
+class Call(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, q):
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, **self.options)
+
+
+RUNS = "low bit auto: INT8 QK; training computes in the input's dtype"
+NOT_FASTER = "low bit auto: does not pay on cuda (sm_90), as far as measured; computed in the input's dtype"
+TOO_FAR = (
+    "low bit auto: over 3 times bf16's own error above a sixteenth of the key blocks; computed in the input's dtype"
+)
+
+
+def test_caption_says_what_auto_comes_to(gpu, monkeypatch):
+    def caption(D, topk_ratio=0.0625, device="cuda", dtype=torch.bfloat16, **options):
+        model, q = Call(**options), torch.empty(1, 1, 32768, D, dtype=dtype, device="meta")
         sla2_compile.transform(model, example_inputs=(q,), topk_ratio=topk_ratio, recipe="balanced", min_seq_len=0)
-        return one_line(replace(sla2_compile.report(model), device="cuda"))
+        return one_line(replace(sla2_compile.report(model), device=device))
 
-    runs = "low bit auto: INT8 QK; training computes in the input's dtype"
-    not_worth_it = "low bit auto: does not pay on cuda (sm_90), as far as measured; computed in the input's dtype"
-    assert runs in caption(128)
-    assert not_worth_it in caption(64)
-    assert not_worth_it in caption(128, topk_ratio=0.2)
-    assert not_worth_it in caption(128, is_causal=True)
+    gpu(90)
+    assert RUNS in caption(128)
+    assert NOT_FASTER in caption(64)
+    assert NOT_FASTER in caption(128, topk_ratio=0.05)
+    assert NOT_FASTER in caption(128, is_causal=True)
+    assert TOO_FAR in caption(128, topk_ratio=0.15)
+    # no claim about what was not measured, or does not run
+    assert "low bit auto: not run in blocked PyTorch" in caption(128, dtype=torch.float32)
+    assert "low bit auto: not run on meta" in caption(128, device="")
+    for capability in (80, 89, 100):
+        gpu(capability)
+        assert f"low bit auto: not measured on sm_{capability}; computed" in caption(128)
+    gpu(70)
+    text = caption(128)
+    assert "the Triton kernels need sm_80, not sm_70" in text
+    assert "low bit auto: not run in blocked PyTorch" in text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "low bit auto: not run on cuda, which is not here" in caption(128)
+
+
+def exported(grad=False, dynamic=True, **recipe):
+    """A program of one call, transformed; its length is dynamic."""
+    q = torch.empty(1, 1, 2048, 128, dtype=torch.bfloat16)
+    shapes = ({2: torch.export.Dim("n", min=2048, max=100_000)},) if dynamic else None
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(Call(), (q,), dynamic_shapes=shapes)
+        return sla2_compile.transform(program, min_seq_len=0, **recipe)
+
+
+def on_cuda(report):
+    outcomes = tuple(replace(r, where=replace(r.where, device="cuda")) for r in report.outcomes)
+    return replace(report, outcomes=outcomes)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_exported_graph_says_itself_what_it_computes(gpu, dynamic):
+    gpu(90)
+    for grad in (False, True):
+        program = exported(grad, dynamic, topk_ratio=0.05)
+        (node,) = [n for n in program.graph.nodes if n.target is torch.ops.sla2.attention.default]
+        assert (len(node.args), node.args[15]) == (16, grad)
+        for holder in (program, program.module()):
+            report = sla2_compile.report(holder)
+            assert [(x.low_bit, x.keeps_branches) for x in report.rewrites] == [("none", grad)]
+            assert "low bit auto: not run on cpu; computed in the input's dtype" in one_line(report)
+            if grad and dynamic:
+                # the call would be computed in INT8
+                text = "low bit auto: exported with a gradient wanted, not under torch.no_grad(); computed in"
+                assert text in one_line(on_cuda(report))
+            elif dynamic:
+                assert "low bit auto: decided by the export; computed in" in one_line(on_cuda(report))
+            else:
+                assert NOT_FASTER in one_line(on_cuda(report))
+        # as a GPU's export has it
+        node.args = (*node.args[:15], False, "int8")
+        report = on_cuda(sla2_compile.report(program))
+        assert "low bit auto: INT8 QK; fixed by the export" in one_line(report)
+        assert report.to_dict()["calls"][0]["low_bit"] == {"asked": "auto", "runs": "int8", "why": ""}
+
+
+def test_graphs_with_fewer_ops_than_calls():
+    """A call may keep full attention in a graph; then only what all ops agree on is known."""
+    from sla2_compile.computed import as_exported
+
+    program = exported()
+    (x,) = sla2_compile.report(program).outcomes
+    miss = Miss(x.where, Reason.EXCLUDED)
+    assert as_exported(program.graph_module, [miss, x])[0] is miss
+    blank = replace(x, low_bit="")
+    assert [r.low_bit for r in as_exported(program.graph_module, [blank, miss, blank]) if r is not miss] == [
+        "none"
+    ] * 2
+    assert as_exported(Call(), [blank]) == [blank]
+
+
+def test_a_symbolic_length_leaves_low_bit_open(gpu):
+    def caption(dtype=torch.bfloat16, **recipe):
+        q = torch.empty(1, 1, 2048, 128, dtype=dtype)
+        shapes = ({2: torch.export.Dim("n", min=2048, max=100_000)},)
+        gm = torch.export.export(Call(), (q,), dynamic_shapes=shapes).module()
+        report = sla2_compile.report(sla2_compile.transform(gm, **{"min_seq_len": 0, **recipe}))
+        assert not report.rewrites[0].tn
+        (call,) = replace(report, device="cuda").to_dict()["calls"]
+        return one_line(replace(report, device="cuda")), call["low_bit"]
+
+    gpu(90)
+    text, data = caption(topk_ratio=0.05)
+    assert "low bit auto: depends on the length; training computes in the input's dtype" in text
+    assert data == {"asked": "auto", "runs": "", "why": "depends on the length"}
+    # no length changes that
+    assert TOO_FAR in caption(topk_ratio=0.15)[0]
+    assert NOT_FASTER in caption(topk_ratio=0.05, block_q=64, block_k=64)[0]
+    assert "low bit int8: INT8 QK; training" in caption(low_bit="int8")[0]
+    # short sequences have blocks of 16 keys, of which FP8 makes nothing
+    assert "low bit int8_fp8: depends on the length" in caption(low_bit="int8_fp8")[0]
+    assert "low bit int8_fp8: INT8 QK and FP8 PV;" in caption(low_bit="int8_fp8", min_seq_len=1024)[0]
+    assert "low bit int8_fp8: INT8 QK and FP8 PV;" in caption(low_bit="int8_fp8", block_k=64)[0]
+    assert "blocked PyTorch on cuda in 1 call" in caption(dtype=torch.float32)[0]
+
+
+@pytest.mark.parametrize("under", [False, True])
+def test_a_call_seen_under_autocast_has_its_dtype(gpu, under):
+    for dtype, known in ((torch.float32, "bfloat16" if under else "float32"), (torch.float64, "float64")):
+        model, q = Call(), torch.randn(1, 1, 2048, 128, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=under):
+            sla2_compile.transform(model, example_inputs=(q,), low_bit="int8", **ANY)
+        report = sla2_compile.report(model)
+        assert [x.where.dtype for x in report.rewrites] == [known]
+        gpu(90)
+        text = one_line(replace(report, device="cuda"))
+        if known == "bfloat16":
+            assert "low bit int8: INT8 QK; training computes" in text
+        else:
+            outside = " outside autocast" * (known == "float32")
+            assert f"the Triton kernels take bfloat16 and float16, not {known}{outside} low bit" in text
 
 
 # what of a call or of a chip the Triton kernels refuse, and what the report says of it
 REFUSED = {
-    "fp32": ({"dtype": torch.float32}, 90, "the Triton kernels take bfloat16 and float16, not float32"),
+    "fp32": (
+        {"dtype": torch.float32},
+        90,
+        "the Triton kernels take bfloat16 and float16, not float32 outside autocast",
+    ),
     "fp64": ({"dtype": torch.float64}, 90, "the Triton kernels take bfloat16 and float16, not float64"),
     "old chip": ({}, 75, "the Triton kernels need sm_80, not sm_75"),
     "block_q": ({"block_q": 8}, 90, "the Triton kernels take block_q of 16 to 128, not 8"),
@@ -255,4 +389,4 @@ def test_report_names_rocm(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     call = (torch.device("cuda"), torch.bfloat16, 64, 64, 128, 64, True)
     assert precision.why_portable(*call) == "the Triton kernels are for NVIDIA, not ROCm"
-    assert precision.why_less("auto", "none", *call) == "the Triton kernels are for NVIDIA, not ROCm"
+    assert precision.why_less("auto", "none", *call, "") == "the Triton kernels are for NVIDIA, not ROCm"
