@@ -85,8 +85,11 @@ def section(part: str, environment: dict[str, str], rows: list[Row]) -> str:
     for workload in dict.fromkeys(row["workload"] for row in rows):
         mine = [row for row in rows if row["workload"] == workload]
         lines += ["", f"### {workload}", "", *table(mine)]
-    states = dict.fromkeys(row["low_bit"] for row in rows if row.get("low_bit"))
-    lines += ["", "SLA2's recipes: " + "; ".join(states)] if states else []
+    states: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.get("low_bit"):
+            states.setdefault(row["low_bit"], {})[row["contender"]] = None
+    lines += ["", *(f"- {'; '.join(names)}: {state}" for state, names in states.items())] if states else []
     return "\n".join(lines)
 
 

@@ -61,6 +61,25 @@ def test_what_tells_least_is_measured_last() -> None:
     assert WAN_14B.tokens == 75600
 
 
+def test_contenders_that_differ_by_low_bit_say_which() -> None:
+    fewest = {c.name: c.recipe for c in CONTENDERS if c.name.startswith("top-k 3 %")}
+    assert {name: recipe["low_bit"] for name, recipe in fewest.items()} == {
+        "top-k 3 %, r = 16, INT8 + FP8": "int8_fp8",
+        "top-k 3 %, r = 16, bf16": "none",
+    }
+
+
+def test_what_computes_is_said_by_contender() -> None:
+    def row(contender: str, low_bit: str, mode: str = "eager") -> dict[str, Any]:
+        return {
+            "workload": "w", "kind": "sla2", "mode": mode, "ms": 1.0, "contender": contender, "low_bit": low_bit,
+        }  # fmt: skip
+
+    rows = [row("a, b", "one"), row("c", "two"), row("d", "one"), row("a, b", "one", "graph"), row("e", "")]
+    about = dict.fromkeys(("device", "torch", "command", "seconds"), "")
+    assert end_to_end_report.section("wan", about, rows).splitlines()[-3:] == ["", "- a, b; d: one", "- c: two"]
+
+
 def test_script_measures_every_contender(tmp_path: Path) -> None:
     prefix = tmp_path / "out"
     fixed = ["--tiny", "--modes", "eager", "--budget", "0", "--output", str(prefix)]
@@ -68,6 +87,8 @@ def test_script_measures_every_contender(tmp_path: Path) -> None:
     end_to_end.main(["jit_1024", "--only", "auto", *fixed])
     found = json.loads(Path(f"{prefix}.json").read_text())
     assert list(found) == ["wan", "jit_1024", "layer"]
+    (ours,) = {row["low_bit"] for row in found["wan"]["rows"] if row["contender"] == "balanced"}
+    assert ours == "low bit auto: not run on cpu; computed in the input's dtype"
     for part, of_part in found.items():
         for row in of_part["rows"]:
             # a CPU has no cuDNN: its error is a row, and the run goes on
