@@ -38,9 +38,14 @@ def router_tokens(block: int, compression_ratio: int) -> tuple[int, int]:
     return rows, block // rows
 
 
+def exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which in torch 2.11 is True in every trace of Dynamo's; its flag is not."""
+    return torch.compiler._is_exporting_flag
+
+
 def shorter(n: int, limit: int) -> bool:
     """n < limit. While exporting, a length that may be either counts as long, so that no guard is added."""
-    if torch.compiler.is_exporting():
+    if exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return statically_known_true(n < limit)

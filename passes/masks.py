@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sla2_compile.kernels.blocks import exporting
 from sla2_compile.kernels.functional import traced
 from sla2_compile.passes.call import AttentionCall
 
@@ -90,7 +91,7 @@ def _differs_over_heads(mask: Tensor) -> bool:
 
 
 def _is_one_row(mask: Tensor, axis: int) -> bool:
-    return mask.shape[axis] == 1 or (mask.stride(axis) == 0 and not torch.compiler.is_exporting())
+    return mask.shape[axis] == 1 or (mask.stride(axis) == 0 and not exporting())
 
 
 def _structure_of(mask: Tensor, planned: Structure | None, constant: bool) -> Structure | None:

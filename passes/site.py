@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.blocks import exporting, num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
 from sla2_compile.passes import multihead
@@ -117,7 +117,7 @@ class Site(nn.Module):
 
     def count(self, reason: Reason) -> None:
         """Remember that a call kept full attention; an export, which keeps no counters, is told at once."""
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        if exporting() and not torch.compiler.is_dynamo_compiling():
             warnings.warn(f"an SLA2 site keeps full attention in this export: {reason.value}", stacklevel=2)
         # a counter inside Dynamo's graph would be a guard that fails on every call
         if not torch.compiler.is_dynamo_compiling():

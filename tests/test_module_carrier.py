@@ -311,6 +311,17 @@ def test_compile_fullgraph_trains(x, backend):
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_lengths_unknown_to_compiled_code_get_what_eager_gives_them():
+    """Short ones full attention, others the blocks of their length."""
+    model = transformed(models.Net(), torch.randn(1, 320, 32), min_seq_len=100).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for n in (320, 60, 600, 99, 100):
+            x = torch.randn(1, n, 32)
+            torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_compile_keeps_layers_apart_across_graph_breaks(x):
     model = transformed(models.Net(graph_break=True), x)
     with torch.no_grad():

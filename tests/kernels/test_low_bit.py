@@ -16,7 +16,6 @@ from sla2_compile.kernels import functional, precision, reference, reference_low
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 from sla2_compile.kernels.precision import effective_low_bit, low_bit_on
 from tests.kernels.test_numerics import Case
-from tests.versions import needs_newer_torch
 
 levels = pytest.mark.parametrize("low_bit", ["int8", "int8_fp8"])
 
@@ -237,10 +236,7 @@ class OnGpu:
         ("int8", 0.15, ["int8"] * 4, 1),
         # the share is a constant, the number of blocks parts two graphs
         ("auto", 0.15, ["none"] * 4, 1),
-        pytest.param(
-            "auto", 0.05, ["none", "none", "int8", "int8"], 2,
-            marks=needs_newer_torch("compiled code says that it exports, where an unknown length counts as long"),
-        ),
+        ("auto", 0.05, ["none", "none", "int8", "int8"], 2),
     ],
 )  # fmt: skip
 def test_lengths_that_share_a_graph(
