@@ -46,21 +46,20 @@ MODELS = ("wan", "jit_1024", "jit_256", "train", "wan_14b")
 # in the order of what they tell: a run that is cut short lacks the last
 CONTENDERS = (
     Contender("FlashAttention-2", "full"),
-    Contender("top-k 3 %, r = 16, INT8 + FP8", recipe={**FEWEST, "low_bit": "int8_fp8"}, parts=MODELS),
+    Contender("top-k 3 %, r = 16", recipe=FEWEST, parts=MODELS),
     Contender("balanced", recipe={"recipe": "balanced"}),
     Contender(LEFT_ALONE, "none", parts=MODELS),
+    Contender("cuDNN", "full", SDPBackend.CUDNN_ATTENTION),
     Contender("max_speedup", recipe={"recipe": "max_speedup"}, parts=MODELS[:4], modes=("eager",)),
     Contender("high_quality", recipe={"recipe": "high_quality"}, parts=MODELS[:3], modes=("eager",)),
     Contender(
-        "top-k 3 %, r = 16, bf16",
-        recipe={**FEWEST, "low_bit": "none", "qat": False},
-        parts=("wan",), modes=("eager",),
+        "top-k 3 %, r = 16, INT8 + FP8", recipe={**FEWEST, "low_bit": "int8_fp8"},
+        parts=("wan", "wan_14b"), modes=("eager",),
     ),
     Contender(
         "balanced, min_seq_len auto", recipe={"recipe": "balanced", "min_seq_len": "auto"},
         parts=("jit_1024", "jit_256"), modes=("eager",),
     ),
-    Contender("cuDNN", "full", SDPBackend.CUDNN_ATTENTION),
     Contender("materialised", "materialised", parts=("layer",)),
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ def test_committed_table_is_that_of_the_figures(tmp_path: Path) -> None:
     for kind in (".json", ".md"):
         assert RESULTS.with_suffix(kind).read_text() == (tmp_path / "again").with_suffix(kind).read_text()
     for of_part in found.values():
-        assert of_part["environment"]["command"].endswith("--output benchmarks/results/end_to_end")
+        assert "--output benchmarks/results/end_to_end" in of_part["environment"]["command"]
 
 
 def test_picture_leaves_out_models_without_sla2(tmp_path: Path) -> None:
@@ -54,19 +54,17 @@ def test_attention_time_below_noise_is_said_to_be_that() -> None:
 
 
 def test_what_tells_least_is_measured_last() -> None:
-    kinds = [contender.kind for contender in CONTENDERS]
-    assert CONTENDERS[0].name == "FlashAttention-2"
-    assert max(i for i, kind in enumerate(kinds) if kind == "sla2") < [c.name for c in CONTENDERS].index("cuDNN")
+    names = [contender.name for contender in CONTENDERS]
+    assert names[0] == "FlashAttention-2"
+    assert names.index("balanced") < names.index("cuDNN") < names.index("max_speedup")
     assert PARTS[-1] == "wan_14b"
     assert WAN_14B.tokens == 75600
 
 
-def test_contenders_that_differ_by_low_bit_say_which() -> None:
-    fewest = {c.name: c.recipe for c in CONTENDERS if c.name.startswith("top-k 3 %")}
-    assert {name: recipe["low_bit"] for name, recipe in fewest.items()} == {
-        "top-k 3 %, r = 16, INT8 + FP8": "int8_fp8",
-        "top-k 3 %, r = 16, bf16": "none",
-    }
+def test_only_a_contender_that_says_so_asks_for_a_format() -> None:
+    """The others get what a recipe gives its users."""
+    asked = {c.name: c.recipe["low_bit"] for c in CONTENDERS if "low_bit" in c.recipe}
+    assert asked == {"top-k 3 %, r = 16, INT8 + FP8": "int8_fp8"}
 
 
 def test_what_computes_is_said_by_contender() -> None:
