@@ -15,6 +15,11 @@ from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.settings import SiteSettings
 
 
+def computing_dtype(q: torch.Tensor) -> torch.dtype:
+    """The dtype that computes a call made now: q's, or autocast's."""
+    return torch.get_autocast_dtype(q.device.type) if autocasts(q) and q.dtype != torch.float64 else q.dtype
+
+
 @dataclass(frozen=True)
 class Where:
     """One attention call of a model.
@@ -40,10 +45,8 @@ class Where:
     @classmethod
     def of(cls, owner: str, index: int, call: AttentionCall, times: int = 1) -> Where:
         q, k, v = (tuple(n if isinstance(n, int) else str(n) for n in x.shape) for x in (call.q, call.k, call.v))
-        device, dtype = call.q.device.type, call.q.dtype
-        if autocasts(call.q) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        return cls(owner, index, q, k, v, str(dtype).removeprefix("torch."), device, times)
+        dtype = str(computing_dtype(call.q)).removeprefix("torch.")
+        return cls(owner, index, q, k, v, dtype, call.q.device.type, times)
 
 
 @dataclass(frozen=True)

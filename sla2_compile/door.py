@@ -23,7 +23,7 @@ from sla2_compile.discovery import recording
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.passes.call import AttentionCall
 from sla2_compile.passes.masks import MaskView
-from sla2_compile.passes.outcome import Miss, Rewrite, Where
+from sla2_compile.passes.outcome import Miss, Rewrite, Where, computing_dtype
 from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.settings import SiteSettings
 from sla2_compile.passes.site import Site
@@ -89,7 +89,18 @@ class DoorSite(Site):
         block_q, block_k = self.settings.options.block_sizes(Nq, Nk)
         blocks = block_q, block_k, num_blocks(Nq, block_q), num_blocks(Nk, block_k)
         positive = not isinstance(call.scale, (int, float)) or call.scale > 0
-        return B, H, D, Dv, *blocks, call.q.dtype, call.q.device.type, positive, mask.keys is None, mask.is_causal
+        return (
+            B,
+            H,
+            D,
+            Dv,
+            *blocks,
+            computing_dtype(call.q),
+            call.q.device.type,
+            positive,
+            mask.keys is None,
+            mask.is_causal,
+        )
 
 
 def _tell(reason: str) -> bool:

@@ -96,6 +96,15 @@ def test_calls_of_other_lengths_and_masks_are_rows_of_their_own():
     assert replaced(model) == (10, {})
 
 
+def test_calls_under_autocast_are_apart_from_those_outside():
+    model = llama("few")
+    output(model, **inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        output(model, **inputs())
+    rows = [x.where for x in sla2_compile.report(model).rewrites if "layers.0." in x.where.owner]
+    assert [(where.dtype, where.times) for where in rows] == [("float32", 1), ("bfloat16", 1)]
+
+
 def test_calls_of_which_low_bit_makes_another_thing_are_apart():
     """Nine short calls, and three that are not plain, beside a long one."""
     from sla2_compile.door import Door
