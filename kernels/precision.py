@@ -68,7 +68,7 @@ def why_not_int8(D: int, Dv: int, block_q: int, block_k: int, kept: int, topk_ra
     """Return why `auto` leaves such a call in 16 bits on sm_90; nothing where INT8 QK is faster and close enough.
 
     Faster (benchmarks/NOTES.md): at head dim 128 with 35 key blocks a query block or more; with 15 it gains nothing,
-    and at head dim 64 it is slower throughout. FP8 PV on top gains no more than 3 %, at three times the error.
+    and at head dim 64 it is slower throughout. FP8 PV on top gains 3 to 6 %, at three times the error.
     Close enough (benchmarks/results/low_bit.md): at most three times bf16's own error in the whole op on normal data.
 
     Args:
