@@ -28,8 +28,8 @@ $(DEMO_STAMP): $(STAMP)
 demo: $(DEMO_STAMP) ## SLA2 against full attention on a photograph: table and pictures in demo_out/
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## run the tests (no GPU needed)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(STAMP) ## run the tests (no GPU needed), on up to four cores
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check format and style
 	$(BIN)/ruff format --check .

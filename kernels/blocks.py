@@ -40,7 +40,8 @@ def router_tokens(block: int, compression_ratio: int) -> tuple[int, int]:
 
 def exporting() -> bool:
     """`torch.compiler.is_exporting()`, which in torch 2.11 is True in every trace of Dynamo's; its flag is not."""
-    return torch.compiler._is_exporting_flag
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def shorter(n: int, limit: int) -> bool:

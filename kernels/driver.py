@@ -26,8 +26,8 @@ def driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def check(code: int) -> None:
-    """Raise what the driver says of a call that returned this code.
+def check(code: int, doing: str = "") -> None:
+    """Raise what the driver says of a call that returned this code, after what was being done.
 
     Raises:
         RuntimeError: code is not 0.
@@ -35,7 +35,7 @@ def check(code: int) -> None:
     if code:
         text = ctypes.c_char_p()
         driver().cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver error {code}: {(text.value or b'unknown').decode()}")
+        raise RuntimeError(f"{doing}CUDA driver error {code}: {(text.value or b'unknown').decode()}")
 
 
 def use_context(device: int) -> None:

@@ -154,7 +154,8 @@ class Again:
             raise Unknown("clusters, cooperative or dependent launches")
         if meta.global_scratch_size or meta.profile_scratch_size:
             raise Unknown("scratch of Triton's own")
-        # all that the driver reads by address lives as long as this object
+        # what the driver reads by address, and the kernel, which a Triton may unload, live as long as this object
+        self._compiled = compiled
         self._laid = laid = Parameters(cells)
         metas = iter(meta.tensordesc_meta or ())
         for kind, value in zip(compiled.src.signature.values(), args, strict=False):
@@ -186,4 +187,6 @@ class Again:
             self._config.stream = self._stream = stream
         for description in self._laid.descriptions:
             description.refresh()
-        check(self._launch(self._reference, self._function, self._parameters, None))
+        code = self._launch(self._reference, self._function, self._parameters, None)
+        if code:
+            check(code, f"launching {self._compiled.metadata.name} in {tuple(self._config.grid)} programs: ")

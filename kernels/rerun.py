@@ -70,7 +70,11 @@ class Rerun:
         self._steps, self._cells = steps, cells
         self._allocated, self._computed = allocated, computed
         self._rooms: dict[tuple[int, ...], Room] = {}
-        self._lock = threading.Lock()
+        self._lock, self._thread = threading.Lock(), 0
+
+    def free(self) -> bool:
+        """Whether this thread may run it: not from within a step, as a signal handler or a finaliser might."""
+        return self._thread != threading.get_ident()
 
     def __call__(self, tensors: list[Tensor], results: tuple[int, ...]) -> None:
         """Run; tensors has one for each slot, of which those of inputs count, and those of results are filled in."""
@@ -91,6 +95,10 @@ class Rerun:
         use_context(torch.cuda.current_device())
         # another thread may run the same schedule, and the cells are the schedule's
         with self._lock:
-            self._cells.fill(addresses)
-            for step in self._steps:
-                step(tensors, stream)
+            self._thread = threading.get_ident()
+            try:
+                self._cells.fill(addresses)
+                for step in self._steps:
+                    step(tensors, stream)
+            finally:
+                self._thread = 0

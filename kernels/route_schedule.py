@@ -101,7 +101,7 @@ def route_schedule(
         q_tokens = project(schedule, "q", q_tokens, proj_q_in, q.dtype)
     if proj_k is not None:
         centered = project(schedule, "k", centered, proj_k_in, q.dtype)
-    # rows of whole 16-byte pieces; the last few columns are never written and never read
+    # rows of whole 16-byte pieces; the last few columns are never written, and of no effect when read
     columns = num_blocks(tn, 4) * 4
     peak, typical = (schedule.empty(name, (B, Hq, tm, columns), fp32) for name in ("peak", "typical"))
     block_t, block_n, tiles_n, stages, warps = SCORES

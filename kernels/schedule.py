@@ -121,7 +121,11 @@ class Launch:
 
     def again(self, cells: Cells) -> Callable[[list[Tensor], int], None]:
         """What makes this launch again; raises `Unknown` where only Triton can."""
-        launch = Again(self.compiled, self.grid, self.args, cells)
+        try:
+            launch = Again(self.compiled, self.grid, self.args, cells)
+        except (AttributeError, KeyError, OSError, StopIteration, TypeError, ValueError) as error:
+            # another Triton, or no driver by the name that we know: whatever is not as expected
+            raise Unknown(f"{type(error).__name__}: {error}") from error
         return lambda tensors, stream: launch(stream)
 
 
@@ -159,7 +163,6 @@ class Schedule:
         self.slots: list[Slot] = []
         self.steps: list[Launch | Compute] = []
         self._allocated: list[Slot] = []
-        assert inputs[0] is not None
         self._rerun: Rerun | None = None
         self._unknown = False
         for n, x in enumerate(inputs):
@@ -201,7 +204,7 @@ class Schedule:
                 tensors[n] = x
         wanted = tuple(slot.at for slot in results)
         with on_device(first):
-            if self._rerun is not None and not watched():
+            if self._rerun is not None and self._rerun.free() and not watched():
                 self._rerun(tensors, wanted)
             else:
                 self._run_by_triton(tensors)
@@ -221,8 +224,8 @@ class Schedule:
             except Unknown as reason:
                 self._unknown = True
                 warnings.warn(
-                    f"Triton {triton.__version__} launches the kernels of SLA2 itself, which takes the host longer: "
-                    f"it uses {reason}, which sla2_compile does not know; install Triton 3.6 or 3.7",
+                    f"Triton {triton.__version__} goes on launching SLA2's kernels, which takes the host longer: "
+                    f"sla2_compile must know all of a launch, got {reason}; Triton 3.6 and 3.7 are known",
                     stacklevel=2,
                 )
 

@@ -67,6 +67,7 @@ def run(D: int, low: str = "none", projected: bool = False, masked: bool = False
 
 
 run(64, projected=True)
+run(256)
 run(128, "int8_fp8")
 run(128, "int8")
 run(96, masked=True)

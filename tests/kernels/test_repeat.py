@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import driver, repeat
-from sla2_compile.kernels.repeat import Again, Cells, Unknown, parameter_bytes
-from sla2_compile.kernels.schedule import Slot
+from sla2_compile.kernels import driver, hopper, repeat
+from sla2_compile.kernels.repeat import Again, Cells, Description, Unknown, parameter_bytes
+from sla2_compile.kernels.schedule import Launch, Slot, Tiles
 
 PTX = """
 .visible .entry kernel(
@@ -36,7 +38,10 @@ def test_a_kernel_takes_what_its_ptx_says() -> None:
     assert parameter_bytes(PTX) == [8, 128, 4, 4, 8, 8]
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+HEADER = Path(sysconfig.get_path("include")) / "Python.h"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None or not HEADER.exists(), reason="no C compiler, or no Python.h")
 def test_the_driver_is_told_what_triton_tells_it(tmp_path: Path) -> None:
     """Byte for byte, for real kernels, Triton's real launcher and a driver that does nothing."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
@@ -45,13 +50,16 @@ def test_the_driver_is_told_what_triton_tells_it(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = {line.rsplit(" ", 2)[0]: line.split()[-2:] for line in done.stdout.splitlines()}
+    known = hopper.knows_this_triton()
     assert counts == {
         "D=64 none route": ["7", "0"],
-        "D=64 none attention": ["3", "8"],
+        "D=64 none attention": ["3", "8"] if known else ["4", "2"],
+        "D=256 none route": ["5", "0"],
+        "D=256 none attention": ["4", "2"],
         "D=128 int8_fp8 route": ["5", "0"],
-        "D=128 int8_fp8 attention": ["3", "8"],
+        "D=128 int8_fp8 attention": ["3", "8"] if known else ["4", "0"],
         "D=128 int8 route": ["5", "0"],
-        "D=128 int8 attention": ["3", "8"],
+        "D=128 int8 attention": ["3", "8"] if known else ["4", "0"],
         "D=96 none masked route": ["5", "0"],
         "D=96 none masked attention": ["4", "2"],
     }
@@ -63,10 +71,12 @@ class Library:
     def __init__(self, code: int = 0) -> None:
         self.code = code
         self.called: list[str] = []
+        self.arguments: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> int:
             self.called.append(name)
+            self.arguments.append(args)
             return self.code
 
         return call
@@ -84,12 +94,16 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return made
 
 
+class Compiled(SimpleNamespace):
+    """Stands in for what Triton compiles."""
+
+
 def compiled(signature: dict[str, str], ptx: str, **meta: Any) -> Any:
     plain = {
         "num_ctas": 1, "launch_cooperative_grid": False, "global_scratch_size": 0, "profile_scratch_size": 0,
-        "tensordesc_meta": None, "num_warps": 4, "shared": 0, "launch_pdl": False,
+        "tensordesc_meta": None, "num_warps": 4, "shared": 0, "launch_pdl": False, "name": "a_kernel",
     }  # fmt: skip
-    return SimpleNamespace(
+    return Compiled(
         metadata=SimpleNamespace(**{**plain, **meta}),
         src=SimpleNamespace(signature=signature),
         asm={"ptx": ptx},
@@ -105,7 +119,10 @@ X = Slot(0, "x", (4,), torch.float32)
     ("signature", "meta", "text"),
     [
         ({"x": "*fp32", "n": "i32"}, {"num_ctas": 2}, "clusters"),
+        ({"x": "*fp32", "n": "i32"}, {"launch_cooperative_grid": True}, "cooperative"),
+        ({"x": "*fp32", "n": "i32"}, {"launch_pdl": True}, "dependent"),
         ({"x": "*fp32", "n": "i32"}, {"global_scratch_size": 64}, "scratch"),
+        ({"x": "*fp32", "n": "i32"}, {"profile_scratch_size": 64}, "scratch"),
         ({"x": "*fp32", "n": "fp64"}, {}, "an argument of type fp64"),
         ({"x": "*fp32", "n": "i64"}, {}, r"parameters of \[8, 4, 8, 8\] bytes in place of \[8, 8, 8, 8\]"),
     ],
@@ -118,11 +135,54 @@ def test_what_is_unknown_is_left_to_triton(
     assert not library.called
 
 
-def test_a_launch_that_fails_says_why(library: Library) -> None:
+@pytest.mark.parametrize("change", [{"elem_size": 4}, {"fp4_padded": True}, {}])
+def test_tiles_that_are_unknown_are_left_to_triton(change: dict[str, Any], library: Library) -> None:
+    meta = {"swizzle": 3, "elem_size": 2, "block_size": [64, 64], "fp4_padded": False}
+    slot = Slot(0, "x", (64, 64), torch.bfloat16 if change else torch.int64)
+    with pytest.raises(Unknown, match="tiles of"):
+        Description(Tiles(slot, (64, 64), (64, 1), (64, 64)), {**meta, **change}, Cells(1))
+    assert not library.called
+
+
+def test_a_kernel_lives_as_long_as_its_launches(library: Library) -> None:
+    """A Triton may unload what nobody holds any more."""
+    kernel = compiled({"x": "*fp32", "n": "i32"}, POINTER_AND_TWO)
+    alive, again = weakref.ref(kernel), Again(kernel, (7,), (X, 5), Cells(1))
+    del kernel
+    assert alive() is not None
+    del again
+    assert alive() is None
+
+
+@pytest.mark.parametrize("missing", ["ptx", "metadata", "driver", "entry"])
+def test_whatever_is_not_as_expected_is_left_to_triton(
+    missing: str, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_driver() -> Any:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    kernel = compiled({"x": "*fp32", "n": "i32"}, POINTER_AND_TWO)
+    if missing == "ptx":
+        kernel.asm.clear()
+    elif missing == "entry":
+        kernel.asm["ptx"] = ""
+    elif missing == "metadata":
+        del kernel.metadata.shared
+    else:
+        monkeypatch.setattr(repeat, "driver", no_driver)
+    launch = Launch(None, (7,), (X, 5), {})
+    launch.compiled = kernel
+    with pytest.raises(Unknown, match=r"KeyError|ValueError|AttributeError|OSError: libcuda"):
+        launch.again(Cells(1))
+
+
+def test_a_launch_that_fails_says_which_and_why(library: Library) -> None:
     again = Again(compiled({"x": "*fp32", "n": "i32"}, POINTER_AND_TWO), (7,), (X, 5), Cells(1))
     again(0)
     library.code = 1
-    with pytest.raises(RuntimeError, match="CUDA driver error 1: invalid argument"):
+    with pytest.raises(
+        RuntimeError, match=r"launching a_kernel in \(7, 1, 1\) programs: CUDA driver error 1: invalid argument"
+    ):
         again(0)
     assert library.called == ["cuLaunchKernelEx"] * 2
 
@@ -130,6 +190,7 @@ def test_a_launch_that_fails_says_why(library: Library) -> None:
 def test_a_thread_without_a_context_gets_pytorchs(library: Library) -> None:
     driver.use_context(3)
     assert library.called == ["cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    assert library.arguments[1][1] == 3
 
 
 def test_cells_lie_where_they_say() -> None:

@@ -22,6 +22,9 @@ from sla2_compile.kernels.repeat import Cells, Unknown
 from sla2_compile.kernels.rerun import Room
 from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
 
+CONTEXTS: list[int] = []
+"""Devices whose context later runs asked for."""
+
 
 class Compiled(CompiledKernel):
     """Stands in for what Triton compiles."""
@@ -49,9 +52,10 @@ class Repeated:
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Repeated]:
     """Have later runs recorded, on a machine without a GPU."""
     Repeated.made = []
+    CONTEXTS.clear()
     monkeypatch.setattr(schedule_module, "Again", Repeated)
-    monkeypatch.setattr(rerun, "use_context", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(rerun, "use_context", CONTEXTS.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     return Repeated.made
 
@@ -112,7 +116,7 @@ def test_a_second_run_launches_the_compiled_kernels_with_its_own_addresses(repea
     schedule.run(first, None, results=seen(schedule))
     second = torch.ones(4, 8)
     made = schedule.run(second, None, results=seen(schedule))
-    assert len(kernel.calls) == 2
+    assert (len(kernel.calls), CONTEXTS) == (2, [5])
     assert [(again.compiled, again.grid) for again in repeated] == [(kernel.compiled, (7,))] * 2
     assert repeated[0].args == schedule.steps[0].args  # type: ignore[union-attr]
     (launch,), (more,) = (again.launches for again in repeated)
@@ -128,10 +132,11 @@ def test_who_listens_to_launches_hears_of_each(monkeypatch: pytest.MonkeyPatch, 
     kernel, x = Kernel(), torch.zeros(4, 8)
     schedule = scheduled(kernel, x)
     schedule.run(x, None, results=seen(schedule))
-    monkeypatch.setattr(rerun.knobs.runtime, "launch_enter_hook", lambda metadata: None)
-    schedule.run(x, None, results=seen(schedule))
-    assert (len(kernel.calls), [again.launches for again in repeated]) == (4, [[], []])
-    monkeypatch.undo()
+    for n, hook in enumerate(("launch_enter_hook", "launch_exit_hook")):
+        with monkeypatch.context() as listening:
+            listening.setattr(rerun.knobs.runtime, hook, lambda metadata: None)
+            schedule.run(x, None, results=seen(schedule))
+        assert (len(kernel.calls), [again.launches for again in repeated]) == (4 + 2 * n, [[], []])
 
 
 def test_a_launch_that_only_triton_can_make_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,11 +146,34 @@ def test_a_launch_that_only_triton_can_make_is_said_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(schedule_module, "Again", unknown)
     kernel, x = Kernel(), torch.zeros(4, 8)
     schedule = scheduled(kernel, x)
-    with pytest.warns(UserWarning, match="it uses an argument of type fp4, which sla2_compile does not know"):
+    with pytest.warns(UserWarning, match="must know all of a launch, got an argument of type fp4"):
         schedule.run(x, None, results=seen(schedule))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedule.run(x, None, results=seen(schedule))
+    assert len(kernel.calls) == 4
+
+
+def test_a_run_from_within_a_step_goes_through_triton(repeated: list[Repeated]) -> None:
+    """As of a signal handler, or a finaliser: the cells are the outer run's."""
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule = scheduled(kernel, x)
+    schedule.run(x, None, results=seen(schedule))
+    inner: list[torch.Tensor] = []
+
+    def interrupted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if not inner:
+            inner.append(x)
+            inner.extend(schedule.run(torch.ones(4, 8), None, results=seen(schedule)))
+        return a + b
+
+    assert schedule._rerun is not None
+    compute = schedule.steps[1]
+    object.__setattr__(compute, "function", interrupted)
+    made = schedule.run(x, None, results=seen(schedule))
+    assert (len(inner), len(kernel.calls), [len(again.launches) for again in repeated]) == (5, 4, [1, 1])
+    assert repeated[1].launches[0][1][0] == made[3].data_ptr()
+    schedule.run(x, None, results=seen(schedule))
     assert len(kernel.calls) == 4
 
 
