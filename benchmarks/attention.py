@@ -3,7 +3,7 @@
     python benchmarks/attention.py --suite anchors --output benchmarks/results/attention
     python benchmarks/attention.py --suite crossover --output benchmarks/results/attention_crossover
     python benchmarks/attention.py --suite sweep --output benchmarks/results/attention_sweep
-    python benchmarks/attention.py --suite sweep --report --output benchmarks/results/attention_sweep
+    python benchmarks/attention.py --report --output benchmarks/results/attention_sweep
 
 Ours is the whole op: router, top-k, sparse branch, exact complement, mix; `int8` takes the scores of the sparse
 branch in INT8, `low` also weights and values in FP8. `ours`, `int8` and `low` call it as a user does; `_graph`
@@ -267,9 +267,15 @@ def run(suite: str, host: Host, keep: Callable[[list[Row]], Any]) -> list[Row]:
     return rows
 
 
+def measured_suite(about: dict[str, str]) -> str:
+    """The suite that a run's command asked for."""
+    words = about["command"].replace("=", " ").split()
+    return words[words.index("--suite") + 1] if "--suite" in words else "anchors"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, default="anchors")
+    parser.add_argument("--suite", choices=SUITES, help="what to measure; anchors if it is not given")
     parser.add_argument("--output", type=Path, help="prefix of the JSON, Markdown and PNG files")
     parser.add_argument(
         "--report", action="store_true", help="measure nothing: all of --output's files anew from its JSON's figures"
@@ -279,17 +285,21 @@ def main(arguments: list[str] | None = None) -> None:
         if given.output is None:
             parser.error("--report must come with --output, got none; give the prefix of the JSON file")
         found = json.loads(Path(f"{given.output}.json").read_text())
-        print(attention_report.save(found["environment"], found["rows"], given.output, given.suite))
+        suite = measured_suite(found["environment"])
+        if given.suite not in (None, suite):
+            parser.error(f"--suite must be what {given.output}.json holds, got {given.suite}; leave it out")
+        print(attention_report.save(found["environment"], found["rows"], given.output, suite))
         return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py must run on a CUDA GPU, got none; see benchmarks/results instead")
     about = environment("cuda", "attention.py", sys.argv[1:] if arguments is None else arguments)
+    suite = measured_suite(about)
     print(json.dumps(about))
 
     def keep(rows: list[Row], draw: bool = False) -> str:
-        return attention_report.save(about, rows, given.output, given.suite, draw)
+        return attention_report.save(about, rows, given.output, suite, draw)
 
-    rows = run(given.suite, Host(), keep)
+    rows = run(suite, Host(), keep)
     print(keep(rows, draw=True))
     failed = attention_report.failures(rows)
     if failed:

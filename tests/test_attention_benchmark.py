@@ -27,10 +27,18 @@ def committed(suite: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("suite", FILES)
 def test_committed_tables_are_those_of_the_figures(suite: str, tmp_path: Path) -> None:
-    found, base = committed(suite), RESULTS / FILES[suite]
-    attention_report.save(found["environment"], found["rows"], tmp_path / "again", suite, draw=False)
+    """By --report alone: it knows from the JSON which suite it has."""
+    base = RESULTS / FILES[suite]
+    (tmp_path / "again.json").write_text(base.with_suffix(".json").read_text())
+    attention.main(["--report", "--output", str(tmp_path / "again")])
     for kind in ("json", "md"):
         assert base.with_suffix(f".{kind}").read_text() == (tmp_path / f"again.{kind}").read_text()
+
+
+def test_report_of_another_suite_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        attention.main(["--report", "--suite", "sweep", "--output", str(RESULTS / FILES["crossover"])])
+    assert "--suite must be what" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suite", FILES)
