@@ -76,8 +76,9 @@ WAN, WAN_14B = (1, 12, 32760, 128), (1, 40, 75600, 128)
 RECIPES = ((0.05, 16), (0.15, 8), (0.25, 4))
 # FlexAttention compiles for each shape and evaluates its mask for all pairs of tokens: not where that takes minutes,
 # and not again where only the router's resolution differs
+ANCHORS = "anchors"
 SUITES = {
-    "anchors": [
+    ANCHORS: [
         Shape(*WAN, 0.03, 16, with_flex=True), Shape(*WAN, 0.03, 0), Shape(*WAN, 0.03, 8),
         Shape(*WAN, 0.15, 16, with_flex=True), Shape(4, 16, 4096, 64, 0.03, 16, with_flex=True),
         Shape(1, 16, 16384, 64, 0.03, 16, with_flex=True), Shape(*WAN_14B, 0.03, 16),
@@ -270,12 +271,12 @@ def run(suite: str, host: Host, keep: Callable[[list[Row]], Any]) -> list[Row]:
 def measured_suite(about: dict[str, str]) -> str:
     """The suite that a run's command asked for."""
     words = about["command"].replace("=", " ").split()
-    return words[words.index("--suite") + 1] if "--suite" in words else "anchors"
+    return words[words.index("--suite") + 1] if "--suite" in words else ANCHORS
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, help="what to measure; anchors if it is not given")
+    parser.add_argument("--suite", choices=SUITES, help=f"what to measure; {ANCHORS} if it is not given")
     parser.add_argument("--output", type=Path, help="prefix of the JSON, Markdown and PNG files")
     parser.add_argument(
         "--report", action="store_true", help="measure nothing: all of --output's files anew from its JSON's figures"
@@ -293,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py must run on a CUDA GPU, got none; see benchmarks/results instead")
     about = environment("cuda", "attention.py", sys.argv[1:] if arguments is None else arguments)
-    suite = measured_suite(about)
+    suite = given.suite or ANCHORS
     print(json.dumps(about))
 
     def keep(rows: list[Row], draw: bool = False) -> str:
