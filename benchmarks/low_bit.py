@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels.precision import MOST_KEPT
+
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 FORMATS = {"bf16": "none", "int8": "int8", "int8_fp8": "int8_fp8"}
@@ -27,7 +29,6 @@ LOW = ("int8", "int8_fp8")
 PARTS = ("sparse", "whole")
 LIMIT = 3.0
 """Times bf16's own error: the project's rule for normal data."""
-MOST_KEPT = 1 / 16
 RECIPES = ((0.05, 16), (0.15, 8), (0.25, 4))
 """topk_ratio and compression_ratio of max_speedup, balanced, high_quality."""
 NORMAL = [

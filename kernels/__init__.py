@@ -11,6 +11,7 @@
 | `tiling.py`, `portable_route.py`, `portable_attention.py`, `portable_backward.py` | blocked PyTorch for any device |
 | `cuda.py` | which calls the Triton kernels take, and the calls |
 | `schedule.py` | a call's launches, worked out once for its layout |
+| `rerun.py`, `repeat.py`, `driver.py` | its later runs; one launch made again; NVIDIA's driver |
 | `route_schedule.py`, `attention_schedule.py` | those of the two ops |
 | `tiles.py`, `tuning.py` | how attention's kernels are cut: by tables, or by trial |
 | `device.py` | what launchers ask of a GPU and of a layout |

@@ -194,7 +194,7 @@ def check_table(lut: Tensor, tn: int, may_end_early: bool) -> None:
     if wild.numel() > 0:
         entry = wild[0].item()
         if entry == -1:
-            # the Triton router chooses no block by a score of NaN
+            # the Triton router never chooses a block whose score is a NaN with its sign set
             fix += ", or look for NaN in q or k if it is"
         raise fail("lut", f"hold key blocks 0 to {tn - 1}{or_none}", entry, fix)
     before, after = lut[..., :-1], lut[..., 1:]

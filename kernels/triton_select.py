@@ -90,7 +90,8 @@ def select_kernel(
         peak, typical: (rows, cdiv(Tn, 4) * 4) fp32, rows = B * Hq * Tm; BLOCK_N >= Tn.
         lut: (rows, topk) int32, out, ascending, trailing -1; log_rest, entropy: (rows,) fp32, out.
 
-    NaN on the GPU ranks first, as in `torch.topk`; whatever the scores, the entries lie in -1..Tn - 1.
+    NaN as the GPU makes it ranks first, as in `torch.topk`; with its sign set it is never chosen. Entries lie in
+    -1..Tn - 1 whatever the scores are.
     """
     row = tl.program_id(0)
     j = tl.arange(0, BLOCK_N)

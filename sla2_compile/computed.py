@@ -19,6 +19,7 @@ GRADIENT = "exported with a gradient wanted, not under torch.no_grad()"
 # one of each choice of blocks, the last with key blocks without end
 LENGTHS = (1, 512, 2**30)
 LOW_BIT, KEEP_BRANCHES = 16, 15
+"""Positions of these among the arguments of `sla2::attention`."""
 
 
 @dataclass(frozen=True)
