@@ -1,9 +1,9 @@
 """How the kernels of `sla2::attention` are cut: one table a kernel, of which the first row that fits a call counts.
 
 Rows of sm_90 are the best of those tried on an H200 (times: benchmarks/NOTES.md), unless they say that they were not
-timed. Nobody timed those of other chips, which are meant to compile without spills. Sizes are upper bounds: a block or
-a head dim may be smaller. With SLA2_AUTOTUNE=1 trials begin with a row's tile, and keep to the limits that come with it
-(`tuning.py`).
+timed. Nobody timed those of other chips, which are meant to compile without spills. Sizes are upper bounds: a block
+or a head dim may be smaller. With SLA2_AUTOTUNE=1 trials begin with a row's tile, and keep to the limits that come
+with it (`tuning.py`).
 """
 
 from __future__ import annotations
