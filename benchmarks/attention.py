@@ -74,9 +74,9 @@ class Shape:
 
 WAN, WAN_14B = (1, 12, 32760, 128), (1, 40, 75600, 128)
 RECIPES = ((0.05, 16), (0.15, 8), (0.25, 4))
+ANCHORS = "anchors"
 # FlexAttention compiles for each shape and evaluates its mask for all pairs of tokens: not where that takes minutes,
 # and not again where only the router's resolution differs
-ANCHORS = "anchors"
 SUITES = {
     ANCHORS: [
         Shape(*WAN, 0.03, 16, with_flex=True), Shape(*WAN, 0.03, 0), Shape(*WAN, 0.03, 8),
@@ -257,7 +257,7 @@ def run(suite: str, host: Host, keep: Callable[[list[Row]], Any]) -> list[Row]:
     for shape in SUITES[suite]:
         row: Row = asdict(shape)
         try:
-            measure(row, shape, suite == "anchors", host)
+            measure(row, shape, suite == ANCHORS, host)
         except Exception as error:
             # what fails outside a contender, such as no memory for q, k and v, is the whole row's
             row["error"] = said(error)
