@@ -1,4 +1,4 @@
-"""`sla2::route` and `sla2::attention` on a GPU: which calls the Triton kernels take, and the calls themselves.
+"""The ops `sla2::*` on a GPU: which calls the Triton kernels take, and the calls themselves.
 
 `kernels_take` is the one rule; what it refuses runs the portable path:
 
@@ -134,7 +134,58 @@ def attention(
     return run(attention_schedule(*layouts, *options, by_trial()), tensors)
 
 
-def run(scheduled: tuple[Schedule, tuple[Slot, ...]], tensors: Inputs) -> Any:
+Scheduled = tuple[Schedule, tuple[Slot, ...]]
+"""Launches, and which tensors they make."""
+
+
+def run(scheduled: Scheduled, tensors: Inputs) -> Any:
     """Make a schedule's launches; returns the tensors of its result."""
     schedule, results = scheduled
     return tuple(schedule.run(*tensors, results=results))
+
+
+@functools.lru_cache(maxsize=256)
+def forward_schedules(
+    q: Layout, k: Layout, v: Layout, proj_q: Layout | None, proj_k: Layout | None,
+    gain: Layout | None, bias: Layout | None, mask: Layout | None,
+    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float,
+    feature_map: str, linear_scope: str, is_causal: bool, low_bit: str, trials: bool,
+) -> tuple[Scheduled, Scheduled] | None:  # fmt: skip
+    """Check and schedule route and attention, once for a call's layouts; None where kernels do not run both."""
+    options = topk_ratio, compression_ratio, block_q, block_k, scale, is_causal
+    if not takes_route(q, k, proj_q, proj_k, mask, *options):
+        return None
+    routed, made = route_schedule(q, k, proj_q, proj_k, mask, *options, trials)
+    lut, log_rest, _, k_mean = (Layout.of_slot(slot, q.device) for slot in made)
+    layouts = q, k, v, k_mean, lut, log_rest, gain, bias, mask
+    rest = block_q, block_k, scale, feature_map, linear_scope, is_causal, False, low_bit
+    if not takes_attention(*layouts, *rest):
+        return None
+    attended, (o, lse, _, _) = attention_schedule(*layouts, *rest, trials)
+    return (routed, made), (attended, (o, lse))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, proj_q: Tensor | None, proj_k: Tensor | None,
+    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
+    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float,
+    feature_map: str, linear_scope: str, is_causal: bool, low_bit: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """Compute what `route` and then `attention` do, or None where kernels do not run both.
+
+    Arguments and results: those of `sla2::forward`.
+    """
+    q, k, v, mask = packed(q), packed(k), packed(v), packed(key_mask)
+    proj_q, proj_k, alpha_gain = whole(proj_q), whole(proj_k), whole(alpha_gain)
+    layouts = Layout.of_all(q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, mask)
+    both = forward_schedules(
+        *layouts, topk_ratio, compression_ratio, block_q, block_k, scale,
+        feature_map, linear_scope, is_causal, low_bit, by_trial(),
+    )  # fmt: skip
+    if both is None:
+        return None
+    routed, attended = both
+    lut, log_rest, entropy, k_mean = run(routed, (q, k, proj_q, proj_k, mask))
+    check_table(lut, num_blocks(k.shape[2], block_k), is_causal or mask is not None)
+    o, lse = run(attended, (q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, mask))
+    return o, lse, lut, log_rest, entropy

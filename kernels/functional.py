@@ -1,4 +1,4 @@
-"""SLA2 attention in one call: route, then attend. What sites and rewritten graphs run."""
+"""SLA2 attention in one call: route, then attention, as one op where no gradient is wanted. What sites and graphs run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
 from sla2_compile.kernels.checks import check_qkv
-from sla2_compile.kernels.ops import attention, route
+from sla2_compile.kernels.ops import attention, forward, route
 from sla2_compile.kernels.precision import effective_low_bit
 
 
@@ -125,23 +125,29 @@ def attend(
     check_qkv(q, k, v)
     block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    lut, log_rest, entropy, k_mean = route(
-        q, k, proj_q, proj_k, key_mask,
-        options.topk_ratio, options.compression_ratio, block_q, block_k, scale, is_causal,
-    )  # fmt: skip
-    # k_mean asks for a gradient where only proj_q or proj_k does
-    params = (q, k, v, k_mean, alpha_gain, alpha_bias)
-    keep_branches = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
+    # what gives the router's own parameters none still gives their k_mean one
+    params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
+    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
+    tn = num_blocks(k.shape[2], block_k)
     plain = key_mask is None and not is_causal
     low_bit = effective_low_bit(
-        options.low_bit, q, v.shape[3], block_q, block_k, scale,
-        lut.shape[3], options.topk_ratio, plain, keep_branches,
-    )  # fmt: skip
-    o, lse, _, _ = attention(
-        q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-        block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, keep_branches, low_bit,
-    )  # fmt: skip
+        options.low_bit, q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio, plain, wants_grad
+    )
+    if wants_grad:
+        lut, log_rest, entropy, k_mean = route(
+            q, k, proj_q, proj_k, key_mask,
+            options.topk_ratio, options.compression_ratio, block_q, block_k, scale, is_causal,
+        )  # fmt: skip
+        o, lse, _, _ = attention(
+            q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
+            block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, True, low_bit,
+        )  # fmt: skip
+    else:
+        o, lse, lut, log_rest, entropy = forward(
+            q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,
+            options.topk_ratio, options.compression_ratio, block_q, block_k, scale,
+            options.feature_map, options.linear_scope, is_causal, low_bit,
+        )  # fmt: skip
     if not keep_routing or traced(q):
         return o, None
-    tn = num_blocks(k.shape[2], block_k)
     return o, Routing(lut, log_rest, entropy, lse[..., ::block_q].clone(), block_q, block_k, tn)

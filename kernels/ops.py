@@ -5,6 +5,7 @@
 | `sla2::route` | lut, log_rest, entropy, k_mean |
 | `sla2::attention` | o, lse, o_sparse, o_linear |
 | `sla2::attention_backward` | dq, dk, dv, dk_mean, dgain, dbias |
+| `sla2::forward` | o, lse, lut, log_rest, entropy: route and attention where no gradient is wanted |
 
 Gradients: of `route`, only k_mean's reaches k (hard top-k has none; log_rest and entropy are estimates that
 count as constants). Of `attention`, o's reaches q, k, v, k_mean, alpha_gain and alpha_bias.
@@ -59,7 +60,7 @@ def _(
 
 
 @route.register_fake
-def _(
+def route_fake(
     q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None,
     topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -135,7 +136,7 @@ def _(
 
 
 @attention.register_fake
-def _(
+def attention_fake(
     q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
     alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
@@ -199,3 +200,52 @@ def _(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     d_gain, d_bias = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (alpha_gain, alpha_bias))
     return dq, dk, dv, k_mean.new_empty(k_mean.shape), d_gain, d_bias
+
+
+def one_after_the_other(
+    route: Any, attention: Any,
+    q: Tensor, k: Tensor, v: Tensor, proj_q: Tensor | None, proj_k: Tensor | None,
+    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
+    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float,
+    feature_map: str, linear_scope: str, is_causal: bool, low_bit: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `forward` computes, by some implementation of each of its two parts."""
+    lut, log_rest, entropy, k_mean = route(
+        q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k, scale, is_causal
+    )
+    o, lse, _, _ = attention(
+        q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
+        block_q, block_k, scale, feature_map, linear_scope, is_causal, False, low_bit,
+    )  # fmt: skip
+    return o, lse, lut, log_rest, entropy
+
+
+@torch.library.custom_op("sla2::forward", mutates_args=())
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, proj_q: Tensor | None, proj_k: Tensor | None,
+    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
+    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float,
+    feature_map: str, linear_scope: str, is_causal: bool, low_bit: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Route and attention in one op, without gradients: the host goes but once through dispatcher and checks.
+
+    Arguments and results: those of `route` and `attention`.
+    """
+    return one_after_the_other(
+        route, attention, q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask, topk_ratio, compression_ratio,
+        block_q, block_k, scale, feature_map, linear_scope, is_causal, low_bit,
+    )  # fmt: skip
+
+
+@forward.register_kernel("cuda")
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from sla2_compile.kernels import cuda
+
+    with without_autocast(q):
+        found = cuda.forward(q, *rest)
+        return one_after_the_other(cuda.route, cuda.attention, q, *rest) if found is None else found
+
+
+@forward.register_fake
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return one_after_the_other(route_fake, attention_fake, *given)

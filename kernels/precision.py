@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.blocks import shorter
+from sla2_compile.kernels.blocks import num_kept, shorter
 from sla2_compile.kernels.checks import fail
 
 LOW_BIT_CHOICES = ("none", "auto", "int8", "int8_fp8")
@@ -35,7 +35,7 @@ def effective_low_bit(
     block_q: int,
     block_k: int,
     scale: float,
-    kept: int,
+    tn: int,
     topk_ratio: float,
     plain: bool,
     wants_grad: bool,
@@ -45,7 +45,7 @@ def effective_low_bit(
     Args:
         low_bit: what the recipe asks for.
         q: (B, Hq, Nq, D), real or fake; v_dim: head dim of v.
-        kept: key blocks a query block; topk_ratio: their share of all.
+        tn: key blocks there are; topk_ratio: share of them that a query block keeps.
         plain: whether the call has no key mask and is not causal.
         wants_grad: whether a backward will follow: there is none in low bit.
 
@@ -59,12 +59,12 @@ def effective_low_bit(
     # branches, so that these are constants in a trace where dims, and under dynamic=True all integers, are symbols
     positive = True if scale > 0.0 else False  # noqa: SIM210
     # asked for auto alone: the answer may be a guard on the length
-    fits = low_bit == "auto" and not why_not_int8(q.shape[3], v_dim, block_q, block_k, kept, topk_ratio, plain)
+    fits = low_bit == "auto" and not why_not_int8(q.shape[3], v_dim, block_q, block_k, tn, topk_ratio, plain)
     D, Dv, block_q, block_k = rounded_up(q.shape[3]), rounded_up(v_dim), rounded_up(block_q), rounded_up(block_k)
     return low_bit_on(low_bit, q.device, q.dtype, D, Dv, block_q, block_k, positive, fits)
 
 
-def why_not_int8(D: int, Dv: int, block_q: int, block_k: int, kept: int, topk_ratio: float, plain: bool) -> str:
+def why_not_int8(D: int, Dv: int, block_q: int, block_k: int, tn: int, topk_ratio: float, plain: bool) -> str:
     """Return why `auto` leaves such a call in 16 bits on sm_90; nothing where INT8 QK is faster and close enough.
 
     Faster (benchmarks/NOTES.md): at head dim 128 with 35 key blocks a query block or more; with 15 it gains nothing,
@@ -72,14 +72,14 @@ def why_not_int8(D: int, Dv: int, block_q: int, block_k: int, kept: int, topk_ra
     Close enough (benchmarks/results/low_bit.md): at most three times bf16's own error in the whole op on normal data.
 
     Args:
-        kept, topk_ratio, plain: as `effective_low_bit` has them.
+        tn, topk_ratio, plain: as `effective_low_bit` has them.
     """
     if not plain or D != 128 or Dv != 128 or block_q != 128 or block_k != 64:
         return NOT_FASTER
     # the share asked for, a constant: that of the blocks kept would be another guard on the length
     if topk_ratio > MOST_KEPT:
         return TOO_FAR
-    return NOT_FASTER if shorter(kept, LEAST_KEPT) else ""
+    return NOT_FASTER if shorter(num_kept(tn, topk_ratio, block_q, block_k, False), LEAST_KEPT) else ""
 
 
 def rounded_up(size: int) -> int:

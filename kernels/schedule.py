@@ -46,6 +46,12 @@ class Layout(NamedTuple):
         return cls(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
     @classmethod
+    def of_slot(cls, slot: Slot, device: torch.device) -> Layout:
+        """Of a tensor that a run makes, which lies in one piece and where the allocator puts it."""
+        strides = torch.empty(slot.shape, device="meta").stride()
+        return cls(slot.shape, strides, slot.dtype, device, True)
+
+    @classmethod
     def of_all(cls, *tensors: Tensor | None) -> tuple[Layout | None, ...]:
         """The layouts of a call's tensors, None where there is none."""
         return tuple(None if x is None else cls.of(x) for x in tensors)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from sla2_compile.kernels.blocks import num_blocks, num_kept
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.precision import low_bit_on, why_less, why_not_int8, why_portable
 from sla2_compile.passes.outcome import Miss, Rewrite
 
@@ -19,7 +19,7 @@ GRADIENT = "exported with a gradient wanted, not under torch.no_grad()"
 # one of each choice of blocks, the last with key blocks without end
 LENGTHS = (1, 512, 2**30)
 LOW_BIT, KEEP_BRANCHES = 16, 15
-"""Positions of these among the arguments of `sla2::attention`."""
+"""Positions of these among the arguments of `sla2::attention`; low_bit's also among those of `sla2::forward`."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +63,24 @@ class How:
         return replace(how, runs=r.low_bit, why=less if r.low_bit == "none" else "", fixed=True)
 
     @classmethod
-    def _with(cls, r: Rewrite, on: str, block_q: int, block_k: int, kept: int) -> How:
+    def _with(cls, r: Rewrite, on: str, block_q: int, block_k: int, tn: int) -> How:
         options = r.settings.options
         D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
         call = torch.device(on), getattr(torch, r.where.dtype), D, Dv, block_q, block_k, r.positive
-        refusal = why_not_int8(D, Dv, block_q, block_k, kept, options.topk_ratio, r.plain)
+        refusal = why_not_int8(D, Dv, block_q, block_k, tn, options.topk_ratio, r.plain)
         runs = low_bit_on(options.low_bit, *call, not refusal)
         return cls(options.low_bit, runs, why_less(options.low_bit, runs, *call, refusal), why_portable(*call))
 
 
 def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:
-    """(block_q, block_k, key blocks kept): of the call, or where a length is symbolic all that there may be."""
+    """(block_q, block_k, key blocks): of the call, or where a length is symbolic all that there may be."""
     if r.tn:
-        return [(r.block_q, r.block_k, r.topk)]
-    options, found = r.settings.options, []
+        return [(r.block_q, r.block_k, r.tn)]
+    found = []
     for n in LENGTHS:
         n = max(n, r.settings.shortest(on))
-        block_q, block_k = options.block_sizes(n, n)
-        found.append(
-            (block_q, block_k, num_kept(num_blocks(n, block_k), options.topk_ratio, block_q, block_k, False))
-        )
+        block_q, block_k = r.settings.options.block_sizes(n, n)
+        found.append((block_q, block_k, num_blocks(n, block_k)))
     return found
 
 
@@ -108,12 +106,13 @@ def as_exported(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rew
 
 
 def _attention_ops(root: nn.Module) -> Iterator[tuple[str, bool]]:
-    """Yield (low_bit, keep_branches) of each sla2::attention of a graph and of the graphs in it."""
+    """Yield (low_bit, keep_branches) of each call's op in a graph and in the graphs in it."""
+    with_branches, without = torch.ops.sla2.attention.default, torch.ops.sla2.forward.default
     for gm in root.modules() if isinstance(root, fx.GraphModule) else ():
         for node in gm.graph.nodes if isinstance(gm, fx.GraphModule) else ():
-            if node.target is torch.ops.sla2.attention.default:
+            if node.target in (with_branches, without):
                 low_bit = node.args[LOW_BIT] if len(node.args) > LOW_BIT else node.kwargs.get("low_bit", "none")
-                yield str(low_bit), bool(node.args[KEEP_BRANCHES])
+                yield str(low_bit), node.target is with_branches and bool(node.args[KEEP_BRANCHES])
 
 
 def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:

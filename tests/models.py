@@ -8,6 +8,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+def calls_of_ops(graph: torch.fx.Graph) -> int:
+    """How many attention calls of a graph are an op of ours: one without a gradient, one with."""
+    ops = torch.ops.sla2.forward, torch.ops.sla2.attention
+    # Dynamo's graphs have the packet, exported ones its overload
+    return sum(node.target in (op, op.default) for op in ops for node in graph.nodes)
+
+
 class Attention(nn.Module):
     """Self-attention over (B, N, dim)."""
 

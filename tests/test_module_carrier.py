@@ -343,7 +343,7 @@ def test_compile_of_a_parent_and_regional_compile(x):
 def test_export(x, strict):
     model = transformed(models.Net(depth=2), x)
     program = torch.export.export(model, (x,), strict=strict)
-    assert str(program.graph).count("sla2.attention") == 2
+    assert models.calls_of_ops(program.graph) == 2
     torch.testing.assert_close(program.module()(x), model(x))
     assert set(program.state_dict) == set(model.state_dict())
     auto = torch.export.Dim.AUTO

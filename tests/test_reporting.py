@@ -254,8 +254,10 @@ def test_an_exported_graph_says_itself_what_it_computes(gpu, dynamic):
     gpu(90)
     for grad in (False, True):
         program = exported(grad, dynamic, topk_ratio=0.05)
-        (node,) = [n for n in program.graph.nodes if n.target is torch.ops.sla2.attention.default]
-        assert (len(node.args), node.args[15]) == (16, grad)
+        op = torch.ops.sla2.attention.default if grad else torch.ops.sla2.forward.default
+        (node,) = [n for n in program.graph.nodes if n.target is op]
+        # keep_branches of the one, is_causal of the other
+        assert (len(node.args), node.args[15]) == (16 if grad else 17, grad)
         for holder in (program, program.module()):
             report = sla2_compile.report(holder)
             assert [(x.low_bit, x.keeps_branches) for x in report.rewrites] == [("none", grad)]
@@ -268,7 +270,7 @@ def test_an_exported_graph_says_itself_what_it_computes(gpu, dynamic):
                 assert "low bit auto: decided by the export; computed in" in one_line(on_cuda(report))
             else:
                 assert NOT_FASTER in one_line(on_cuda(report))
-        # as a GPU's export has it
+        # as a GPU's export has it, or somebody who left the branches out of the one
         node.args = (*node.args[:15], False, "int8")
         report = on_cuda(sla2_compile.report(program))
         assert "low bit auto: INT8 QK; fixed by the export" in one_line(report)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class CallArguments:
-    """Lays out the arguments of `route` and `attention` for a test case, a dataclass with these fields."""
+    """Lays out the arguments of `route`, `attention` and `forward` for a test case, a dataclass with these fields."""
 
     D: int
     block_q: int
@@ -30,6 +30,13 @@ class CallArguments:
         return run(
             x["q"], x["k"], x["v"], x["k_mean"], x["lut"], x["log_rest"], x["gain"], x["bias"], x["mask"],
             self.block_q, self.block_k, self.D**-0.5, self.feature_map, self.linear_scope, self.is_causal, *rest,
+        )  # fmt: skip
+
+    def forward(self, x: dict[str, Any], run: Any, low_bit: str = "none") -> tuple[Tensor, ...]:
+        return run(
+            x["q"], x["k"], x["v"], x["proj_q"], x["proj_k"], x["gain"], x["bias"], x["mask"],
+            self.topk_ratio, self.compression_ratio, self.block_q, self.block_k, self.D**-0.5,
+            self.feature_map, self.linear_scope, self.is_causal, low_bit,
         )  # fmt: skip
 
 

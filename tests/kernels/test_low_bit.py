@@ -161,31 +161,31 @@ def test_what_runs(
     assert effective_low_bit(asked, q, 64, *blocks, scale, 32, 0.05, True, True) == "none"
 
 
-# capability, D, Dv, (block_q, block_k), key blocks, their share, plain -> what auto runs
+# capability, D, Dv, (block_q, block_k), key blocks, share kept, plain -> what auto runs
 AUTO = [
-    (90, 128, 128, (128, 64), 32, 0.0625, True, "int8"),
-    (90, 128, 128, (128, 64), 31, 0.0625, True, "none"),
-    (90, 128, 128, (128, 64), 32, 0.0626, True, "none"),
-    (90, 128, 128, (128, 64), 200, 0.15, True, "none"),
-    (90, 128, 128, (128, 64), 32, 0.05, False, "none"),
-    (90, 64, 64, (128, 64), 32, 0.05, True, "none"),
-    (90, 96, 96, (128, 64), 32, 0.05, True, "none"),
-    (90, 128, 64, (128, 64), 32, 0.05, True, "none"),
-    (90, 128, 128, (64, 64), 32, 0.05, True, "none"),
-    (80, 128, 128, (128, 64), 32, 0.05, True, "none"),
-    (100, 128, 128, (128, 64), 32, 0.05, True, "none"),
+    (90, 128, 128, (128, 64), 512, 0.0625, True, "int8"),
+    (90, 128, 128, (128, 64), 511, 0.0625, True, "none"),
+    (90, 128, 128, (128, 64), 512, 0.0626, True, "none"),
+    (90, 128, 128, (128, 64), 1334, 0.15, True, "none"),
+    (90, 128, 128, (128, 64), 640, 0.05, False, "none"),
+    (90, 64, 64, (128, 64), 640, 0.05, True, "none"),
+    (90, 96, 96, (128, 64), 640, 0.05, True, "none"),
+    (90, 128, 64, (128, 64), 640, 0.05, True, "none"),
+    (90, 128, 128, (64, 64), 640, 0.05, True, "none"),
+    (80, 128, 128, (128, 64), 640, 0.05, True, "none"),
+    (100, 128, 128, (128, 64), 640, 0.05, True, "none"),
 ]
 
 
-@pytest.mark.parametrize(("arch", "D", "Dv", "blocks", "kept", "share", "plain", "runs"), AUTO)
+@pytest.mark.parametrize(("arch", "D", "Dv", "blocks", "tn", "share", "plain", "runs"), AUTO)
 def test_auto_runs_what_is_faster_and_close_enough(
-    arch: int, D: int, Dv: int, blocks: tuple[int, int], kept: int, share: float, plain: bool, runs: str, gpu: Any
+    arch: int, D: int, Dv: int, blocks: tuple[int, int], tn: int, share: float, plain: bool, runs: str, gpu: Any
 ) -> None:
     gpu(arch)
     with FakeTensorMode():
         q = torch.empty(1, 2, 300, D, device="cuda", dtype=torch.bfloat16)
         cpu = q.to("cpu")
-    call = (Dv, *blocks, D**-0.5, kept, share, plain)
+    call = (Dv, *blocks, D**-0.5, tn, share, plain)
     assert effective_low_bit("auto", q, *call, False) == runs
     assert effective_low_bit("auto", q, *call, True) == "none"
     assert effective_low_bit("auto", q.float(), *call, False) == "none"
@@ -214,7 +214,7 @@ def test_a_call_says_how_many_blocks_and_whether_it_is_plain(
     monkeypatch.setattr(functional, "effective_low_bit", decide)
     q = torch.randn(1, 1, 300, 16)
     sla2_attention(q, q, q, AttentionOptions(0.5, 8, 32, 16, low_bit="auto"), **options)
-    assert seen == [(9, 0.5, not options)]
+    assert seen == [(19, 0.5, not options)]
 
 
 def test_without_cuda_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_lengths_that_share_a_graph(
     """Dynamic shapes: only `auto`, and only where the length decides, makes a second graph."""
     from torch._dynamo.testing import CompileCounter
 
-    from sla2_compile.kernels.blocks import num_blocks, num_kept
+    from sla2_compile.kernels.blocks import num_blocks
 
     def decide(low_bit: str, *args: Any) -> str:
         """What sm_90 runs; Dynamo itself would look for the chip that is not there."""
@@ -257,8 +257,8 @@ def test_lengths_that_share_a_graph(
 
     def call(q: Tensor) -> Tensor:
         on_gpu: Any = OnGpu(q)
-        kept = num_kept(num_blocks(q.shape[2], 64), topk_ratio, 128, 64, False)
-        word = effective_low_bit(low_bit, on_gpu, 128, 128, 64, 1.0, kept, topk_ratio, True, False)
+        tn = num_blocks(q.shape[2], 64)
+        word = effective_low_bit(low_bit, on_gpu, 128, 128, 64, 1.0, tn, topk_ratio, True, False)
         return q + ("none", "int8", "int8_fp8").index(word)
 
     torch._dynamo.reset()
@@ -313,7 +313,7 @@ def test_a_call_asks_for_what_runs(low_bit: str, gpu: Any, monkeypatch: pytest.M
         raise Asked(args[16])
 
     gpu(90)
-    monkeypatch.setattr(functional, "attention", ask)
+    monkeypatch.setattr(functional, "forward", ask)
     options = AttentionOptions(block_q=64, block_k=32, low_bit=low_bit)
     cases = [
         ("cuda", torch.bfloat16, low_bit),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sla2_compile.kernels import reference
 from sla2_compile.kernels.functional import AttentionOptions, attend, sla2_attention
-from sla2_compile.kernels.ops import attention, attention_backward, route
+from sla2_compile.kernels.ops import attention, attention_backward, forward, route
 
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 DYNAMIC = ("test_aot_dispatch_dynamic",)
@@ -108,6 +108,67 @@ def test_attention_passes_opcheck(layout: str, grad: bool, utils: tuple[str, ...
     q, k, v = qkv(layout, grad)
     args = attention_args(variant, q, k, v, learned(q, grad))
     torch.library.opcheck(attention, (*args, grad), test_utils=utils)
+
+
+def forward_args(variant: str, q: Tensor, k: Tensor, v: Tensor, params: dict[str, Tensor]) -> tuple[Any, ...]:
+    names = ("proj_q", "proj_k", "alpha_gain", "alpha_bias")
+    learnt = (None if variant == "plain" else params[name] for name in names)
+    mask, causal = mask_for(k) if variant == "masked" else None, variant == "causal"
+    scope = "complement" if causal else "all"
+    return q, k, v, *learnt, mask, 0.3, 8, BLOCK_Q, BLOCK_K, SCALE, "elu", scope, causal, "none"
+
+
+@layouts
+@tracing
+@variants
+def test_forward_passes_opcheck(layout: str, utils: tuple[str, ...], variant: str) -> None:
+    q, k, v = qkv(layout, False)
+    torch.library.opcheck(forward, forward_args(variant, q, k, v, learned(q, False)), test_utils=utils)
+
+
+@layouts
+@variants
+def test_forward_is_route_and_attention(layout: str, variant: str) -> None:
+    q, k, v = qkv(layout, False)
+    params = learned(q, False)
+    lut, log_rest, entropy, _ = route(*route_args(variant, q, k, params))
+    o, lse, _, _ = attention(*attention_args(variant, q, k, v, params), False)
+    got = forward(*forward_args(variant, q, k, v, params))
+    for a, b in zip(got, (o, lse, lut, log_rest, entropy), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_forward_has_no_backward_and_says_so() -> None:
+    q, k, v = qkv("contiguous", True)
+    o = forward(*forward_args("plain", q, k, v, {}))[0]
+    with pytest.raises(RuntimeError, match="backward through sla2"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize("wanted", ["q", "proj_q", "alpha_bias", None])
+def test_a_gradient_takes_the_two_ops_and_nothing_else_does(wanted: str | None) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "sla2":
+                names.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = qkv("contiguous", False)
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, **learned(q, False)}
+    if wanted:
+        tensors[wanted].requires_grad_()
+    options = AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3)
+    names: list[str] = []
+    with Names():
+        o = sla2_attention(options=options, **tensors)
+    assert names == (["route", "attention"] if wanted else ["forward"])
+    names.clear()
+    with Names(), torch.no_grad():
+        again = sla2_attention(options=options, **tensors)
+    assert names == ["forward"]
+    assert torch.equal(again, o)
 
 
 @layouts
@@ -239,8 +300,7 @@ def test_exports_with_dynamic_lengths() -> None:
     shapes = ({0: auto, 2: auto},) * 3
     program = torch.export.export(Site(), qkv("contiguous", False), dynamic_shapes=shapes)
     targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    assert "sla2.route.default" in targets
-    assert "sla2.attention.default" in targets
+    assert [name for name in targets if name.startswith("sla2")] == ["sla2.forward.default"]
     q, k, v = torch.randn(5, 4, 201, 16), torch.randn(5, 2, 555, 16), torch.randn(5, 2, 555, 24)
     assert torch.equal(program.module()(q, k, v), Site()(q, k, v))
 

@@ -152,6 +152,32 @@ def check_attention(case: Case) -> None:
 
 
 @body
+@pytest.mark.parametrize("name", ["plain", "causal masked", "transposed, odd dims", "D 128", "three keys"])
+def test_forward_is_route_and_attention(name: str) -> None:
+    """One op without gradients: what both compute, bit for bit, also when its launches are made again."""
+    case = CASES[name]
+    x = case.tensors()
+    x["lut"], x["log_rest"], entropy, x["k_mean"] = case.route(x, scheduled_route)
+    o, lse, *_ = case.attention(x, scheduled_attention, False)
+    scheduled = attention_schedule.attention_schedule.cache_info().misses
+    for _ in range(2):
+        got = case.forward(x, cuda.forward)
+        assert attention_schedule.attention_schedule.cache_info().misses == scheduled
+        for a, b in zip(got, (o, lse, x["lut"], x["log_rest"], entropy), strict=True):
+            assert torch.equal(a, b)
+    # of the same layouts, not of the tensors seen first
+    other = replace(case, seed=1).tensors()
+    assert not torch.equal(case.forward(other, cuda.forward)[0], o)
+
+
+@body
+@pytest.mark.parametrize("change", [{"dtype": torch.float32}, {"block_k": 8}])
+def test_forward_leaves_what_kernels_do_not_take(change: dict[str, Any]) -> None:
+    case = replace(Case(), **change)
+    assert case.forward(case.tensors(), cuda.forward) is None
+
+
+@body
 def test_empty_complement_is_full_attention() -> None:
     case = CASES["empty complement"]
     x = case.tensors()

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sla2_compile
 from sla2_compile.passes.site import Site
+from tests.models import calls_of_ops
 from tests.zoo.entry import Entry
 
 MIN_SEQ_LEN = 64
@@ -284,7 +285,6 @@ def _export(model: nn.Module, kwargs: dict[str, Any], strict: bool) -> tuple[int
 
 
 def _count(gm: fx.GraphModule) -> int:
-    """Nodes that call the op, in this graph and in those of autocast regions or loops inside it."""
-    ops = (torch.ops.sla2.attention, torch.ops.sla2.attention.default)
+    """Calls of our ops, in this graph and in those of autocast regions or loops inside it."""
     graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    return sum(node.target in ops for graph in graphs for node in graph.nodes if node.op == "call_function")
+    return sum(map(calls_of_ops, graphs))
