@@ -1,4 +1,4 @@
-"""SLA2 attention in one call: route, then attention, as one op where no gradient is wanted. What sites and graphs run."""
+"""SLA2 attention in one call, by one op or, where a gradient is wanted, by two. What sites and rewritten graphs run."""
 
 from __future__ import annotations
 
