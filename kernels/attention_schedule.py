@@ -211,7 +211,7 @@ def attention_schedule(
     layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), feature_map)
     more = mask is not None or keep_branches
     shape = ShapeClass(arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level, more)
-    fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, not more and not is_causal)
+    fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, eight.level, not more and not is_causal)
     # the linear branch lies in o until the sparse branch mixes it in
     linear = o_linear if keep_branches else o
     # of the two kernels that the fused one replaces
@@ -222,7 +222,8 @@ def attention_schedule(
         if fused:
             hopper.attend(
                 schedule, shape, q, k, v, eight.slots, summed.slot, summed.n, o, lse, bias_strides,
-                first=summed.first * tm, z_at=layout.z_at, alpha=alpha, scale=scale, feature_map=feature_map,
+                first=summed.first * tm, row=layout.row, z_at=layout.z_at, alpha=alpha, scale=scale,
+                feature_map=feature_map,
             )  # fmt: skip
             continue
         tile, limits = linear_tile(shape)

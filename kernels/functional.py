@@ -1,4 +1,4 @@
-"""SLA2 attention in one call, by one op or, where a gradient is wanted, by two. What sites and rewritten graphs run."""
+"""SLA2 attention in one call, by one op or, where a gradient is wanted, by two: what sites and graphs run."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def entry(table, at, topk, Tn):
 
 @gluon.jit
 def start_scores(
-    q, k_bufs, stage, mma: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr,
+    q, k_bufs, stage, mma: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr,
     LOW_BIT: gl.constexpr,
 ):  # fmt: skip
     """Start the scores of a stage's key blocks; returns what to wait for, a tuple as everything of a step is."""
@@ -125,7 +125,7 @@ def start_scores(
     # a comprehension of Gluon's goes over a tuple, not over a range
     return [
         warpgroup_mma(
-            q, k_bufs.index(PAIR * stage + part).reshape([BLOCK_K, D]).permute((1, 0)), zero,
+            q, k_bufs.index(PAIR * stage + part).reshape([BLOCK_K, BLOCK_D]).permute((1, 0)), zero,
             use_acc=LOW_BIT > 0, is_async=True,
         )
         for part in (0, 1)[:PAIR]
@@ -181,14 +181,14 @@ def packed(p, layout: gl.constexpr):
 
 
 @gluon.jit
-def start_values(p, v_bufs, stage, acc, DV: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
+def start_values(p, v_bufs, stage, acc, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
     """Start acc += p v of a stage's key blocks; returns what to wait for."""
     for part in gl.static_range(len(p)):
         tile = v_bufs.index(len(p) * stage + part)
         if LOW_BIT == 2:
-            values = tile.reshape([DV, BLOCK_K]).permute((1, 0))
+            values = tile.reshape([BLOCK_D, BLOCK_K]).permute((1, 0))
         else:
-            values = tile.reshape([BLOCK_K, DV])
+            values = tile.reshape([BLOCK_K, BLOCK_D])
         acc = warpgroup_mma(p[part], values, acc, is_async=True)
     return acc
 
@@ -312,9 +312,12 @@ def held(total):
 
 
 @gluon.jit
-def feature_map(x, NAME: gl.constexpr):
-    """phi over the last axis of x (rows, dims) fp32."""
+def feature_map(x, D: gl.constexpr, columns: gl.constexpr, NAME: gl.constexpr):
+    """phi over the first D of the last axis of x (rows, dims) fp32; what is behind meets zeros of H and Z."""
     if NAME == "softmax":
+        if x.shape[1] > D:
+            at = gl.arange(0, x.shape[1], layout=columns)
+            x = gl.where(gl.expand_dims(at < D, 0), x, NEG_INF)
         x = gl.exp2((x - gl.expand_dims(gl.max(x, axis=1), 1)) * LOG2_E)
         return x * gl.expand_dims(1.0 / gl.sum(x, axis=1), 1)
     elif NAME == "elu":
@@ -327,15 +330,15 @@ def feature_map(x, NAME: gl.constexpr):
 def take_rows(
     HALF: gl.constexpr, o_desc, bufs, bars, lut, log_rest, gain, bias, lse, bias_stride_h, bias_stride_m,
     first, Hq, Tm, Tn, topk, items, Nq, Nk, scale,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
     LOW_BIT: gl.constexpr, ALPHA: gl.constexpr, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 rows of each query block of this program; arguments as `attend_hopper_kernel`'s."""
     q_bufs, k_bufs, v_bufs, scale_bufs, h_buf, z_buf, mean_buf = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty = bars
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 32 if LOW_BIT > 0 else 16])
-    mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 32 if LOW_BIT == 2 else 16])
-    mma_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 32 if LOW_BIT == 2 else 16])
+    mma_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, mma_s, 4 if LOW_BIT > 0 else 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, mma_o, 4 if LOW_BIT == 2 else 2)
@@ -356,7 +359,7 @@ def take_rows(
         side = turn % 2
         rest = gl.load(log_rest + row)
         mbarrier.wait(q_full.index(side), (turn // 2) & 1)
-        q_tile = q_bufs.index(2 * side + HALF).reshape([ROWS, D])
+        q_tile = q_bufs.index(2 * side + HALF).reshape([ROWS, BLOCK_D])
         if LOW_BIT > 0:
             raw = q_tile.load(q_layout).to(gl.float32)
             q_scale = gl.maximum(gl.max(gl.abs(raw), axis=1) * (1.0 / 127.0), 1e-20)
@@ -366,7 +369,7 @@ def take_rows(
             q = (raw + MAGIC).to(gl.int32, bitcast=True).to(gl.int8)
             c = gl.convert_layout(q_scale, row_s) * (scale * LOG2_E)
         else:
-            if D == 128:
+            if BLOCK_D == 128:
                 # in registers: shared memory is as busy as the tensor cores when they read q from there, too
                 q = q_tile.load(q_layout)
             else:
@@ -375,7 +378,7 @@ def take_rows(
 
         stage = done % STAGES
         mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-        s = start_scores(q, k_bufs, stage, mma_s, D, BLOCK_K, PAIR, LOW_BIT)
+        s = start_scores(q, k_bufs, stage, mma_s, BLOCK_D, BLOCK_K, PAIR, LOW_BIT)
         scales = block_scales(scale_bufs, stage, c, row_s, PAIR, LOW_BIT)
         s = wait_scores(s, 0, LOW_BIT)
         mbarrier.arrive(k_empty.index(stage), count=1)
@@ -391,14 +394,14 @@ def take_rows(
         # the last block has left through its tile of q, which can be loaded again
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(1 - side), count=1, pred=turn > 0)
-        acc = gl.zeros([ROWS, DV], gl.float32, layout=mma_o)
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=mma_o)
         for _ in range(1, steps):
             ahead = (done + 1) % STAGES
             x = operands(p, p_layout, LOW_BIT)
             mbarrier.wait(k_full.index(ahead), ((done + 1) // STAGES) & 1)
-            started = start_scores(q, k_bufs, ahead, mma_s, D, BLOCK_K, PAIR, LOW_BIT)
+            started = start_scores(q, k_bufs, ahead, mma_s, BLOCK_D, BLOCK_K, PAIR, LOW_BIT)
             mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-            acc = start_values(x, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
+            acc = start_values(x, v_bufs, stage, acc, BLOCK_D, BLOCK_K, LOW_BIT)
             scales = block_scales(scale_bufs, ahead, c, row_s, PAIR, LOW_BIT)
             scores = wait_scores(started, PAIR, LOW_BIT)
             mbarrier.arrive(k_empty.index(ahead), count=1)
@@ -413,17 +416,17 @@ def take_rows(
             stage = ahead
         mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
         x = operands(p, p_layout, LOW_BIT)
-        acc = start_values(x, v_bufs, stage, acc, DV, BLOCK_K, LOW_BIT)
+        acc = start_values(x, v_bufs, stage, acc, BLOCK_D, BLOCK_K, LOW_BIT)
 
         # the linear branch's left operand while that runs
         raw = q_tile.load(phi_layout).to(gl.float32)
         mbarrier.wait(h_full, turn & 1)
         if LOW_BIT == 0:
             # K was read as it is: its mean shifts a row's scores by one constant
-            mean = mean_buf.reshape([D]).load(columns_phi)
+            mean = mean_buf.reshape([BLOCK_D]).load(columns_phi)
             shift = gl.convert_layout(gl.sum(raw * gl.expand_dims(mean, 0), axis=1), row_o) * scale
-        phi_q = feature_map(raw, FEATURE_MAP)
-        z = z_buf.reshape([D]).load(columns_phi).to(gl.float32)
+        phi_q = feature_map(raw, D, columns_phi, FEATURE_MAP)
+        z = z_buf.reshape([BLOCK_D]).load(columns_phi).to(gl.float32)
         weight = gl.convert_layout(gl.sum(phi_q * gl.expand_dims(z, 0), axis=1), row_o)
         total = gl.convert_layout(gl.sum(total, axis=1), row_o)
         has_sparse = total > 0.0
@@ -435,9 +438,9 @@ def take_rows(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
         done += 1
-        linear = gl.zeros([ROWS, DV], gl.float32, layout=mma_l)
+        linear = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=mma_l)
         linear = warpgroup_mma(
-            phi_q.to(h_buf.dtype), h_buf.reshape([D, DV]), linear, use_acc=False, is_async=True
+            phi_q.to(h_buf.dtype), h_buf.reshape([BLOCK_D, BLOCK_D]), linear, use_acc=False, is_async=True
         )  # fmt: skip
 
         has_linear = (weight > 0.0) & (rest > NEG_INF)
@@ -473,16 +476,18 @@ def take_rows(
 def attend_hopper_kernel(
     q_desc, k_desc, v_desc, scale_desc, h_desc, z_desc, mean_desc, o_desc, lut, log_rest, gain, bias, lse,
     bias_stride_h, bias_stride_m, first, Hq, groups, Tm, Tn, topk, items, Nq, Nk, scale,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
     LOW_BIT: gl.constexpr, ALPHA: gl.constexpr, FEATURE_MAP: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Compute o and lse of `items` query blocks of 128 rows, from flat block `first` (of B * Hq * Tm) on.
 
     Args:
-        q_desc, o_desc: tiles (1, 1, 64, D) of q and o; k_desc: (1, 1, BLOCK_K, D) of k or k8.
-        v_desc: (1, 1, BLOCK_K, DV) of v, or (1, 1, DV, BLOCK_K) of v8.
+        q_desc, o_desc: tiles (1, 1, 64, BLOCK_D) of q and o, whose head dim is D: behind it the copy engine brings
+            zeros and writes nothing, here and in what follows. k_desc: (1, 1, BLOCK_K, BLOCK_D) of k or k8.
+        v_desc: (1, 1, BLOCK_K, BLOCK_D) of v, or (1, 1, BLOCK_D, BLOCK_K) of v8.
         scale_desc: (1, 1, 32) of the scales (B * Hkv, Tn, 4): key scale, log2 of the value scale (if LOW_BIT).
-        h_desc, z_desc: (1, D, DV) and (1, D) of the summed states (items, STATE); mean_desc: (1, D) of k_mean.
+        h_desc, z_desc: (1, BLOCK_D, BLOCK_D) and (1, BLOCK_D) of the summed states (items, STATE).
+        mean_desc: (1, BLOCK_D) of k_mean.
         lut: (B, Hq, Tm, topk); log_rest: (B, Hq, Tm); gain: (Hq,), bias: strided (Hq, Tm) as ALPHA says.
         lse: (B, Hq, Nq) fp32, out. ALPHA: 0 neither, 1 bias, 2 gain and bias.
     """
@@ -524,11 +529,11 @@ def attend_hopper_kernel(
         [
             (take_rows, (
                 0, o_desc, bufs, bars, lut, log_rest, gain, bias, lse, bias_stride_h, bias_stride_m, first, Hq, Tm,
-                Tn, topk, items, Nq, Nk, scale, D, DV, BLOCK_K, STAGES, PAIR, LOW_BIT, ALPHA, FEATURE_MAP,
+                Tn, topk, items, Nq, Nk, scale, D, BLOCK_D, BLOCK_K, STAGES, PAIR, LOW_BIT, ALPHA, FEATURE_MAP,
             )),
             (take_rows, (
                 1, o_desc, bufs, bars, lut, log_rest, gain, bias, lse, bias_stride_h, bias_stride_m, first, Hq, Tm,
-                Tn, topk, items, Nq, Nk, scale, D, DV, BLOCK_K, STAGES, PAIR, LOW_BIT, ALPHA, FEATURE_MAP,
+                Tn, topk, items, Nq, Nk, scale, D, BLOCK_D, BLOCK_K, STAGES, PAIR, LOW_BIT, ALPHA, FEATURE_MAP,
             )),
             (load_tiles, (descs, bufs, bars, lut, first, Hq, groups, Tm, Tn, topk, items, STAGES, PAIR, LOW_BIT)),
         ],

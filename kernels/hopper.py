@@ -3,9 +3,9 @@
 | takes | leaves to `linear_kernel` and `attend_kernel` |
 |---|---|
 | compute capability 9.0, Triton 3.6 and 3.7 (Gluon, its language, may still change) | other chips, other Tritons |
-| D = Dv of 64 or 128, block_q 128, block_k 64 | other sizes |
+| D = Dv of 40 to 128, in tiles of 64 or 128, block_q 128, block_k 64 | other sizes |
 | no key_mask, not causal, no branches kept | masks, causal, training |
-| 16-byte strides and addresses of q, k and v; k_mean as the router makes it | odd layouts |
+| 16-byte strides and addresses of q, k and v, in low bit also of k8; k_mean as the router makes it | odd layouts |
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import triton
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.device import describable
+from sla2_compile.kernels.device import describable, padded
 from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
 from sla2_compile.kernels.tiles import HopperTile, ShapeClass, hopper_tile
 
@@ -48,17 +48,19 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def takes(
-    arch: int, q: Layout, k: Layout, v: Layout, k_mean: Layout, block_q: int, block_k: int, plain: bool
+    arch: int, q: Layout, k: Layout, v: Layout, k_mean: Layout, block_q: int, block_k: int, low_bit: int, plain: bool
 ) -> bool:
     """Whether this call runs on the Hopper kernel; plain: no mask, not causal, no branches kept."""
+    D = q.shape[3]
     return (
         plain
         and arch == 90
         and knows_this_triton()
         and (block_q, block_k) == (BLOCK_Q, BLOCK_K)
-        and q.shape[3] in (64, 128)
-        and v.shape[3] == q.shape[3]
+        and padded(D) in (64, 128)
+        and v.shape[3] == D
         and all(describable(x) for x in (q, k, v))
+        and D % (16 if low_bit else 8) == 0
         and k_mean.aligned
         and k_mean.dtype == torch.float32
     )
@@ -96,7 +98,7 @@ def steps_that_fit(D: int, bytes_k: int, bytes_v: int, tile: HopperTile) -> int:
 def attend(
     schedule: Schedule, shape: ShapeClass, q: Layout, k: Layout, v: Layout, eight: tuple[Slot, Slot, Slot],
     summed: Slot, heads_in: int, o: Slot, lse: Slot, bias_strides: tuple[int, ...], *,
-    first: int, z_at: int, alpha: int, scale: float, feature_map: str,
+    first: int, row: int, z_at: int, alpha: int, scale: float, feature_map: str,
 ) -> None:  # fmt: skip
     """Have o and lse written for the query blocks that `summed` has states for.
 
@@ -104,35 +106,36 @@ def attend(
         schedule: of `attention_schedule`, whose inputs it has.
         eight: k8 (B, Hkv, Tn * 64, D), v8 (B, Hkv, Tn, D, 64), scales (B, Hkv, Tn, 4), as far as low_bit has them.
         summed: (heads of k, query blocks of one, STATE), of which the first heads_in heads count, with states from
-            flat query block `first` on; z at z_at in each.
+            flat query block `first` on; H in rows of `row` numbers, z at z_at in each.
         The rest as `attend_hopper_kernel`'s.
     """
     q_in, k_in, v_in, mean, lut, log_rest, gain, bias, _ = schedule.inputs
     (B, Hq, Nq, D), (_, heads, Nk, _), (tm, topk) = q.shape, k.shape, lut.shape[2:]
     (k8, v8, scales), low_bit = eight, shape.low_bit
     tn, items, state = num_blocks(Nk, BLOCK_K), heads_in * summed.shape[1], summed.shape[2]
+    block_d = padded(D)
     keys = (
-        whole_tiles(k8, k8.shape, 1, 1, BLOCK_K, D)
+        whole_tiles(k8, k8.shape, 1, 1, BLOCK_K, block_d)
         if low_bit
-        else swizzled_tiles(k_in, k.shape, k.stride, 1, 1, BLOCK_K, D)
+        else swizzled_tiles(k_in, k.shape, k.stride, 1, 1, BLOCK_K, block_d)
     )
     if low_bit == 2:
-        values = whole_tiles(v8, (B * heads, tn, D, BLOCK_K), 1, 1, D, BLOCK_K)
+        values = whole_tiles(v8, (B * heads, tn, D, BLOCK_K), 1, 1, block_d, BLOCK_K)
     else:
-        values = swizzled_tiles(v_in, v.shape, v.stride, 1, 1, BLOCK_K, D)
+        values = swizzled_tiles(v_in, v.shape, v.stride, 1, 1, BLOCK_K, block_d)
     # never read without low bit, but must be a thing that can be described
     scale_tiles = (
         whole_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else whole_tiles(mean, (B, heads, D), 1, 1, 32)
     )
     tile = hopper_tile(shape)
-    stages = steps_that_fit(D, keys.slot.dtype.itemsize, values.slot.dtype.itemsize, tile)
+    stages = steps_that_fit(block_d, keys.slot.dtype.itemsize, values.slot.dtype.itemsize, tile)
     schedule.launch(
         kernel(), (min(items, tile.programs * multiprocessors(q.device)),),
-        swizzled_tiles(q_in, q.shape, q.stride, 1, 1, ROWS, D), keys, values, scale_tiles,
-        swizzled_tiles(summed, (items, D, D), (state, D, 1), 1, D, D),
-        swizzled_tiles(summed, (items, D), (state, 1), 1, D, offset=z_at),
-        whole_tiles(mean, (B * heads, D), 1, D), whole_tiles(o, o.shape, 1, 1, ROWS, D),
+        swizzled_tiles(q_in, q.shape, q.stride, 1, 1, ROWS, block_d), keys, values, scale_tiles,
+        swizzled_tiles(summed, (items, D, D), (state, row, 1), 1, block_d, block_d),
+        swizzled_tiles(summed, (items, D), (state, 1), 1, block_d, offset=z_at),
+        whole_tiles(mean, (B * heads, D), 1, block_d), whole_tiles(o, o.shape, 1, 1, ROWS, block_d),
         lut, log_rest, gain, bias, lse, *bias_strides, first, Hq, Hq // heads, tm, tn, topk, items, Nq, Nk, scale,
-        D=D, DV=D, BLOCK_K=BLOCK_K, STAGES=stages, PAIR=tile.pair, LOW_BIT=low_bit, ALPHA=alpha,
+        D=D, BLOCK_D=block_d, BLOCK_K=BLOCK_K, STAGES=stages, PAIR=tile.pair, LOW_BIT=low_bit, ALPHA=alpha,
         FEATURE_MAP=feature_map, REGISTERS=tile.registers, num_warps=4, maxnreg=tile.at_launch,
     )  # fmt: skip

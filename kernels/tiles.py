@@ -67,6 +67,9 @@ def attend(rows: int, warps: int, stages: int, registers: int | None = None) -> 
 
 
 ATTEND: Table = (
+    # 128 rows spill where they also mask or are in 8 bits; of 128 keys 64 rows do
+    (lambda s: s.hopper and s.wide and s.block_k <= 64 and not (s.more or s.low_bit), attend(128, 8, 2)),
+    (lambda s: s.hopper and s.wide and s.block_k <= 64, attend(64, 8, 2)),
     # 64 rows take all 255 registers of a thread on sm_80
     (lambda s: s.wide, attend(32, 8, 2)),
     # 128 keys: 64 rows take up to 840 bytes of stack

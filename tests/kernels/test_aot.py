@@ -197,6 +197,7 @@ COMPILED = [
 COMPILED_HOPPER = [
     *on(90, HOPPER, {f"D{D}, {low}": call(D, (128, 64), low=low) for D in (64, 128) for low in LOW_BITS}),
     *on(90, HOPPER, {"D128, fp16": call(128, (128, 64), dtype=torch.float16)}),
+    *on(90, HOPPER, {f"D{D}, {low}": call(D, (128, 64), low=low) for D in (48, 80) for low in LOW_BITS}),
 ]
 
 

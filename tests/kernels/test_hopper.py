@@ -32,6 +32,10 @@ CASES = {
     "many query blocks": replace(WIDE, Nq=128 * 300, topk_ratio=0.2, alpha="block"),
     "elu": replace(WIDE, feature_map="elu"),
     "relu": replace(PLAIN, feature_map="relu"),
+    # zeros behind a head dim must not count: not in phi's sum, not in its maximum
+    "D 96": replace(PLAIN, D=96, Dv=96, B=2),
+    "D 80, elu": replace(PLAIN, D=80, Dv=80, feature_map="elu", transposed=True),
+    "D 48": replace(PLAIN, D=48, Dv=48, alpha="head"),
     "all keys": replace(PLAIN, linear_scope="all"),
 }
 LEVELS = ("none", "int8", "int8_fp8")
@@ -46,11 +50,12 @@ def takes(
     arch: int = 90,
     block_q: int = 128,
     block_k: int = 64,
+    low_bit: int = 0,
     plain: bool = True,
     mean: Layout | None = None,
 ) -> bool:
     q, k, v = (Layout.of(y) for y in x)
-    return hopper.takes(arch, q, k, v, mean or Layout.of(torch.empty(2, 4, 128)), block_q, block_k, plain)
+    return hopper.takes(arch, q, k, v, mean or Layout.of(torch.empty(2, 4, 128)), block_q, block_k, low_bit, plain)
 
 
 def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +69,12 @@ def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes([q, k, v], block_q=64)
     assert not takes([q, k, v], block_k=128)
     assert not takes([q, k, v], plain=False)
-    assert not takes(tensors(D=96))
+    for D in (40, 72, 96, 120):
+        assert takes(tensors(D=D))
+        # rows of k8 begin at multiples of 16 bytes
+        assert takes(tensors(D=D), low_bit=1) == (D % 16 == 0)
+    for D in (32, 36, 100, 136, 256):
+        assert not takes(tensors(D=D))
     assert not takes([q, k, v[..., :64]])
     # rows of 130 numbers do not begin at multiples of 16 bytes
     odd = torch.empty(2, 4, 256, 130, dtype=torch.bfloat16)[..., :128]
