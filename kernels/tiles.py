@@ -67,8 +67,9 @@ def attend(rows: int, warps: int, stages: int, registers: int | None = None) -> 
 
 
 ATTEND: Table = (
-    # 128 rows spill where they also mask or are in 8 bits; of 128 keys 64 rows do
+    # 0.512 ms, from 1.291 with 32 rows, on (1, 16, 16384, 256); they spill where they also mask or are in 8 bits
     (lambda s: s.hopper and s.wide and s.block_k <= 64 and not (s.more or s.low_bit), attend(128, 8, 2)),
+    # 0.92 ms in 8 bits, from 1.69; of 128 keys they spill. Not timed with masks or branches
     (lambda s: s.hopper and s.wide and s.block_k <= 64, attend(64, 8, 2)),
     # 64 rows take all 255 registers of a thread on sm_80
     (lambda s: s.wide, attend(32, 8, 2)),
@@ -114,6 +115,8 @@ def linear(rows: int, warps: int, tiles: int, stages: int) -> Tile:
 
 
 LINEAR: Table = (
+    # with all dims of q at a time: 0.337 ms, from 0.500, on (1, 16, 16384, 256)
+    (lambda s: s.hopper and s.wide, linear(64, 8, 1, 1)),
     # 64 rows spill on sm_80; loads ahead take 164 KiB of shared memory
     (lambda s: s.wide, linear(32, 8, 1, 1)),
     # several tiles a program, loads ahead: 0.134 ms
@@ -124,13 +127,13 @@ LINEAR: Table = (
 def linear_tile(shape: ShapeClass) -> tuple[Tile, Limits]:
     """Choose for `linear_kernel`."""
     tile = chosen(LINEAR, shape)
-    most = 32 if shape.wide else 128
+    most = 128 if not shape.wide else (64 if shape.hopper else 32)
     return {**tile, "BLOCK_M": min(tile["BLOCK_M"], shape.block_q)}, {"BLOCK_M": (16, min(most, shape.block_q))}
 
 
 def linear_chunk(shape: ShapeClass) -> int:
-    """Dims of q that `linear_kernel` takes at a time: all, unless a state then takes 144 KiB of shared memory."""
-    return 64 if shape.wide else shape.block_d
+    """Dims of q that `linear_kernel` takes at a time: all, unless a state's 160 KiB are too much shared memory."""
+    return 64 if shape.wide and not shape.hopper else shape.block_d
 
 
 def states(columns: int, warps: int, registers: int | None = None) -> Tile:
@@ -139,6 +142,9 @@ def states(columns: int, warps: int, registers: int | None = None) -> Tile:
 
 
 STATES: Table = (
+    # phi once for all columns: 0.381 ms, from 0.741 by 64 columns, on (1, 16, 16384, 256); 0.437 from 0.734 in INT8,
+    # 0.499 from 2.301 with FP8
+    (lambda s: s.hopper and s.wide and s.block_k <= 64, states(256, 8)),
     # a head in slices. Of 128 keys: 64 columns take 216 to 312 bytes of stack; these 96 to 136 in 8 bits, else none
     (lambda s: s.wide and s.in_registers and s.block_k > 64, states(32, 8)),
     # of few keys: with 8 warps the assembler of sm_120 fails over FP8 (C7907)
