@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import end_to_end, end_to_end_report, host
-from benchmarks.end_to_end_contenders import CONTENDERS, Answer, materialised, values
+from benchmarks.end_to_end_contenders import CONTENDERS, answered, materialised, values
 from benchmarks.end_to_end_workloads import PARTS, WAN_14B, workloads
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "end_to_end"
@@ -107,15 +108,16 @@ def test_models_keep_the_shape_of_their_input() -> None:
 
 def test_attention_that_returns_values_leaves_cross_attention_alone() -> None:
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    with Answer(values):
-        assert torch.equal(attend(q, k, v), v)
-        assert not torch.equal(attend(q[:, :, :3], k, v), v[:, :, :3])
+    whole = functional.scaled_dot_product_attention
+    with answered(values):
+        assert torch.equal(functional.scaled_dot_product_attention(q, k, v), v)
+        assert not torch.equal(functional.scaled_dot_product_attention(q[:, :, :3], k, v), v[:, :, :3])
+    assert functional.scaled_dot_product_attention is whole
 
 
 def test_materialised_attention_is_attention() -> None:
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
-    torch.testing.assert_close(materialised(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(materialised(q, k, v), functional.scaled_dot_product_attention(q, k, v))
 
 
 def test_a_slow_host_is_waited_for(monkeypatch) -> None:
