@@ -26,6 +26,6 @@ Importing this package loads torch and registers the ops; Triton comes when a CU
 
 from sla2_compile.kernels.blocks import AUTO, auto_block_sizes
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
-from sla2_compile.kernels.ops import attention, route
+from sla2_compile.kernels.ops import attention, forward, route
 
-__all__ = ["AUTO", "AttentionOptions", "attention", "auto_block_sizes", "route", "sla2_attention"]
+__all__ = ["AUTO", "AttentionOptions", "attention", "auto_block_sizes", "forward", "route", "sla2_attention"]

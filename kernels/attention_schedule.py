@@ -210,7 +210,8 @@ def attention_schedule(
     # an INT8 product sums over 32 dims at a time
     layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), feature_map)
     more = mask is not None or keep_branches
-    shape = ShapeClass(arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level, more)
+    tma = not eight.level and arch >= 90 and describable(k) and describable(v)
+    shape = ShapeClass(arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level, more, is_causal, tma)
     fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, eight.level, not more and not is_causal)
     # the linear branch lies in o until the sparse branch mixes it in
     linear = o_linear if keep_branches else o
@@ -239,7 +240,6 @@ def attention_schedule(
         return schedule, outputs
     block_d, block_dv = layout.block_d, layout.block_dv
     tile, limits = attend_tile(shape, device.shared_limit(q.device))
-    tma = not eight.level and arch >= 90 and describable(k) and describable(v)
     k_tiles, v_tiles = (
         (block_tiles(k_in, k, block_k, block_d), block_tiles(v_in, v, block_k, block_dv)) if tma else (k_in, v_in)
     )

@@ -230,6 +230,9 @@ def forward(
     """Route and attention in one op, without gradients: the host goes but once through dispatcher and checks.
 
     Arguments and results: those of `route` and `attention`.
+
+    Raises:
+        ValueError: as they do, and where an input asks for a gradient.
     """
     return one_after_the_other(
         route, attention, q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask, topk_ratio, compression_ratio,
@@ -249,3 +252,15 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 @forward.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return one_after_the_other(route_fake, attention_fake, *given)
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    fix = "trace or export where gradients are wanted, or run it under torch.no_grad()"
+    raise fail("sla2::forward", "run where no gradient is wanted", "inputs that require one", fix)
+
+
+def _forward_backward(ctx: Any, *_: Any) -> None:
+    raise AssertionError("sla2::forward refuses inputs that require a gradient")
+
+
+forward.register_autograd(_forward_backward, setup_context=_forward_setup)

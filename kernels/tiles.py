@@ -23,6 +23,7 @@ class ShapeClass:
         arch: compute capability, 90 for Hopper; block_d, block_dv: head dims padded to tiles.
         low_bit: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
         more: whether `attend_kernel` also masks keys or keeps the branches, for which it needs more registers.
+        causal: whether the call is; tma: whether `attend_kernel` reads k and v by the copy engine, if not in low bit.
     """
 
     arch: int
@@ -32,6 +33,8 @@ class ShapeClass:
     block_k: int
     low_bit: int = 0
     more: bool = False
+    causal: bool = False
+    tma: bool = True
 
     @property
     def width(self) -> int:
@@ -45,6 +48,11 @@ class ShapeClass:
     @property
     def hopper(self) -> bool:
         return self.arch == 90
+
+    @property
+    def wide_by_tma(self) -> bool:
+        """Whether a wide head's blocks come by Hopper's copy engine or in 8 bits, which spares registers."""
+        return self.hopper and self.wide and self.block_k <= 64 and (self.tma or self.low_bit > 0)
 
     @property
     def in_registers(self) -> bool:
@@ -67,10 +75,10 @@ def attend(rows: int, warps: int, stages: int, registers: int | None = None) -> 
 
 
 ATTEND: Table = (
-    # 0.512 ms, from 1.291 with 32 rows, on (1, 16, 16384, 256); they spill where they also mask or are in 8 bits
-    (lambda s: s.hopper and s.wide and s.block_k <= 64 and not (s.more or s.low_bit), attend(128, 8, 2)),
-    # 0.92 ms in 8 bits, from 1.69; of 128 keys they spill. Not timed with masks or branches
-    (lambda s: s.hopper and s.wide and s.block_k <= 64, attend(64, 8, 2)),
+    # 0.512 ms, from 1.291 with 32 rows, on (1, 16, 16384, 256); these spill where a call has more to do
+    (lambda s: s.wide_by_tma and not (s.more or s.causal or s.low_bit), attend(128, 8, 2)),
+    # 0.92 ms in 8 bits, from 1.69; of 128 keys they spill. Not timed with masks, branches or causal
+    (lambda s: s.wide_by_tma, attend(64, 8, 2)),
     # 64 rows take all 255 registers of a thread on sm_80
     (lambda s: s.wide, attend(32, 8, 2)),
     # 128 keys: 64 rows take up to 840 bytes of stack

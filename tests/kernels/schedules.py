@@ -12,7 +12,7 @@ try:
 except ImportError:  # no Triton here, so nothing is scheduled
     CACHES = []
 else:
-    CACHES = [route_schedule, attention_schedule, cuda.takes_route, cuda.takes_attention]
+    CACHES = [route_schedule, attention_schedule, cuda.takes_route, cuda.takes_attention, cuda.forward_schedules]
 
 
 def forget_schedules() -> None:

@@ -96,6 +96,7 @@ def call(
     low: str = "none",
     dtype: torch.dtype = torch.bfloat16,
     r: int = 8,
+    phi: str = "softmax",
 ) -> Any:
     """One whole call on CPU tensors, for its launches only; more: words of causal, masked, kept."""
 
@@ -106,7 +107,7 @@ def call(
         lut, rest, _, mean = scheduled_route(q, q, proj, proj, mask, 0.1, r, *blocks, D**-0.5, causal)
         # alpha as routing gives it, which takes the most registers
         gain, bias = torch.empty(2), torch.empty(2, 1)
-        args = (q, q, q, mean, lut, rest, gain, bias, mask, *blocks, D**-0.5, "softmax", "complement", causal)
+        args = (q, q, q, mean, lut, rest, gain, bias, mask, *blocks, D**-0.5, phi, "complement", causal)
         scheduled_attention(*args, "kept" in more, low)
 
     return run
@@ -175,13 +176,18 @@ COMPILED = [
         "D128, 128 keys, int8 + fp8": call(128, (128, 128), low="int8_fp8"),
         "D96, causal masked, int8 + fp8": call(96, (32, 32), "causal masked", "int8_fp8"),
         "D256": call(256, (128, 64)),
+        "D256, causal": call(256, (128, 64), "causal"),
         "D256, all": call(256, (128, 64), ALL),
+        "D136, causal": call(136, (128, 64), "causal"),
         "D256, kept": call(256, (128, 64), "kept"),
         "D256, int8, 32 keys": call(256, (128, 32), low="int8"),
         "D256, int8 + fp8": call(256, (128, 64), low="int8_fp8", dtype=torch.float16),
         "D256, masked, int8 + fp8": call(256, (64, 64), "causal masked", low="int8_fp8"),
         "D256, 128 keys": call(256, (128, 128), ALL),
         "D256, 128 keys, int8 + fp8": call(256, (64, 128), "masked", "int8_fp8"),
+    }),
+    *on(90, ("linear_kernel", "states_kernel"), {
+        f"D256, {phi}": call(256, (128, 64), phi=phi) for phi in ("elu", "relu")
     }),
     *on(100, SPARSE, {
         "D64, 128 keys, int8": call(64, (128, 128), ALL, "int8"),
@@ -222,6 +228,12 @@ def allowed_stack(launch: Launch, registers: int) -> int:
         # 128 rows of 256 dims in fp32 are half of all registers, and are copied for 8 bits: no tile tried does
         # without. In 16 bits Triton 3.7 needs none, 3.6 96
         return 152
+    if name == "linear_kernel" and given["D"] > 128 and given["FEATURE_MAP"] == "elu":
+        # a few registers more than there are, for 64 rows on Hopper
+        return 24
+    if name == "states_kernel" and given["BLOCK_DV"] == 256 and given["D"] % 16:
+        # likewise, where loads of a row are masked
+        return 8
     # not for want of registers, of which there are 255: the assembler's own choice, often to stop at 128
     return 8 if name == "attend_kernel" and registers < 255 else 0
 

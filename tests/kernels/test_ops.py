@@ -138,11 +138,22 @@ def test_forward_is_route_and_attention(layout: str, variant: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_forward_has_no_backward_and_says_so() -> None:
+def test_forward_refuses_inputs_that_want_a_gradient() -> None:
     q, k, v = qkv("contiguous", True)
-    o = forward(*forward_args("plain", q, k, v, {}))[0]
-    with pytest.raises(RuntimeError, match="backward through sla2"):
-        o.sum().backward()
+    with pytest.raises(ValueError, match="sla2::forward must run where no gradient is wanted, got inputs that"):
+        forward(*forward_args("plain", q, k, v, {}))
+    with torch.no_grad():
+        assert forward(*forward_args("plain", q, k, v, {}))[0].isfinite().all()
+
+
+def test_a_program_exported_without_gradients_refuses_to_give_one() -> None:
+    class Site(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return sla2_attention(q, k, v, AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3))
+
+    program = torch.export.export(Site(), qkv("contiguous", False)).module()
+    with pytest.raises(ValueError, match="run where no gradient is wanted"):
+        program(*qkv("contiguous", True))
 
 
 @pytest.mark.parametrize("wanted", ["q", "proj_q", "alpha_bias", None])

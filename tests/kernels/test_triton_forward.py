@@ -118,6 +118,7 @@ def test_attention_with_the_copy_engine(name: str, monkeypatch: pytest.MonkeyPat
     """Tiles of K and V through tensor descriptors, as on sm_90, also in the interpreter."""
     if INTERPRETED:
         monkeypatch.setattr(device, "capability", lambda device: 90)
+    monkeypatch.setattr(hopper, "takes", lambda *_: False)
     check_attention(CASES[name])
 
 
@@ -126,6 +127,7 @@ def test_attention_with_the_copy_engine(name: str, monkeypatch: pytest.MonkeyPat
 def test_attention_with_pointers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of K and V through pointers, as on chips without a copy engine."""
     monkeypatch.setattr(attention_schedule, "describable", lambda x: False)
+    monkeypatch.setattr(hopper, "takes", lambda *_: False)
     check_attention(CASES[name])
 
 

@@ -63,7 +63,7 @@ class Traced:
     """One compilation or export of the transformed model.
 
     Attributes:
-        inside: sites that are `sla2::attention` in the graphs.
+        inside: sites that are an op of ours in the graphs.
         difference: to the eager transformed model, or to the untransformed one if inside is 0, as a share of the
             largest output; None where only some sites are inside, so that there is nothing equal to compare with.
         failure: the error, if there is one.
