@@ -13,6 +13,7 @@
 | `schedule.py` | a call's launches, worked out once for its layout |
 | `rerun.py`, `repeat.py`, `driver.py` | its later runs; one launch made again; NVIDIA's driver |
 | `route_schedule.py`, `attention_schedule.py` | those of route and of attention |
+| `states_schedule.py` | those of attention's block states, and how these lie in memory |
 | `tiles.py`, `tuning.py` | how attention's kernels are cut: by tables, or by trial |
 | `device.py` | what launchers ask of a GPU and of a layout |
 | `triton_pool.py`, `triton_scores.py`, `triton_select.py` | router: pooled tokens, block scores, top-k |

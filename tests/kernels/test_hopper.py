@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, hopper
+from sla2_compile.kernels import hopper, states_schedule
 from sla2_compile.kernels.schedule import Layout
 from sla2_compile.kernels.tiles import ShapeClass, hopper_tile
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
@@ -123,7 +123,7 @@ if not INTERPRETED:
         case, kept = replace(WIDE, B=2, heads=2), remember_tensors(monkeypatch)
         x = routed(case, case.tensors())
         whole = case.attention(x, scheduled_attention, False, low_bit)
-        monkeypatch.setattr(attention_schedule, "STATE_BYTES", state_bytes(kept, 3, of=4))
+        monkeypatch.setattr(states_schedule, "STATE_BYTES", state_bytes(kept, 3, of=4))
         forget_schedules()
         parts = case.attention(x, scheduled_attention, False, low_bit)
         assert torch.equal(whole[0], parts[0])

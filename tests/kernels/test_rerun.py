@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule
+from sla2_compile.kernels import states_schedule
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 from tests.kernels.triton_case import INTERPRETED
 
@@ -44,7 +44,7 @@ if not INTERPRETED:
         D: int, low_bit: str, groups: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if groups:
-            monkeypatch.setattr(attention_schedule, "STATE_BYTES", 3 << 20)
+            monkeypatch.setattr(states_schedule, "STATE_BYTES", 3 << 20)
         tensors = inputs(D)
         spoil()
         first = call(tensors, low_bit)

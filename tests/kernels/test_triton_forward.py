@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, cuda, device, hopper, reference, route_schedule
+from sla2_compile.kernels import attention_schedule, cuda, device, hopper, reference, route_schedule, states_schedule
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
@@ -237,7 +237,7 @@ def test_heads_in_groups(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
     whole = case.attention(x, scheduled_attention, False)[0]
-    monkeypatch.setattr(attention_schedule, "STATE_BYTES", state_bytes(kept, heads, of=6))
+    monkeypatch.setattr(states_schedule, "STATE_BYTES", state_bytes(kept, heads, of=6))
     forget_schedules()
     assert torch.equal(whole, case.attention(x, scheduled_attention, False)[0])
     assert len(kept["states"]) == heads
@@ -347,7 +347,7 @@ if not INTERPRETED:
             sla2_attention(q, q, q, AttentionOptions())
 
         def built() -> int:
-            names = {**vars(attention_schedule), **vars(route_schedule)}
+            names = {**vars(attention_schedule), **vars(states_schedule), **vars(route_schedule)}
             kernels = [x for name, x in names.items() if name.endswith("_kernel")]
             kernels += [hopper.kernel()] if hopper.knows_this_triton() else []
             return sum(len(x.device_caches[torch.cuda.current_device()][0]) for x in kernels)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, reference, reference_low_bit
+from sla2_compile.kernels import reference, reference_low_bit, states_schedule
 from sla2_compile.kernels.schedule import Schedule
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
@@ -291,7 +291,7 @@ def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(Case(), heads=3, groups=1, Nq=75, Nk=107, keep=False)
     x = routed(case, case.tensors())
     whole = case.attention(x, scheduled_attention, False, low_bit)[0]
-    monkeypatch.setattr(attention_schedule, "STATE_BYTES", state_bytes(kept, 2, of=3))
+    monkeypatch.setattr(states_schedule, "STATE_BYTES", state_bytes(kept, 2, of=3))
     forget_schedules()
     assert torch.equal(whole, case.attention(x, scheduled_attention, False, low_bit)[0])
     assert len(kept["states"]) == 2

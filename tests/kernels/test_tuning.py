@@ -18,7 +18,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, route_schedule, tuning  # noqa: E402
+from sla2_compile.kernels import attention_schedule, route_schedule, states_schedule, tuning  # noqa: E402
 from sla2_compile.kernels.schedule import Launch, Schedule  # noqa: E402
 from sla2_compile.kernels.triton_states import states_kernel  # noqa: E402
 from tests.kernels.schedules import forget_schedules  # noqa: E402
@@ -252,7 +252,7 @@ def test_candidates_keep_to_the_limits() -> None:
 
 def test_every_candidate_names_what_the_kernel_has() -> None:
     for name, tiles in tuning.CANDIDATES.items():
-        kernel = getattr(attention_schedule, name, None) or getattr(route_schedule, name)
+        kernel = next(vars(m)[name] for m in (attention_schedule, states_schedule, route_schedule) if name in vars(m))
         for tile in tiles:
             assert set(tile) - set(tuning.OF_TRITON) <= set(kernel.arg_names), name
 
