@@ -125,7 +125,7 @@ def attend(
     check_qkv(q, k, v)
     block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    # what gives the router's own parameters none still gives their k_mean one
+    # proj_q and proj_k get no gradient, but what is routed by them asks for one, as any op's result does
     params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
     tn = num_blocks(k.shape[2], block_k)

@@ -3,9 +3,11 @@
 | takes | leaves to `linear_kernel` and `attend_kernel` |
 |---|---|
 | compute capability 9.0, Triton 3.6 and 3.7 (Gluon, its language, may still change) | other chips, other Tritons |
-| D = Dv of 40 to 128, in tiles of 64 or 128, block_q 128, block_k 64 | other sizes |
+| D = Dv of 40 to 128, a multiple of 8 (in low bit of 16, for k8's rows), block_q 128, block_k 64 | other sizes |
 | no key_mask, not causal, no branches kept | masks, causal, training |
-| 16-byte strides and addresses of q, k and v, in low bit also of k8; k_mean as the router makes it | odd layouts |
+| 16-byte strides and addresses of q, k and v; k_mean as the router makes it | odd layouts |
+
+Tiles are 64 or 128 dims wide: the copy engine brings zeros behind a head's last one, and writes nothing there.
 """
 
 from __future__ import annotations
@@ -50,7 +52,11 @@ def multiprocessors(device: torch.device) -> int:
 def takes(
     arch: int, q: Layout, k: Layout, v: Layout, k_mean: Layout, block_q: int, block_k: int, low_bit: int, plain: bool
 ) -> bool:
-    """Whether this call runs on the Hopper kernel; plain: no mask, not causal, no branches kept."""
+    """Whether this call runs on the Hopper kernel; see the table above.
+
+    Args:
+        low_bit: LOW_BIT of the kernels; plain: no mask, not causal, no branches kept.
+    """
     D = q.shape[3]
     return (
         plain
@@ -60,7 +66,7 @@ def takes(
         and padded(D) in (64, 128)
         and v.shape[3] == D
         and all(describable(x) for x in (q, k, v))
-        and D % (16 if low_bit else 8) == 0
+        and (not low_bit or D % 16 == 0)
         and k_mean.aligned
         and k_mean.dtype == torch.float32
     )

@@ -89,18 +89,8 @@ class DoorSite(Site):
         block_q, block_k = self.settings.options.block_sizes(Nq, Nk)
         blocks = block_q, block_k, num_blocks(Nq, block_q), num_blocks(Nk, block_k)
         positive = not isinstance(call.scale, (int, float)) or call.scale > 0
-        return (
-            B,
-            H,
-            D,
-            Dv,
-            *blocks,
-            computing_dtype(call.q),
-            call.q.device.type,
-            positive,
-            mask.keys is None,
-            mask.is_causal,
-        )
+        on = computing_dtype(call.q), call.q.device.type
+        return B, H, D, Dv, *blocks, *on, positive, mask.keys is None, mask.is_causal
 
 
 def _tell(reason: str) -> bool:
