@@ -70,7 +70,10 @@ def attention_schedule(
     layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), feature_map)
     more = mask is not None or keep_branches
     tma = not eight.level and arch >= 90 and describable(k) and describable(v)
-    shape = ShapeClass(arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level, more, is_causal, tma)
+    shape = ShapeClass(
+        arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level,
+        more=more, causal=is_causal, tma=tma, odd=D % 16 > 0 or Dv % 16 > 0,
+    )  # fmt: skip
     fused = hopper.takes(arch, q, k, v, k_mean, block_q, block_k, eight.level, not more and not is_causal)
     # the linear branch lies in o until the sparse branch mixes it in
     linear = o_linear if keep_branches else o
@@ -91,7 +94,7 @@ def attention_schedule(
             schedule, linear_kernel, partial(linear_grid, summed.n * groups, tm * block_q),
             q_in, mean_in, rest_in, summed.slot, linear, weight, shift, *q.stride[:3], Hq, groups, Nq, tm,
             summed.first,
-            **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q, CHUNK=linear_chunk(shape),
+            **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q, CHUNK=linear_chunk(shape, feature_map),
             tile=tile, limits=limits, trials=trials,
         )  # fmt: skip
     outputs = (o, lse, o_sparse, o_linear)

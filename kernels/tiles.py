@@ -24,6 +24,7 @@ class ShapeClass:
         low_bit: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
         more: whether `attend_kernel` also masks keys or keeps the branches, for which it needs more registers.
         causal: whether the call is; tma: whether `attend_kernel` reads k and v by the copy engine, if not in low bit.
+        odd: whether a head dim is no multiple of 16, so that loads of a row are masked, for which more registers go.
     """
 
     arch: int
@@ -35,6 +36,7 @@ class ShapeClass:
     more: bool = False
     causal: bool = False
     tma: bool = True
+    odd: bool = False
 
     @property
     def width(self) -> int:
@@ -139,9 +141,12 @@ def linear_tile(shape: ShapeClass) -> tuple[Tile, Limits]:
     return {**tile, "BLOCK_M": min(tile["BLOCK_M"], shape.block_q)}, {"BLOCK_M": (16, min(most, shape.block_q))}
 
 
-def linear_chunk(shape: ShapeClass) -> int:
-    """Dims of q that `linear_kernel` takes at a time: all, unless a state's 160 KiB are too much shared memory."""
-    return 64 if shape.wide and not shape.hopper else shape.block_d
+def linear_chunk(shape: ShapeClass, feature_map: str) -> int:
+    """Dims of q that `linear_kernel` takes at a time: all, unless a state's 160 KiB are too much shared memory.
+
+    With elu all dims of a wide head take 24 bytes of stack on Hopper; not timed.
+    """
+    return 64 if shape.wide and not (shape.hopper and feature_map != "elu") else shape.block_d
 
 
 def states(columns: int, warps: int, registers: int | None = None) -> Tile:
@@ -150,6 +155,8 @@ def states(columns: int, warps: int, registers: int | None = None) -> Tile:
 
 
 STATES: Table = (
+    # the tile below takes 8 to 56 bytes of stack; this one was timed at 256 dims: 0.507 ms, 0.524 and 1.205
+    (lambda s: s.hopper and s.wide and s.block_k <= 64 and s.odd, states(128, 8)),
     # phi once for all columns: 0.381 ms, from 0.741 by 64 columns, on (1, 16, 16384, 256); 0.437 from 0.734 in INT8,
     # 0.499 from 2.301 with FP8
     (lambda s: s.hopper and s.wide and s.block_k <= 64, states(256, 8)),

@@ -179,6 +179,7 @@ COMPILED = [
         "D256, causal": call(256, (128, 64), "causal"),
         "D256, all": call(256, (128, 64), ALL),
         "D136, causal": call(136, (128, 64), "causal"),
+        "D200, int8 + fp8": call(200, (128, 64), low="int8_fp8"),
         "D256, kept": call(256, (128, 64), "kept"),
         "D256, int8, 32 keys": call(256, (128, 32), low="int8"),
         "D256, int8 + fp8": call(256, (128, 64), low="int8_fp8", dtype=torch.float16),
@@ -228,12 +229,6 @@ def allowed_stack(launch: Launch, registers: int) -> int:
         # 128 rows of 256 dims in fp32 are half of all registers, and are copied for 8 bits: no tile tried does
         # without. In 16 bits Triton 3.7 needs none, 3.6 96
         return 152
-    if name == "linear_kernel" and given["D"] > 128 and given["FEATURE_MAP"] == "elu":
-        # a few registers more than there are, for 64 rows on Hopper
-        return 24
-    if name == "states_kernel" and given["BLOCK_DV"] == 256 and given["D"] % 16:
-        # likewise, where loads of a row are masked
-        return 8
     # not for want of registers, of which there are 255: the assembler's own choice, often to stop at 128
     return 8 if name == "attend_kernel" and registers < 255 else 0
 
