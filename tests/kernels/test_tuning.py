@@ -265,8 +265,9 @@ def test_every_call_has_a_row_and_every_row_a_call(table: str) -> None:
     arches = (90,) if table == "HOPPER" else (80, 89, 90, 100, 120)
     dims = (64, 128) if table == "HOPPER" else (16, 64, 128, 256)
     blocks = ((16, 128), (16, 64, 128))
-    words = [(False, True)] * 4
-    for arch, d, block_q, block_k, low, *said in itertools.product(arches, dims, *blocks, (0, 1, 2), *words):
-        shape = tiles.ShapeClass(arch, d, d, block_q, block_k, low, *said)
+    sizes = itertools.product(arches, dims, *blocks, (0, 1, 2))
+    words = itertools.product(*[(False, True)] * 4)
+    for (arch, d, block_q, block_k, low), (more, causal, tma, odd) in itertools.product(sizes, words):
+        shape = tiles.ShapeClass(arch, d, d, block_q, block_k, low, more, causal, tma, odd)
         used.add(next(n for n, (fits, _) in enumerate(rows) if fits(shape)))
     assert used == set(range(len(rows)))
