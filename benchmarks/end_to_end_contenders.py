@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sla2_compile
 from benchmarks.end_to_end_workloads import Workload
-from sla2_compile.computed import how_lines
+from sla2_compile.reports.computed import how_lines
 
 MODES = ("eager", "compiled", "graph")
 LEFT_ALONE = "no attention"

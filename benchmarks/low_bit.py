@@ -63,7 +63,7 @@ def measure(
     kind: str, D: int, N: int, block_q: int, block_k: int, topk_ratio: float, compression_ratio: int
 ) -> dict[str, Any]:
     """One row: the errors of o_sparse and of o, by format."""
-    from sla2_compile.kernels import reference
+    from sla2_compile.kernels.reference import sla2 as reference
     from tests.kernels.triton_case import DEVICE, INTERPRETED, scheduled_attention
 
     q, k, v = inputs(kind, N, D)

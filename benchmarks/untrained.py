@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from sla2_compile.kernels import reference
+from sla2_compile.kernels.reference import sla2 as reference
 
 BLOCK, HEADS, N, D = 64, 4, 2048, 64
 WAYS = ("sparse", "max + mass", "peak + mass", "peak + lse", "best")

@@ -1,4 +1,4 @@
-"""The ops of the namespace `sla2`: schema, fake, autograd and dispatch. Their meaning is `reference.py`.
+"""The ops of the namespace `sla2`: schema, fake, autograd and dispatch. Their meaning is `reference/sla2.py`.
 
 | op | returns |
 |---|---|
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.checks import check_attention, check_route, check_table, fail
-from sla2_compile.kernels.tiling import accumulation_dtype
+from sla2_compile.kernels.portable.tiling import accumulation_dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -37,7 +37,7 @@ def route(
     topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Choose each query block's key blocks. Formula, shapes and results: `reference.route`."""
-    from sla2_compile.kernels.portable_route import route_forward
+    from sla2_compile.kernels.portable.route import route_forward
 
     check_route(q, k, proj_q, proj_k, key_mask, topk_ratio, compression_ratio, block_q, block_k)
     with torch.autocast(q.device.type, enabled=False):
@@ -51,7 +51,7 @@ def _(
     q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None,
     topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels.cuda import dispatch as cuda
 
     with without_autocast(q):
         return cuda.route(
@@ -105,7 +105,7 @@ def attention(
     low_bit is what the call really computes (`precision.effective_low_bit`), none but on CUDA. The backward is
     that of the input's dtype, from the forward's o_sparse and lse, whatever low_bit is.
     """
-    from sla2_compile.kernels.portable_attention import attention_forward
+    from sla2_compile.kernels.portable.attention import attention_forward
 
     check_attention(
         q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
@@ -126,7 +126,7 @@ def _(
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
     keep_branches: bool, low_bit: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels.cuda import dispatch as cuda
 
     with without_autocast(q):
         return cuda.attention(
@@ -180,8 +180,8 @@ def attention_backward(
     lse: Tensor, o_sparse: Tensor, o_linear: Tensor,
     block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `sla2::attention` (SLA2, Alg. 3). Formulas and shapes: `portable_backward.py`."""
-    from sla2_compile.kernels.portable_backward import attention_backward as portable
+    """Gradients of `sla2::attention` (SLA2, Alg. 3). Formulas and shapes: `portable/backward.py`."""
+    from sla2_compile.kernels.portable.backward import attention_backward as portable
 
     with torch.autocast(q.device.type, enabled=False):
         return portable(
@@ -242,7 +242,7 @@ def forward(
 
 @forward.register_kernel("cuda")
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels.cuda import dispatch as cuda
 
     with without_autocast(q):
         found = cuda.forward(q, *rest)

@@ -6,7 +6,7 @@
 | int8_fp8 | as int8 | sm_80 to sm_88, or block_k 16 (an FP8 product sums over 32 keys at a time) |
 | int8 | INT8 QK, PV in q's dtype | NVIDIA sm_80 and later |
 | auto | as int8 | where that was measured to be faster and close enough (`why_not_int8`), so far on sm_90 alone |
-| any | the input's dtype | other devices, what the Triton kernels do not take (`cuda.py`), training |
+| any | the input's dtype | other devices, what the Triton kernels do not take (`cuda/dispatch.py`), training |
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def low_bit_on(
     """
     if low_bit == "none" or device.type != "cuda" or not torch.cuda.is_available():
         return "none"
-    from sla2_compile.kernels import cuda
-    from sla2_compile.kernels import device as chip
+    from sla2_compile.kernels.cuda import device as chip
+    from sla2_compile.kernels.cuda import dispatch as cuda
 
     if not cuda.kernels_take(device, dtype, D, Dv, block_q, block_k, 1.0 if positive else -1.0):
         return "none"
@@ -142,7 +142,7 @@ def why_less(
     refused = why_portable(device, dtype, D, Dv, block_q, block_k, positive)
     if refused:
         return refused
-    from sla2_compile.kernels import device as chip
+    from sla2_compile.kernels.cuda import device as chip
 
     arch = chip.capability(device)
     if low_bit == "auto":
@@ -159,8 +159,8 @@ def why_portable(
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return ""
-    from sla2_compile.kernels import cuda
-    from sla2_compile.kernels import device as chip
+    from sla2_compile.kernels.cuda import device as chip
+    from sla2_compile.kernels.cuda import dispatch as cuda
 
     if cuda.kernels_take(device, dtype, D, Dv, block_q, block_k, 1.0 if positive else -1.0):
         return ""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 from torch import fx
 
-from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
 
 REGISTRY: dict[str, type[Pass]] = {}
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from sla2_compile.passes import multihead
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.fuse_aliases import Writes
-from sla2_compile.passes.fuse_builder import Builder
-from sla2_compile.passes.fuse_reader import Reader, same
-from sla2_compile.passes.multihead_masks import MultiheadMasks, NotPlain
-from sla2_compile.passes.multihead_nodes import NATIVE, encoder_layer, multi_head, native
-from sla2_compile.passes.outcome import Miss, Where
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.graph.builder import Builder
+from sla2_compile.passes.graph.memory import Writes
+from sla2_compile.passes.graph.reader import Reader, same
+from sla2_compile.passes.multihead import function as multihead
+from sla2_compile.passes.multihead.masks import MultiheadMasks, NotPlain
+from sla2_compile.passes.multihead.nodes import NATIVE, encoder_layer, multi_head, native
 from sla2_compile.passes.select_attention import DECISION, FUSED, owner_of
+from sla2_compile.passes.sites.outcome import Miss, Where
+from sla2_compile.passes.sites.rules import Reason
 
 LAYER = torch.ops.aten._transformer_encoder_layer_fwd.default
 SCHEMAS = {

@@ -16,14 +16,14 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.fuse_aliases import Writes
-from sla2_compile.passes.fuse_emit import Emitter
-from sla2_compile.passes.fuse_explain import NoFit, near_attention
-from sla2_compile.passes.fuse_match import Matcher
-from sla2_compile.passes.fuse_pattern import Match
-from sla2_compile.passes.fuse_reader import Reader
-from sla2_compile.passes.outcome import Miss, Where
+from sla2_compile.passes.fuse.emit import Emitter
+from sla2_compile.passes.fuse.explain import NoFit, near_attention
+from sla2_compile.passes.fuse.match import Matcher
+from sla2_compile.passes.fuse.pattern import Match
+from sla2_compile.passes.graph.memory import Writes
+from sla2_compile.passes.graph.reader import Reader
 from sla2_compile.passes.select_attention import DECISION, owner_of
+from sla2_compile.passes.sites.outcome import Miss, Where
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.call import bind
+from sla2_compile.passes.sites.call import bind
 
 SDPA = F.scaled_dot_product_attention
 SPELLINGS = (SDPA, torch._C._nn.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from torch import fx
 
 from sla2_compile.passes.base import Pass, PassResult, parse_pass, split_top
-from sla2_compile.passes.bodies import transparent_bodies
 from sla2_compile.passes.clean_up import CleanUp
 from sla2_compile.passes.expand_multihead import ExpandMultihead
 from sla2_compile.passes.fuse_attention import FuseAttention
+from sla2_compile.passes.graph.bodies import transparent_bodies
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
-from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.read_masks import ReadMasks
 from sla2_compile.passes.replace_attention import ReplaceAttention
 from sla2_compile.passes.select_attention import SelectAttention
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.recipes import Recipe
 
 

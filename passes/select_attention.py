@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.bodies import TRANSPARENT, bodies_of
-from sla2_compile.passes.call import AttentionCall, bind, causal_keys
+from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
 from sla2_compile.passes.normalize_sdpa import SPELLINGS, is_normal
-from sla2_compile.passes.outcome import Where
-from sla2_compile.passes.rules import Reason
-from sla2_compile.passes.select import SeenCall, select
+from sla2_compile.passes.sites.call import AttentionCall, bind, causal_keys
+from sla2_compile.passes.sites.outcome import Where
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.select import SeenCall, select
 from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
 
 # attention inside one operator: what nn.TransformerEncoderLayer and nn.MultiheadAttention call in eval

@@ -16,12 +16,12 @@ import sla2_compile.kernels  # noqa: F401  (registers the ops, so that saved pro
 
 if TYPE_CHECKING:
     from sla2_compile.api import restore, transform
-    from sla2_compile.diffusers_door import diffusers_backend, reset_diffusers_backend, set_diffusers_backend
     from sla2_compile.kernels import AttentionOptions, sla2_attention
+    from sla2_compile.libraries.diffusers import diffusers_backend, reset_diffusers_backend, set_diffusers_backend
+    from sla2_compile.libraries.transformers import register_transformers
     from sla2_compile.recipes import Recipe, RecipeError
-    from sla2_compile.reporting import Report, report
-    from sla2_compile.statistics import get_sla2_statistics, log_sla2_config
-    from sla2_compile.transformers_door import register_transformers
+    from sla2_compile.reports.report import Report, report
+    from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
 
 __version__ = "0.1.0"
 
@@ -30,15 +30,15 @@ _HOMES = {
     "sla2_attention": "kernels",
     "Recipe": "recipes",
     "RecipeError": "recipes",
-    "Report": "reporting",
-    "diffusers_backend": "diffusers_door",
-    "reset_diffusers_backend": "diffusers_door",
-    "register_transformers": "transformers_door",
-    "report": "reporting",
-    "get_sla2_statistics": "statistics",
-    "log_sla2_config": "statistics",
+    "Report": "reports.report",
+    "diffusers_backend": "libraries.diffusers",
+    "reset_diffusers_backend": "libraries.diffusers",
+    "register_transformers": "libraries.transformers",
+    "report": "reports.report",
+    "get_sla2_statistics": "reports.statistics",
+    "log_sla2_config": "reports.statistics",
     "restore": "api",
-    "set_diffusers_backend": "diffusers_door",
+    "set_diffusers_backend": "libraries.diffusers",
     "transform": "api",
 }
 

@@ -14,18 +14,18 @@ from torch.export import ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
 
 from sla2_compile import debug
-from sla2_compile.captured import CHILD
-from sla2_compile.carrier import RedirectAttention, check_removable, has_attribute, install, is_owner, remove
-from sla2_compile.discovery import CONTAINERS, discover
-from sla2_compile.hand_written import find_hand_written
 from sla2_compile.kernels.checks import DTYPES
-from sla2_compile.passes.outcome import Miss, Rewrite
-from sla2_compile.passes.select import SeenCall, check_patterns, select
-from sla2_compile.passes.site import Site, Sites
+from sla2_compile.libraries.transformers import door_of
+from sla2_compile.modules.captured import CHILD
+from sla2_compile.modules.discovery import CONTAINERS, discover
+from sla2_compile.modules.hand_written import find_hand_written
+from sla2_compile.modules.redirect import RedirectAttention, check_removable, has_attribute, install, is_owner, remove
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
+from sla2_compile.passes.sites.select import SeenCall, check_patterns, select
+from sla2_compile.passes.sites.site import Site, Sites
 from sla2_compile.plan import Plan, plans, set_plan
 from sla2_compile.recipes import DEFAULT, Recipe
-from sla2_compile.reporting import report
-from sla2_compile.transformers_door import door_of
+from sla2_compile.reports.report import report
 
 M = TypeVar("M", bound=nn.Module | ExportedProgram)
 

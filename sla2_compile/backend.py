@@ -17,10 +17,10 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from sla2_compile import debug
 from sla2_compile.graphs import copy_graph
-from sla2_compile.passes.outcome import Rewrite
 from sla2_compile.passes.pipeline import Pipeline
+from sla2_compile.passes.sites.outcome import Rewrite
 from sla2_compile.recipes import DEFAULT, Recipe
-from sla2_compile.reporting import Report
+from sla2_compile.reports.report import Report
 
 log = logging.getLogger("sla2_compile")
 

@@ -13,11 +13,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from sla2_compile.listing import show
 from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
+from sla2_compile.reports.listing import show
 
 if TYPE_CHECKING:
-    from sla2_compile.reporting import Report
+    from sla2_compile.reports.report import Report
 
 app = typer.Typer(help="Sparse-linear attention for PyTorch models.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -51,7 +51,7 @@ def inspect(
 
     FACTORY is called without arguments and returns (model, example_inputs) or (model, example_inputs, kwargs).
     """
-    from sla2_compile.reporting import inspect as inspect_model
+    from sla2_compile.reports.report import inspect as inspect_model
 
     fields = _checked(lambda: _fields(set_ or []))
     model, inputs, kwargs = _checked(lambda: _make(target))
@@ -80,9 +80,9 @@ def _run_passes(model: Any, inputs: Any, kwargs: Any, text: str) -> Report:
     import torch
 
     from sla2_compile.debug import observers
+    from sla2_compile.passes.graph.printer import graph_text
     from sla2_compile.passes.pipeline import Pipeline
-    from sla2_compile.passes.printer import graph_text
-    from sla2_compile.reporting import Report
+    from sla2_compile.reports.report import Report
 
     passes = Pipeline.parse(text)
     gm = torch.export.export(model, tuple(inputs), dict(kwargs)).module()

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from torch import fx
 
-from sla2_compile.passes.outcome import Miss
+from sla2_compile.passes.graph.printer import graph_text
 from sla2_compile.passes.pipeline import Observer, Ran
-from sla2_compile.passes.printer import graph_text
+from sla2_compile.passes.sites.outcome import Miss
 
 _GRAPHS = itertools.count()
 

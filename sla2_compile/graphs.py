@@ -13,13 +13,13 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_map, tree_unflatten
 
 from sla2_compile import debug
-from sla2_compile.passes.bodies import bodies_of
-from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.graph.bodies import bodies_of
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.replace_attention import site_nodes, undo
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.plan import Plan, plan_of, set_plan
 from sla2_compile.recipes import Recipe
-from sla2_compile.reporting import report
+from sla2_compile.reports.report import report
 
 
 def transform_graph_module(

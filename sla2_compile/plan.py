@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe

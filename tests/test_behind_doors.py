@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import sla2_compile
-from sla2_compile.door import _SITES
-from sla2_compile.passes.outcome import Miss, Rewrite
+from sla2_compile.libraries.door import _SITES
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from tests import models
 from tests.test_transformers_door import configuration, inputs, llama, output, replaced
 
@@ -108,9 +108,9 @@ def test_calls_under_autocast_are_apart_from_those_outside():
 
 def test_calls_of_which_low_bit_makes_another_thing_are_apart():
     """Nine short calls, and three that are not plain, beside a long one."""
-    from sla2_compile.door import Door
     from sla2_compile.kernels.precision import why_not_int8
-    from sla2_compile.passes.call import AttentionCall
+    from sla2_compile.libraries.door import Door
+    from sla2_compile.passes.sites.call import AttentionCall
     from sla2_compile.recipes import Recipe
 
     site = Door(Recipe.of("max_speedup", min_seq_len=0), "a door").nameless
@@ -151,7 +151,7 @@ def test_a_trace_with_symbolic_sizes_records_nothing():
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.nn import functional as F
 
-    from sla2_compile.door import Door
+    from sla2_compile.libraries.door import Door
     from sla2_compile.recipes import Recipe
 
     door, module = Door(Recipe.of("balanced", min_seq_len=0), "a door"), torch.nn.Identity()

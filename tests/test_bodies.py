@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import sla2_compile
 from sla2_compile.passes.pipeline import Pipeline
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.recipes import Recipe
 from tests import models
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sla2_compile
-from sla2_compile.passes.printer import graph_text
+from sla2_compile.passes.graph.printer import graph_text
 from tests import models
 
 

@@ -19,8 +19,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import sla2_compile
-from sla2_compile import diffusers_door
-from sla2_compile.passes.rules import Reason
+from sla2_compile.libraries import diffusers as diffusers_door
+from sla2_compile.passes.sites.rules import Reason
 from tests import models
 from tests.versions import needs_newer_torch
 

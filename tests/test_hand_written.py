@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import sla2_compile
-from sla2_compile.captured import MAX_GRAPHS
-from sla2_compile.passes.rules import Reason
+from sla2_compile.modules.captured import MAX_GRAPHS
+from sla2_compile.passes.sites.rules import Reason
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}
@@ -252,7 +252,7 @@ def test_writes_to_a_buffer_still_happen(x):
 
 
 def test_inspect_finds_them_too(x, pair):
-    from sla2_compile.reporting import inspect
+    from sla2_compile.reports.report import inspect
 
     before = [dict(m.__dict__) for m in pair[0].modules()]
     assert len(inspect(pair[0], example_inputs=(x,), **ANY).rewrites) == 3

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sla2_compile
-from sla2_compile.passes.rules import Reason
-from sla2_compile.statistics import sites
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.reports.statistics import sites
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}

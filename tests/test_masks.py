@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import sla2_compile
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0, "topk_ratio": 1.0}

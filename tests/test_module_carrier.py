@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import sla2_compile
-from sla2_compile.carrier import site_forward
-from sla2_compile.passes.rules import Reason
+from sla2_compile.modules.redirect import site_forward
+from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.plan import plans
 from tests import models
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import sla2_compile
-from sla2_compile.passes import masks
-from sla2_compile.passes.rules import Reason
-from sla2_compile.statistics import sites
+from sla2_compile.passes.sites import masks
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.reports.statistics import sites
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0, "topk_ratio": 1.0}

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import sla2_compile
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 from tests.versions import OLD, needs_newer_torch
 
 B, N, E, H = 2, 90, 32, 2

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sla2_compile
-from sla2_compile.carrier import site_forward
-from sla2_compile.passes.masks import Structure
+from sla2_compile.modules.redirect import site_forward
+from sla2_compile.passes.sites.masks import Structure
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}

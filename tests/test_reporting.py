@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import sla2_compile
-from sla2_compile.passes.outcome import Miss
-from sla2_compile.passes.rules import Reason
-from sla2_compile.reporting import inspect
+from sla2_compile.passes.sites.outcome import Miss
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.reports.report import inspect
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}
@@ -137,7 +137,7 @@ def one_line(report):
 
 
 def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
-    from sla2_compile.kernels import device
+    from sla2_compile.kernels.cuda import device
 
     model = sla2_compile.transform(
         models.Net(depth=2),
@@ -183,7 +183,7 @@ def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     """Make the report believe in a chip: gpu(90)."""
-    from sla2_compile.kernels import device
+    from sla2_compile.kernels.cuda import device
 
     def of(capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -279,7 +279,7 @@ def test_an_exported_graph_says_itself_what_it_computes(gpu, dynamic):
 
 def test_graphs_with_fewer_ops_than_calls():
     """A call may keep full attention in a graph; then only what all ops agree on is known."""
-    from sla2_compile.computed import as_exported
+    from sla2_compile.reports.computed import as_exported
 
     program = exported()
     (x,) = sla2_compile.report(program).outcomes
@@ -356,7 +356,8 @@ REFUSED = {
 @pytest.mark.parametrize("low_bit", ["none", "int8"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_report_says_what_runs_blocked_pytorch_on_a_gpu(name, low_bit, monkeypatch):
-    from sla2_compile.kernels import cuda, device
+    from sla2_compile.kernels.cuda import device
+    from sla2_compile.kernels.cuda import dispatch as cuda
 
     options, arch, why = REFUSED[name]
     call = {"dtype": torch.bfloat16, "D": 64, "block_q": 128, "block_k": 64, "scale": None, **options}
@@ -384,7 +385,8 @@ def test_report_says_what_runs_blocked_pytorch_on_a_gpu(name, low_bit, monkeypat
 
 
 def test_report_names_rocm(monkeypatch):
-    from sla2_compile.kernels import device, precision
+    from sla2_compile.kernels import precision
+    from sla2_compile.kernels.cuda import device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device, "capability", lambda device: 94)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sla2_compile
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 from tests import models
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -33,7 +33,7 @@ def start(folder: Path) -> Any:
     library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     from triton.backends.nvidia import driver
 
-    from sla2_compile.kernels import device
+    from sla2_compile.kernels.cuda import device
 
     fakes: list[tuple[Any, str, Any]] = [
         (torch.cuda, "is_available", True),
@@ -60,7 +60,7 @@ class Recorder:
     """
 
     def __init__(self, library: Any, sizes: dict[int, list[int]]) -> None:
-        from sla2_compile.kernels.driver import Config
+        from sla2_compile.kernels.cuda.launch.driver import Config
 
         self.launches: list[Recorded] = []
         self._library = library

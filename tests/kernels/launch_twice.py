@@ -1,4 +1,4 @@
-"""Compare, byte for byte, what Triton's launcher and `kernels/repeat.py` tell the driver; run by test_repeat.py.
+"""Compare, byte for byte, what Triton's launcher and `kernels/cuda/launch/repeat.py` tell the driver; run by test_repeat.py.
 
     python -m tests.kernels.launch_twice FOLDER
 
@@ -17,10 +17,10 @@ from tests.kernels import fake_gpu
 
 library = fake_gpu.start(Path(sys.argv[1]))
 
-from sla2_compile.kernels import attention_schedule as attention  # noqa: E402
-from sla2_compile.kernels.repeat import Cells, parameter_bytes  # noqa: E402
-from sla2_compile.kernels.route_schedule import route_schedule  # noqa: E402
-from sla2_compile.kernels.schedule import Launch, Layout, Schedule, Tiles  # noqa: E402
+from sla2_compile.kernels.cuda.forward import launches as attention  # noqa: E402
+from sla2_compile.kernels.cuda.launch.repeat import Cells, parameter_bytes  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Launch, Layout, Schedule, Tiles  # noqa: E402
+from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
 
 Inputs = tuple[torch.Tensor | None, ...]
 

@@ -6,9 +6,9 @@ import pytest
 from torch import Tensor
 
 try:
-    from sla2_compile.kernels import cuda
-    from sla2_compile.kernels.attention_schedule import attention_schedule
-    from sla2_compile.kernels.route_schedule import route_schedule
+    from sla2_compile.kernels.cuda import dispatch as cuda
+    from sla2_compile.kernels.cuda.forward.launches import attention_schedule
+    from sla2_compile.kernels.cuda.route.launches import route_schedule
 except ImportError:  # no Triton here, so nothing is scheduled
     CACHES = []
 else:
@@ -23,7 +23,7 @@ def forget_schedules() -> None:
 
 def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Return a dict that fills with every tensor of each run to come, by name."""
-    from sla2_compile.kernels.schedule import Schedule, Slot
+    from sla2_compile.kernels.cuda.launch.schedule import Schedule, Slot
 
     kept: dict[str, Tensor] = {}
     run = Schedule.run

@@ -263,7 +263,7 @@ def test_only_causality_and_masks_make_a_row_end_early(monkeypatch: pytest.Monke
 def test_the_path_of_a_gpu_refuses_the_same() -> None:
     """Metadata is checked before the table is: the rule comes out, not an IndexError of the check's own."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from sla2_compile.kernels import cuda
+    from sla2_compile.kernels.cuda import dispatch as cuda
 
     for change, rule in (
         ({"k": torch.zeros(2, 50)}, "k must have shape"),

@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import hopper, states_schedule
-from sla2_compile.kernels.schedule import Layout
-from sla2_compile.kernels.tiles import ShapeClass, hopper_tile
+from sla2_compile.kernels.cuda.forward import sm90 as hopper
+from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
+from sla2_compile.kernels.cuda.launch.schedule import Layout
+from sla2_compile.kernels.cuda.tiles import ShapeClass, hopper_tile
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.test_triton_low_bit import check, routed
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs, scheduled_attention, scheduled_route

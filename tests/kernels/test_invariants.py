@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla2_compile.kernels import reference, tiling
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+from sla2_compile.kernels.portable import tiling
+from sla2_compile.kernels.reference import sla2 as reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = AttentionOptions(topk_ratio=0.25, compression_ratio=8, block_q=32, block_k=16)

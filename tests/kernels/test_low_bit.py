@@ -12,9 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import low_bit as low_bit_benchmark
-from sla2_compile.kernels import functional, precision, reference, reference_low_bit
+from sla2_compile.kernels import functional, precision
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 from sla2_compile.kernels.precision import effective_low_bit, low_bit_on
+from sla2_compile.kernels.reference import low_bit as reference_low_bit
+from sla2_compile.kernels.reference import sla2 as reference
 from tests.kernels.test_numerics import Case
 
 levels = pytest.mark.parametrize("low_bit", ["int8", "int8_fp8"])
@@ -118,7 +120,7 @@ def test_round_trip_of_the_format() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make the rule believe in a chip: gpu(90)."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from sla2_compile.kernels import device
+    from sla2_compile.kernels.cuda import device
 
     def of(capability: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sla2_compile.kernels import portable_route, reference, tiling
 from sla2_compile.kernels.blocks import router_tokens
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 from sla2_compile.kernels.ops import attention, route
+from sla2_compile.kernels.portable import route as portable_route
+from sla2_compile.kernels.portable import tiling
+from sla2_compile.kernels.reference import sla2 as reference
 from tests.kernels.oracle import CallArguments, assert_oracle
 
 LOW = (torch.float32, torch.bfloat16)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels import reference
 from sla2_compile.kernels.functional import AttentionOptions, attend, sla2_attention
 from sla2_compile.kernels.ops import attention, attention_backward, forward, route
+from sla2_compile.kernels.reference import sla2 as reference
 
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 DYNAMIC = ("test_aot_dispatch_dynamic",)

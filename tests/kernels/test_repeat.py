@@ -18,9 +18,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import driver, hopper, repeat
-from sla2_compile.kernels.repeat import Again, Cells, Description, Unknown, parameter_bytes
-from sla2_compile.kernels.schedule import Launch, Slot, Tiles
+from sla2_compile.kernels.cuda.forward import sm90 as hopper
+from sla2_compile.kernels.cuda.launch import driver, repeat
+from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Description, Unknown, parameter_bytes
+from sla2_compile.kernels.cuda.launch.schedule import Launch, Slot, Tiles
 
 PTX = """
 .visible .entry kernel(

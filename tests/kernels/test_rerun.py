@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import states_schedule
+from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 from tests.kernels.triton_case import INTERPRETED
 

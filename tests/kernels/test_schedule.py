@@ -15,12 +15,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.compiler import CompiledKernel
 
-from sla2_compile.kernels import rerun
-from sla2_compile.kernels import schedule as schedule_module
-from sla2_compile.kernels.attention_schedule import attention_schedule
-from sla2_compile.kernels.repeat import Cells, Unknown
-from sla2_compile.kernels.rerun import Room
-from sla2_compile.kernels.schedule import Layout, Schedule, Slot, Tiles
+from sla2_compile.kernels.cuda.forward.launches import attention_schedule
+from sla2_compile.kernels.cuda.launch import rerun
+from sla2_compile.kernels.cuda.launch import schedule as schedule_module
+from sla2_compile.kernels.cuda.launch.repeat import Cells, Unknown
+from sla2_compile.kernels.cuda.launch.rerun import Room
+from sla2_compile.kernels.cuda.launch.schedule import Layout, Schedule, Slot, Tiles
 
 CONTEXTS: list[int] = []
 """Devices whose context later runs asked for."""

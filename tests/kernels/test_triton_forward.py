@@ -18,8 +18,14 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, cuda, device, hopper, reference, route_schedule, states_schedule
 from sla2_compile.kernels.blocks import num_blocks, num_kept
+from sla2_compile.kernels.cuda import device
+from sla2_compile.kernels.cuda import dispatch as cuda
+from sla2_compile.kernels.cuda.forward import launches as attention_schedule
+from sla2_compile.kernels.cuda.forward import sm90 as hopper
+from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
+from sla2_compile.kernels.cuda.route import launches as route_schedule
+from sla2_compile.kernels.reference import sla2 as reference
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.triton_case import (

@@ -1,4 +1,4 @@
-"""The Triton kernels in low bit compute what `reference_low_bit.py` defines, in the interpreter and on a GPU.
+"""The Triton kernels in low bit compute what `reference/low_bit.py` defines, in the interpreter and on a GPU.
 
 The oracle rule, with the reference's emulation in float32 and float64, on the largest error and on the norm of all.
 """
@@ -19,8 +19,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import reference, reference_low_bit, states_schedule
-from sla2_compile.kernels.schedule import Schedule
+from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
+from sla2_compile.kernels.cuda.launch.schedule import Schedule
+from sla2_compile.kernels.reference import low_bit as reference_low_bit
+from sla2_compile.kernels.reference import sla2 as reference
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs, scheduled_attention

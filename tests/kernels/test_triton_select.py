@@ -44,7 +44,7 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_selects_the_largest(name: str, n: int) -> None:
     """Ascending, ties to the lower index, -1 behind the last real one; -0.0 counts as less than 0.0."""
-    from sla2_compile.kernels.triton_select import select_kernel
+    from sla2_compile.kernels.cuda.route.select import select_kernel
 
     x, columns = row(name, n), (n + 3) // 4 * 4
     scores = torch.full((1, columns), 7.0, device=DEVICE)

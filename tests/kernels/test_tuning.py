@@ -18,9 +18,12 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels import attention_schedule, route_schedule, states_schedule, tuning  # noqa: E402
-from sla2_compile.kernels.schedule import Launch, Schedule  # noqa: E402
-from sla2_compile.kernels.triton_states import states_kernel  # noqa: E402
+from sla2_compile.kernels.cuda import tuning  # noqa: E402
+from sla2_compile.kernels.cuda.forward import launches as attention_schedule  # noqa: E402
+from sla2_compile.kernels.cuda.forward import states_launches as states_schedule  # noqa: E402
+from sla2_compile.kernels.cuda.forward.states import states_kernel  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Launch, Schedule  # noqa: E402
+from sla2_compile.kernels.cuda.route import launches as route_schedule  # noqa: E402
 from tests.kernels.schedules import forget_schedules  # noqa: E402
 from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_attention, scheduled_route  # noqa: E402
 
@@ -259,7 +262,7 @@ def test_every_candidate_names_what_the_kernel_has() -> None:
 
 @pytest.mark.parametrize("table", ["ATTEND", "LINEAR", "STATES", "HOPPER"])
 def test_every_call_has_a_row_and_every_row_a_call(table: str) -> None:
-    from sla2_compile.kernels import tiles
+    from sla2_compile.kernels.cuda import tiles
 
     rows, used = getattr(tiles, table), set()
     arches = (90,) if table == "HOPPER" else (80, 89, 90, 100, 120)

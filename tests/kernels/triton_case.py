@@ -19,12 +19,12 @@ if INTERPRETED:
 
     interpreter.repair()
 
-from sla2_compile.kernels import cuda  # noqa: E402
-from sla2_compile.kernels.attention_schedule import attention_schedule  # noqa: E402
 from sla2_compile.kernels.blocks import num_blocks  # noqa: E402
-from sla2_compile.kernels.route_schedule import route_schedule  # noqa: E402
-from sla2_compile.kernels.schedule import Layout  # noqa: E402
-from sla2_compile.kernels.tuning import by_trial  # noqa: E402
+from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
+from sla2_compile.kernels.cuda.forward.launches import attention_schedule  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Layout  # noqa: E402
+from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
+from sla2_compile.kernels.cuda.tuning import by_trial  # noqa: E402
 from tests.kernels.oracle import CallArguments  # noqa: E402
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from sla2_compile.passes.base import PassResult
 from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.normalize_sdpa import is_normal
-from sla2_compile.passes.outcome import Miss
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.outcome import Miss
+from sla2_compile.passes.sites.rules import Reason
 
 B, H, D = 2, 4, 8
 C = H * D

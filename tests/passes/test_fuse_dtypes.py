@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from sla2_compile.passes.base import PassResult
-from sla2_compile.passes.outcome import Miss
+from sla2_compile.passes.sites.outcome import Miss
 from tests.passes.handwritten import C, Heads, calls, compiled, once, t1
 from tests.passes.spellings import t16
 

@@ -10,8 +10,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from sla2_compile.passes.base import PassResult
-from sla2_compile.passes.outcome import Miss
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.outcome import Miss
+from sla2_compile.passes.sites.rules import Reason
 from tests.passes.handwritten import (
     B,
     C,

@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from sla2_compile.passes.clean_up import CleanUp
 from sla2_compile.passes.expand_multihead import ExpandMultihead
+from sla2_compile.passes.graph.printer import graph_text
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
-from sla2_compile.passes.outcome import Miss, Rewrite
 from sla2_compile.passes.pipeline import Pipeline
-from sla2_compile.passes.printer import graph_text
 from sla2_compile.passes.read_masks import ReadMasks
 from sla2_compile.passes.replace_attention import ReplaceAttention, undo
-from sla2_compile.passes.rules import Reason
 from sla2_compile.passes.select_attention import SelectAttention
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
+from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.recipes import Recipe
 
 RECIPE = Recipe.of("balanced", min_seq_len=0)
@@ -225,7 +225,7 @@ graph():
     %unsqueeze_1 : [num_users=2] = call_function[target=torch.ops.aten.unsqueeze.default](args = (%unsqueeze, 2), kwargs = {})
     %reshape_default : [num_users=1] = call_function[target=torch.ops.aten.reshape.default](args = (%unsqueeze_1, [2, 1, 1, 40]), kwargs = {})
     %expand_default : [num_users=1] = call_function[target=torch.ops.aten.expand.default](args = (%reshape_default, [2, 1, 1, 40]), kwargs = {})
-    %causal_keys : [num_users=2] = call_function[target=sla2_compile.passes.call.causal_keys](args = (%expand_default,), kwargs = {})
+    %causal_keys : [num_users=2] = call_function[target=sla2_compile.passes.sites.call.causal_keys](args = (%expand_default,), kwargs = {})
     %scaled_dot_product_attention : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %q, %q), kwargs = {attn_mask: %causal_keys, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
     %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%scaled_dot_product_attention, %q, %q), kwargs = {attn_mask: %causal_keys, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
     %reshape_default_1 : [num_users=1] = call_function[target=torch.ops.aten.reshape.default](args = (%unsqueeze_1, [2, 1, 1, 40]), kwargs = {})

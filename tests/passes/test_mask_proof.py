@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import sla2_compile
-from sla2_compile.passes.call import causal_keys
-from sla2_compile.passes.outcome import Rewrite
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.replace_attention import undo
-from sla2_compile.passes.rules import Reason
-from sla2_compile.passes.settings import SiteSettings
-from sla2_compile.passes.site import Site
+from sla2_compile.passes.sites.call import causal_keys
+from sla2_compile.passes.sites.outcome import Rewrite
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.settings import SiteSettings
+from sla2_compile.passes.sites.site import Site
 from sla2_compile.recipes import Recipe
 
 B, H, N, D = 2, 2, 96, 8

@@ -19,7 +19,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sla2_compile
-from sla2_compile.passes.site import Site
+from sla2_compile.passes.sites.site import Site
 from tests.models import calls_of_ops
 from tests.zoo.entry import Entry
 

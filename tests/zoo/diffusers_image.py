@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 from tests.zoo.entry import Entry, image
 
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}

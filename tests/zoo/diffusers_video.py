@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 from tests.zoo.diffusers_image import HEADS, prompt, timestep
 from tests.zoo.entry import Entry
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 from tests.zoo.entry import Entry, padded, tokens
 
 SMALL: dict[str, Any] = {

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
-from sla2_compile.passes.rules import Reason
+from sla2_compile.passes.sites.rules import Reason
 from tests.zoo.entry import Entry, image
 
 SMALL: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""The forward's kernels: block states, linear branch, sparse branch and mix."""

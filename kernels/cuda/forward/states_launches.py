@@ -1,0 +1,155 @@
+"""Block states in memory: their layout, their launches, and their sums over what each query block did not select."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.checks import LOW_BITS
+from sla2_compile.kernels.cuda.forward.states import complement_kernel, states_kernel
+from sla2_compile.kernels.cuda.launch.schedule import Layout, Schedule, Slot
+from sla2_compile.kernels.cuda.tiles import ShapeClass, states_tile
+from sla2_compile.kernels.cuda.tuning import launch
+
+STATE_BYTES = 1 << 30
+"""Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """k and v of one call in 8 bits, as `states_kernel` writes them and `attend_kernel` reads them.
+
+    Attributes:
+        level: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
+        k8: (B, Hkv, Tn * block_k, D) int8, smoothed, 0 at rows that are no real keys.
+        v8: (B, Hkv, Tn, Dv, block_k) float8_e4m3fn, the keys in `key_order`.
+        scales: (B, Hkv, Tn, 4) fp32: k's scale, log2 of v's, and two of no meaning, for rows of 16 bytes.
+        What a level has not is k, and never read.
+    """
+
+    level: int
+    k8: Slot
+    v8: Slot
+    scales: Slot
+
+    @classmethod
+    def of(cls, schedule: Schedule, k: Slot, v: Slot, block_k: int, low_bit: str) -> EightBit:
+        """Have what low_bit needs allocated for k (B, Hkv, Nk, D) and v (B, Hkv, Nk, Dv)."""
+        level, (B, heads, Nk, D), Dv = LOW_BITS.index(low_bit), k.shape, v.shape[3]
+        tn = num_blocks(Nk, block_k)
+        # absent ones are not of an 8-bit type: older chips do not know it
+        k8 = v8 = scales = k
+        if level >= 1:
+            k8 = schedule.empty("k8", (B, heads, tn * block_k, D), torch.int8)
+            scales = schedule.empty("scales", (B, heads, tn, 4), torch.float32)
+        if level == 2:
+            v8 = schedule.empty("v8", (B, heads, tn, Dv, block_k), torch.float8_e4m3fn)
+        return cls(level, k8, v8, scales)
+
+    @property
+    def slots(self) -> tuple[Slot, Slot, Slot]:
+        """In the order of the kernels' arguments."""
+        return self.k8, self.v8, self.scales
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """How the state [h, z] of one key block lies in memory, and what the kernels that touch it are told.
+
+    Attributes:
+        D, Dv: head dims; block_d, block_dv: those padded to tiles; feature_map: phi.
+    """
+
+    D: int
+    Dv: int
+    block_d: int
+    block_dv: int
+    feature_map: str
+
+    @property
+    def row(self) -> int:
+        """Columns of a row of h, for rows of whole 16-byte pieces."""
+        return num_blocks(self.Dv, 16) * 16
+
+    @property
+    def z_at(self) -> int:
+        """Where z begins, behind h."""
+        return num_blocks(self.D, 16) * 16 * self.row
+
+    @property
+    def size(self) -> int:
+        """Numbers in one state."""
+        return self.z_at + num_blocks(self.D, 16) * 16
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Arguments of `states_kernel` and `linear_kernel`."""
+        return {
+            "D": self.D, "DV": self.Dv, "BLOCK_D": self.block_d, "ROW_DV": self.row, "STATE": self.size,
+            "Z_AT": self.z_at, "FEATURE_MAP": self.feature_map,
+        }  # fmt: skip
+
+
+def states_grid(blocks: int, width: int, tile: dict[str, Any]) -> tuple[int, int]:
+    """Programs of `states_kernel`: key blocks, and slices of v's columns."""
+    return blocks, num_blocks(width, tile["BLOCK_DV"])
+
+
+def product(n: int, complement: Tensor, states: Tensor) -> Tensor:
+    """Sum the states of the first n heads over each query block's complement."""
+    return torch.bmm(complement[:n], states[:n])
+
+
+@dataclass(frozen=True)
+class Summed:
+    """States of some heads, summed over each query block's complement.
+
+    Attributes:
+        slot: (heads, groups * Tm, `StateLayout.size`), of which the first n heads count; first: first query head.
+    """
+
+    slot: Slot
+    n: int
+    first: int
+
+
+def summed_states(
+    schedule: Schedule, shape: ShapeClass, k: Layout, v: Layout, mask: Layout | None, layout: StateLayout,
+    eight: EightBit, Hq: int, tm: int, topk: int, linear_scope: str, is_causal: bool, trials: bool,
+) -> Iterator[Summed]:  # fmt: skip
+    """Have states summed for as many heads at a time as memory is meant to hold; the slots are used again."""
+    _, k_in, v_in, mean, lut, _, _, _, mask_in = schedule.inputs
+    B, heads, Nk, _ = k.shape
+    groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
+    # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
+    columns = num_blocks(tn, 8) * 8
+    per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
+    step = max(1, min(B * heads, STATE_BYTES // per_head))
+    tile, limits = states_tile(shape)
+    states = schedule.empty("states", (step, columns, layout.size), k.dtype)
+    complement = schedule.empty("complement", (step, groups * tm, columns), k.dtype)
+    summed = schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
+    for first in range(0, B * heads, step):
+        n = min(step, B * heads - first)
+        launch(
+            schedule, states_kernel, partial(states_grid, n * columns, layout.block_dv),
+            k_in, v_in, mean, mask_in, states, *eight.slots, *k.stride[:3], *v.stride[:3],
+            0 if mask is None else mask.stride[0], heads, Nk, columns, first,
+            **layout.constants, BLOCK_K=shape.block_k, HAS_MASK=mask is not None, HALVES=layout.block_d > 64,
+            LOW_BIT=eight.level, tile=tile, limits=limits, trials=trials,
+        )  # fmt: skip
+        schedule.launch(
+            complement_kernel, (n * groups * tm,),
+            lut, complement, tm, tn, columns, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
+            BLOCK_Q=shape.block_q, BLOCK_K=shape.block_k, BLOCK_N=512, CAUSAL=is_causal, ALL=linear_scope == "all",
+            num_warps=2,
+        )  # fmt: skip
+        schedule.compute(partial(product, n), complement, states, into=summed)
+        yield Summed(summed, n, first * groups)

@@ -1,0 +1,192 @@
+"""One launch of a compiled kernel made again, straight through NVIDIA's driver.
+
+Triton's launcher reads every argument as a Python object, asks the driver about every address and describes every
+tile anew, which takes a third of a call's host time. Of all that only addresses change from call to call. So a
+launch's arguments are laid out once in memory that the driver reads, with a cell for every address:
+
+    cells = Cells(len(slots))
+    again = Again(compiled, (7, 1, 1), args, cells)      # args: numbers, `Slot` and `Tiles`
+    cells.fill(addresses)
+    again(stream)
+
+What a kernel takes is read from its signature and compared with its PTX: where a Triton passes anything that is not
+known here, `Again` raises `Unknown`, and Triton's own launcher goes on making the launches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sla2_compile.kernels.cuda.launch.driver import Config, check, driver
+
+if TYPE_CHECKING:
+    from sla2_compile.kernels.cuda.launch.schedule import Tiles
+
+NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+PTX_BYTES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4}
+PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)[^,()\[]*(?:\[(\d+)\])?")
+DESCRIPTION_BYTES = 128
+TENSOR_MAP_TYPES = {
+    torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9,
+}  # fmt: skip
+"""CUtensorMapDataType; a byte is a byte to it."""
+L2_128_BYTES = 2
+
+
+class Unknown(Exception):
+    """A launch that only Triton's launcher knows how to make; the text says what is unknown."""
+
+
+def parameter_bytes(ptx: str) -> list[int]:
+    """Size of each parameter of a kernel, in order."""
+    start = ptx.index(".entry")
+    found = PARAMETER.findall(ptx[start : ptx.index(")", start)])
+    return [int(count) if kind == "b8" else PTX_BYTES.get(kind, 0) for kind, count in found]
+
+
+class Cells:
+    """An address for each of a schedule's slots, where launches read them."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = (ctypes.c_uint64 * count)()
+        self._fill = struct.Struct(f"{count}Q").pack_into
+
+    def fill(self, addresses: list[int]) -> None:
+        self._fill(self._memory, 0, *addresses)
+
+    def __setitem__(self, at: int, address: int) -> None:
+        self._memory[at] = address
+
+    def __getitem__(self, at: int) -> int:
+        return self._memory[at]
+
+    def where(self, at: int) -> int:
+        """The cell's own address."""
+        return ctypes.addressof(self._memory) + 8 * at
+
+
+class Description:
+    """What the copy engine is told of a slot's tiles (CUtensorMap), kept true to the slot's address.
+
+    Args:
+        tiles: of which slot; meta: how Triton compiled the kernel to find a tile in shared memory.
+    """
+
+    def __init__(self, tiles: Tiles, meta: dict[str, Any], cells: Cells) -> None:
+        dtype, rank = tiles.slot.dtype, len(tiles.shape)
+        size = dtype.itemsize
+        if meta["fp4_padded"] or meta["elem_size"] != size or dtype not in TENSOR_MAP_TYPES:
+            raise Unknown(f"tiles of {dtype} in {meta}")
+        self._cells, self._at, self._offset = cells, tiles.slot.at, tiles.offset * size
+        # the driver wants an address divisible by 64
+        self._memory = (ctypes.c_uint8 * (DESCRIPTION_BYTES + 64))()
+        start = ctypes.addressof(self._memory)
+        self.address = start + -start % 64
+        self._map = ctypes.c_void_p(self.address)
+        self._start = cells[self._at] + self._offset
+        sizes, strides = reversed(tiles.shape), (s * size for s in tiles.strides[-2::-1])
+        check(
+            driver().cuTensorMapEncodeTiled(
+                self._map, TENSOR_MAP_TYPES[dtype], rank, ctypes.c_void_p(self._start),
+                (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides),
+                (ctypes.c_uint32 * rank)(*reversed(meta["block_size"])), (ctypes.c_uint32 * rank)(*[1] * rank),
+                0, meta["swizzle"], L2_128_BYTES, 0,
+            )
+        )  # fmt: skip
+
+    def refresh(self) -> None:
+        start = self._cells[self._at] + self._offset
+        if start != self._start:
+            check(driver().cuTensorMapReplaceAddress(self._map, ctypes.c_void_p(start)))
+            self._start = start
+
+
+class Parameters:
+    """A kernel's parameters in order: where the driver finds each, and of how many bytes."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.addresses: list[int] = []
+        self.sizes: list[int] = []
+        self.descriptions: list[Description] = []
+        self._cells = cells
+        self._numbers: list[Any] = []
+
+    def number(self, kind: Any, value: Any) -> None:
+        self._numbers.append(kind(value))
+        self._add(ctypes.addressof(self._numbers[-1]), ctypes.sizeof(kind))
+
+    def pointer(self, at: int) -> None:
+        self._add(self._cells.where(at), 8)
+
+    def tiles(self, tiles: Tiles, meta: dict[str, Any]) -> None:
+        description = Description(tiles, meta, self._cells)
+        self.descriptions.append(description)
+        self._add(description.address, DESCRIPTION_BYTES)
+        for n in tiles.shape:
+            self.number(ctypes.c_int32, n)
+        for n in tiles.strides:
+            self.number(ctypes.c_int64, n)
+
+    def _add(self, address: int, size: int) -> None:
+        self.addresses.append(address)
+        self.sizes.append(size)
+
+
+class Again:
+    """One launch, its arguments laid out; calling it makes the launch, with what lies in the cells.
+
+    Args:
+        compiled: what Triton made; grid: programs; args: the kernel's arguments up to its constants, with `Slot` and
+            `Tiles` for tensors; cells: filled with the addresses of the launch that compiled.
+
+    Raises:
+        Unknown: see the module's text.
+    """
+
+    def __init__(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], cells: Cells) -> None:
+        meta = compiled.metadata
+        if meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.launch_pdl:
+            raise Unknown("clusters, cooperative or dependent launches")
+        if meta.global_scratch_size or meta.profile_scratch_size:
+            raise Unknown("scratch of Triton's own")
+        # what the driver reads by address, and the kernel, which a Triton may unload, live as long as this object
+        self._compiled = compiled
+        self._laid = laid = Parameters(cells)
+        metas = iter(meta.tensordesc_meta or ())
+        for kind, value in zip(compiled.src.signature.values(), args, strict=False):
+            if kind == "constexpr":
+                continue
+            if kind in NUMBERS:
+                laid.number(NUMBERS[kind], value)
+            elif kind[0] == "*":
+                laid.pointer(value.at)
+            elif kind.startswith("tensordesc"):
+                laid.tiles(value, next(metas))
+            else:
+                raise Unknown(f"an argument of type {kind}")
+        # scratch of Triton's own, which there is none of
+        laid.number(ctypes.c_uint64, 0)
+        laid.number(ctypes.c_uint64, 0)
+        wanted = parameter_bytes(compiled.asm["ptx"])
+        if laid.sizes != wanted:
+            raise Unknown(f"parameters of {wanted} bytes in place of {laid.sizes}")
+        self._parameters = (ctypes.c_void_p * len(wanted))(*laid.addresses)
+        self._function = ctypes.c_void_p(compiled.function)
+        self._config = Config((*grid, 1, 1)[:3], (32 * meta.num_warps, 1, 1), meta.shared)
+        self._reference = ctypes.byref(self._config)
+        self._launch = driver().cuLaunchKernelEx
+        self._stream = 0
+
+    def __call__(self, stream: int) -> None:
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        for description in self._laid.descriptions:
+            description.refresh()
+        code = self._launch(self._reference, self._function, self._parameters, None)
+        if code:
+            check(code, f"launching {self._compiled.metadata.name} in {tuple(self._config.grid)} programs: ")

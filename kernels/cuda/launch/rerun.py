@@ -1,0 +1,104 @@
+"""A schedule's later runs: the same launches, with one allocation for all that no one sees but the kernels."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from sla2_compile.kernels.cuda.launch.driver import use_context
+from sla2_compile.kernels.cuda.launch.repeat import Cells
+
+if TYPE_CHECKING:
+    from sla2_compile.kernels.cuda.launch.schedule import Slot
+
+ALIGNMENT = 512
+"""Bytes; that of PyTorch's allocator, so that a later run's addresses divide as the first one's did."""
+
+
+def watched() -> bool:
+    """Whether somebody wants to hear of launches, which only Triton's launcher tells."""
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+@dataclass
+class Room:
+    """What a later run allocates.
+
+    Attributes:
+        tensors: slots that PyTorch or the caller sees, a tensor each.
+        scratch: slot number and offset of the others; size: bytes of these in all.
+    """
+
+    tensors: list[Slot]
+    scratch: list[tuple[int, int]] = field(default_factory=list)
+    size: int = 0
+
+    @classmethod
+    def of(cls, allocated: list[Slot], seen: set[int]) -> Room:
+        """Plan for the allocated slots, of which those numbered in seen are tensors."""
+        room = cls([slot for slot in allocated if slot.at in seen])
+        for slot in allocated:
+            if slot.at not in seen:
+                room.scratch.append((slot.at, room.size))
+                room.size += -(-math.prod(slot.shape) * slot.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        return room
+
+
+class Rerun:
+    """Makes a schedule's steps again.
+
+    Args:
+        steps: in order, each given the run's tensors and stream; cells: what they read addresses from.
+        allocated: slots to allocate; computed: numbers of those that steps of PyTorch's read.
+    """
+
+    def __init__(
+        self,
+        steps: list[Callable[[list[Tensor], int], None]],
+        cells: Cells,
+        allocated: list[Slot],
+        computed: set[int],
+    ) -> None:
+        self._steps, self._cells = steps, cells
+        self._allocated, self._computed = allocated, computed
+        self._rooms: dict[tuple[int, ...], Room] = {}
+        self._lock, self._thread = threading.Lock(), 0
+
+    def free(self) -> bool:
+        """Whether this thread may run it: not from within a step, as a signal handler or a finaliser might."""
+        return self._thread != threading.get_ident()
+
+    def __call__(self, tensors: list[Tensor], results: tuple[int, ...]) -> None:
+        """Run; tensors has one for each slot, of which those of inputs count, and those of results are filled in."""
+        room = self._rooms.get(results)
+        if room is None:
+            room = self._rooms[results] = Room.of(self._allocated, self._computed.union(results))
+        first = tensors[0]
+        for slot in room.tensors:
+            tensors[slot.at] = first.new_empty(slot.shape, dtype=slot.dtype)
+        addresses = [x.data_ptr() for x in tensors]
+        if room.size:
+            # held until the last launch is on the stream; then the allocator may give it to whatever comes behind
+            scratch = first.new_empty(room.size, dtype=torch.uint8)
+            start = scratch.data_ptr()
+            for at, offset in room.scratch:
+                addresses[at] = start + offset
+        stream = torch.cuda.current_stream().cuda_stream
+        use_context(torch.cuda.current_device())
+        # another thread may run the same schedule, and the cells are the schedule's
+        with self._lock:
+            self._thread = threading.get_ident()
+            try:
+                self._cells.fill(addresses)
+                for step in self._steps:
+                    step(tensors, stream)
+            finally:
+                self._thread = 0

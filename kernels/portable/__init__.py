@@ -1,0 +1,1 @@
+"""Blocked PyTorch for any device: what runs where no Triton kernel does."""

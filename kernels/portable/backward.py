@@ -1,0 +1,192 @@
+"""The backward of `sla2::attention` in blocked PyTorch (SLA2, Alg. 3), for any device.
+
+With a = alpha, dO_s = a dO, dO_l = (1 - a) dO, D_s = rowsum(dO_s * O_s), D_l = rowsum(dO_l * O_l):
+    logit:  dg = rowsum(dO * (O_s - O_l)) a (1 - a);   dlse = gain * dg
+    sparse: P = exp(S - lse);  dV += P^T dO_s;  dS = P * (dO_s V^T - D_s + dlse);  dQ += dS K;  dK += dS^T Q
+            (a row's exp(-lse) goes into its dO_s, D_s and dlse where it is no risk, so that P is exp(S))
+    linear: dH_i = (phi(q_i) / t_i)^T dO_l;  dZ_i = -(phi(q_i) / t_i)^T D_l,  t_i = phi(q_i) Z_i;
+            key block j gathers dH_i, dZ_i of every i that did not select it
+log_rest is the router's estimate and counts as a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sla2_compile.kernels.feature_maps import feature_map as phi
+from sla2_compile.kernels.feature_maps import feature_map_backward
+from sla2_compile.kernels.portable.attention import AlphaRows, LinearState, linear_state, mix_weight
+from sla2_compile.kernels.portable.tiling import (
+    NEG_INF,
+    Tiles,
+    call_memory,
+    copy_to_blocks,
+    cut,
+    from_blocks,
+    head_groups,
+    is_moderate,
+    to_blocks,
+)
+
+# a row whose phi(q) Z lies below has no gradient through its linear branch: 1 / (phi(q) Z) would overflow
+LEAST_WEIGHT = 1e-30
+
+
+@dataclass
+class RowGradients:
+    """What the backward knows of a group's query rows before it turns to the keys.
+
+    Attributes:
+        do_sparse: (R, block_q, Dv), dO_s, with exp(-lse) as a factor if `plain`.
+        d_logit, d_gain: (R,), gradients for each query block's bias and gain.
+        shift: (R, 1, block_q), what is added to dP before it is weighted: dlse - D_s, with that factor.
+        plain: whether exp(S) can be taken as it is.
+        dq: (R, block_q, D), of the linear branch.
+        d_kv: (R, D, Dv) and d_k: (R, D, 1), for the row's sums over its complement.
+    """
+
+    do_sparse: Tensor
+    d_logit: Tensor
+    d_gain: Tensor
+    shift: Tensor
+    plain: bool
+    dq: Tensor
+    d_kv: Tensor
+    d_k: Tensor
+
+
+def row_backward(
+    tiles: Tiles, state: LinearState, do: Tensor, lse: Tensor, o_sparse: Tensor, o_linear: Tensor,
+    log_rest: Tensor, gain: Tensor | None, bias: Tensor | None, feature_map: str,
+) -> RowGradients:  # fmt: skip
+    """Go back through the mix and through phi(q) H / (phi(q) Z).
+
+    Args:
+        do, o_sparse, o_linear: (R, block_q, Dv); lse: (R, block_q); log_rest, gain, bias: (R, 1).
+    """
+    (R, block_q, D), Dv, acc, new = tiles.q.shape, do.shape[2], tiles.acc, tiles.scratch
+    # rows that see no key have no exp(S) either
+    factor = lse.masked_fill(lse == NEG_INF, 0.0).neg_().exp_()
+    plain = is_moderate(factor)
+    rows = RowGradients(
+        do_sparse=new("do_sparse", (R, block_q, Dv), tiles.v.dtype),
+        d_logit=new("d_logit", (R,), acc),
+        d_gain=new("d_gain", (R,), acc),
+        shift=new("shift", (R, 1, block_q), acc),
+        plain=plain,
+        dq=new("dq", (R, block_q, D), acc),
+        d_kv=new("d_kv_rows", (R, D, Dv), acc),
+        d_k=new("d_k_rows", (R, D, 1), acc),
+    )
+    for part in tiles.chunks(D):
+        g, kv_sum, k_sum = do[part], state.kv_sum[part].to(acc), state.k_sum[part]
+        phi_q = phi(tiles.q[part].to(acc), feature_map)
+        total = torch.bmm(phi_q, k_sum)
+        own_gain, own_bias = (None if x is None else x[part] for x in (gain, bias))
+        alpha, slope, gap = mix_weight(lse[part], total, log_rest[part], own_gain, own_bias)
+        along_sparse, along_linear = ((g * x[part]).sum(dim=-1) for x in (o_sparse, o_linear))
+
+        d_logit = (along_sparse - along_linear) * slope
+        rows.d_logit[part], rows.d_gain[part] = d_logit.sum(dim=1), (d_logit * gap).sum(dim=1)
+        if own_gain is not None:
+            d_lse = d_logit * own_gain
+        else:
+            d_lse = d_logit if own_bias is None else torch.zeros_like(d_logit)
+        own_factor = factor[part] if plain else 1.0
+        torch.mul(g, (alpha * own_factor)[..., None], out=rows.do_sparse[part])
+        rows.shift[part] = ((d_lse - alpha * along_sparse) * own_factor)[:, None]
+
+        weight = torch.where(total > LEAST_WEIGHT, (1.0 - alpha[..., None]) / total, 0.0)
+        g, delta = g * weight, along_linear[..., None] * weight
+        torch.bmm(phi_q.mT, g, out=rows.d_kv[part])
+        torch.bmm(phi_q.mT, delta, out=rows.d_k[part]).neg_()
+        d_phi_q = torch.bmm(g, kv_sum.mT).sub_(delta * k_sum.mT)
+        rows.dq[part] = feature_map_backward(d_phi_q, phi_q, feature_map)
+    return rows
+
+
+def key_backward(tiles: Tiles, state: LinearState, rows: RowGradients, feature_map: str) -> tuple[Tensor, Tensor]:
+    """Return dk (C, block_k, D) and dv (C, block_k, Dv) of the linear branch: every row that covers a block adds."""
+    (heads, _, tn), acc = state.complement.shape, tiles.acc
+    back = state.complement.to(acc).mT
+    d_kv, d_k = (
+        torch.bmm(back, x.view(heads, -1, x[0].numel())).view(heads * tn, *x.shape[1:]) for x in (rows.d_kv, rows.d_k)
+    )
+    d_phi_k = torch.baddbmm(d_k.mT, tiles.v.to(acc), d_kv.mT)
+    if tiles.k_valid is not None:
+        d_phi_k.mul_(tiles.k_valid[..., None])
+    return feature_map_backward(d_phi_k, state.phi_k, feature_map), torch.bmm(state.phi_k, d_kv)
+
+
+def add_sparse_backward(tiles: Tiles, rows: RowGradients, lse: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Add the sparse branch's share to rows.dq, dk (C, block_k, D) and dv (C, block_k, Dv)."""
+    dtype, new = tiles.v.dtype, tiles.scratch
+    safe_lse = lse.masked_fill(lse == NEG_INF, 0.0)[:, None]
+    for part in tiles.chunks(tiles.keys):
+        picked, g, q = tiles.rows[part].flatten(), rows.do_sparse[part], tiles.q[part]
+        keys, values = tiles.gather(tiles.k, picked, "keys"), tiles.gather(tiles.v, picked, "values")
+        p = tiles.scores(part, q, keys)
+        p = p.exp_() if rows.plain else p.sub_(safe_lse[part]).exp_()
+        d_values = torch.bmm(p.to(dtype), g, out=new("d_values", tuple(values.shape), dtype))
+        dv.index_add_(0, picked, d_values.to(tiles.acc).view(-1, *dv.shape[1:]))
+        ds = torch.bmm(values, g.mT, out=new("ds", tuple(p.shape), dtype)).to(tiles.acc)
+        ds = ds.add_(rows.shift[part]).mul_(p).to(dtype)
+        d_q = torch.bmm(ds.mT, keys, out=new("d_q", tuple(q.shape), dtype))
+        rows.dq[part].add_(d_q, alpha=tiles.scale)
+        d_keys = torch.bmm(ds, q, out=new("d_keys", tuple(keys.shape), dtype))
+        dk.index_add_(0, picked, d_keys.to(tiles.acc).view(-1, *dk.shape[1:]), alpha=tiles.scale)
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
+    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
+    lse: Tensor, o_sparse: Tensor, o_linear: Tensor,
+    block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `attention_forward`.
+
+    Returns:
+        dq, dk, dv (as q, k, v), dk_mean (as k_mean), dgain (Hq,) and dbias (as alpha_bias); the last two
+        are empty where the parameter is None.
+    """
+    B, Hq, Nq, _ = q.shape
+    groups, tm = Hq // k.shape[1], lut.shape[2]
+    alpha_rows = AlphaRows.lay_out(log_rest, alpha_gain, alpha_bias)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dk_mean = torch.empty_like(k_mean)
+    d_logit, d_gain = log_rest.new_empty(B, Hq, tm), log_rest.new_empty(B, Hq, tm)
+
+    with call_memory(q.device) as scratch:
+        # it holds about twice the forward's memory for each token
+        for bs, hs in head_groups(B, k.shape[1], 2 * max(k.shape[2], groups * Nq), q.device):
+            hq = slice(hs.start * groups, hs.stop * groups)
+            mask = None if key_mask is None else key_mask[bs]
+            inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
+            tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
+            g, o_s, o_l = (
+                copy_to_blocks(x[bs, hq], block_q, tiles.acc, scratch, name)
+                for name, x in (("do", do), ("o_sparse", o_sparse), ("o_linear", o_linear))
+            )
+            row_lse = to_blocks(lse[bs, hq, :, None], block_q).squeeze(-1)
+            state = linear_state(tiles, feature_map, linear_scope)
+            rows = row_backward(tiles, state, g, row_lse, o_s, o_l, *alpha_rows.of(bs, hq), feature_map)
+            dk_rows, dv_rows = key_backward(tiles, state, rows, feature_map)
+            add_sparse_backward(tiles, rows, row_lse, dk_rows, dv_rows)
+
+            dq[bs, hq] = from_blocks(rows.dq, dq[bs, hq].shape)
+            dk_smooth = from_blocks(dk_rows, dk[bs, hs].shape)
+            dk[bs, hs] = dk_smooth
+            dk_mean[bs, hs] = -dk_smooth.sum(dim=2)
+            dv[bs, hs] = from_blocks(dv_rows, dv[bs, hs].shape)
+            d_logit[bs, hq] = rows.d_logit.view(d_logit[bs, hq].shape)
+            d_gain[bs, hq] = rows.d_gain.view(d_gain[bs, hq].shape)
+
+    gain_grad, bias_grad = q.new_empty(0), q.new_empty(0)
+    if alpha_gain is not None:
+        gain_grad = d_gain.sum(dim=(0, 2)).to(alpha_gain.dtype)
+    if alpha_bias is not None:
+        bias_grad = d_logit.sum(dim=0).sum_to_size(alpha_bias.shape).to(alpha_bias.dtype)
+    return dq, dk, dv, dk_mean, gain_grad, bias_grad

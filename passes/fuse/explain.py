@@ -1,0 +1,104 @@
+"""What did not fit, in words: the nearest miss of a softmax that looks like attention and is not taken."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from sla2_compile.passes.graph.products import read_product
+from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.sites.rules import Reason
+
+MIXERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution", "einsum"})
+LAYERS = MIXERS | {"layer_norm", "group_norm", "batch_norm", "embedding"}
+BANDS = frozenset({
+    "as_strided", "unfold", "pad", "constant_pad_nd", "diagonal",
+})  # fmt: skip
+HEADS = "mixes heads between {} (talking heads)"
+
+
+class NoFit(Exception):
+    """The part of a softmax's surroundings that does not fit attention.
+
+    Attributes:
+        reason, detail: as a `Miss` has them.
+        depth: how far the walk came; the farthest of several tries is the nearest miss.
+    """
+
+    def __init__(self, reason: Reason, detail: str, depth: int = 0) -> None:
+        super().__init__(detail)
+        self.reason, self.detail, self.depth = reason, detail, depth
+
+
+def explain_scores(reader: Reader, node: fx.Node, depth: int) -> NoFit:
+    """Say why the scores cannot pass through node."""
+    name = reader.name(node).removesuffix("_")
+    before = reader.first(node)
+    beneath = reader.name(before) if before is not None else ""
+    if "cat" in (name, beneath):
+        return NoFit(Reason.LOOK_ALIKE, "sink column: scores are joined with others before the softmax", depth)
+    if name in ("permute", "transpose", "contiguous", "clone") and _mixes(reader, node):
+        return NoFit(Reason.LOOK_ALIKE, HEADS.format("scores and softmax"), depth)
+    if name == "tanh":
+        return NoFit(Reason.HAND_WRITTEN, "softcap: tanh on the scores", depth)
+    if name in BANDS or beneath in BANDS:
+        return NoFit(Reason.LOOK_ALIKE, f"banded scores ({name if name in BANDS else beneath})", depth)
+    if name in MIXERS and depth > 1:
+        return NoFit(Reason.LOOK_ALIKE, HEADS.format("scores and softmax"), depth)
+    if node.op in ("placeholder", "get_attr") or name in LAYERS:
+        return NoFit(Reason.LOOK_ALIKE, f"scores come from {name or 'an input'}, not from q k^T", depth)
+    if name in ("getitem", "wrap_with_autocast", "wrap_with_set_grad_enabled") and "wrap" in name + beneath:
+        return NoFit(Reason.HAND_WRITTEN, "scores come from another graph (autocast or gradient mode block)", depth)
+    if not _reaches(reader, node, back=True):
+        return NoFit(Reason.LOOK_ALIKE, f"softmax of no product of queries and keys (of {name})", depth)
+    return NoFit(Reason.HAND_WRITTEN, f"scores pass through {name}", depth)
+
+
+def explain_weights(reader: Reader, node: fx.Node) -> NoFit:
+    """Say why the softmax's weights cannot pass through node."""
+    name = reader.name(node).removesuffix("_")
+    if name in ("getitem", "slice", "narrow"):
+        return NoFit(Reason.LOOK_ALIKE, "sink column: some of the weights are cut off after the softmax")
+    if name in MIXERS:
+        return NoFit(Reason.LOOK_ALIKE, HEADS.format("softmax and values"))
+    if node.op == "output":
+        return NoFit(Reason.WEIGHTS_USED, "softmax weights are returned")
+    return NoFit(Reason.HAND_WRITTEN, f"weights pass through {name} before the values")
+
+
+def near_attention(reader: Reader, softmax: fx.Node) -> bool:
+    """Whether a softmax is worth a report: a product of two tensors close by, or a map of tokens by tokens."""
+    shape = reader.shape(softmax) or ()
+    if len(shape) < 3:
+        return False
+    sizes = shape[-2:]
+    if all(isinstance(n, int) and n >= 16 for n in sizes):
+        return True
+    return _reaches(reader, softmax, back=True) or _reaches(reader, softmax, back=False)
+
+
+def _reaches(reader: Reader, start: fx.Node, back: bool) -> bool:
+    """Whether a product lies within a few steps, with no layer in between."""
+    todo, seen = [(start, 8)], {start}
+    while todo:
+        node, left = todo.pop(0)
+        for other in node.all_input_nodes if back else node.users:
+            if other in seen:
+                continue
+            seen.add(other)
+            if read_product(reader, other) is not None:
+                return True
+            if left and reader.name(other) not in LAYERS and other.op not in ("placeholder", "output"):
+                todo.append((other, left - 1))
+    return False
+
+
+def _mixes(reader: Reader, node: fx.Node) -> bool:
+    """Whether a layer over the heads lies under a few permutations and copies."""
+    for _ in range(4):
+        under = reader.first(node)
+        if under is None:
+            return False
+        if reader.name(under) in MIXERS:
+            return True
+        node = under
+    return False

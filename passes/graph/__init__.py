@@ -1,0 +1,1 @@
+"""Reading and writing graphs, whatever traced them."""

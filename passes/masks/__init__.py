@@ -1,0 +1,1 @@
+"""What a graph proves of a mask."""

@@ -1,0 +1,250 @@
+"""What a graph proves of a mask that depends on inputs: a constant map over tokens, and a mask over keys.
+
+    mask[b, h, i, j]  =  constant[b, i, j] and keys[b, j]
+
+The chain behind a mask is followed down to one boolean tensor with no extent over heads and queries, by pointwise
+operators and changes of shape that say where each axis goes. Every element of the mask is then a function of one
+boolean, so that putting True and then False in its place shows all there is to know of it. Whatever is not such
+a chain proves nothing: numbers that only should be 0 or 1, two masks over keys, symbolic sizes, memory written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sla2_compile.passes.graph.memory import VIEWS, Writes
+from sla2_compile.passes.graph.reader import CASTS, PERMUTES, REGROUP, Reader
+from sla2_compile.passes.graph.values import PURE, evaluate
+
+AXES = ("batch", "heads", "queries", "keys")
+
+# pointwise operators that torch does not tag as such
+POINTWISE = frozenset({"__and__", "__or__", "__xor__", "where", "masked_fill"})
+# operators that make a tensor out of another one's metadata
+LIKE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
+
+# the value of a node over AXES (axes of no extent have size 1), given that of the boolean at the chain's end
+Value = Callable[[bool], Tensor]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """mask = constant and keys.
+
+    Attributes:
+        keys: a boolean node whose axes are batch and keys, in this order, with axes of size 1 around them.
+        sizes: of keys over the batch and over the keys; 1 where it has no extent.
+        negated: keys is True where the key does not take part.
+        constant: bool, broadcastable to (B, 1, Nq, Nk).
+    """
+
+    keys: fx.Node
+    sizes: tuple[int, int]
+    negated: bool
+    constant: Tensor
+
+
+class Unproven(Exception):
+    """The chain holds something that tells nothing."""
+
+
+def prove(mask: fx.Node, reader: Reader, writes: Writes) -> Proof | None:
+    """Return what the graph proves of a mask in an aten graph, or None."""
+    shape = reader.shape(mask)
+    if shape is None or not 2 <= len(shape) <= 4:
+        return None
+    chain = Chain(reader, writes)
+    try:
+        value = chain.follow(mask, AXES[4 - len(shape) :])
+        chain.check_memory()
+        shown, hidden = (_keeps(value(keep)) for keep in (True, False))
+        sizes = chain.sizes()
+    except Unproven:
+        return None
+    if chain.keys is None or (shown.any() and hidden.any()) or shown.dim() != 4 or max(shown.shape[1], 1) > 1:
+        return None
+    negated = bool(hidden.any())
+    return Proof(chain.keys, sizes, negated, hidden if negated else shown)
+
+
+def _keeps(mask: Tensor) -> Tensor:
+    """A mask's values as booleans; additive ones must keep (0) or hide (-inf)."""
+    if mask.dtype == torch.bool:
+        return mask
+    keep = mask == 0
+    if not bool((keep | mask.isneginf()).all()):
+        # the lowest finite number hides a key too, unless it hides all: then softmax averages them
+        raise Unproven
+    return keep
+
+
+class Chain:
+    """The nodes between a mask and the one boolean node over keys behind it.
+
+    Attributes:
+        keys: that node, once it was reached; axes: the names of its axes, "" for those of size 1.
+    """
+
+    def __init__(self, reader: Reader, writes: Writes) -> None:
+        self.reader, self.writes = reader, writes
+        self.keys: fx.Node | None = None
+        self.axes: tuple[str, ...] = ()
+        self.known: dict[tuple[fx.Node, tuple[str, ...]], Value] = {}
+        # nodes between those that are known
+        self.passed: set[fx.Node] = set()
+        # operators that write into tensors that nothing else reads
+        self.own_writes: set[fx.Node] = set()
+
+    def sizes(self) -> tuple[int, int]:
+        """Sizes of the boolean over batch and keys, which must come in this order."""
+        shape = self._shape(self.keys) if self.keys is not None else ()
+        named = {axis: n for axis, n in zip(self.axes, shape, strict=True) if axis}
+        if list(named) != [axis for axis in AXES if axis in named]:
+            raise Unproven
+        return named.get("batch", 1), named.get("keys", 1)
+
+    def check_memory(self) -> None:
+        """Refuse a chain whose memory anything else writes to."""
+        for node in self.passed.union(node for node, _ in self.known):
+            if not self.own_writes.issuperset(self.writes.writers(node)):
+                raise Unproven
+
+    def follow(self, node: fx.Node, axes: tuple[str, ...]) -> Value:
+        """Return the value of a node whose axes are the named ones of the mask."""
+        shape = self._shape(node)
+        axes = tuple("" if n == 1 else axis for axis, n in zip(axes, shape, strict=True))
+        if (node, axes) not in self.known:
+            constant = evaluate(node, {}, self.writes)
+            if constant is not None:
+                return _always(_aligned(constant, axes))
+            self.known[node, axes] = self._ends(node, axes) or self._step(node, axes)
+        return self.known[node, axes]
+
+    def _ends(self, node: fx.Node, axes: tuple[str, ...]) -> Value | None:
+        """The chain's end: a boolean with no extent over heads and queries. There may be one only."""
+        value = self.reader.value(node)
+        if value.dtype != torch.bool or not axes or {"heads", "queries"} & set(axes):
+            return None
+        if self.keys is not None and (self.keys, self.axes) != (node, axes):
+            raise Unproven
+        self.keys, self.axes = node, axes
+        return lambda keep: torch.full((1, 1, 1, 1), keep, device=value.device)
+
+    def _step(self, node: fx.Node, axes: tuple[str, ...]) -> Value:
+        """Go through one operator."""
+        target, name, source = node.target, self.reader.name(node), self.reader.first(node)
+        if not (isinstance(target, torch._ops.OpOverload) or target in PURE) or source is None:
+            raise Unproven
+        before, after = self._shape(source), self._shape(node)
+        dtype = self.reader.value(node).dtype
+        if name in LIKE:
+            # a blank in the place of the tensor whose metadata counts
+            blank = torch.empty(
+                before, dtype=self.reader.value(source).dtype, device=self.reader.value(source).device
+            )
+            return _always(_aligned(_run(node, target, lambda n: blank if n is source else _refuse()), axes))
+        if name in CASTS:
+            value = self.follow(source, axes)
+            return lambda keep: value(keep).to(dtype)
+        if name in VIEWS and self.reader.value(source).dtype != dtype:
+            # the same memory, read as something else
+            raise Unproven
+        if name in ("expand", "expand_as", "broadcast_to"):
+            return self.follow(source, axes[len(axes) - len(before) :])
+        if name in REGROUP:
+            return self._regrouped(source, after, axes)
+        if name in PERMUTES and name != "numpy_T":
+            order = _order(name, node, len(axes))
+            return self.follow(source, tuple(axis for _, axis in sorted(zip(order, axes, strict=True))))
+        if name == "slice" and before == after:
+            return self.follow(source, axes)
+        return self._pointwise(node, name, axes)
+
+    def _regrouped(self, source: fx.Node, after: tuple[int, ...], axes: tuple[str, ...]) -> Value:
+        """Go through an operator that only adds or drops axes of size 1, or several that do so together."""
+        kept = [n for n in after if n != 1]
+        while [n for n in self._shape(source) if n != 1] != kept:
+            under = self.reader.first(source)
+            if self.reader.name(source) not in REGROUP or under is None:
+                raise Unproven
+            if self.reader.value(source).dtype != self.reader.value(under).dtype:
+                raise Unproven
+            self.passed.add(source)
+            source = under
+        names = [axis for axis, n in zip(axes, after, strict=True) if n != 1]
+        return self.follow(source, tuple("" if n == 1 else names.pop(0) for n in self._shape(source)))
+
+    def _pointwise(self, node: fx.Node, name: str, axes: tuple[str, ...]) -> Value:
+        target = node.target
+        if name.endswith("_") and not name.endswith("__"):
+            target = self._without_write(node, name)
+        tagged = torch.Tag.pointwise in getattr(target, "tags", ())
+        drawn = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+        if drawn or not (tagged or {name, name.removesuffix("_")} & POINTWISE or target in PURE):
+            raise Unproven
+        inputs = {n: self.follow(n, axes[len(axes) - len(self._shape(n)) :]) for n in node.all_input_nodes}
+        dtype = self.reader.value(node).dtype
+        return lambda keep: _run(node, target, lambda n: inputs[n](keep)).to(dtype)
+
+    def _without_write(self, node: fx.Node, name: str) -> torch._ops.OpOverload:
+        """The operator that gives what this one writes, where it writes into a tensor that nothing else reads."""
+        source = self.reader.first(node)
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+        if source is None or not isinstance(node.target, torch._ops.OpOverload):
+            raise Unproven
+        fresh = self.reader.name(source) in LIKE or self.reader.name(source) in ("clone", "zeros", "ones", "full")
+        overload = node.target._overloadname
+        if not fresh or len(source.users) != 1 or packet is None or overload not in packet.overloads():
+            raise Unproven
+        self.own_writes.add(node)
+        plain: torch._ops.OpOverload = getattr(packet, overload)
+        return plain
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        shape = self.reader.shape(node)
+        if shape is None or not all(isinstance(n, int) for n in shape):
+            raise Unproven
+        return shape
+
+
+def _always(value: Tensor) -> Value:
+    return lambda keep: value
+
+
+def _run(node: fx.Node, target: Any, value: Callable[[fx.Node], Tensor]) -> Tensor:
+    """Run a node's operator on these values of its inputs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    result: Tensor = target(*args, **kwargs)
+    return result
+
+
+def _refuse() -> Tensor:
+    raise Unproven
+
+
+def _aligned(value: Tensor, axes: tuple[str, ...]) -> Tensor:
+    """Write a tensor over these axes over AXES. One without axes stays so: torch promotes its dtype differently."""
+    if value.dim() == 0:
+        return value
+    named = {axis: n for axis, n in zip(axes, value.shape, strict=True) if axis}
+    order = [i for _, i in sorted((AXES.index(axis), i) for i, axis in enumerate(axes) if axis)]
+    rest = [i for i, axis in enumerate(axes) if not axis]
+    return value.permute(*rest, *order).reshape([named.get(axis, 1) for axis in AXES])
+
+
+def _order(name: str, node: fx.Node, dims: int) -> list[int]:
+    """For each axis of a permuted tensor, the axis that it was."""
+    order = list(range(dims))
+    args = node.args[1:]
+    if name == "permute" and len(args) == 1 and isinstance(args[0], (list, tuple)):
+        return [int(i) % dims for i in args[0]]
+    if name == "transpose" and len(args) == 2 and all(isinstance(i, int) for i in args):
+        a, b = (int(i) % dims for i in args)  # type: ignore[arg-type]
+        order[a], order[b] = order[b], order[a]
+        return order
+    raise Unproven

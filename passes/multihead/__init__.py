@@ -1,0 +1,1 @@
+"""nn.MultiheadAttention taken apart: its projections around one attention call."""

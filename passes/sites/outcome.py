@@ -1,0 +1,115 @@
+"""What became of each attention call: a `Rewrite` or a `Miss` with a reason. Nothing is silent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
+from sla2_compile.kernels.functional import autocasts
+from sla2_compile.passes.sites.call import AttentionCall
+from sla2_compile.passes.sites.masks import MaskView
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.settings import SiteSettings
+
+
+def computing_dtype(q: torch.Tensor) -> torch.dtype:
+    """The dtype that computes a call made now: q's, or autocast's."""
+    return torch.get_autocast_dtype(q.device.type) if autocasts(q) and q.dtype != torch.float64 else q.dtype
+
+
+@dataclass(frozen=True)
+class Where:
+    """One attention call of a model.
+
+    Attributes:
+        owner: qualified name of the module whose forward makes the call ("" is the model itself).
+        index: position of the call among those of one forward of the owner.
+        q_shape, k_shape, v_shape: as seen at planning; symbolic lengths are written as their names.
+        dtype: that computes the call: q's, or autocast's where the call was seen under it.
+        device: of q.
+        times: how often one forward of the model makes the call.
+    """
+
+    owner: str
+    index: int
+    q_shape: tuple[Any, ...]
+    k_shape: tuple[Any, ...]
+    v_shape: tuple[Any, ...]
+    dtype: str
+    device: str
+    times: int = 1
+
+    @classmethod
+    def of(cls, owner: str, index: int, call: AttentionCall, times: int = 1) -> Where:
+        q, k, v = (tuple(n if isinstance(n, int) else str(n) for n in x.shape) for x in (call.q, call.k, call.v))
+        dtype = str(computing_dtype(call.q)).removeprefix("torch.")
+        return cls(owner, index, q, k, v, dtype, call.q.device.type, times)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A call that keeps full attention; `where.q_shape` is empty where only a hint of attention was seen."""
+
+    where: Where
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A call that SLA2 takes, and what that costs.
+
+    Attributes:
+        block_q, block_k: block sizes; as the recipe has them where a length is symbolic.
+        topk: key blocks kept per query block; 0 where a length is symbolic.
+        tm, tn: numbers of query and key blocks; 0 where a length is symbolic.
+        flops, full_flops: multiply-adds times two of one call, by SLA2 and by full attention; 0 where a length, the
+            batch or the number of heads is symbolic.
+        plain: whether every query sees every key.
+        positive: whether the scale of its scores is above 0, or not known.
+        low_bit: what an exported graph computes it in, at any length; empty where each call decides for itself.
+        keeps_branches: whether that graph computes what a backward needs.
+    """
+
+    where: Where
+    settings: SiteSettings
+    block_q: int
+    block_k: int
+    topk: int
+    tm: int
+    tn: int
+    flops: int
+    full_flops: int
+    plain: bool
+    positive: bool = True
+    low_bit: str = ""
+    keeps_branches: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        """Share of key blocks that the sparse branch skips."""
+        return 1.0 - self.topk / self.tn if self.tn else 1.0 - self.settings.options.topk_ratio
+
+    @classmethod
+    def of(cls, where: Where, call: AttentionCall, settings: SiteSettings, mask: MaskView) -> Rewrite:
+        B, H, Nq, D = call.q.shape
+        Nk, Dv, options = call.k.shape[2], call.v.shape[3], settings.options
+        plain = mask.keys is None and not mask.is_causal
+        positive = not isinstance(call.scale, (int, float)) or call.scale > 0
+        if not isinstance(Nq, int) or not isinstance(Nk, int):
+            return cls(where, settings, options.block_q, options.block_k, 0, 0, 0, 0, 0, plain, positive)
+        block_q, block_k = options.block_sizes(Nq, Nk)
+        tm, tn = num_blocks(Nq, block_q), num_blocks(Nk, block_k)
+        kept = num_kept(tn, options.topk_ratio, block_q, block_k, mask.is_causal)
+        if not isinstance(B, int) or not isinstance(H, int):
+            return cls(where, settings, block_q, block_k, kept, tm, tn, 0, 0, plain, positive)
+        rows_q, rows_k = (router_tokens(block, options.compression_ratio)[0] for block in (block_q, block_k))
+        sparse = 2 * Nq * min(Nk, kept * block_k) * (D + Dv)
+        linear = 0 if kept == tn else 2 * (Nq + Nk + tm * tn) * D * Dv
+        router = 2 * num_blocks(Nq, rows_q) * num_blocks(Nk, rows_k) * D
+        full = 2 * Nq * Nk * (D + Dv) // (2 if mask.is_causal else 1)
+        flops = B * H * (sparse + linear + router)
+        return cls(where, settings, block_q, block_k, kept, tm, tn, flops, B * H * full, plain, positive)

@@ -1,0 +1,105 @@
+"""Which attention calls SLA2 takes, and the fixed list of reasons why it leaves one alone.
+
+The same function decides at planning time (fake tensors), in graphs (example values) and at run time
+(real tensors, SymInts under torch.compile). It looks at metadata only (`masks.py` reads masks).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from sla2_compile.kernels.blocks import shorter
+from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
+from sla2_compile.kernels.functional import autocasts
+from sla2_compile.passes.sites.call import AttentionCall
+from sla2_compile.passes.sites.masks import MaskView
+
+if TYPE_CHECKING:
+    from sla2_compile.passes.sites.settings import SiteSettings
+
+
+class Reason(str, Enum):
+    """Why a call keeps full attention. The value is what reports print."""
+
+    SHORT_SEQUENCE = "short sequence"
+    SHORT_KEYS = "cross-attention with short keys"
+    FEW_QUERIES = "few queries over many keys, as in decoding"
+    BIAS = "additive bias"
+    QUERY_MASK = "mask differs between heads or queries"
+    DROPOUT = "dropout in training"
+    HEAD_DIM = "head dim beyond the kernels'"
+    RANK = "not 4-D"
+    BROADCAST = "heads or batch broadcast"
+    DTYPE = "dtype"
+    CAUSAL_ALL_KEYS = "causal with linear_scope 'all'"
+    EXCLUDED = "excluded by the recipe"
+    LAYER_RANGE = "outside start_layer..end_layer"
+    WEIGHTS = "attention weights requested"
+    EXTRA_KEYS = "extra keys of nn.MultiheadAttention (bias_k, bias_v, add_zero_attn, static_k, static_v)"
+    MULTIHEAD = "inside nn.MultiheadAttention (graphs only; transform the nn.Module)"
+    HAND_WRITTEN = "softmax written by hand, possibly attention"
+    WEIGHTS_USED = "softmax weights or scores are used elsewhere"
+    LOOK_ALIKE = "looks like token attention, and is not"
+    CONTAINER = "owner runs its children one by one (Sequential and the like)"
+    CHECKPOINT = "in a checkpoint inside the owner; checkpoint the whole owner instead"
+    BODY = "in a block of its own in the graph (checkpoint, gradient or autocast mode, control flow)"
+    EMPTY = "empty batch"
+    NESTED = "nested tensor"
+    PATTERN = "call pattern without a graph: original forward"
+    UNSEEN = "call not seen when the model was planned"
+
+
+MIN_SEQ_LEN = {
+    "cpu": ((0.15, 512), (1.0, 768)),
+    "cuda": ((1.0, 4096),),
+}
+"""What `min_seq_len: auto` means: by device type, (topk_ratio up to, shortest length at which SLA2 won).
+
+CPU: `python benchmarks/cpu.py`, float32, one thread (benchmarks/results/cpu.md). CUDA: `python
+benchmarks/attention.py --suite crossover`, H200 bf16, eager, against FA2 (benchmarks/results/attention_crossover.md),
+each row's time divided by how slow its host was: at 4096 tokens SLA2 takes as long for 16 heads of 64, where it waits
+for the host, and less than half as long for 48. In CUDA graphs SLA2 wins from a quarter to a half of that on.
+"""
+
+
+def crossover(device_type: str, topk_ratio: float) -> int:
+    """The shortest length at which SLA2 wins at this ratio; an unknown device counts as a GPU."""
+    steps = MIN_SEQ_LEN.get(device_type, MIN_SEQ_LEN["cuda"])
+    return next(length for ratio, length in steps if topk_ratio <= ratio)
+
+
+def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) -> Reason | None:
+    """Return why SLA2 must not take this call, or None if it takes it; mask is what `read_mask` made of its mask."""
+    q, k, v = call.q, call.k, call.v
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        return Reason.RANK
+    if q.shape[0] == 0:
+        return Reason.EMPTY
+    mixed = k.dtype != q.dtype or v.dtype != q.dtype
+    if not {q.dtype, k.dtype, v.dtype} <= set(DTYPES) or (mixed and not autocasts(q)):
+        return Reason.DTYPE
+    if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
+        return Reason.HEAD_DIM
+    if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0] or v.shape[1] != k.shape[1]:
+        return Reason.BROADCAST
+    if k.shape[1] != q.shape[1] and not call.enable_gqa:
+        return Reason.BROADCAST
+    if call.dropout_p > 0.0:
+        return Reason.DROPOUT
+    if mask is None:
+        assert call.attn_mask is not None
+        return Reason.QUERY_MASK if call.attn_mask.dtype == torch.bool else Reason.BIAS
+    if mask.is_causal and settings.options.linear_scope == "all":
+        return Reason.CAUSAL_ALL_KEYS
+    return _too_short(q.shape[2], k.shape[2], settings.shortest(q.device.type))
+
+
+def _too_short(nq: int, nk: int, shortest: int) -> Reason | None:
+    if shortest == 0:
+        return None
+    if not shorter(nq, shortest):
+        return Reason.SHORT_KEYS if shorter(nk, shortest) else None
+    return Reason.SHORT_SEQUENCE if shorter(nk, shortest) else Reason.FEW_QUERIES

@@ -1,0 +1,1 @@
+"""Backends in the registries of transformers and diffusers."""

@@ -1,0 +1,186 @@
+"""`Door`: SLA2 without learned parameters, behind the name that a library's own attention registry gives it.
+
+A library that calls a function of ours for each attention call needs no `transform`. The call still runs through
+the library's own code around `F.scaled_dot_product_attention`, under a mode that hands that one function to a site.
+Modules that `transform` planned, and trial runs of `transform`, go past the door as if it were not there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.modules.discovery import recording
+from sla2_compile.modules.redirect import is_owner, under_plan
+from sla2_compile.passes.sites.call import AttentionCall
+from sla2_compile.passes.sites.masks import MaskView
+from sla2_compile.passes.sites.outcome import Miss, Rewrite, Where, computing_dtype
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.settings import SiteSettings
+from sla2_compile.passes.sites.site import Site
+
+if TYPE_CHECKING:
+    from sla2_compile.recipes import Recipe
+
+log = logging.getLogger("sla2_compile")
+
+# what the recipe says of single sites needs their names, which no registry passes on
+BY_NAME = ("include", "exclude", "overrides", "start_layer", "end_layer")
+
+
+class DoorSite(Site):
+    """The site of one module behind a door: learns nothing, and remembers what became of each call.
+
+    Attributes:
+        door: whose calls these are.
+        recipe: the door's.
+        outcomes: a `Rewrite` for each kind of call (`_kind`), and a `Miss` for each reason met; the longest call of
+            each, and how many. A kind has one number of blocks, so what is said of its longest call holds of all.
+    """
+
+    def __init__(self, door: Door) -> None:
+        super().__init__(SiteSettings.of(door.recipe, ""))
+        self.door, self.recipe = door, door.recipe
+        # Dynamo calls such a function while it traces, and leaves nothing of it in the graph
+        self.tell = torch.compiler.assume_constant_result(_tell)
+        self.outcomes: dict[Hashable, Rewrite | Miss] = {}
+
+    def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
+        mask, reason = super().decide(call)
+        if not torch.compiler.is_compiling():
+            self._remember(call, mask, reason)
+        elif reason is not None and torch.compiler.is_dynamo_compiling():
+            self.tell(reason.value)
+        return mask, reason
+
+    def _remember(self, call: AttentionCall, mask: MaskView | None, reason: Reason | None) -> None:
+        # what make_fx traces with symbolic sizes is no call either
+        if not isinstance(call.q.numel(), int) or not isinstance(call.k.numel(), int):
+            return
+        # by reason alone: each token that is decoded meets another length
+        key = self._kind(call, mask) if reason is None else reason
+        old = self.outcomes.get(key)
+        times = 1 if old is None else old.where.times + 1
+        pairs = call.q.shape[-2] * call.k.shape[-2]
+        if old is not None and old.where.q_shape[-2] * old.where.k_shape[-2] >= pairs:
+            self.outcomes[key] = replace(old, where=replace(old.where, times=times))
+            return
+        where = Where.of("", 0, call, times)
+        if reason is not None:
+            self.outcomes[key] = Miss(where, reason)
+        else:
+            assert mask is not None
+            self.outcomes[key] = Rewrite.of(where, call, self.settings, mask)
+
+    def _kind(self, call: AttentionCall, mask: MaskView | None) -> Hashable:
+        """All that blocks kept, low bit and, within a block's length, FLOPs of a call follow from."""
+        assert mask is not None
+        B, H, Nq, D = call.q.shape
+        Nk, Dv = call.v.shape[2:]
+        block_q, block_k = self.settings.options.block_sizes(Nq, Nk)
+        blocks = block_q, block_k, num_blocks(Nq, block_q), num_blocks(Nk, block_k)
+        positive = not isinstance(call.scale, (int, float)) or call.scale > 0
+        on = computing_dtype(call.q), call.q.device.type
+        return B, H, D, Dv, *blocks, *on, positive, mask.keys is None, mask.is_causal
+
+
+def _tell(reason: str) -> bool:
+    """Log why a call keeps full attention in compiled code, which records nothing."""
+    log.info("left alone in compiled code: %s", reason)
+    return True
+
+
+# eager calls only; a module that goes away takes its record along
+_SITES: WeakKeyDictionary[nn.Module, DoorSite] = WeakKeyDictionary()
+
+
+def forget(module: nn.Module) -> None:
+    """Begin a new record of a module's calls."""
+    _SITES.pop(module, None)
+
+
+def let_go(module: nn.Module) -> None:
+    """Drop the tensors of a module's last call behind a door that it no longer goes by; the counts stay.
+
+    A library does not say when a module leaves, so this is done where somebody asks about the model.
+    """
+    if (site := _SITES.get(module)) is not None:
+        site.last_routing = None
+
+
+class Door:
+    """One recipe behind one name.
+
+    Attributes:
+        recipe, name: as given.
+        nameless: the site of traced calls, for compiled graphs record nothing, and of calls from nowhere known.
+    """
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        """Build a door.
+
+        Args:
+            recipe: of all calls.
+            name: what a user calls it, for messages.
+
+        Raises:
+            ValueError: the recipe speaks of single sites.
+        """
+        for field in BY_NAME:
+            if getattr(recipe, field) != type(recipe).model_fields[field].get_default(call_default_factory=True):
+                raise ValueError(
+                    f"{field} must be its default behind a library's registry, which names no modules, got "
+                    f"{getattr(recipe, field)!r}; use sla2_compile.transform for recipes that tell sites apart"
+                )
+        self.recipe = recipe
+        self.name = name
+        self.nameless = DoorSite(self)
+
+    def call(self, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run function, in which an attention call stands, with SLA2 in the place of that call.
+
+        Args:
+            module: whose call it is, or None where the library does not say.
+            function, *args, **kwargs: the library's own code around `F.scaled_dot_product_attention`.
+        """
+        if under_plan() or (module is not None and is_owner(module)) or recording():
+            return function(*args, **kwargs)
+        with Redirect(self.nameless if module is None or torch.compiler.is_compiling() else self._site(module)):
+            return function(*args, **kwargs)
+
+    def record(self, module: nn.Module) -> DoorSite | None:
+        """What became of a module's eager calls through this door; None if none came."""
+        site = _SITES.get(module)
+        return site if site is not None and site.door is self else None
+
+    def _site(self, module: nn.Module) -> DoorSite:
+        site = self.record(module)
+        if site is None:
+            site = _SITES[module] = DoorSite(self)
+        return site
+
+
+class Redirect(TorchFunctionMode):
+    """Sends attention calls under it to one site."""
+
+    def __init__(self, site: DoorSite) -> None:
+        super().__init__()
+        self.site = site
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values())):
+            self.site.count(Reason.NESTED)
+            return func(*args, **kwargs)
+        return self.site(*args, **kwargs)

@@ -1,0 +1,151 @@
+"""What computes a replaced call in inference: which numeric format, by Triton kernels or blocked PyTorch, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.precision import low_bit_on, why_less, why_not_int8, why_portable
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
+
+WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
+OPEN = "depends on the length"
+GRADIENT = "exported with a gradient wanted, not under torch.no_grad()"
+# one of each choice of blocks, the last with key blocks without end
+LENGTHS = (1, 512, 2**30)
+LOW_BIT, KEEP_BRANCHES = 16, 15
+"""Positions of these among the arguments of `sla2::attention`; low_bit's also among those of `sla2::forward`."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What computes a replaced call in inference: on the report's device, or where the call was seen.
+
+    Attributes:
+        asked, runs: low_bit of its recipe, and what that comes to; runs is empty where it depends on the length.
+        why: why less was made of it, or empty.
+        portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or empty.
+        fixed: whether an exported graph computes it so, at any length.
+    """
+
+    asked: str
+    runs: str
+    why: str
+    portable: str
+    fixed: bool = False
+
+    @classmethod
+    def of(cls, r: Rewrite, device: str) -> How:
+        if r.low_bit:
+            return cls._exported(r)
+        on = device or r.where.device
+        found = [cls._with(r, on, *blocks) for blocks in _blocks(r, on)]
+        if len({(how.runs, how.portable) for how in found}) == 1:
+            # reasons may differ: that of a long one
+            return found[-1]
+        portable = found[-1].portable if len({how.portable for how in found}) == 1 else OPEN
+        runs = found[-1].runs if len({how.runs for how in found}) == 1 else ""
+        return cls(r.settings.options.low_bit, runs, OPEN, portable)
+
+    @classmethod
+    def _exported(cls, r: Rewrite) -> How:
+        # a length that may be any counted as a long one there
+        *_, blocks = _blocks(r, r.where.device)
+        how = cls._with(r, r.where.device, *blocks)
+        if r.low_bit == how.runs:
+            return replace(how, fixed=True)
+        less = GRADIENT if r.keeps_branches else "decided by the export"
+        return replace(how, runs=r.low_bit, why=less if r.low_bit == "none" else "", fixed=True)
+
+    @classmethod
+    def _with(cls, r: Rewrite, on: str, block_q: int, block_k: int, tn: int) -> How:
+        options = r.settings.options
+        D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
+        call = torch.device(on), getattr(torch, r.where.dtype), D, Dv, block_q, block_k, r.positive
+        refusal = why_not_int8(D, Dv, block_q, block_k, tn, options.topk_ratio, r.plain)
+        runs = low_bit_on(options.low_bit, *call, not refusal)
+        return cls(options.low_bit, runs, why_less(options.low_bit, runs, *call, refusal), why_portable(*call))
+
+
+def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:
+    """(block_q, block_k, key blocks): of the call, or where a length is symbolic all that there may be."""
+    if r.tn:
+        return [(r.block_q, r.block_k, r.tn)]
+    found = []
+    for n in LENGTHS:
+        n = max(n, r.settings.shortest(on))
+        block_q, block_k = r.settings.options.block_sizes(n, n)
+        found.append((block_q, block_k, num_blocks(n, block_k)))
+    return found
+
+
+def as_exported(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rewrite | Miss]:
+    """Return outcomes with what the graph of root computes their calls in, where it says that: an exported one does.
+
+    Its ops stand in the order of the calls.
+    """
+    ops = list(_attention_ops(root))
+    rewrites = sum(isinstance(x, Rewrite) for x in outcomes)
+    if len(ops) != rewrites and len(set(ops)) == 1:
+        # calls that kept full attention have none
+        ops = ops[:1] * rewrites
+    if len(ops) != rewrites:
+        return list(outcomes)
+    each, found = iter(ops), list[Rewrite | Miss]()
+    for x in outcomes:
+        if isinstance(x, Rewrite):
+            low_bit, keeps_branches = next(each)
+            x = replace(x, low_bit=low_bit, keeps_branches=keeps_branches)
+        found.append(x)
+    return found
+
+
+def _attention_ops(root: nn.Module) -> Iterator[tuple[str, bool]]:
+    """Yield (low_bit, keep_branches) of each call's op in a graph and in the graphs in it."""
+    with_branches, without = torch.ops.sla2.attention.default, torch.ops.sla2.forward.default
+    for gm in root.modules() if isinstance(root, fx.GraphModule) else ():
+        for node in gm.graph.nodes if isinstance(gm, fx.GraphModule) else ():
+            if node.target in (with_branches, without):
+                low_bit = node.args[LOW_BIT] if len(node.args) > LOW_BIT else node.kwargs.get("low_bit", "none")
+                yield str(low_bit), node.target is with_branches and bool(node.args[KEEP_BRANCHES])
+
+
+def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
+    """Say which calls blocked PyTorch runs on a GPU, and for each low_bit asked of them what computes it."""
+    hows = Counter[How]()
+    for r in rewrites:
+        hows[How.of(r, device)] += r.where.times
+    portable = Counter[str]()
+    for how, n in hows.items():
+        portable[how.portable] += n
+    lines = [f"blocked PyTorch on cuda in {calls(n)}: {why}" for why, n in portable.items() if why]
+    for low_bit in dict.fromkeys(how.asked for how in hows if how.asked != "none"):
+        mine = {how: n for how, n in hows.items() if how.asked == low_bit}
+        if all(how.runs == "none" for how in mine):
+            reasons = dict.fromkeys("not run in blocked PyTorch" if how.portable else how.why for how in mine)
+            lines.append(f"low bit {low_bit}: {', '.join(reasons)}; computed in the input's dtype")
+            continue
+        words = Counter[str]()
+        for how, n in mine.items():
+            words[_word(how)] += n
+        each = [word + (f" in {calls(n)}" if len(words) > 1 else "") for word, n in words.items()]
+        fixed = all(how.fixed for how in mine)
+        rest = "fixed by the export" if fixed else "training computes in the input's dtype"
+        lines.append(f"low bit {low_bit}: {', '.join(each)}; {rest}")
+    return lines
+
+
+def _word(how: How) -> str:
+    if not how.runs:
+        return how.why
+    # what blocked PyTorch runs has its reason above
+    return WORDS[how.runs] + (f" ({how.why})" if how.why and not how.portable else "")
+
+
+def calls(n: int) -> str:
+    return "1 call" if n == 1 else f"{n} calls"

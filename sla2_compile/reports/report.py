@@ -1,0 +1,227 @@
+"""`report(model)`: every attention call, what was done with it, or why it was left alone."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from sla2_compile.libraries.behind_doors import door_sites, doors_of
+from sla2_compile.modules.redirect import site_forward
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.site import Site, Sites
+from sla2_compile.plan import plans
+from sla2_compile.reports.computed import How, as_exported, how_lines
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sla2_compile.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model's attention; `print` it, or take `to_dict()`.
+
+    Attributes:
+        outcomes: a `Rewrite` or a `Miss` for each attention call, in the order of a forward.
+        recipe: the recipe, or None for a model that was not transformed.
+        discovery: how the calls were found: fake, real, graph, pending (before a lazy first forward), or door (eager
+            calls made so far behind a library's own name for SLA2, and nothing else).
+        fallbacks: per site name, eager calls that kept full attention at run time, by reason.
+        recipes: per transformed part, by its name, its recipe; empty where there is one part only.
+        device: type of the device that the model is on; empty where it has no parameters.
+        behind_door: whether modules go by a library's own name for SLA2: of these the eager calls so far are listed.
+    """
+
+    outcomes: tuple[Rewrite | Miss, ...]
+    recipe: Recipe | None
+    discovery: str
+    fallbacks: dict[str, dict[str, int]]
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    device: str = ""
+    behind_door: bool = False
+
+    @property
+    def rewrites(self) -> list[Rewrite]:
+        return [x for x in self.outcomes if isinstance(x, Rewrite)]
+
+    @property
+    def misses(self) -> list[Miss]:
+        return [x for x in self.outcomes if isinstance(x, Miss)]
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of the attention FLOPs of all rewritten calls that SLA2 does not compute, in [0, 1]."""
+        full = sum(r.full_flops * r.where.times for r in self.rewrites)
+        ours = sum(r.flops * r.where.times for r in self.rewrites)
+        return 1.0 - ours / full if full else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data: recipe, recipes, discovery, behind_door, flops_saved, calls, fallbacks.
+
+        A replaced call has low_bit: what was asked for, what runs (nothing where that depends on the length), and why
+        if that is less; and portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or nothing.
+        """
+        calls = []
+        for x in self.outcomes:
+            row: dict[str, Any] = {**asdict(x.where), "replaced": isinstance(x, Rewrite)}
+            if isinstance(x, Rewrite):
+                row |= {"sparsity": x.sparsity, "topk": x.topk, "tm": x.tm, "tn": x.tn}
+                row |= {"block_q": x.block_q, "block_k": x.block_k, "flops": x.flops, "full_flops": x.full_flops}
+                how = How.of(x, self.device)
+                row |= {"low_bit": {"asked": how.asked, "runs": how.runs, "why": how.why}, "portable": how.portable}
+            else:
+                row |= {"reason": x.reason.value, "detail": x.detail}
+            calls.append(row)
+        return {
+            "recipe": None if self.recipe is None else self.recipe.model_dump(mode="json"),
+            "recipes": {name: recipe.model_dump(mode="json") for name, recipe in self.recipes.items()},
+            "discovery": self.discovery,
+            "behind_door": self.behind_door,
+            "flops_saved": self.flops_saved,
+            "calls": calls,
+            "fallbacks": self.fallbacks,
+        }
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        title = f"{len(self.rewrites)} of {len(self.outcomes)} attention calls replaced, {self._recipe_names()}"
+        table = Table(title=title, caption=self._caption(), title_justify="left", caption_justify="left")
+        for column in ("owner", "call", "q (B, H, N, D)", "keys", "done"):
+            table.add_column(column, overflow="fold")
+        table.add_column("blocks kept", justify="right")
+        table.add_column("FLOPs saved", justify="right")
+        for x in self.outcomes:
+            w = x.where
+            call = f"{w.index}" + (f" x{w.times}" if w.times > 1 else "")
+            shape = " x ".join(map(str, w.q_shape)) + f" {w.dtype}" if w.q_shape else ""
+            keys = str(w.k_shape[-2]) if w.k_shape else ""
+            if isinstance(x, Rewrite):
+                kept = f"{x.topk} of {x.tn}" if x.tn else f"{x.settings.options.topk_ratio:.0%}"
+                saved = f"{1 - x.flops / x.full_flops:.0%}" if x.full_flops else ""
+                table.add_row(w.owner or "(model)", call, shape, keys, "SLA2", kept, saved)
+            else:
+                why = x.reason.value + (f" ({x.detail})" if x.detail else "")
+                table.add_row(w.owner or "(model)", call, shape, keys, why, "", "", style="dim")
+        return table
+
+    def _recipe_names(self) -> str:
+        if not self.recipes:
+            return f"recipe {self.recipe.name if self.recipe else 'none'}"
+        return "recipes " + ", ".join(f"{recipe.name} ({name or 'model'})" for name, recipe in self.recipes.items())
+
+    def _caption(self) -> str:
+        lines = []
+        if self.discovery == "pending":
+            lines.append("the first forward will find the attention calls")
+        if self.behind_door:
+            # what a plan lists beside them is whole
+            whose = "" if self.discovery == "door" else "behind a library's name for SLA2: "
+            lines.append(f"{whose}eager calls so far; compiled code records none")
+        if self.rewrites:
+            lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
+        lines += how_lines(self.rewrites, self.device)
+        for name, counts in self.fallbacks.items():
+            reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
+            lines.append(f"{name}: full attention at run time: {reasons}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=118)
+        console.print(self)
+        return console.file.getvalue().rstrip() if isinstance(console.file, io.StringIO) else ""
+
+
+def report(model: nn.Module | ExportedProgram) -> Report:
+    """Return what `transform` did with each attention call of model, a module or an exported program.
+
+    A model that holds several transformed parts gets one report with the parts' names before the owners'.
+    Calls behind a library's own name for SLA2 (`register_transformers`, `set_diffusers_backend`) are listed as they
+    were made so far (none before a first forward), and no longer once the model goes by another name.
+    A model that was never transformed gets an empty one; `inspect` says what would be done.
+    """
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        kind = type(model).__name__
+        raise TypeError(f"model must be an nn.Module or ExportedProgram, got {kind}; for a pipeline its transformer")
+    model = model.graph_module if isinstance(model, ExportedProgram) else model
+    outcomes: list[Rewrite | Miss] = []
+    recipes: dict[str, Recipe] = {}
+    discovery, behind_door = "", False
+    for name, root, plan in plans(model):
+        outcomes += [_prefixed(x, name) for x in as_exported(root, plan.outcomes)]
+        recipes[name] = plan.recipe
+        discovery = discovery or plan.discovery
+    for name, site in door_sites(model):
+        outcomes += [_prefixed(x, name) for x in site.outcomes.values()]
+        recipes[name] = site.recipe
+        behind_door = True
+    for use in doors_of(model):
+        behind_door = True
+        if not use.replaced and not use.left_alone:
+            recipes[use.part] = use.door.recipe
+    discovery = discovery or ("door" if behind_door else "")
+    if not recipes:
+        return Report((), None, "not transformed", {})
+    first = next(iter(recipes.values()))
+    several = len(recipes) > 1 and (discovery != "door" or any(recipe != first for recipe in recipes.values()))
+    named, device = recipes if several else {}, _device(model)
+    return Report(tuple(outcomes), first, discovery, _fallbacks(model), named, device, behind_door)
+
+
+def inspect(
+    model: nn.Module,
+    recipe: Any = "balanced",
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Any = None,
+    **overrides: Any,
+) -> Report:
+    """Return the report that `transform` with these arguments would give, without changing model.
+
+    Args and errors as `transform`; finding no call to replace is no error here.
+    """
+    from sla2_compile.modules.discovery import discover
+    from sla2_compile.modules.hand_written import find_hand_written
+    from sla2_compile.passes.sites.select import select
+    from sla2_compile.recipes import Recipe
+
+    chosen = Recipe.of(recipe, **overrides)
+    found = discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
+    seen, _ = find_hand_written(model, found)
+    return Report(tuple(select(seen, chosen)), chosen, found.how, {})
+
+
+def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:
+    if not name:
+        return x
+    owner = f"{name}.{x.where.owner}" if x.where.owner else name
+    return replace(x, where=replace(x.where, owner=owner))
+
+
+def _device(model: nn.Module) -> str:
+    parameter = next(model.parameters(), None)
+    return "" if parameter is None else parameter.device.type
+
+
+def _fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        counts: Counter[str] = Counter()
+        if isinstance(module, Site):
+            counts = module.fallbacks
+        elif isinstance(module, Sites) and module.unseen:
+            counts = Counter({Reason.UNSEEN.value: module.unseen})
+        elif (forward := site_forward(module)) and (captured := forward.captured) and captured.refused:
+            counts = Counter({Reason.PATTERN.value: captured.refused})
+        if counts:
+            found[name] = dict(counts)
+    return found

@@ -1,0 +1,135 @@
+"""Statistics of what sites did in their last eager forward, and the printed configuration."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sla2_compile.kernels.functional import Routing
+from sla2_compile.libraries.behind_doors import door_sites, doors_of
+from sla2_compile.passes.sites.site import Site
+from sla2_compile.plan import plans
+
+if TYPE_CHECKING:
+    from sla2_compile.recipes import Recipe
+
+ELSE_A_DOOR = "or send it through register_transformers or set_diffusers_backend"
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
+    """Yield (name, site) for each site of model, names as in its state dict; a door's by the module that calls."""
+    for name, module in model.named_modules():
+        if isinstance(module, Site):
+            yield name.removeprefix("_orig_mod").lstrip("."), module
+    yield from door_sites(model)
+
+
+def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
+    """Return what the last eager forward of model did, as a flat dict of floats, ready for a logger.
+
+    Keys, per site `<site>/...` and averaged over sites `mean/...`:
+        sparsity: share of key blocks that the sparse branch skipped.
+        alpha_mean, alpha_std, alpha_min, alpha_max: share of the sparse branch, over heads and query blocks
+            (one row of each block).
+        router_entropy: of the router's distribution over key blocks, in nats, mean over heads and query blocks.
+
+    Raises:
+        ValueError: model has no site and goes by no door; no site has run in eager mode yet (compiled graphs record
+            nothing); every site's last call kept full attention.
+    """
+    all_sites = list(sites(model))
+    if not all_sites and not doors_of(model):
+        raise ValueError(
+            "model must be transformed, got no SLA2 site; call sla2_compile.transform first "
+            f"(and run one forward if it was given no example_inputs), {ELSE_A_DOOR}"
+        )
+    ran = [(name, site, site.last_routing) for name, site in all_sites if site.last_routing is not None]
+    if not ran:
+        raise _nothing_recorded(model, [site for _, site in all_sites])
+    stats: dict[str, float] = {}
+    for name, site, routing in ran:
+        stats |= {f"{name}/{key}": value for key, value in _site_statistics(site, routing).items()}
+    for key in dict.fromkeys(key.rsplit("/", 1)[1] for key in stats):
+        values = [value for name, value in stats.items() if name.endswith("/" + key)]
+        stats[f"mean/{key}"] = sum(values) / len(values)
+    return stats
+
+
+def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
+    kept = sum((site.fallbacks for site in all_sites), Counter())
+    if kept:
+        reasons = ", ".join(f"{times} x {reason}" for reason, times in kept.items())
+        where = f"{sum(bool(site.fallbacks) for site in all_sites)} of {len(all_sites)} sites"
+        return ValueError(
+            "model must have an attention call that SLA2 took last in eager mode, got full attention at "
+            f"{where}: {reasons}; give it inputs that SLA2 takes, or change the recipe"
+        )
+    got = f"{len(all_sites)} sites with none recorded"
+    if not all_sites:
+        got = "no call yet through " + ", ".join(sorted({use.door.name for use in doors_of(model)}))
+    return ValueError(
+        f"model must have run a forward in eager mode, got {got}; "
+        "run one forward outside torch.compile (torch.compiler.set_stance('force_eager'))"
+    )
+
+
+@torch.no_grad()
+def _site_statistics(site: Site, routing: Routing) -> dict[str, float]:
+    kept = (routing.lut >= 0).sum(dim=-1).float().mean().item()
+    logit = routing.lse - routing.log_rest
+    if site.alpha_bias is not None:
+        bias = site.alpha_bias.to(logit.dtype)
+        if site.alpha_gain is None:
+            logit = bias.expand_as(logit).masked_fill(routing.log_rest.isneginf(), float("inf"))
+        else:
+            gain = site.alpha_gain.to(logit.dtype)[:, None]
+            logit = torch.where(routing.log_rest.isneginf(), logit, logit * gain + bias)
+    alpha = torch.sigmoid(logit).nan_to_num(0.0).float()
+    return {
+        "sparsity": 1.0 - kept / routing.Tn,
+        "alpha_mean": alpha.mean().item(),
+        "alpha_std": alpha.std(correction=0).item(),
+        "alpha_min": alpha.min().item(),
+        "alpha_max": alpha.max().item(),
+        "router_entropy": routing.entropy.float().mean().item(),
+    }
+
+
+def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> None:
+    """Write the model's SLA2 configuration, a line at a time, with log (print, logger.info, ...).
+
+    One block for each part that `transform` planned, then one for each of a library's names for SLA2 that the model
+    goes by now (`register_transformers`, `set_diffusers_backend`), with its eager calls so far; where two such names
+    are spread over the same part, one for each of its parts.
+
+    Raises:
+        ValueError: model is not transformed, and goes by no such name.
+    """
+    found, uses = list(plans(model)), doors_of(model)
+    if not found and not uses:
+        raise ValueError(
+            f"model must be transformed, got one that is not; call sla2_compile.transform first, {ELSE_A_DOOR}"
+        )
+    for name, root, plan in found:
+        where = name or type(root).__name__
+        log(f"SLA2 in {where}: recipe {plan.recipe.name}, {len(plan.rewrites)} sites, {len(plan.misses)} left alone")
+        _log_recipe(plan.recipe, log)
+    for use in uses:
+        # torch.compile's wrapper is not what a user built
+        where = use.part or type(getattr(model, "_orig_mod", model)).__name__
+        log(f"SLA2 in {where}: recipe {use.door.recipe.name}, behind {use.door.name}")
+        log(f"  eager calls so far: {use.replaced} replaced, {use.left_alone} left alone")
+        _log_recipe(use.door.recipe, log)
+    learned = sum(p.numel() for _, site in sites(model) for p in site.parameters())
+    log(f"  parameters added: {learned}")
+
+
+def _log_recipe(recipe: Recipe, log: Callable[[str], object]) -> None:
+    for field, value in recipe.model_dump(exclude={"name", "overrides"}).items():
+        log(f"  {field}: {value}")
+    for pattern, values in recipe.overrides.items():
+        log(f"  override {pattern}: {values}")
