@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import sla2_compile.kernels  # noqa: F401  (registers the ops, so that saved programs load)
 
 if TYPE_CHECKING:
-    from sla2_compile.api import restore, transform
+    from sla2_compile.api import inspect, restore, transform
     from sla2_compile.kernels import AttentionOptions, sla2_attention
     from sla2_compile.libraries.diffusers import diffusers_backend, reset_diffusers_backend, set_diffusers_backend
     from sla2_compile.libraries.transformers import register_transformers
@@ -35,6 +35,7 @@ _HOMES = {
     "reset_diffusers_backend": "libraries.diffusers",
     "register_transformers": "libraries.transformers",
     "report": "reports.report",
+    "inspect": "api",
     "get_sla2_statistics": "reports.statistics",
     "log_sla2_config": "reports.statistics",
     "restore": "api",
@@ -49,6 +50,7 @@ __all__ = [
     "Report",
     "diffusers_backend",
     "get_sla2_statistics",
+    "inspect",
     "log_sla2_config",
     "register_transformers",
     "report",

@@ -51,7 +51,7 @@ def inspect(
 
     FACTORY is called without arguments and returns (model, example_inputs) or (model, example_inputs, kwargs).
     """
-    from sla2_compile.reports.report import inspect as inspect_model
+    from sla2_compile.api import inspect as inspect_model
 
     fields = _checked(lambda: _fields(set_ or []))
     model, inputs, kwargs = _checked(lambda: _make(target))

@@ -147,7 +147,7 @@ def _keep(gm: fx.GraphModule, recipe: Recipe, outcomes: Sequence[Rewrite | Miss]
 
 
 def _require_some(outcomes: Sequence[Rewrite | Miss], allow_none: bool) -> None:
-    from sla2_compile.api import nothing_replaced
+    from sla2_compile.refusal import nothing_replaced
 
     if not allow_none and not any(isinstance(x, Rewrite) for x in outcomes):
         raise nothing_replaced(outcomes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ class AttentionCall:
         return torch.ops.aten.scaled_dot_product_attention(
             self.q, self.k, self.v, mask, self.dropout_p, is_causal, scale=self.scale, enable_gqa=self.enable_gqa
         )
+
+    def in_one_dtype(self) -> AttentionCall:
+        """The call with q, k and v in the dtype that holds all three; autocast, where it is on, sees to that itself."""
+        dtype = torch.promote_types(torch.promote_types(self.q.dtype, self.k.dtype), self.v.dtype)
+        if torch.is_autocast_enabled(self.q.device.type) or self.q.dtype == self.k.dtype == self.v.dtype:
+            return self
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
 
 def causal_keys(key_mask: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class Reason(str, Enum):
     BODY = "in a block of its own in the graph (checkpoint, gradient or autocast mode, control flow)"
     EMPTY = "empty batch"
     NESTED = "nested tensor"
-    PATTERN = "call pattern without a graph: original forward"
+    TRANSFORMED = "under a transform of torch.func"
+    EXPOSED = "queries or keys whose memory was handed out (numpy and the like) before the scores"
+    OPAQUE = "an operator of attention that is not scaled_dot_product_attention"
     UNSEEN = "call not seen when the model was planned"
 
 

@@ -36,6 +36,7 @@ class Site(nn.Module):
         structure: what the call's mask was when the model was planned; None if unknown.
         last_routing: what the last eager forward chose, or None; not saved, not copied.
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
+        read_backs: how often the weights of a hand-written call were read although the site had answered it.
     """
 
     proj_q: nn.Parameter | None
@@ -59,6 +60,7 @@ class Site(nn.Module):
         self.heads = self.head_dim = 0
         self.last_routing: Routing | None = None
         self.fallbacks: Counter[str] = Counter()
+        self.read_backs = 0
         for name in ("proj_q", "proj_k", "alpha_gain", "alpha_bias"):
             self.register_parameter(name, None)
         if call is not None:
@@ -123,6 +125,11 @@ class Site(nn.Module):
         if not torch.compiler.is_dynamo_compiling():
             self.fallbacks[reason.value] += 1
             self.last_routing = None
+
+    def count_read_back(self) -> int:
+        """Remember that attention weights were read after the site had answered; return how often that was."""
+        self.read_backs += 1
+        return self.read_backs
 
     def _check(self, call: AttentionCall, alpha_bias: Tensor) -> None:
         if alpha_bias.device != call.q.device:

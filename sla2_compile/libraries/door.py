@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.modules.discovery import recording
-from sla2_compile.modules.redirect import is_owner, under_plan
+from sla2_compile.modules.calls import under_plan
+from sla2_compile.modules.redirect import is_owner
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
 from sla2_compile.passes.sites.outcome import Miss, Rewrite, Where, computing_dtype

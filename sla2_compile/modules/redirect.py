@@ -13,63 +13,17 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch import nn
 
-from sla2_compile.modules.captured import CHILD, CapturedForward
+from sla2_compile.modules.calls import RedirectAttention
+from sla2_compile.modules.traced import TraceAttention
+from sla2_compile.modules.watch import Watch
+from sla2_compile.modules.written import DeferAttention, Written
 from sla2_compile.passes.multihead import function as multihead
-from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Sites
 
-
-class RedirectAttention(TorchFunctionMode):
-    """Sends the i-th attention call under it to the i-th site.
-
-    padding: of an nn.MultiheadAttention, the boolean key_padding_mask that it was called with.
-    """
-
-    def __init__(self, sites: Sites, padding: Tensor | None = None) -> None:
-        super().__init__()
-        self.sites = sites
-        self.padding = padding
-        self.index = 0
-        self.outside = None if torch.compiler.is_compiling() else _autograd_context()
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {} if kwargs is None else kwargs
-        if func is F.scaled_dot_product_attention:
-            index = self.index
-            self.index = index + 1
-            if self.outside is not None and _enters_checkpoint(self.outside):
-                return self.sites.decline(index, Reason.CHECKPOINT, func, args, kwargs)
-            return self.sites.answer(index, func, args, kwargs)
-        if func is F.multi_head_attention_forward:
-            index = self.index
-            self.index = index + 1
-            return self.sites.answer_multihead(index, func, args, kwargs, self.padding)
-        if func is Tensor.unflatten:
-            # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
-            return torch.unflatten(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _autograd_context() -> tuple[bool, Any]:
-    """Whether gradients are on, and the innermost hooks on saved tensors."""
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
-def _enters_checkpoint(outside: tuple[bool, Any]) -> bool:
-    """Whether a checkpoint began between the owner's forward and this call.
-
-    Its recomputation will run the call without the owner's forward around it, so that a site's answer now would
-    not be the one that is differentiated. Checkpoints without re-entry hook saved tensors; those with it turn
-    gradients off, as an owner's own no_grad does, which then keeps full attention too.
-    """
-    grad, hooks = _autograd_context()
-    if outside[0] and not grad:
-        return True
-    return hooks is not None and hooks != outside[1] and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+CHILD = "sla2"
+"""Name of the child module that holds an owner's sites."""
 
 
 class SiteForward:
@@ -81,20 +35,23 @@ class SiteForward:
     Attributes:
         owner: the module.
         own: the forward that the instance already had in its __dict__, or None for its class's.
-        captured: graphs that run in the place of the original, for attention written by hand, or None.
+        name: of the owner in its model, for warnings.
+        written: attention calls that the owner writes out by hand, by the number of their product.
+        watches: whether attention weights of a module inside outlive that module's forward, and end in this one.
         from_class: `own` was looked up on the class, and is not to be put back.
         function: the class's forward; stored, because looking it up inside a trace breaks the graph.
     """
 
-    def __init__(self, owner: nn.Module, captured: CapturedForward | None = None) -> None:
-        self.owner = owner
+    def __init__(
+        self, owner: nn.Module, name: str = "", written: dict[int, Written] | None = None, watches: bool = False
+    ) -> None:
+        self.owner, self.name, self.written, self.watches = owner, name, written or {}, watches
         self.from_class = False
         self.own = owner.__dict__.get("forward")
         self.function = type(owner).forward
         if not isinstance(inspect.getattr_static(type(owner), "forward"), FunctionType) and self.own is None:
             # a staticmethod, classmethod or partial: bound by Python's own rules
             self.own, self.from_class = owner.forward, True
-        self.captured = captured
 
     @property
     def forward(self) -> MethodType:
@@ -115,17 +72,27 @@ class SiteForward:
 
 
 def _run(self: SiteForward, *args: Any, **kwargs: Any) -> Any:
-    if self.captured is not None:
-        graph = self.captured.find(self.original, args, kwargs)
-        if graph is None:
-            return self.original(*args, **kwargs)
-        with RedirectAttention(self.owner.sla2):  # type: ignore[arg-type]
-            return graph(self.owner, args, kwargs)
+    if self.watches and not torch.compiler.is_compiling():
+        with Watch():
+            return _under_sites(self, args, kwargs)
+    return _under_sites(self, args, kwargs)
+
+
+def _under_sites(self: SiteForward, args: Any, kwargs: Any) -> Any:
+    sites = self.owner._modules.get(CHILD)
+    if sites is None:
+        return self.original(*args, **kwargs)
     padding = None
     if isinstance(self.owner, nn.MultiheadAttention):
         args, kwargs = multihead.without_fused_path(args, kwargs)
         padding = multihead.padding_of(args, kwargs)
-    with RedirectAttention(self.owner.sla2, padding):  # type: ignore[arg-type]
+    calls: Any = RedirectAttention(sites, padding)  # type: ignore[arg-type]
+    if self.written:
+        if torch.compiler.is_compiling():
+            calls = TraceAttention(sites, self.written, calls)  # type: ignore[arg-type]
+        else:
+            calls = DeferAttention(self.name, sites, self.written, calls)  # type: ignore[arg-type]
+    with calls:
         return self.original(*args, **kwargs)
 
 
@@ -150,13 +117,17 @@ def site_forward(owner: nn.Module) -> SiteForward | None:
     return forward if isinstance(forward, SiteForward) else None
 
 
-def install(owner: nn.Module, sites: Sites, captured: CapturedForward | None = None) -> None:
-    """Give owner its sites. The caller has checked that `owner.sla2` is free."""
-    if isinstance(owner, nn.MultiheadAttention):
-        # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
-        sites.register_forward_pre_hook(_never_called)
-    owner._modules[CHILD] = sites
-    owner.__dict__["forward"] = SiteForward(owner, captured).forward
+def install(
+    owner: nn.Module, sites: Sites | None, name: str = "", written: dict[int, Written] | None = None,
+    watches: bool = False,
+) -> None:  # fmt: skip
+    """Give owner its sites, or none where it only watches. The caller has checked that `owner.sla2` is free."""
+    if sites is not None:
+        if isinstance(owner, nn.MultiheadAttention):
+            # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
+            sites.register_forward_pre_hook(_never_called)
+        owner._modules[CHILD] = sites
+    owner.__dict__["forward"] = SiteForward(owner, name, written, watches).forward
 
 
 def _never_called(module: nn.Module, args: Any) -> None:
@@ -189,14 +160,9 @@ def remove(owner: nn.Module) -> None:
         del owner.__dict__["forward"]
     else:
         owner.__dict__["forward"] = forward.own
-    del owner._modules[CHILD]
+    owner._modules.pop(CHILD, None)
 
 
 def is_owner(module: nn.Module) -> bool:
     """Whether module carries sites."""
     return isinstance(module._modules.get(CHILD), Sites)
-
-
-def under_plan() -> bool:
-    """Whether the forward of an owner runs around this point, in eager or in a trace."""
-    return any(isinstance(mode, RedirectAttention) for mode in _get_current_function_mode_stack())

@@ -11,7 +11,6 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sla2_compile.libraries.behind_doors import door_sites, doors_of
-from sla2_compile.modules.redirect import site_forward
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site, Sites
@@ -177,29 +176,6 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     return Report(tuple(outcomes), first, discovery, _fallbacks(model), named, device, behind_door)
 
 
-def inspect(
-    model: nn.Module,
-    recipe: Any = "balanced",
-    *,
-    example_inputs: Any = None,
-    example_kwargs: Any = None,
-    **overrides: Any,
-) -> Report:
-    """Return the report that `transform` with these arguments would give, without changing model.
-
-    Args and errors as `transform`; finding no call to replace is no error here.
-    """
-    from sla2_compile.modules.discovery import discover
-    from sla2_compile.modules.hand_written import find_hand_written
-    from sla2_compile.passes.sites.select import select
-    from sla2_compile.recipes import Recipe
-
-    chosen = Recipe.of(recipe, **overrides)
-    found = discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
-    seen, _ = find_hand_written(model, found)
-    return Report(tuple(select(seen, chosen)), chosen, found.how, {})
-
-
 def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:
     if not name:
         return x
@@ -220,8 +196,6 @@ def _fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
             counts = module.fallbacks
         elif isinstance(module, Sites) and module.unseen:
             counts = Counter({Reason.UNSEEN.value: module.unseen})
-        elif (forward := site_forward(module)) and (captured := forward.captured) and captured.refused:
-            counts = Counter({Reason.PATTERN.value: captured.refused})
         if counts:
             found[name] = dict(counts)
     return found

@@ -1,0 +1,76 @@
+"""`RedirectAttention`: sends an owner's calls of attention functions to its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.site import Sites
+
+
+class OwnerMode(TorchFunctionMode):
+    """A mode under which an owner's forward runs."""
+
+
+class RedirectAttention(OwnerMode):
+    """Sends the i-th attention call under it to the i-th site.
+
+    padding: of an nn.MultiheadAttention, the boolean key_padding_mask that it was called with.
+    """
+
+    def __init__(self, sites: Sites, padding: Tensor | None = None) -> None:
+        super().__init__()
+        self.sites = sites
+        self.padding = padding
+        self.index = 0
+        self.outside = None if torch.compiler.is_compiling() else _autograd_context()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func is F.scaled_dot_product_attention:
+            index = self.index
+            self.index = index + 1
+            if self.in_checkpoint():
+                return self.sites.decline(index, Reason.CHECKPOINT, func, args, kwargs)
+            return self.sites.answer(index, func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            index = self.index
+            self.index = index + 1
+            return self.sites.answer_multihead(index, func, args, kwargs, self.padding)
+        if func is Tensor.unflatten:
+            # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
+            return torch.unflatten(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def in_checkpoint(self) -> bool:
+        """Whether a checkpoint began between the owner's forward and this point; not known in a trace."""
+        return self.outside is not None and _enters_checkpoint(self.outside)
+
+
+def _autograd_context() -> tuple[bool, Any]:
+    """Whether gradients are on, and the innermost hooks on saved tensors."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _enters_checkpoint(outside: tuple[bool, Any]) -> bool:
+    """Whether a checkpoint began between the owner's forward and this call.
+
+    Its recomputation will run the call without the owner's forward around it, so that a site's answer now would
+    not be the one that is differentiated. Checkpoints without re-entry hook saved tensors; those with it turn
+    gradients off, as an owner's own no_grad does, which then keeps full attention too.
+    """
+    grad, hooks = _autograd_context()
+    if outside[0] and not grad:
+        return True
+    return hooks is not None and hooks != outside[1] and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def under_plan() -> bool:
+    """Whether the forward of an owner runs around this point, in eager or in a trace."""
+    return any(isinstance(mode, OwnerMode) for mode in _get_current_function_mode_stack())

@@ -1,0 +1,312 @@
+"""`Deferred`: a tensor that is not computed before somebody needs it.
+
+It stands for what a chain of recorded calls gives. `become` makes those calls and turns the very same Python object
+into their result, so that whoever holds it holds the real tensor. Nobody outside can tell, except by time and memory:
+
+- A function of torch that gets one is given the real tensor (`Deferred.__torch_function__`).
+- What enters below Python, as an autograd.Function or an extension does, finds it by dispatch, and in the autograd
+  graph by `Later`.
+- The recorded calls run in the gradient and autocast modes of their own time.
+- What they read must not have been written to since. Whoever records watches writes, and makes it become first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from sla2_compile.modules.scores import Scores
+
+LOCK = threading.RLock()
+"""Held while a tensor becomes real: several threads may hold one map."""
+
+
+class Origin:
+    """One product whose result was deferred, and what became of it.
+
+    Attributes:
+        answered: whether its attention was computed without the map.
+        needed: whether the scores or the weights themselves were computed.
+        planned: what planning said of it.
+        tell: called once, when the map is computed.
+    """
+
+    __slots__ = ("answered", "needed", "planned", "tell")
+
+    def __init__(self, planned: Any, tell: Callable[[Origin], None]) -> None:
+        self.planned, self.tell = planned, tell
+        self.answered = self.needed = False
+
+    def need(self) -> None:
+        """Note that somebody reads the map."""
+        if not self.needed:
+            self.needed = True
+            self.tell(self)
+
+
+class Like(NamedTuple):
+    """What kind of tensor a call gives."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Recorded:
+    """One call that was not made.
+
+    Attributes:
+        func, args, kwargs: the call; its scores are the argument `args[at]`, or made here if at is -1.
+        scores: what all calls up to this one mean.
+        shape, like: of the result.
+        grad, cast: whether gradients were on; autocast's dtype, or None where it was off.
+        leaves: the tensors that all calls up to this one read, with their versions.
+        requires: whether a gradient is wanted of one of them.
+        origin: of the product.
+    """
+
+    __slots__ = (
+        "args", "at", "cast", "func", "grad", "kwargs", "leaves", "like", "origin", "requires", "scores", "shape",
+    )  # fmt: skip
+
+    def __init__(
+        self, func: Any, args: Any, kwargs: Any, at: int, scores: Scores, shape: tuple[int, ...], like: Like,
+        leaves: Sequence[tuple[Tensor, int]], origin: Origin,
+    ) -> None:  # fmt: skip
+        self.func, self.args, self.kwargs, self.at, self.scores, self.shape = func, args, kwargs, at, scores, shape
+        self.like, self.grad, self.cast = like, torch.is_grad_enabled(), autocast_dtype(like.device)
+        mine = [(x, version(x)) for x in tensors(args, kwargs) if type(x) is not Deferred]
+        self.leaves = (*leaves, *mine)
+        self.requires = self.grad and any(x.requires_grad for x, _ in self.leaves)
+        self.origin = origin
+
+    def compute(self) -> Tensor:
+        """Make the calls. Views of views stay views, since each result on the way becomes real itself."""
+        args, kwargs = real(self.args), real(self.kwargs)
+        with (
+            torch.set_grad_enabled(self.grad),
+            torch.autocast(self.like.device.type, self.cast, enabled=self.cast is not None),
+            torch._C.DisableTorchFunction(),
+        ):
+            result: Tensor = self.func(*args, **kwargs)
+        # .contiguous() and .to() may hand back their argument
+        return result.view_as(result) if any(result is x for x in args) else result
+
+    def stale(self) -> bool:
+        """Whether something that the calls read was written to since, so that they can no longer be made."""
+        return any(version(x) != known for x, known in self.leaves)
+
+
+def version(x: Tensor) -> int:
+    """The number of in-place writes that autograd has counted; inference tensors count none."""
+    return 0 if x.is_inference() else x._version
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype on a device, or None where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def tensors(*nested: Any) -> list[Tensor]:
+    """All tensors in arguments, in lists, tuples and dicts too."""
+    found: list[Tensor] = []
+    for x in nested:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += tensors(*x)
+        elif isinstance(x, dict):
+            found += tensors(*x.values())
+    return found
+
+
+_LIKE: dict[Any, Like | None] = {}
+
+
+def like_of(func: Any, args: Any, kwargs: Any) -> Like | None:
+    """The kind of tensor that a call gives under the present autocast; None if it gives no float tensor.
+
+    Found by making the call once with tensors of one element.
+    """
+    device = next(x for x in tensors(args, kwargs)).device
+    key = (func, autocast_dtype(device), _key(args), _key(kwargs))
+    if key not in _LIKE:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            try:
+                made = func(*_small(args), **_small(kwargs))
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                # the owner's own call will raise, where it stands
+                made = None
+        fits = isinstance(made, Tensor) and made.is_floating_point()
+        _LIKE[key] = Like(made.dtype, made.device) if fits else None
+    return _LIKE[key]
+
+
+def _key(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return (x.dtype, x.device, x.dim())
+    if isinstance(x, (list, tuple)):
+        return tuple(_key(item) for item in x)
+    if isinstance(x, dict):
+        return tuple((name, _key(item)) for name, item in x.items())
+    # no constant: one of its own, so that nothing is taken for it
+    return (type(x), x) if isinstance(x, Hashable) else object()
+
+
+def _small(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return torch.ones((1,) * x.dim(), dtype=x.dtype, device=x.device)
+    if isinstance(x, (list, tuple)):
+        return type(x)(_small(item) for item in x)
+    return {name: _small(item) for name, item in x.items()} if isinstance(x, dict) else x
+
+
+def shape_of(func: Any, recorded: Recorded, args: Any, kwargs: Any) -> tuple[int, ...] | None:
+    """The shape that a function which only changes shapes gives; None if it does more, or raises."""
+    blank = torch.empty(recorded.shape, dtype=recorded.like.dtype, device="meta")
+    try:
+        made = func(blank, *args[1:], **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return tuple(made.shape) if isinstance(made, Tensor) and made.dtype == blank.dtype else None
+
+
+METADATA: set[Any] = {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.ndimension, Tensor.__len__,
+    Tensor.get_device, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel, Tensor.nelement,
+}  # fmt: skip
+"""Functions that read no values."""
+for _name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "is_nested", "is_meta", "is_sparse"):
+    METADATA.add(getattr(Tensor, _name).__get__)
+for _name in ("requires_grad", "is_quantized", "is_cpu", "is_mps", "is_xla"):
+    METADATA.add(getattr(Tensor, _name).__get__)
+
+
+class Deferred(Tensor):
+    """A tensor that is not computed yet; `recorded` says how. Made by `defer`."""
+
+    recorded: Recorded
+
+    @staticmethod
+    def __new__(cls, recorded: Recorded) -> Deferred:
+        x: Deferred = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, recorded.shape, dtype=recorded.like.dtype, device=recorded.like.device
+        )
+        x.recorded = recorded
+        return x
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return func(*real(args), **real(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # below autograd: code that passed __torch_function__ by. Writes go into the tensor that is kept
+        args, kwargs = tree_map_only(Deferred, lambda x: beside(x).detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return real(self).__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return real(self).__reduce_ex__(protocol)
+
+
+class Later(torch.autograd.Function):
+    """The place of a deferred tensor in the autograd graph, for code that takes it there below Python."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: Recorded, *leaves: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.recorded, ctx.leaves = recorded, leaves
+        return Deferred(recorded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        check_fresh(ctx.recorded)
+        with torch.enable_grad():
+            result = ctx.recorded.compute()
+        wanted = [x for x in ctx.leaves if x.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                result, wanted, gradient, allow_unused=True, create_graph=torch.is_grad_enabled(), retain_graph=True
+            )
+        )
+        return (None, *(next(found) if x.requires_grad else None for x in ctx.leaves))
+
+
+def defer(recorded: Recorded) -> Tensor:
+    """Return the tensor that stands for a call that was not made."""
+    if not recorded.requires:
+        return Deferred(recorded)
+    made: Tensor = Later.apply(recorded, *(x for x, _ in recorded.leaves))
+    return made
+
+
+def is_deferred(x: Any) -> bool:
+    """Whether x is a tensor that is still to be computed."""
+    return type(x) is Deferred and "kept" not in x.__dict__
+
+
+def real(x: Any) -> Any:
+    """x, a tensor or a nest of arguments, with every deferred tensor in it computed."""
+    if isinstance(x, Tensor):
+        return become(x) if type(x) is Deferred else x
+    if type(x) in (list, tuple):
+        return type(x)(real(item) for item in x)
+    return {name: real(item) for name, item in x.items()} if type(x) is dict else x
+
+
+def check_fresh(recorded: Recorded) -> None:
+    """Refuse to compute from tensors that were written to.
+
+    Raises:
+        RuntimeError: as autograd does for tensors that it needs.
+    """
+    if recorded.stale():
+        raise RuntimeError(
+            "queries, keys and masks must not be written to in place, below Python, while the attention scores made "
+            "of them are in use, got such a write; exclude this module from the recipe (exclude='...')"
+        )
+
+
+def beside(x: Deferred) -> Tensor:
+    """The real tensor of a deferred one that C++ code holds; x keeps it, and stands for it from now on."""
+    with LOCK:
+        if "kept" not in x.__dict__:
+            check_fresh(x.recorded)
+            x.recorded.origin.need()
+            x.__dict__["kept"] = x.recorded.compute()
+        kept: Tensor = x.__dict__["kept"]
+        return kept
+
+
+def become(x: Tensor) -> Tensor:
+    """Turn a deferred tensor, in place, into the tensor that it stands for, and return that."""
+    with LOCK:
+        if type(x) is not Deferred:
+            return x
+        if "kept" in x.__dict__ or x._use_count() > 1:
+            return beside(x)
+        check_fresh(x.recorded)
+        x.recorded.origin.need()
+        made = x.recorded.compute()
+        if type(made) is not Tensor:
+            # a subclass of its own stays beside
+            x.__dict__["kept"] = made
+            return made
+        # what torch.utils.swap_tensors does; that refuses weak references, which here should see the real tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            x.__class__, made.__class__ = Tensor, Deferred  # type: ignore[assignment]
+            x.__dict__, made.__dict__ = {}, x.__dict__
+            torch._C._swap_tensor_impl(x, made)
+        return x

@@ -1,0 +1,252 @@
+"""From a recording to attention calls: where each is made, what it says, and why one cannot be replaced."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from sla2_compile.modules.frames import Frame
+from sla2_compile.modules.record import FRAMES, Answer, Recording
+from sla2_compile.modules.scores import read_product
+from sla2_compile.modules.written import Written
+from sla2_compile.modules.written_call import call_of
+from sla2_compile.passes.fuse.explain import NoFit, near_attention
+from sla2_compile.passes.fuse.match import Matcher
+from sla2_compile.passes.graph.memory import Writes
+from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.multihead import function as multihead
+from sla2_compile.passes.select_attention import value_of
+from sla2_compile.passes.sites.call import AttentionCall, bind
+from sla2_compile.passes.sites.outcome import Where
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.select import SeenCall
+
+# owners that run whatever children they have: sites would be one of them
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+SDPA = F.scaled_dot_product_attention
+ATEN = ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product")
+ONLY_IN_GRAPHS = (
+    "a spelling that only graphs take: compile with backend='sla2', or write scaled_dot_product_attention"
+)
+
+
+@dataclass
+class Found:
+    """The attention calls of one forward.
+
+    Attributes:
+        seen: the calls in order; several at one position of an owner count as one.
+        how: "fake" or "real".
+        written: the calls that owners write out by hand, by owner and by the number of their product.
+        watches: modules, besides owners, inside which attention weights stay alive, by owner and call.
+    """
+
+    seen: list[SeenCall]
+    how: str
+    written: dict[str, dict[int, Written]] = field(default_factory=dict)
+    watches: dict[tuple[str, int], str] = field(default_factory=dict)
+
+
+@dataclass
+class Event:
+    """One attention call, or something that may be one, at its place in the recording."""
+
+    node: fx.Node
+    frames: tuple[Frame, ...]
+    call: AttentionCall | None
+    reason: Reason | None = None
+    detail: str = ""
+    answer: Answer | None = None
+
+    @property
+    def owner(self) -> Frame:
+        return self.frames[-1]
+
+
+def find(recording: Recording, how: str) -> Found:
+    """Read a recording."""
+    events = sorted(_events(recording), key=lambda e: e[0])
+    return _gather([event for _, event in events], recording, how)
+
+
+def _events(recording: Recording) -> Iterator[tuple[int, Event]]:
+    reader = Reader(recording.gm)
+    matcher: Matcher | None = None
+    for node, position in list(reader.position.items()):
+        frames = node.meta.get(FRAMES, ())
+        if node.target is SDPA:
+            yield position, _called(recording, node, frames)
+        elif node.target is F.multi_head_attention_forward:
+            given = multihead.arguments(*(_values(recording, x) for x in (node.args, node.kwargs)))
+            reason = multihead.why_whole(given)
+            yield position, Event(node, frames, None if reason else multihead.inner_call(given), reason)
+        elif (name := _opaque(node)) is not None:
+            yield position, Event(node, frames, None, Reason.OPAQUE, name)
+        elif reader.name(node) in ("softmax", "softmax_"):
+            matcher = matcher or Matcher(reader, Writes(reader))
+            event = _written(recording, reader, matcher, node)
+            if event is not None:
+                yield reader.position[event.node], event
+
+
+def _called(recording: Recording, node: fx.Node, frames: tuple[Frame, ...]) -> Event:
+    args, kwargs = (_values(recording, x) for x in (node.args, node.kwargs))
+    return Event(node, frames, bind(*args, **kwargs))
+
+
+def _values(recording: Recording, arguments: Any) -> Any:
+    """Arguments with fake tensors, masks with real ones where they are known."""
+    return fx.node.map_arg(arguments, lambda n: recording.masks.get(n, value_of(n)))
+
+
+def _opaque(node: fx.Node) -> str | None:
+    """The name of an operator that is attention, and that nothing of ours sees into."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator) and "flex_attention" in str(target):
+        return "flex_attention"
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = str(getattr(target, "_qualified_op_name", target.__name__))
+        name = target._schema.name if isinstance(target, torch._ops.OpOverload) else name
+        return name if name.startswith(ATEN) else None
+    return None
+
+
+def _written(recording: Recording, reader: Reader, matcher: Matcher, softmax: fx.Node) -> Event | None:
+    """Attention written by hand around a softmax; None if the softmax is nothing of the kind."""
+    frames = softmax.meta.get(FRAMES, ())
+    try:
+        match = matcher.match(softmax)
+    except NoFit as miss:
+        # a softmax that is a module of its own is not where attention is
+        while frames and isinstance(frames[-1].module, nn.Softmax):
+            frames = frames[:-1]
+        near = near_attention(reader, softmax)
+        return Event(softmax, frames, None, miss.reason, miss.detail) if near and frames else None
+    values = match.values
+    answer = recording.answers.get(values)
+    around = (answer.product if answer is not None else softmax).meta[FRAMES]
+    common = tuple(a for a, b in zip(around, values.meta[FRAMES], strict=False) if a is b)
+    if answer is None:
+        return Event(values, common, None, Reason.HAND_WRITTEN, ONLY_IN_GRAPHS)
+    return Event(values, common, *_read(recording, answer, values), answer=answer)
+
+
+def _read(recording: Recording, answer: Answer, values: fx.Node) -> tuple[AttentionCall | None, Reason | None, str]:
+    blanks = {id(node.meta["example_value"]): x for node, x in recording.masks.items()}
+    masks = tuple(m._replace(tensor=blanks.get(id(m.tensor), m.tensor)) for m in answer.scores.masks)
+    weights, v = _operands(values)
+    heads = _heads_of(answer.product)
+    call = call_of(answer.scores._replace(masks=masks), weights.shape, v, heads)
+    if call is None:
+        return None, Reason.HAND_WRITTEN, "masks or values whose batch axes are not those of the scores"
+    if any(len(around) == 1 for around in recording.maps.get(answer.product, ())):
+        return None, Reason.WEIGHTS_USED, "the model returns softmax weights"
+    return call.in_one_dtype(), None, ""
+
+
+def _operands(values: fx.Node) -> tuple[Tensor, Tensor]:
+    """Weights, and values (..., Nk, Dv), of their product."""
+    args, kwargs = fx.node.map_arg((values.args, values.kwargs), value_of)
+    func = getattr(torch, str(values.target)) if values.op == "call_method" else values.target
+    product = read_product(func, args, kwargs)
+    assert product is not None
+    return product.left, product.right
+
+
+def _heads_of(product: fx.Node) -> int:
+    """Heads of q where it has one batch axis, from the reshape that merged batch and heads; 0 if none did."""
+    for node in product.all_input_nodes:
+        for _ in range(4):
+            x = node.args[0] if node.args else None
+            if not isinstance(x, fx.Node):
+                break
+            old, new = x.meta.get("example_value"), node.meta.get("example_value")
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and old.dim() == 4 and new.dim() == 3:
+                if old.shape[0] * old.shape[1] == new.shape[0]:
+                    return int(old.shape[1])
+                break
+            node = x
+    return 0
+
+
+def _gather(events: list[Event], recording: Recording, how: str) -> Found:
+    """Number the calls of each forward of an owner, and put those of several forwards together."""
+    found = Found([], how)
+    seen: dict[tuple[str, int, str], SeenCall] = {}
+    counts: Counter[int] = Counter()
+    owners = {e.owner.number: e for e in events if e.call is not None}
+    for event in events:
+        frame = event.owner
+        reason, detail = event.reason, event.detail
+        index = counts[frame.number]
+        what = (
+            "attention" if event.call is not None or event.node.target is F.multi_head_attention_forward else "hint"
+        )
+        if what == "attention":
+            counts[frame.number] += 1
+        if event.call is not None:
+            if isinstance(frame.module, CONTAINERS):
+                reason = Reason.CONTAINER
+            elif (place := _reason(recording, event)) is not None:
+                reason = place
+            elif event.answer is not None and (inner := _inside(frame, owners)) is not None:
+                reason, detail = Reason.HAND_WRITTEN, f"around {inner}, which makes attention calls itself"
+        key = (frame.name, index, what if what == "attention" else f"{event.node.name}")
+        if what == "hint":
+            key = (frame.name, index, f"{event.reason}{event.detail}")
+        _add(seen, key, event, reason, detail)
+        if event.answer is not None and event.call is not None and reason is None:
+            heads = int(event.call.q.shape[1])
+            number = _number(recording, event.answer.product, frame)
+            found.written.setdefault(frame.name, {})[number] = Written(index, heads)
+            watch = _watch(recording, event.answer, frame)
+            if watch is not None:
+                found.watches[frame.name, index] = watch
+    found.seen = list(seen.values())
+    return found
+
+
+def _reason(recording: Recording, event: Event) -> Reason | None:
+    nodes = [event.node] if event.answer is None else [event.node, event.answer.product]
+    return next((recording.reasons[n] for n in nodes if n in recording.reasons), None)
+
+
+def _add(seen: dict[Any, SeenCall], key: Any, event: Event, reason: Reason | None, detail: str) -> None:
+    old, call = seen.get(key), event.call
+    times = 1 if old is None else old.where.times + 1
+    # of several calls at one position the longest says what the site is for
+    longer = call is not None and (
+        old is None or old.call is None or call.q.shape[-2:].numel() > old.call.q.shape[-2:].numel()
+    )
+    if call is not None and longer:
+        seen[key] = SeenCall(Where.of(key[0], key[1], call, times), call, reason, detail)
+    elif old is not None:
+        seen[key] = replace(old, where=replace(old.where, times=times))
+    else:
+        seen[key] = SeenCall(Where(key[0], key[1], (), (), (), "", "", times), None, reason, detail)
+
+
+def _inside(frame: Frame, owners: dict[int, Event]) -> str | None:
+    """The name of another owner whose forward ran inside this one."""
+    return next((e.owner.name for e in owners.values() if e.owner is not frame and frame in e.frames), None)
+
+
+def _number(recording: Recording, product: fx.Node, frame: Frame) -> int:
+    """The number of a product among those with batch axes in one forward."""
+    mine = [n for n in recording.batched if frame in n.meta[FRAMES]]
+    return mine.index(product)
+
+
+def _watch(recording: Recording, answer: Answer, frame: Frame) -> str | None:
+    """The module in which the weights of a call end that its owner returned, if that is further out."""
+    stacks = recording.maps.get(answer.product)
+    if not stacks:
+        return None
+    outermost = min(stacks, key=len)
+    return None if frame in outermost else outermost[-1].name

@@ -1,0 +1,303 @@
+"""`Recorder`: one forward of a model as an fx graph of the torch functions that it calls.
+
+The model's own Python runs, on real or fake tensors, and computes what it always computes; a function mode only
+writes down each call. The graph has the form that Dynamo gives one, with fake values and the modules around each
+node, so that the passes which find attention in graphs find it here.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sla2_compile.modules.frames import Frame, Frames, returned
+from sla2_compile.modules.scores import (
+    IN_PLACE,
+    PRODUCTS,
+    SHAPES,
+    Scores,
+    follow,
+    is_batched,
+    number,
+    read_product,
+    regrouped,
+    scores_of,
+)
+from sla2_compile.modules.writes import written
+from sla2_compile.passes.sites.rules import Reason
+
+FRAMES = "sla2_frames"
+"""Key of node.meta under which the frames around a call stand."""
+
+REVERSED = {
+    "__radd__": operator.add,
+    "__rmul__": operator.mul,
+    "__rsub__": operator.sub,
+    "__rmatmul__": operator.matmul,
+}
+OPERATORS = {
+    f"__{name}__": getattr(operator, name)
+    for name in (
+        "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "neg", "abs",
+        "invert", "getitem", "setitem", "iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor", "eq",
+        "ne", "lt", "le", "gt", "ge",
+    )
+}  # fmt: skip
+OPERATORS |= {"__and__": operator.and_, "__or__": operator.or_}
+PROPERTIES = ("T", "mT", "H", "mH", "data", "real", "imag")
+CONSTANTS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    slice,
+    torch.memory_format,
+)
+
+
+@dataclass
+class Answer:
+    """One attention call written out by hand: its product of queries and keys, and what scores and weights mean."""
+
+    product: fx.Node
+    scores: Scores
+
+
+@dataclass
+class Recording:
+    """What a forward showed.
+
+    Attributes:
+        gm: the graph; node.meta has example_value (fake), nn_module_stack, and the frames around it (`FRAMES`).
+        answers: by the node of the product of weights and values.
+        batched: products with batch axes, in order: what hand-written calls are numbered by.
+        maps: each time that a forward returned scores or weights, the frames around it, by the node of their product.
+        masks: real masks of calls, by node.
+        reasons: why a call or a product cannot be answered where it stands, by node.
+    """
+
+    gm: fx.GraphModule
+    answers: dict[fx.Node, Answer] = field(default_factory=dict)
+    batched: list[fx.Node] = field(default_factory=list)
+    maps: dict[fx.Node, list[tuple[Frame, ...]]] = field(default_factory=dict)
+    masks: dict[fx.Node, Tensor] = field(default_factory=dict)
+    reasons: dict[fx.Node, Reason] = field(default_factory=dict)
+
+
+class _Graph(fx.GraphModule):
+    """A graph that is read and never run, so that no code is made of it."""
+
+    def recompile(self) -> Any:
+        return None
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down the functions of torch that run under it.
+
+    Args:
+        inside_checkpoint: says whether the running call stands in a checkpoint that a module's forward made.
+    """
+
+    def __init__(self, model: nn.Module, inside_checkpoint: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.frames = Frames(model)
+        self.inside_checkpoint = inside_checkpoint
+        self.graph = fx.Graph()
+        self.found = Recording(_Graph(nn.Module(), self.graph))
+        self.found.gm.graph = self.graph
+        self.graph = self.found.gm.graph
+        self.fakes = FakeTensorMode()
+        self.nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
+        self.storages: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        self.scores: dict[fx.Node, tuple[fx.Node, Scores]] = {}
+        self.numbers: dict[fx.Node, float] = {}
+
+    def finish(self, output: Any) -> Recording:
+        """End the graph: its results are the tensors in the forward's, and all else that nobody reads, maps aside."""
+        results = [self._node(x) for x in returned(output)]
+        unread = [n for n in self.graph.nodes if not n.users and n not in self.scores and n.op != "placeholder"]
+        self.graph.output(tuple(dict.fromkeys([*results, *unread])))
+        return self.found
+
+    def ended(self, tensors: list[Tensor]) -> None:
+        """Note the scores and weights that the innermost forward returns."""
+        for x in tensors:
+            known = self.nodes.get(id(x))
+            if known is not None and known[0]() is x and known[1] in self.scores:
+                product, _ = self.scores[known[1]]
+                self.found.maps.setdefault(product, []).append(self.frames.stack[:-1])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__iter__:
+            # an iterator hides what it gives
+            return iter(self(torch.unbind, args[0]))
+        result = func(*args, **kwargs)
+        self._record(func, args, kwargs, result)
+        return result
+
+    def __call__(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        self._record(func, args, kwargs, result)
+        return result
+
+    def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        items = result if isinstance(result, (tuple, list)) else (result,)
+        some = [x for x in items if isinstance(x, Tensor)]
+        if not some and written(func, args, kwargs) is None:
+            return
+        # before the result is known: it may be one of them, as it was or written to
+        given, given_kwargs = self._argument(tuple(args)), self._argument(kwargs)
+        spelt = _spelling(func, given)
+        if spelt is None:
+            return
+        node = self.graph.create_node(spelt[0], spelt[1], spelt[2], given_kwargs)
+        node.meta |= self._place()
+        if isinstance(result, Tensor):
+            self._keep(result, node)
+            self._read_scores(func, node, given, given_kwargs, (*args, *kwargs.values()))
+        elif some:
+            node.meta["example_value"] = tuple(self._blank(x) if isinstance(x, Tensor) else x for x in items)
+            for i, x in enumerate(items):
+                if isinstance(x, Tensor):
+                    item = self.graph.call_function(operator.getitem, (node, i))
+                    item.meta |= self._place()
+                    self._keep(x, item)
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward) or func in PRODUCTS:
+            if self.inside_checkpoint(self.frames.stack[-1].module):
+                self.found.reasons[node] = Reason.CHECKPOINT
+            elif func in PRODUCTS and torch._C._functorch.peek_interpreter_stack() is not None:
+                self.found.reasons[node] = Reason.TRANSFORMED
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            # q, k and v are told by their shapes; a mask by its values
+            for x in (*args[3:], *kwargs.values()):
+                self._keep_mask(x)
+
+    def _place(self) -> dict[str, Any]:
+        stack = {str(f.number): (f.name, type(f.module)) for f in self.frames.stack}
+        return {"nn_module_stack": stack, FRAMES: self.frames.stack}
+
+    def _keep(self, x: Tensor, node: fx.Node) -> None:
+        node.meta["example_value"] = self._blank(x)
+        self.nodes[id(x)] = (weakref.ref(x), node)
+        factor = number(x)
+        if factor is not None:
+            self.numbers[node] = factor
+
+    def _keep_mask(self, x: Any) -> None:
+        """Keep a tensor whose values planning needs; scores and weights are none."""
+        if isinstance(x, Tensor) and x.dim() >= 2 and not isinstance(x, FakeTensor):
+            node = self._node(x)
+            if node not in self.scores:
+                self.found.masks[node] = x
+
+    def _node(self, x: Tensor) -> fx.Node:
+        known = self.nodes.get(id(x))
+        if known is not None and known[0]() is x:
+            return known[1]
+        with self.graph.inserting_before():
+            node = self.graph.placeholder(f"x{len(self.graph.nodes)}")
+        self._keep(x, node)
+        return node
+
+    def _argument(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return self._node(x)
+        if isinstance(x, (list, tuple)):
+            return (
+                tuple(self._argument(item) for item in x) if isinstance(x, tuple) else [self._argument(i) for i in x]
+            )
+        if isinstance(x, dict):
+            return {str(name): self._argument(item) for name, item in x.items()}
+        return x if isinstance(x, CONSTANTS) or x is Ellipsis else f"<{type(x).__name__}>"
+
+    def _blank(self, x: Tensor) -> Tensor | None:
+        """A fake tensor of the same shape, in memory that it shares with those of tensors that x shares memory with."""
+        if x.is_nested:
+            return None
+        plain = x.layout is torch.strided and type(x) in (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
+        with self.fakes:
+            if not plain or torch._C._functorch.is_functorch_wrapped_tensor(x):
+                return torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+            storage = x.untyped_storage()
+            known = self.storages.get(storage._cdata)
+            items = storage.nbytes() // x.element_size()
+            if known is None or known[0].expired() or known[1].dtype != x.dtype or known[1].numel() < items:
+                base = torch.empty(items, dtype=x.dtype, device=x.device)
+                known = self.storages[storage._cdata] = (StorageWeakRef(storage), base)
+            return known[1].as_strided(x.shape, x.stride(), x.storage_offset())
+
+    # what scores mean, read as code that runs will read them
+
+    def _read_scores(self, func: Any, node: fx.Node, args: Any, kwargs: Any, tensors: Any) -> None:
+        """Follow scores through one call.
+
+        args, kwargs: nodes; tensors: the arguments themselves.
+        """
+        sources = [(at, n) for at, n in enumerate(args) if isinstance(n, fx.Node) and n in self.scores]
+        blank_args, blank_kwargs = fx.node.map_arg((args, kwargs), self._blank_of)
+        if func in PRODUCTS:
+            with self.fakes:
+                if not is_batched(func, blank_args, blank_kwargs):
+                    return
+                self.found.batched.append(node)
+                product = read_product(func, blank_args, blank_kwargs)
+                fresh = None if product is None else scores_of(product, node.meta["example_value"].shape)
+            if product is None:
+                return
+            if sources:
+                made, scores = self.scores[sources[0][1]]
+                weights = sources[0][1].meta["example_value"]
+                if scores.soft and product.left is weights and product.bias is None and product.scale == 1.0:
+                    self.found.answers[node] = Answer(made, scores)
+            elif fresh is not None:
+                self.scores[node] = (node, fresh)
+            return
+        if len(sources) != 1:
+            return
+        at, source = sources[0]
+        made, scores = self.scores[source]
+        for x in tensors:
+            self._keep_mask(x)
+        old, plain = source.meta["example_value"].shape, IN_PLACE.get(func, func)
+        with self.fakes:
+            if plain in SHAPES:
+                new = regrouped(scores, old, node.meta["example_value"].shape)
+            else:
+                new = follow(scores, plain, at, blank_args, blank_kwargs, len(old))
+        if new is not None and (plain is func or at == 0):
+            self.scores[node] = (made, new)
+
+    def _blank_of(self, node: fx.Node) -> Any:
+        """What stands for a tensor: a fake one, or a number where code that runs reads one from it."""
+        return self.numbers.get(node, node.meta.get("example_value"))
+
+
+def _spelling(func: Any, args: Any) -> tuple[str, Any, Any] | None:
+    """A call as Dynamo would write it into a graph: operators and methods by name."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        attribute = getattr(func.__self__, "__name__", "")
+        return ("call_function", getattr, (args[0], attribute)) if attribute in PROPERTIES else None
+    if getattr(Tensor, name, None) is func and name:
+        if name in REVERSED:
+            return "call_function", REVERSED[name], (args[1], args[0])
+        if name in OPERATORS:
+            return "call_function", OPERATORS[name], args
+        return "call_method", name, args
+    return "call_function", func, args

@@ -1,0 +1,143 @@
+"""Attention written by hand in a compiler's trace: traced as it is, and answered where the weights meet the values.
+
+Nothing is computed in a trace, so nothing needs to be deferred. What scores mean is remembered beside them; what is
+left of them, once the site has answered, is dead code that every compiler removes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sla2_compile.modules.calls import OwnerMode, RedirectAttention
+from sla2_compile.modules.operands import FOLLOWED, Operands
+from sla2_compile.modules.scores import (
+    IN_PLACE,
+    PRODUCTS,
+    SHAPES,
+    Product,
+    Scores,
+    follow,
+    is_batched,
+    read_product,
+    regrouped,
+    scores_of,
+)
+from sla2_compile.modules.written import Written
+from sla2_compile.modules.written_call import call_of
+from sla2_compile.passes.sites.site import Sites
+
+WRITERS = ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ipow", "__iadd__", "__isub__", "__imul__")
+
+
+def writes(func: Any, kwargs: Any) -> bool:
+    """Whether a function writes to a tensor, as its name or its arguments tell; a trace cannot look it up."""
+    name = getattr(func, "__name__", "")
+    in_place = name in WRITERS or (name[-1:] == "_" and name[-2:] != "__")
+    return in_place or "out" in kwargs or "inplace" in kwargs
+
+
+class TraceAttention(OwnerMode):
+    """Runs an owner's forward in a trace, and answers the attention calls that it writes out.
+
+    Args: as `DeferAttention` has them.
+    """
+
+    def __init__(self, sites: Sites, written: dict[int, Written], calls: RedirectAttention) -> None:
+        super().__init__()
+        self.sites, self.written, self.calls = sites, written, calls
+        self.product = 0
+        # tensors, and what is known of them: (scores, site)
+        self.tensors: list[Tensor] = []
+        self.known: list[tuple[Scores, Written]] = []
+        self.operands = Operands(_held, _unversioned)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func in PRODUCTS:
+            if is_batched(func, args, kwargs):
+                number = self.product
+                self.product = number + 1
+                return self._product(number, func, args, kwargs)
+            return func(*args, **kwargs)
+        at, known = self._among(args)
+        result = self.calls.__torch_function__(func, types, args, kwargs)
+        if known is not None and isinstance(result, Tensor):
+            self._follow(func, at, known, args, kwargs, result)
+        elif writes(func, kwargs):
+            # what it writes to may be what scores were made of
+            self.tensors, self.known, self.operands.made = [], [], []
+        elif func in FOLLOWED:
+            self.operands.see(func, args, kwargs, result)
+        return result
+
+    def _among(self, args: Any) -> tuple[int, tuple[Scores, Written] | None]:
+        """The first of the arguments that is known, and what is known of it."""
+        for at, x in enumerate(args[:3]):
+            for i, tensor in enumerate(self.tensors):
+                if tensor is x:
+                    return at, self.known[i]
+        return -1, None
+
+    def _keep(self, x: Tensor, scores: Scores | None, planned: Written) -> None:
+        if scores is not None:
+            self.tensors.append(x)
+            self.known.append((scores, planned))
+
+    def _product(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
+        product = read_product(func, args, kwargs)
+        if product is None:
+            return func(*args, **kwargs)
+        _, known = self._among((product.left,))
+        if known is not None:
+            answer = self._values(known, product, func, args, kwargs)
+            return func(*args, **kwargs) if answer is None else answer
+        result = func(*args, **kwargs)
+        if number in self.written:
+            self._keep(result, scores_of(product, result.shape), self.written[number])
+        return result
+
+    def _follow(self, func: Any, at: int, known: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+        scores, planned = known
+        old, rank = args[at].shape, args[at].dim()
+        if func in SHAPES:
+            self._keep(result, regrouped(scores, old, result.shape), planned)
+            return
+        plain = IN_PLACE.get(func, func)
+        new = follow(scores, plain, at, args, kwargs, rank)
+        if writes(func, kwargs):
+            # views of what was written, and what was made of it before, are no longer known
+            self.tensors, self.known = [], []
+        if plain is func or at == 0:
+            self._keep(result, new, planned)
+
+    def _values(self, known: Any, product: Product, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        scores, planned = known
+        if not scores.soft or product.bias is not None or product.scale != 1.0:
+            return None
+        v, shape = product.right, product.left.shape
+        call = call_of(self.operands.behind(scores, v.dtype), shape, v, planned.heads)
+        if call is None:
+            return None
+        call = call.in_one_dtype()
+        site = self.sites[planned.site]
+        _, reason = site.decide(call)
+        if reason is not None:
+            site.count(reason)
+            return None
+        o = site(call.q, call.k, call.v, call.attn_mask, scale=call.scale, enable_gqa=call.enable_gqa)
+        o = o.contiguous().reshape(*shape[:-1], v.shape[-1])
+        if not torch.is_autocast_enabled(v.device.type):
+            o = o.to(v.dtype)
+        return o if product.order is None else o.permute(product.order)
+
+
+def _held(x: Tensor) -> Any:
+    return lambda: x
+
+
+def _unversioned(x: Tensor) -> int:
+    # a write makes a trace forget everything
+    return 0

@@ -1,0 +1,237 @@
+"""Attention written by hand in an owner's forward: the owner's own Python runs, and only the attention is replaced.
+
+The products that planning recognised are deferred (`deferred.py`), and so is what follows, as long as it is what
+attention does (`scores.py`). Where the weights meet the values, the site answers, and no map is ever computed. Any
+other use of the scores or the weights computes them, and the owner goes on as it always did.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sla2_compile.modules.calls import RedirectAttention
+from sla2_compile.modules.deferred import (
+    METADATA,
+    Deferred,
+    Like,
+    Origin,
+    Recorded,
+    defer,
+    is_deferred,
+    like_of,
+    real,
+    shape_of,
+    tensors,
+    version,
+)
+from sla2_compile.modules.operands import FOLLOWED, Operands
+from sla2_compile.modules.scores import (
+    IN_PLACE,
+    PRODUCTS,
+    SHAPES,
+    Product,
+    Scores,
+    follow,
+    is_batched,
+    read_product,
+    regrouped,
+    scores_of,
+)
+from sla2_compile.modules.watch import Watch, chain
+from sla2_compile.modules.written_call import call_of
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.site import Site, Sites
+
+PLAIN = (Tensor, nn.Parameter)
+READ_BACK = (
+    "the attention weights of {} were read although SLA2 answered its call: the weights are exact, the output is not "
+    "made of them; exclude the module (exclude='...') or transform the model with such inputs as example_inputs"
+)
+
+
+class Written(NamedTuple):
+    """One attention call that an owner writes out by hand.
+
+    Attributes:
+        site: key of its site among the owner's.
+        heads: of q, for products with one batch axis.
+    """
+
+    site: int
+    heads: int
+
+
+class DeferAttention(Watch):
+    """Runs an owner's forward in eager mode, and answers the attention calls that it writes out.
+
+    Args:
+        name: of the owner, for warnings.
+        written: the owner's attention calls, by the number of their product of queries and keys. The products with
+            batch axes of one forward are numbered in their order (`scores.is_batched`).
+        calls: answers the owner's calls of attention functions.
+    """
+
+    def __init__(self, name: str, sites: Sites, written: dict[int, Written], calls: RedirectAttention) -> None:
+        super().__init__()
+        self.name, self.sites, self.written, self.calls = name, sites, written, calls
+        self.product = 0
+        self.operands = Operands(weakref.ref, version)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in PRODUCTS and is_batched(func, args, kwargs):
+            number, self.product = self.product, self.product + 1
+            if torch.compiler.is_compiling():
+                # in a compiled function that the owner calls
+                return func(*args, **kwargs)
+            if Deferred in types:
+                done = self._values(func, args, kwargs)
+            else:
+                done = self._scores(number, func, args, kwargs) if number in self.written else None
+            if done is not None:
+                return done
+        elif Deferred in types:
+            if func in METADATA:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            done = self._follow(func, args, kwargs)
+            if done is not None:
+                return done
+        if Deferred in types:
+            args, kwargs = real(args), real(kwargs)
+        self.before(func, args, kwargs)
+        result = self.calls.__torch_function__(func, types, args, kwargs)
+        if func in FOLLOWED:
+            self.operands.see(func, args, kwargs, result)
+        return result
+
+    # the product of queries and keys
+
+    def _scores(self, number: int, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """Defer a planned product, or return None."""
+        planned = self.written[number]
+        site, product = self.sites[planned.site], read_product(func, args, kwargs)
+        reason = self._unsteady()
+        if product is None or type(product.left) not in PLAIN or type(product.right) not in PLAIN:
+            reason = reason or Reason.UNSEEN
+        like = like_of(func, args, kwargs) if reason is None else None
+        if product is None or like is None:
+            site.count(reason or Reason.UNSEEN)
+            return None
+        left, right = product.left, product.right
+        shape = (*torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1])
+        scores = scores_of(product, shape)
+        call = None if scores is None else call_of(scores, shape, None, planned.heads)
+        reason = Reason.UNSEEN if call is None else site.decide(call)[1]
+        if scores is None or (reason is not None and reason is not Reason.DTYPE):
+            # the dtype may be known only when v is
+            site.count(reason or Reason.UNSEEN)
+            return None
+        if not self.steady((left, right)):
+            site.count(Reason.EXPOSED)
+            return None
+        origin = Origin(planned, lambda it: self._needed(site, it))
+        return self._defer(Recorded(func, args, kwargs, -1, scores, shape, like, (), origin))
+
+    def _needed(self, site: Site, origin: Origin) -> None:
+        """Somebody reads scores or weights."""
+        if not origin.answered:
+            site.count(Reason.WEIGHTS_USED)
+        elif site.count_read_back() == 1:
+            warnings.warn(READ_BACK.format(self.name), stacklevel=2)
+
+    def _unsteady(self) -> Reason | None:
+        """Why a result must not be computed later, in other surroundings than the present ones."""
+        if self.calls.in_checkpoint():
+            return Reason.CHECKPOINT
+        return None if torch._C._functorch.peek_interpreter_stack() is None else Reason.TRANSFORMED
+
+    def _defer(self, recorded: Recorded) -> Tensor:
+        x = defer(recorded)
+        self.live.append(weakref.ref(x))
+        return x
+
+    # what follows it
+
+    def _follow(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """Defer what is done with one deferred tensor, or return None."""
+        found = [x for x in tensors(args, kwargs) if type(x) is Deferred]
+        at = next((i for i, x in enumerate(args) if type(x) is Deferred), None)
+        if len(found) != 1 or at is None or not is_deferred(args[at]):
+            return None
+        old, plain = args[at].recorded, IN_PLACE.get(func, func)
+        if old.grad != torch.is_grad_enabled():
+            return None
+        like: Like | None = old.like
+        shape: tuple[int, ...] | None = old.shape
+        scores: Scores | None = None
+        if plain in SHAPES:
+            shape = shape_of(plain, old, args, kwargs)
+            scores = None if shape is None else regrouped(old.scores, old.shape, shape)
+        else:
+            scores = follow(old.scores, plain, at, args, kwargs, len(old.shape))
+            like = None if scores is None else like_of(plain, args, kwargs)
+        if shape is None or scores is None or like is None or like.device != old.like.device:
+            return None
+        if any(not _fits(mask.tensor.shape, shape) for mask in scores.masks[len(old.scores.masks) :]):
+            return None
+        if plain is func:
+            return self._defer(Recorded(func, args, kwargs, at, scores, shape, like, old.leaves, old.origin))
+        return self._follow_write(plain, args, kwargs, scores, like) if at == 0 else None
+
+    def _follow_write(self, func: Any, args: Any, kwargs: Any, scores: Scores, like: Like) -> Tensor | None:
+        """Let the same object stand for what an in-place function makes of it."""
+        x: Deferred = args[0]
+        old = x.recorded
+        others = any(any(x is z for z in chain(y.recorded)) for y in self.alive())
+        if others or like != old.like or x._use_count() > 1:
+            return None
+        before = self._defer(old)
+        made = defer(Recorded(func, (before, *args[1:]), kwargs, 0, scores, old.shape, like, old.leaves, old.origin))
+        with torch._C.DisableTorchFunctionSubclass():
+            torch._C._swap_tensor_impl(x, made)
+        x.__dict__, made.__dict__ = made.__dict__, x.__dict__
+        self.live.append(weakref.ref(x))
+        return x
+
+    # the product of weights and values
+
+    def _values(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """Answer the product of deferred weights with values, or return None."""
+        product = read_product(func, args, kwargs)
+        if product is None or not is_deferred(product.left) or not _only_multiplies(product):
+            return None
+        recorded: Recorded = product.left.recorded  # type: ignore[attr-defined]
+        v, planned = product.right, recorded.origin.planned
+        like = like_of(func, args, kwargs)
+        if not recorded.scores.soft or recorded.grad != torch.is_grad_enabled() or recorded.stale() or like is None:
+            return None
+        if type(v) not in PLAIN or v.dim() != len(recorded.shape) or v.shape[-2] != recorded.shape[-1]:
+            return None
+        site, reason = self.sites[planned.site], self._unsteady()
+        call = call_of(self.operands.behind(recorded.scores, v.dtype), recorded.shape, v, planned.heads)
+        if call is not None and reason is None:
+            call = call.in_one_dtype()
+            reason = site.decide(call)[1]
+        if call is None or reason is not None:
+            site.count(reason or Reason.UNSEEN)
+            recorded.origin.needed = True
+            return None
+        recorded.origin.answered = True
+        o = site(call.q, call.k, call.v, call.attn_mask, scale=call.scale, enable_gqa=call.enable_gqa)
+        o = o.contiguous().reshape(*recorded.shape[:-1], v.shape[-1]).to(like.dtype)
+        return o if product.order is None else o.permute(product.order)
+
+
+def _fits(small: Any, big: Any) -> bool:
+    """Whether a shape broadcasts to another one."""
+    return len(small) <= len(big) and all(a in (1, b) for a, b in zip(reversed(small), reversed(big), strict=False))
+
+
+def _only_multiplies(product: Product) -> bool:
+    return product.bias is None and product.scale == 1.0

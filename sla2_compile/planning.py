@@ -1,0 +1,119 @@
+"""From the attention calls of a model to a plan: one way for `transform`, `inspect` and the first forward."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sla2_compile import debug
+from sla2_compile.kernels.checks import DTYPES
+from sla2_compile.libraries.transformers import door_of
+from sla2_compile.modules.find import CONTAINERS, Found
+from sla2_compile.modules.redirect import CHILD, has_attribute, install
+from sla2_compile.modules.written import Written
+from sla2_compile.passes.sites.outcome import Rewrite
+from sla2_compile.passes.sites.select import SeenCall, check_patterns, select
+from sla2_compile.passes.sites.site import Site, Sites
+from sla2_compile.plan import Plan, set_plan
+from sla2_compile.refusal import nothing_replaced
+from sla2_compile.reports.report import report
+
+if TYPE_CHECKING:
+    from sla2_compile.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is to be done to a model; nothing is done yet.
+
+    Attributes:
+        plan: what becomes of each call.
+        owners: by name, the calls that get sites, by their position; none for an owner that only answers its calls
+            itself, because a module around it is an owner.
+        written: of each owner, the calls that it writes out by hand, by the number of their product.
+        watches: modules inside which attention weights stay alive after their owner's forward.
+    """
+
+    plan: Plan
+    owners: Mapping[str, Mapping[int, tuple[SeenCall, Rewrite]]]
+    written: Mapping[str, Mapping[int, Written]]
+    watches: frozenset[str]
+
+
+def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool = False) -> Layout:
+    """Decide what becomes of each attention call; the model stays as it is.
+
+    Raises:
+        ValueError: nothing is to be replaced, unless allow_none; a name pattern matches no owner; a module has an
+            attribute where its sites would go.
+    """
+    check_patterns(found.seen, recipe)
+    outcomes = select(found.seen, recipe)
+    rewrites = [x for x in outcomes if isinstance(x, Rewrite)]
+    if not rewrites and not allow_none:
+        raise nothing_replaced(outcomes)
+    calls = {(s.where.owner, s.where.index): s for s in found.seen if s.call is not None}
+    owners: dict[str, dict[int, tuple[SeenCall, Rewrite]]] = defaultdict(dict)
+    for rewrite in rewrites:
+        where = rewrite.where
+        owners[where.owner][where.index] = (calls[where.owner, where.index], rewrite)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # an owner whose calls all stay must answer them itself if a module around it is an owner, or a door would
+    for s in found.seen:
+        name, module = s.where.owner, modules[s.where.owner]
+        taken = _inside(name, owners) or door_of(module) is not None
+        if s.call is not None and name not in owners and taken and not isinstance(module, CONTAINERS):
+            owners[name] = {}
+    # nn.TransformerEncoder turns padded batches into nested tensors, unless a function mode is active: be one
+    for name in [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoder) and n not in owners]:
+        if any(name == "" or owner.startswith(f"{name}.") for owner in list(owners)):
+            owners[name] = {}
+    for name in owners:
+        if has_attribute(modules[name], CHILD):
+            kind = type(modules[name]).__name__
+            raise ValueError(
+                f"{name or 'model'} ({kind}) must have no attribute {CHILD!r}, got one; rename it, since sites "
+                "live there. The model was left as it was"
+            )
+    written = {
+        name: {number: w for number, w in numbers.items() if w.site in owners.get(name, {})}
+        for name, numbers in found.written.items()
+    }
+    watches = frozenset(where for (name, index), where in found.watches.items() if index in owners.get(name, {}))
+    return Layout(Plan(recipe, tuple(outcomes), found.how), dict(owners), written, watches)
+
+
+def apply(model: nn.Module, layout: Layout) -> None:
+    """Give a model its sites."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites = {
+        name: Sites({index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()})
+        for name, calls in layout.owners.items()
+    }
+    # nothing above changed the model; nothing below can fail
+    for name in dict.fromkeys([*sites, *sorted(layout.watches)]):
+        written = dict(layout.written.get(name, {}))
+        install(modules[name], sites.get(name), name, written, name in layout.watches)
+    set_plan(model, layout.plan)
+    debug.show_report(lambda: report(model))
+
+
+def site(owner: nn.Module, seen: SeenCall, rewrite: Rewrite) -> Site:
+    """Build a site whose parameters have the owner's own dtype, training mode and wish for gradients."""
+    assert seen.call is not None
+    floating = [p for p in owner.parameters() if p.dtype in DTYPES]
+    # the first forward of a lazily transformed model may run in inference mode, whose tensors never train
+    with torch.inference_mode(False):
+        made = Site(rewrite.settings, seen.call, floating[0].dtype if floating else None)
+    if floating and not any(p.requires_grad for p in owner.parameters()):
+        made.requires_grad_(False)
+    return made.train(owner.training)
+
+
+def _inside(name: str, owners: Mapping[str, object] | Sequence[str]) -> bool:
+    return any(outer != name and (outer == "" or name.startswith(outer + ".")) for outer in owners)
