@@ -9,8 +9,11 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sla2_compile.modules.frames import named_modules
 
 # plain objects of these belong to the process, not to the model
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
@@ -22,10 +25,11 @@ def left_alone(model: nn.Module, largest: int) -> Iterator[None]:
     """Put back, afterwards, what model's modules hold, and what their buffers of at most `largest` elements hold.
 
     Attributes, containers in them and plain objects in those are restored to the same contents: lazy caches that a
-    trial run filled are empty again.
+    trial run filled are empty again. Hooks, and objects that manage modules (offloading, sharding), are not touched:
+    they bring weights and back again themselves, and hold what they know of that.
     """
     memory = Memory()
-    for module in model.modules():
+    for _, module in named_modules(model):
         memory.keep(module, 0)
     buffers = [b for b in model.buffers() if b.numel() <= largest and not b.is_meta]
     # an expanded buffer cannot be written to, and so was not
@@ -35,7 +39,9 @@ def left_alone(model: nn.Module, largest: int) -> Iterator[None]:
     finally:
         memory.put_back()
         for buffer, value in values:
-            buffer.copy_(value)
+            # memory that no forward wrote to stays as it is, in its place
+            if buffer.device != value.device or not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 class Memory:
@@ -56,7 +62,12 @@ class Memory:
             inside = list(x)
         elif isinstance(x, tuple):
             inside = list(x)
-        elif isinstance(x, nn.Module) or _is_plain_object(x):
+        elif isinstance(x, nn.Module):
+            self.kept[id(x.__dict__)] = (x.__dict__, dict(x.__dict__))
+            for name, value in x.__dict__.items():
+                self._module_attribute(name, value, depth)
+            return
+        elif _is_plain_object(x) and not _manages_modules(x):
             self.keep(x.__dict__, depth)
             return
         else:
@@ -65,6 +76,13 @@ class Memory:
             # modules are kept by themselves
             if not isinstance(value, nn.Module):
                 self.keep(value, depth + 1)
+
+    def _module_attribute(self, name: str, value: Any, depth: int) -> None:
+        if "hook" in name and isinstance(value, dict):
+            # hooks that came or went; what they hold is theirs
+            self.kept[id(value)] = (value, dict(value))
+        elif not isinstance(value, nn.Module):
+            self.keep(value, depth + 1)
 
     def put_back(self) -> None:
         """Give everything remembered its contents back; the objects stay the same.
@@ -80,6 +98,15 @@ class Memory:
             else:
                 set.clear(x)
                 set.update(x, content)
+
+
+def _manages_modules(x: Any) -> bool:
+    """Whether an object holds modules or their parameters, and so is no data of a model's own."""
+    for value in x.__dict__.values():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else (value,)
+        if any(isinstance(item, (nn.Module, nn.Parameter)) for item in items):
+            return True
+    return False
 
 
 def _is_plain_object(x: Any) -> bool:
