@@ -6,8 +6,10 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo
 ZOO_VENV := .venv-zoo
 ZOO_STAMP := $(ZOO_VENV)/.installed
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 
-.PHONY: help demo test lint type bench gpu golden zoo wheel clean
+.PHONY: help demo test lint type bench gpu golden zoo docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,8 +60,24 @@ $(ZOO_STAMP): pyproject.toml constraints.txt
 zoo: $(ZOO_STAMP) ## models of transformers, diffusers and others: found, rewritten, compiled, exported; docs/zoo.md
 	$(ZOO_VENV)/bin/python -m tests.zoo
 
+# the extra alone, without the package and torch: the API reference is read from the sources
+DOCS_EXTRA := import importlib, sys; \
+	toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli"); \
+	extras = toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*extras["docs"], sep="\n")
+
+$(DOCS_STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sla2_compile needs Python 3.10 or later; set PYTHON=...")'
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -c '$(DOCS_EXTRA)' > $(DOCS_VENV)/extra.txt
+	$(DOCS_VENV)/bin/python -m pip install -q -r $(DOCS_VENV)/extra.txt
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build these pages and the API reference as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
+
 wheel: $(STAMP) ## build the wheel and test it in a clean venv
 	.ci/wheel
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .venv-wheel $(ZOO_VENV) build dist demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-wheel $(ZOO_VENV) $(DOCS_VENV) site build dist demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache

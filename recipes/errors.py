@@ -1,4 +1,4 @@
-"""Turns pydantic's findings into this project's one form of error: rule, value, fix."""
+"""Turn pydantic's errors into the one form of error of this project: rule, value, fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used. Each line reads `<field> must <rule>, got <value>; <fix>`."""
+    """A recipe is not valid. Each line of the message reads `<field> must <rule>, got <value>; <fix>`."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -21,7 +21,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def explain(error: ValidationError, fields: Iterable[str]) -> RecipeError:
-    """Build one RecipeError, a line a finding."""
+    """Build one RecipeError with one line per finding."""
     known = sorted(fields)
     lines = [_line(detail, known) for detail in error.errors()]
     return RecipeError("\n".join(dict.fromkeys(lines)))

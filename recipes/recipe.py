@@ -1,4 +1,4 @@
-"""`Recipe`: every choice that SLA2 leaves to its user, validated, frozen, saved as YAML."""
+"""`Recipe`: every choice that SLA2 leaves to the user. Validated, frozen, and saved as YAML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SITE_FIELDS = (
     "topk_ratio", "compression_ratio", "block_q", "block_k", "feature_map",
     "alpha", "linear_scope", "low_bit", "qat", "min_seq_len",
 )  # fmt: skip
-"""Fields that may differ from site to site (`overrides`); the others choose the sites."""
+"""Fields that may differ between sites (`overrides`). The other fields choose the sites."""
 
 
 class Recipe(BaseModel):
@@ -26,26 +26,28 @@ class Recipe(BaseModel):
 
     Attributes:
         name: shown in reports.
-        topk_ratio: share of key blocks that the sparse branch computes exactly, in (0, 1]; usual 0.05-0.30.
-        compression_ratio: tokens averaged into one router token: a power of two, usual 4-16, or "block"
-            (one token a block, as in the paper).
-        block_q, block_k: rows of a query and of a key block, powers of two in 8..256, or "auto" (by length).
+        topk_ratio: share of the key blocks that the sparse branch computes exactly, in (0, 1]. Usually 0.05 to 0.30.
+        compression_ratio: tokens averaged into one router token. A power of two, usually 4 to 16, or "block" (one
+            router token per block, as in the paper).
+        block_q, block_k: rows of a query block and of a key block. Powers of two from 8 to 256, or "auto" (by
+            length).
         feature_map: phi of the linear branch: softmax (the paper's), elu (elu + 1) or relu.
-        alpha: where the mix of the branches comes from: routed (the router's estimate, scaled per head),
-            head (one learned value a head), block (one a query block, the paper's; fixes the length).
-        linear_scope: complement (keys that the sparse branch skips, the paper's) or all.
-        low_bit: numeric format of the sparse branch in inference: none, int8 (INT8 QK), int8_fp8 (and FP8 PV), or
-            auto (int8 where that was measured to be faster and close to bf16). A chip without one takes the next
-            less, training and CPUs the input's dtype, and the report says what runs.
-        qat: train with fake-quantised forward; needs a low_bit other than none.
-        start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; None means the last.
-            Layers are counted in the order in which a forward reaches them.
-        include, exclude: owner names (shell patterns such as "blocks.*.attn"); exclude wins.
-        overrides: per-site values by owner-name pattern; later patterns win.
-        min_seq_len: calls with fewer queries or keys keep full attention; "auto" is the device's crossover.
+        alpha: where the mix of the branches comes from: routed (the router's estimate, scaled per head), head (one
+            learned value per head) or block (one per query block, the paper's; for one sequence length only).
+        linear_scope: keys of the linear branch: complement (those that the sparse branch skips, the paper's) or all.
+        low_bit: number format of the sparse branch in inference: none, int8 (INT8 QK), int8_fp8 (INT8 QK and FP8 PV),
+            or auto (int8 where that was measured to be faster and close to bf16). A chip without FP8 runs int8.
+            Training and CPUs run the input's dtype. The report says what runs.
+        qat: train with a fake-quantised forward. Needs a low_bit other than none.
+        start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; end_layer None means to the
+            last. Layers are counted in the order in which a forward reaches them.
+        include, exclude: patterns of owner names, such as "blocks.*.attn", with shell wildcards. exclude wins.
+        overrides: values for single sites, by patterns of owner names. Later patterns win.
+        min_seq_len: calls with fewer queries or keys keep full attention. "auto" is the length from which SLA2 was
+            measured to be faster on the device.
 
     Raises:
-        RecipeError: unknown keys, values out of range, contradictory fields.
+        RecipeError: a field is unknown, a value is out of range, or fields contradict each other.
 
     Example:
         >>> Recipe.of("balanced", topk_ratio=0.2).topk_ratio
@@ -132,12 +134,12 @@ class Recipe(BaseModel):
         return self
 
     def for_site(self, owner: str) -> Recipe:
-        """Return the recipe of one site: this one with every matching override applied, in order."""
+        """Return the recipe of one site: this recipe with every matching override applied, in order."""
         values = {k: v for pattern, o in self.overrides.items() if fnmatchcase(owner, pattern) for k, v in o.items()}
         return Recipe(**{**self.model_dump(exclude={"overrides"}), **values}) if values else self
 
     def selects(self, owner: str) -> bool:
-        """Whether include and exclude let this owner through."""
+        """Return whether include and exclude select this owner."""
         if any(fnmatchcase(owner, pattern) for pattern in self.exclude):
             return False
         return any(fnmatchcase(owner, pattern) for pattern in self.include)
@@ -147,8 +149,8 @@ class Recipe(BaseModel):
         """Read a recipe from a YAML file.
 
         Raises:
-            FileNotFoundError: no such file.
-            RecipeError: not a YAML mapping, or not a valid recipe; names the file.
+            FileNotFoundError: there is no such file.
+            RecipeError: the file holds no YAML mapping or no valid recipe. The message names the file.
         """
         path = Path(path)
         try:
@@ -168,16 +170,16 @@ class Recipe(BaseModel):
         return cls(**{"name": name, **values})
 
     def save(self, path: str | Path) -> None:
-        """Write every field to a YAML file that `Recipe.load` reads back to an equal recipe."""
+        """Write every field to a YAML file. `Recipe.load` reads it back as an equal recipe."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def named(cls, name: str) -> Recipe:
-        """Return a recipe that ships with the package.
+        """Return a recipe that comes with the package.
 
         Raises:
-            RecipeError: no such name; lists the names and suggests the nearest.
+            RecipeError: there is no such name. The message lists the names and suggests the nearest.
         """
         if name not in recipe_names():
             hint = f"{nearest(name, recipe_names())}give a path for a recipe file of your own"
@@ -187,11 +189,11 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, recipe: str | Path | Recipe | dict[str, Any] = DEFAULT, **fields: Any) -> Recipe:
-        """Return a Recipe from a name, a YAML path, a mapping or a Recipe, with fields replaced.
+        """Return a Recipe made from a name, the path of a YAML file, a dict or a Recipe, with fields replaced.
 
         Raises:
-            RecipeError: as `named`, `load` and the constructor.
-            TypeError: recipe is of no such kind.
+            RecipeError: as in `named`, `load` and the constructor.
+            TypeError: recipe is none of these kinds.
         """
         if isinstance(recipe, Recipe):
             base = recipe
@@ -208,6 +210,6 @@ class Recipe(BaseModel):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
+    """Return the names of the recipes that come with the package."""
     files = resources.files("sla2_compile.recipes").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))

@@ -25,7 +25,7 @@ console = Console()
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None) -> None:
-    """List the recipes that ship with the package, or show one."""
+    """List the recipes that come with the package, or show one."""
     if name is not None:
         text = yaml.safe_dump(_checked(lambda: Recipe.of(name)).model_dump(mode="json"), sort_keys=False)
         console.print(text, soft_wrap=True, markup=False)
@@ -41,13 +41,15 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show one recipe in 
 
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="Where the model is made.")],
+    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The function that builds the model.")],
     recipe: Annotated[str, typer.Option(help="Name or YAML path.")] = DEFAULT,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the recipe; repeatable.")] = None,
-    pipeline: Annotated[str, typer.Option(help="Run these passes on the exported graph, and print it.")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of the recipe. May be repeated.")
+    ] = None,
+    pipeline: Annotated[str, typer.Option(help="Run these passes on the exported graph and print the graph.")] = "",
     json: Annotated[bool, typer.Option(help="Print the report as JSON.")] = False,
 ) -> None:
-    """Report what transform would do with each attention call, changing nothing.
+    """Report what transform would do with each attention call, without changing anything.
 
     FACTORY is called without arguments and returns (model, example_inputs) or (model, example_inputs, kwargs).
     """
@@ -68,7 +70,7 @@ def inspect(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def demo(context: typer.Context) -> None:
-    """Run the demo on a photograph; options are passed on (see `sla2 demo --quick`). Needs a source checkout."""
+    """Run the demo on a photograph. Options are passed on, as in `sla2 demo --quick`. Needs a source checkout."""
     script = Path(__file__).resolve().parent.parent / "examples" / "demo.py"
     if not script.exists():
         _stop(f"the demo must run from a source checkout, got {script.parent} without it; clone the repository")
@@ -76,7 +78,7 @@ def demo(context: typer.Context) -> None:
 
 
 def _run_passes(model: Any, inputs: Any, kwargs: Any, text: str) -> Report:
-    """Export the model, run the passes on its graph, print the graph, and return what became of its calls."""
+    """Export the model, run the passes on its graph, print the graph, and return the report of its calls."""
     import torch
 
     from sla2_compile.debug import observers
@@ -119,7 +121,7 @@ def _make(target: str) -> tuple[Any, Any, Any]:
 
 
 def _checked(action: Any) -> Any:
-    """Run action; print a ValueError as the user's error, without a traceback."""
+    """Run action. Print a ValueError as an error of the user, without a traceback, and exit."""
     try:
         return action()
     except ValueError as error:

@@ -24,24 +24,25 @@ COLUMNS = (
 
 HEAD = """# Compatibility: the model zoo
 
-Written by `make zoo` with {versions}, on a CPU;
-do not edit. {models} tiny models with random weights (`tests/zoo/`), of which {changed} have attention that SLA2 takes;
+Written by `make zoo` with {versions}, on a CPU. Do not edit it.
+
+The zoo has {models} tiny models with random weights (`tests/zoo/`). SLA2 takes attention calls of {changed} of them.
 {fallbacks}.
 
 | column | meaning |
 |---|---|
 | calls | attention calls that one forward makes, as `sla2_compile.report` lists them |
 | SLA2 | calls that became SLA2, with `min_seq_len={shortest}` |
-| left alone | the other calls, by reason |
-| parity error | largest difference to the original output, as a share of the largest output, where `topk_ratio=1.0` makes SLA2 full attention; checked against the original in float64 |
-| gradients | learned parameters of sites that one backward gives a gradient, at `topk_ratio={sparse}` |
+| left alone | the other calls, by their reasons |
+| parity error | largest difference to the original output, as a share of the largest output. Here `topk_ratio=1.0`, so SLA2 is full attention. Checked against the original in float64 |
+| gradients | learned parameters of sites that get a gradient in one backward, at `topk_ratio={sparse}` |
 | autocast | sites that are SLA2 under bfloat16 autocast |
 | compile | sites that are SLA2 under `torch.compile` (aot_eager), with the same output as in eager mode |
-| export, strict export | sites that are SLA2 in `torch.export`, `strict=False` and `strict=True`, likewise |
-| program | calls that become SLA2 when the original is exported first and the program is transformed, with the same check of parity; its passes also read attention written by hand, and see masks without knowing what they mean |
+| export, strict export | the same in `torch.export`, with `strict=False` and `strict=True` |
+| program | calls that become SLA2 when the original is exported first and then the program is transformed, with the same check of parity. The passes also read attention written by hand. They see a mask, but not what it means |
 
-`restore` gives every model its original output back, bit for bit, and its original state dict. A dash means that there
-is no SLA2 to speak of: the model is left alone, and its output is the original's.
+`restore` gives every model its original output back, bit for bit, and its original state dict. A dash means that SLA2
+takes no call of the model. The model is left alone, and its output is the original's.
 
 """  # noqa: E501  (a Markdown table row is one line)
 
@@ -105,7 +106,7 @@ def document(entries: list[Entry]) -> str:
 
 def _fallbacks(entries: list[Entry]) -> str:
     lost = [e for e in entries if any(0 <= t.inside < check.calls(e).rewritten for t in _traces(e) if not t.failure)]
-    return f"models that fall back to full attention in a compiler's trace: {len(lost)}"
+    return f"Models that fall back to full attention in a compiler's trace: {len(lost)}"
 
 
 def _traces(entry: Entry) -> tuple[check.Traced, ...]:
