@@ -42,12 +42,12 @@ class RedirectAttention(TorchFunctionMode):
             index = self.index
             self.index = index + 1
             if self.outside is not None and _enters_checkpoint(self.outside):
-                return self.sites.decline(index, Reason.CHECKPOINT, func, args, kwargs)
-            return self.sites.answer(index, func, args, kwargs)
+                return self.sites(index, func, args, kwargs, Reason.CHECKPOINT)
+            return self.sites(index, func, args, kwargs)
         if func is F.multi_head_attention_forward:
             index = self.index
             self.index = index + 1
-            return self.sites.answer_multihead(index, func, args, kwargs, self.padding)
+            return self.sites(index, func, args, kwargs, None, self.padding)
         if func is Tensor.unflatten:
             # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
             return torch.unflatten(*args, **kwargs)
@@ -154,13 +154,13 @@ def install(owner: nn.Module, sites: Sites, captured: CapturedForward | None = N
     """Give owner its sites. The caller has checked that `owner.sla2` is free."""
     if isinstance(owner, nn.MultiheadAttention):
         # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
-        sites.register_forward_pre_hook(_never_called)
+        sites.register_forward_pre_hook(_only_seen)
     owner._modules[CHILD] = sites
     owner.__dict__["forward"] = SiteForward(owner, captured).forward
 
 
-def _never_called(module: nn.Module, args: Any) -> None:
-    """A hook that is there to be seen: containers have no forward of their own."""
+def _only_seen(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: it is there to be seen."""
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
