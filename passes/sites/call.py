@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class AttentionCall:
         return torch.ops.aten.scaled_dot_product_attention(
             self.q, self.k, self.v, mask, self.dropout_p, is_causal, scale=self.scale, enable_gqa=self.enable_gqa
         )
+
+    def as_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of scaled_dot_product_attention that make this call."""
+        given = (self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal)
+        return given, {"scale": self.scale, "enable_gqa": self.enable_gqa}
 
     def in_one_dtype(self) -> AttentionCall:
         """The call with q, k and v in the dtype that holds all three; autocast, where it is on, sees to that itself."""

@@ -1,13 +1,15 @@
-"""`Site`: the module that takes the place of one attention call, and holds what SLA2 learns there."""
+"""`Site`, the module that takes the place of one attention call, and `Sites`, those of one owner."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sla2_compile.kernels.blocks import exporting, num_blocks
 from sla2_compile.kernels.checks import fail
@@ -15,34 +17,27 @@ from sla2_compile.kernels.functional import Routing, attend
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
+from sla2_compile.passes.sites.parameters import SiteParameters
 from sla2_compile.passes.sites.rules import Reason, why_not
 from sla2_compile.passes.sites.settings import SiteSettings
 
-# logit of alpha before training where alpha does not come from the router: the linear branch only pays
-# once it is trained, so a site starts as 95 % sparse branch
-UNTRAINED_LOGIT = 3.0
+
+class Declined(NamedTuple):
+    """A call that the carrier keeps from SLA2: why, and the function that answers it instead."""
+
+    reason: Reason
+    function: Callable[..., Any]
 
 
-class Site(nn.Module):
-    """SLA2 in the place of one attention call.
-
-    Parameters (none for a site built without a call):
-        proj_q, proj_k: (D, D), the router's projections, identity before calibration. Hard top-k gives them no
-            gradient, so they do not require one until stage 1 (`calibrate`) trains them.
-        alpha_gain: (Hq,), alpha="routed" only. alpha_bias: (Hq, 1) routed or head; (1, Tm) block.
+class Site(SiteParameters):
+    """SLA2 in the place of one attention call; see `SiteParameters` for what it learns.
 
     Attributes:
-        settings: what the recipe says.
         structure: what the call's mask was when the model was planned; None if unknown.
         last_routing: what the last eager forward chose, or None; not saved, not copied.
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
     """
-
-    proj_q: nn.Parameter | None
-    proj_k: nn.Parameter | None
-    alpha_gain: nn.Parameter | None
-    alpha_bias: nn.Parameter | None
 
     def __init__(
         self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None
@@ -54,42 +49,33 @@ class Site(nn.Module):
             call: gives heads, head dim, length and device.
             dtype: of the parameters; q's if None.
         """
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self.structure: Structure | None = None
-        self.heads = self.head_dim = 0
         self.last_routing: Routing | None = None
         self.fallbacks: Counter[str] = Counter()
         self.read_backs = 0
-        for name in ("proj_q", "proj_k", "alpha_gain", "alpha_bias"):
-            self.register_parameter(name, None)
         if call is not None:
             mask = read_mask(call)
             self.structure = None if mask is None else mask.structure
-            self._make_parameters(call, dtype or call.q.dtype)
+            self.make_parameters(call, dtype or call.q.dtype)
 
-    def _make_parameters(self, call: AttentionCall, dtype: torch.dtype) -> None:
-        heads, Nq, D = call.q.shape[1:]
-        self.heads, self.head_dim = heads, D
-        like: dict[str, Any] = {"device": call.q.device, "dtype": dtype}
-        self.proj_q = nn.Parameter(torch.eye(D, **like), requires_grad=False)
-        self.proj_k = nn.Parameter(torch.eye(D, **like), requires_grad=False)
-        if self.settings.alpha == "routed":
-            self.alpha_gain = nn.Parameter(torch.ones(heads, **like))
-            self.alpha_bias = nn.Parameter(torch.zeros(heads, 1, **like))
-        else:
-            block_q, _ = self.settings.options.block_sizes(Nq, call.k.shape[2])
-            shape = (heads, 1) if self.settings.alpha == "head" else (1, num_blocks(Nq, block_q))
-            self.alpha_bias = nn.Parameter(torch.full(shape, UNTRAINED_LOGIT, **like))
-
-    def forward(self, *args: Any, key_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, *args: Any, key_mask: Tensor | None = None, declined: Declined | None = None, **kwargs: Any
+    ) -> Any:
         """Answer one attention call, by SLA2 or, if a rule says so, by full attention.
 
-        Args: those of `torch.nn.functional.scaled_dot_product_attention`; key_mask as `AttentionCall` has it.
+        Args:
+            *args, **kwargs: those of `torch.nn.functional.scaled_dot_product_attention`, or of declined.function.
+            key_mask: as `AttentionCall` has it.
+            declined: count this reason and run this function; comes in by a call, so that it passes whatever
+                wrapper somebody put around the site.
 
         Raises:
             ValueError: the site's parameters are not where q is; alpha="block" at another length.
         """
+        if declined is not None:
+            self.count(declined.reason)
+            return declined.function(*args, **kwargs)
         call = bind(*args, **kwargs)
         call.key_mask = key_mask
         mask, reason = self.decide(call)
@@ -134,7 +120,12 @@ class Site(nn.Module):
     def _check(self, call: AttentionCall, alpha_bias: Tensor) -> None:
         if alpha_bias.device != call.q.device:
             where = alpha_bias.device
-            fix = "load real weights before running a model planned on meta" if where.type == "meta" else "move it"
+            fix = "move it"
+            if where.type == "meta":
+                fix = (
+                    "load real weights before running a model planned on meta; sites that a checkpoint does not "
+                    f"hold begin untrained: owner.sla2.to_empty(device={str(call.q.device)!r})"
+                )
             raise fail("the model", f"be on its input's device {call.q.device}", where, fix)
         if self.settings.alpha == "block":
             block_q, _ = self.settings.options.block_sizes(call.q.shape[2], call.k.shape[2])
@@ -153,56 +144,79 @@ class Site(nn.Module):
         return f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}, alpha={alpha}"
 
 
-class Sites(nn.ModuleDict):
+class Sites(nn.Module):
     """The sites of one owner, by the position of their call in the owner's forward: `owner.sla2[0]`.
+
+    A plain module that is called, and not a container: then whoever wraps it (peft's modules_to_save, a sharding or
+    offloading wrapper) has his say at each call. Its children are named "0", "1", ...
 
     Attributes:
         unseen: eager calls at positions that planning did not see; they kept full attention.
     """
 
     def __init__(self, sites: dict[int, Site]) -> None:
-        super().__init__({str(index): site for index, site in sites.items()})
+        super().__init__()
+        for index, site in sites.items():
+            self.add_module(str(index), site)
         self.unseen = 0
-        self.train(any(site.training for site in sites.values()))
+        self.training = any(site.training for site in sites.values())
 
-    def __getitem__(self, index: int | str) -> Site:
-        site = super().__getitem__(str(index))
-        assert isinstance(site, Site)
-        return site
+    def __getitem__(self, index: int) -> Site:
+        """The site of the index-th call, or the wrapper that somebody put around it."""
+        return self._modules[str(index)]  # type: ignore[return-value]
 
-    def answer(self, index: int, function: Any, args: Any, kwargs: Any) -> Tensor:
-        """Answer the index-th call of one forward of the owner, one of F.scaled_dot_product_attention (function)."""
-        if str(index) not in self:
-            self._count()
-            return bind(*args, **kwargs).full_attention()
-        if any(isinstance(x, Tensor) and x.is_nested for x in args):
-            return self.decline(index, Reason.NESTED, function, args, kwargs)
-        return self[index](*args, **kwargs)
+    def __len__(self) -> int:
+        return len(self._modules)
 
-    def decline(self, index: int, reason: Reason, function: Any, args: Any, kwargs: Any) -> Tensor:
-        """Run the call as it was, and remember why."""
-        if str(index) in self:
-            self[index].count(reason)
-        return function(*args, **kwargs)
+    def forward(
+        self,
+        index: int,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        reason: Reason | None = None,
+        padding: Tensor | None = None,
+    ) -> Any:
+        """Answer the index-th attention call of one forward of the owner.
 
-    def answer_multihead(self, index: int, function: Any, args: Any, kwargs: Any, padding: Tensor | None) -> Any:
-        """Answer the index-th call, one of F.multi_head_attention_forward (given as function).
-
-        padding: the boolean mask (B, Nk), True where a key is hidden, that key_padding_mask was made of, if known.
+        Args:
+            index: position of the call.
+            function: the original: F.scaled_dot_product_attention or F.multi_head_attention_forward.
+            args, kwargs: of the call.
+            reason: why the call keeps full attention whatever the site says, or None.
+            padding: the boolean mask (B, Nk), True where a key is hidden, that the key_padding_mask of
+                F.multi_head_attention_forward was made of, if known.
         """
-        given = multihead.with_padding(multihead.arguments(args, kwargs), padding)
-        if str(index) not in self:
-            self._count()
+        site = getattr(self, str(index), None)
+        if site is None:
+            self._count_unseen()
             return function(*args, **kwargs)
-        reason = multihead.why_whole(given)
+        if reason is None and function is F.multi_head_attention_forward:
+            given = multihead.with_padding(multihead.arguments(args, kwargs), padding)
+            reason = multihead.why_whole(given)
+            if reason is None:
+                call = multihead.inner_call(given)
+                o = site(call.q, call.k, call.v, call.attn_mask, call.dropout_p, call.is_causal)
+                return multihead.outer_result(given, o)
+        elif reason is None and _any_nested(args, kwargs):
+            reason = Reason.NESTED
         if reason is not None:
-            self[index].count(reason)
-            return function(*args, **kwargs)
-        call = multihead.inner_call(given)
-        o = self[index](call.q, call.k, call.v, call.attn_mask, call.dropout_p, call.is_causal)
-        return multihead.outer_result(given, o)
+            return site(*args, declined=Declined(reason, function), **kwargs)
+        return site(*args, **kwargs)
 
-    def _count(self) -> None:
+    def _count_unseen(self) -> None:
         # an owner without any site only shields its calls from the owners around it
         if len(self) > 0 and not torch.compiler.is_dynamo_compiling():
             self.unseen += 1
+
+
+def _any_nested(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values()))
+
+
+def site_at(sites: nn.Module, index: int) -> Site:
+    """The site of the index-th call itself, whatever was wrapped around it or around all sites of an owner."""
+    if not isinstance(sites, Sites):
+        sites = next(m for m in sites.modules() if isinstance(m, Sites))
+    site = sites[index]
+    return site if isinstance(site, Site) else next(m for m in site.modules() if isinstance(m, Site))

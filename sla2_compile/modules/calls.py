@@ -37,12 +37,12 @@ class RedirectAttention(OwnerMode):
             index = self.index
             self.index = index + 1
             if self.in_checkpoint():
-                return self.sites.decline(index, Reason.CHECKPOINT, func, args, kwargs)
-            return self.sites.answer(index, func, args, kwargs)
+                return self.sites(index, func, args, kwargs, Reason.CHECKPOINT)
+            return self.sites(index, func, args, kwargs)
         if func is F.multi_head_attention_forward:
             index = self.index
             self.index = index + 1
-            return self.sites.answer_multihead(index, func, args, kwargs, self.padding)
+            return self.sites(index, func, args, kwargs, None, self.padding)
         if func is Tensor.unflatten:
             # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
             return torch.unflatten(*args, **kwargs)

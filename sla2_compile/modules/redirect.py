@@ -68,6 +68,9 @@ class SiteForward:
         """Run the forward that the owner had."""
         if self.own is not None:
             return self.own(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            # a class that was patched or swapped meanwhile
+            self.function = type(self.owner).forward
         return self.function(self.owner, *args, **kwargs)
 
 
@@ -125,13 +128,13 @@ def install(
     if sites is not None:
         if isinstance(owner, nn.MultiheadAttention):
             # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
-            sites.register_forward_pre_hook(_never_called)
+            sites.register_forward_pre_hook(_only_seen)
         owner._modules[CHILD] = sites
     owner.__dict__["forward"] = SiteForward(owner, name, written, watches).forward
 
 
-def _never_called(module: nn.Module, args: Any) -> None:
-    """A hook that is there to be seen: containers have no forward of their own."""
+def _only_seen(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: it is there to be seen."""
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
@@ -165,4 +168,5 @@ def remove(owner: nn.Module) -> None:
 
 def is_owner(module: nn.Module) -> bool:
     """Whether module carries sites."""
-    return isinstance(module._modules.get(CHILD), Sites)
+    # a scripted module holds no children that one can ask for by name
+    return CHILD in module._modules and isinstance(module._modules[CHILD], Sites)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sla2_compile.modules.calls import OwnerMode, RedirectAttention
 from sla2_compile.modules.operands import FOLLOWED, Operands
@@ -27,7 +28,7 @@ from sla2_compile.modules.scores import (
 )
 from sla2_compile.modules.written import Written
 from sla2_compile.modules.written_call import call_of
-from sla2_compile.passes.sites.site import Sites
+from sla2_compile.passes.sites.site import Sites, site_at
 
 WRITERS = ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ipow", "__iadd__", "__isub__", "__imul__")
 
@@ -122,12 +123,12 @@ class TraceAttention(OwnerMode):
         if call is None:
             return None
         call = call.in_one_dtype()
-        site = self.sites[planned.site]
+        site = site_at(self.sites, planned.site)
         _, reason = site.decide(call)
         if reason is not None:
             site.count(reason)
             return None
-        o = site(call.q, call.k, call.v, call.attn_mask, scale=call.scale, enable_gqa=call.enable_gqa)
+        o = self.sites(planned.site, F.scaled_dot_product_attention, *call.as_arguments())
         o = o.contiguous().reshape(*shape[:-1], v.shape[-1])
         if not torch.is_autocast_enabled(v.device.type):
             o = o.to(v.dtype)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sla2_compile.modules.calls import RedirectAttention
 from sla2_compile.modules.deferred import (
@@ -45,8 +46,9 @@ from sla2_compile.modules.scores import (
 from sla2_compile.modules.watch import Watch, chain
 from sla2_compile.modules.written_call import call_of
 from sla2_compile.passes.sites.rules import Reason
-from sla2_compile.passes.sites.site import Site, Sites
+from sla2_compile.passes.sites.site import Site, Sites, site_at
 
+SDPA = F.scaled_dot_product_attention
 PLAIN = (Tensor, nn.Parameter)
 READ_BACK = (
     "the attention weights of {} were read although SLA2 answered its call: the weights are exact, the output is not "
@@ -115,7 +117,7 @@ class DeferAttention(Watch):
     def _scores(self, number: int, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """Defer a planned product, or return None."""
         planned = self.written[number]
-        site, product = self.sites[planned.site], read_product(func, args, kwargs)
+        site, product = self._site(planned.site), read_product(func, args, kwargs)
         reason = self._unsteady()
         if product is None or type(product.left) not in PLAIN or type(product.right) not in PLAIN:
             reason = reason or Reason.UNSEEN
@@ -155,6 +157,9 @@ class DeferAttention(Watch):
         x = defer(recorded)
         self.live.append(weakref.ref(x))
         return x
+
+    def _site(self, index: int) -> Site:
+        return site_at(self.sites, index)
 
     # what follows it
 
@@ -213,7 +218,7 @@ class DeferAttention(Watch):
             return None
         if type(v) not in PLAIN or v.dim() != len(recorded.shape) or v.shape[-2] != recorded.shape[-1]:
             return None
-        site, reason = self.sites[planned.site], self._unsteady()
+        site, reason = self._site(planned.site), self._unsteady()
         call = call_of(self.operands.behind(recorded.scores, v.dtype), recorded.shape, v, planned.heads)
         if call is not None and reason is None:
             call = call.in_one_dtype()
@@ -223,7 +228,7 @@ class DeferAttention(Watch):
             recorded.origin.needed = True
             return None
         recorded.origin.answered = True
-        o = site(call.q, call.k, call.v, call.attn_mask, scale=call.scale, enable_gqa=call.enable_gqa)
+        o = self.sites(planned.site, SDPA, *call.as_arguments())
         o = o.contiguous().reshape(*recorded.shape[:-1], v.shape[-1]).to(like.dtype)
         return o if product.order is None else o.permute(product.order)
 
