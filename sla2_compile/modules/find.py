@@ -134,7 +134,21 @@ def _written(recording: Recording, reader: Reader, matcher: Matcher, softmax: fx
     common = tuple(a for a, b in zip(around, values.meta[FRAMES], strict=False) if a is b)
     if answer is None:
         return Event(values, common, None, Reason.HAND_WRITTEN, ONLY_IN_GRAPHS)
+    writer = _writer(matcher.writes, answer, values)
+    if writer is not None:
+        return Event(values, common, None, Reason.HAND_WRITTEN, f"{writer} writes to its operands before the values")
     return Event(values, common, *_read(recording, answer, values), answer=answer)
+
+
+def _writer(writes: Writes, answer: Answer, values: fx.Node) -> str | None:
+    """The name of what writes to queries, keys or masks after they were read; scores themselves may be written to."""
+    product, own = answer.product, answer.chain
+    operands = {x for node in (product, *own) for x in node.all_input_nodes if x not in own and x is not product}
+    for operand in operands:
+        for node in writes.between(operand, product, values):
+            if node not in own:
+                return writes.reader.name(node)
+    return None
 
 
 def _read(recording: Recording, answer: Answer, values: fx.Node) -> tuple[AttentionCall | None, Reason | None, str]:

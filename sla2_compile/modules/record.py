@@ -34,6 +34,8 @@ from sla2_compile.modules.scores import (
     scores_of,
 )
 from sla2_compile.modules.writes import written
+from sla2_compile.passes.multihead import function as multihead
+from sla2_compile.passes.sites.call import bind
 from sla2_compile.passes.sites.rules import Reason
 
 FRAMES = "sla2_frames"
@@ -72,10 +74,16 @@ CONSTANTS = (
 
 @dataclass
 class Answer:
-    """One attention call written out by hand: its product of queries and keys, and what scores and weights mean."""
+    """One attention call written out by hand.
+
+    Attributes:
+        product: of queries and keys; chain: the scores and weights made of it.
+        scores: what the weights mean where they meet the values.
+    """
 
     product: fx.Node
     scores: Scores
+    chain: tuple[fx.Node, ...]
 
 
 @dataclass
@@ -183,10 +191,13 @@ class Recorder(TorchFunctionMode):
                 self.found.reasons[node] = Reason.CHECKPOINT
             elif func in PRODUCTS and torch._C._functorch.peek_interpreter_stack() is not None:
                 self.found.reasons[node] = Reason.TRANSFORMED
-        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
-            # q, k and v are told by their shapes; a mask by its values
-            for x in (*args[3:], *kwargs.values()):
-                self._keep_mask(x)
+        # q, k and v are told by their shapes; a mask by its values
+        if func is F.scaled_dot_product_attention:
+            self._keep_mask(bind(*args, **kwargs).attn_mask)
+        elif func is F.multi_head_attention_forward:
+            bound = multihead.arguments(args, kwargs)
+            self._keep_mask(bound["attn_mask"])
+            self._keep_mask(bound["key_padding_mask"])
 
     def _place(self) -> dict[str, Any]:
         stack = {str(f.number): (f.name, type(f.module)) for f in self.frames.stack}
@@ -264,7 +275,8 @@ class Recorder(TorchFunctionMode):
                 made, scores = self.scores[sources[0][1]]
                 weights = sources[0][1].meta["example_value"]
                 if scores.soft and product.left is weights and product.bias is None and product.scale == 1.0:
-                    self.found.answers[node] = Answer(made, scores)
+                    chain = tuple(n for n, (first, _) in self.scores.items() if first is made)
+                    self.found.answers[node] = Answer(made, scores, chain)
             elif fresh is not None:
                 self.scores[node] = (node, fresh)
             return

@@ -186,9 +186,10 @@ def number(x: Any) -> float | None:
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     plain = isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad
-    if plain and not torch.compiler.is_compiling() and type(x) is Tensor:
-        return float(x)
-    return None
+    if not plain or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return None
+    # what torch.func wraps has no value of its own
+    return None if torch._C._functorch.is_functorch_wrapped_tensor(x) else float(x)
 
 
 def _mul(s: Scores, at: int, args: Any, kwargs: Any, rank: int) -> Scores | None:

@@ -2,6 +2,9 @@
 
 Nothing is computed in a trace, so nothing needs to be deferred. What scores mean is remembered beside them; what is
 left of them, once the site has answered, is dead code that every compiler removes.
+
+A trace does not show every write to its function modes (`torch._foreach_*` is missing in torch 2.13). Planning, which
+runs in eager, refuses owners that write to queries, keys or masks before the weights meet the values.
 """
 
 from __future__ import annotations
@@ -32,12 +35,16 @@ from sla2_compile.passes.sites.site import Sites, site_at
 
 WRITERS = ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ipow", "__iadd__", "__isub__", "__imul__")
 
+METADATA = ("size", "dim", "numel", "ndimension", "nelement", "is_floating_point", "get_device", "__get__", "__len__")
 
-def writes(func: Any, kwargs: Any) -> bool:
-    """Whether a function writes to a tensor, as its name or its arguments tell; a trace cannot look it up."""
+
+def writes(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a function may write to a tensor, as its name or its arguments tell; a trace cannot look it up."""
     name = getattr(func, "__name__", "")
     in_place = name in WRITERS or (name[-1:] == "_" and name[-2:] != "__")
-    return in_place or "out" in kwargs or "inplace" in kwargs
+    # a flag by position may be inplace
+    flags = [x for x in args[1:] if x is True]
+    return in_place or "out" in kwargs or "inplace" in kwargs or len(flags) > 0
 
 
 class TraceAttention(OwnerMode):
@@ -67,7 +74,10 @@ class TraceAttention(OwnerMode):
         result = self.calls.__torch_function__(func, types, args, kwargs)
         if known is not None and isinstance(result, Tensor):
             self._follow(func, at, known, args, kwargs, result)
-        elif writes(func, kwargs):
+        elif known is not None and getattr(func, "__name__", "") not in METADATA:
+            # something else is done with scores or weights, such as a hook on their gradient
+            self.tensors, self.known = [], []
+        elif writes(func, args, kwargs):
             # what it writes to may be what scores were made of
             self.tensors, self.known, self.operands.made = [], [], []
         elif func in FOLLOWED:
@@ -104,14 +114,17 @@ class TraceAttention(OwnerMode):
         scores, planned = known
         old, rank = args[at].shape, args[at].dim()
         if func in SHAPES:
-            self._keep(result, regrouped(scores, old, result.shape), planned)
+            new = regrouped(scores, old, result.shape)
+            self._keep(result, new, planned)
             return
         plain = IN_PLACE.get(func, func)
         new = follow(scores, plain, at, args, kwargs, rank)
-        if writes(func, kwargs):
+        if writes(func, args, kwargs):
             # views of what was written, and what was made of it before, are no longer known
             self.tensors, self.known = [], []
-        if plain is func or at == 0:
+        if new is None:
+            self.tensors, self.known = [], []
+        elif plain is func or at == 0:
             self._keep(result, new, planned)
 
     def _values(self, known: Any, product: Product, func: Any, args: Any, kwargs: Any) -> Tensor | None:
