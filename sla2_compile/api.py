@@ -64,7 +64,7 @@ def transform(
         RecipeError: unknown recipe or field, value out of range.
         ValueError: nothing was replaced; the inputs do not run; the model is transformed with another recipe.
             The model is left as it was.
-        TypeError: model is none of the three kinds.
+        TypeError: model is none of the three kinds, or scripted.
 
     Example:
         >>> model = transform(model, "balanced", example_inputs=(x, t, y), topk_ratio=0.1)
@@ -83,6 +83,11 @@ def transform(
         raise TypeError(
             f"model must be an nn.Module, GraphModule or ExportedProgram, got {kind}; "
             "pass the module itself, for a pipeline its transformer: pipe.transformer = transform(pipe.transformer)"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must not be scripted as a whole, got {type(model).__name__}; its code cannot be rewritten: "
+            "transform the nn.Module that it was made of"
         )
     if _already(model, chosen):
         return model
