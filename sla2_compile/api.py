@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.nn.parallel import DistributedDataParallel
 
 from sla2_compile import debug
 from sla2_compile.kernels.checks import DTYPES
@@ -19,6 +18,7 @@ from sla2_compile.libraries.transformers import door_of
 from sla2_compile.modules.captured import CHILD
 from sla2_compile.modules.discovery import CONTAINERS, discover
 from sla2_compile.modules.hand_written import find_hand_written
+from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.modules.redirect import RedirectAttention, check_removable, has_attribute, install, is_owner, remove
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.select import SeenCall, check_patterns, select
@@ -181,10 +181,10 @@ class FirstForward:
                 "a model transformed without example_inputs must run once before it is compiled or exported, "
                 "got a compiler's trace; call it once, or pass example_inputs to transform"
             )
-        if DistributedDataParallel._get_active_ddp_module() is not None:
+        if (wrapper := wrapper_around(self.root)) is not None:
             raise RuntimeError(
-                "a model transformed without example_inputs must run once before DistributedDataParallel, got its "
-                "first forward inside; its new parameters would not be synchronised: pass example_inputs"
+                f"a model transformed without example_inputs must run once before it is wrapped, got {wrapper} around "
+                "its first forward; its new parameters would not be synchronised: pass example_inputs to transform"
             )
         root = self.root
         wrapped = root.__dict__.get("forward") is not self
@@ -272,11 +272,10 @@ def _already(model: nn.Module, recipe: Recipe) -> bool:
             "model must be transformed before it is compiled, got torch.compile's wrapper; "
             "write torch.compile(transform(model, ...))"
         )
-    sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
-    if sharded or any(isinstance(m, (DistributedDataParallel, nn.DataParallel)) for m in model.modules()):
+    if (wrapper := wrapper_around(model)) is not None:
         raise ValueError(
-            "model must be transformed before it is wrapped or sharded for several devices, got one that is; "
-            "its new parameters would not be synchronised: transform first"
+            "model must be transformed before it is wrapped or sharded for several devices, got "
+            f"{wrapper}; its new parameters would not be synchronised: transform first"
         )
     for name, root, plan in plans(model):
         if root is model and plan.recipe == recipe:
