@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.nn.parallel import DistributedDataParallel
 
 from sla2_compile import debug
-from sla2_compile.first_forward import FirstForward
+from sla2_compile.first_forward import FirstForward, first_forward
 from sla2_compile.modules import discovery
 from sla2_compile.modules.discovery import check_how
+from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.modules.redirect import check_removable, is_owner, remove, site_forward
 from sla2_compile.plan import plans, set_plan
 from sla2_compile.planning import apply, plan_model
@@ -58,7 +59,7 @@ def transform(
         RecipeError: unknown recipe or field, value out of range.
         ValueError: nothing was replaced; the inputs do not run; the model is transformed with another recipe.
             The model is left as it was.
-        TypeError: model is none of the three kinds.
+        TypeError: model is none of the three kinds, or scripted.
 
     Example:
         >>> model = transform(model, "balanced", example_inputs=(x, t, y), topk_ratio=0.1)
@@ -77,6 +78,11 @@ def transform(
         raise TypeError(
             f"model must be an nn.Module, GraphModule or ExportedProgram, got {kind}; "
             "pass the module itself, for a pipeline its transformer: pipe.transformer = transform(pipe.transformer)"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must not be scripted as a whole, got {type(model).__name__}; its code cannot be rewritten: "
+            "transform the nn.Module that it was made of"
         )
     if _already(model, chosen):
         return model
@@ -140,8 +146,8 @@ def restore(model: nn.Module) -> nn.Module:
     for owner in owners:
         check_removable(owner)
     for _, root, _ in list(plans(model)):
-        first = root.__dict__.get("forward")
-        if isinstance(first, FirstForward):
+        first = first_forward(root)
+        if first is not None:
             first.withdraw()
         set_plan(root, None)
     for owner in owners:
@@ -161,11 +167,10 @@ def _already(model: nn.Module, recipe: Recipe) -> bool:
             "model must be transformed before it is compiled, got torch.compile's wrapper; "
             "write torch.compile(transform(model, ...))"
         )
-    sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
-    if sharded or any(isinstance(m, (DistributedDataParallel, nn.DataParallel)) for m in model.modules()):
+    if (wrapper := wrapper_around(model)) is not None:
         raise ValueError(
-            "model must be transformed before it is wrapped or sharded for several devices, got one that is; "
-            "its new parameters would not be synchronised: transform first"
+            "model must be transformed before it is wrapped or sharded for several devices, got "
+            f"{wrapper}; its new parameters would not be synchronised: transform first"
         )
     for name, root, plan in plans(model):
         if root is model and plan.recipe == recipe:

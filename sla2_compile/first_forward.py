@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import threading
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sla2_compile.modules.discovery import record_forward
+from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.plan import Plan, set_plan
 from sla2_compile.planning import apply, plan_model
 
@@ -19,27 +20,39 @@ if TYPE_CHECKING:
 
 
 class FirstForward:
-    """A root's forward until its first call, which finds the attention.
+    """Waits for a root's first forward, which finds the attention.
 
     That call is the model's own: it runs once, with full attention, and nothing is put back or run again. From the
-    next call on SLA2 answers. Somebody may wrap this object before that; then it stays inside the wrapper and hands
-    every later call on. A call that fails leaves the model pending; calls from several threads give one plan.
+    next call on SLA2 answers. Somebody may wrap the root's forward before that; then it stays inside the wrapper and
+    hands every later call on. A call that fails leaves the model pending; calls from several threads give one plan.
     """
 
     def __init__(self, root: nn.Module, recipe: Recipe, allow_none: bool) -> None:
         self.root, self.recipe, self.allow_none = root, recipe, allow_none
         self.own = root.__dict__.get("forward")
-        self.done = False
+        self.done = self.running = False
         self.lock = threading.RLock()
-        self.running = False
+
+    @property
+    def forward(self) -> MethodType:
+        """What the root gets: a method, as compilers expect of a forward, with the original's signature."""
+        function = FunctionType(_run.__code__, _run.__globals__, "forward")
+        if "root" in self.__dict__:
+            original = self.own or type(self.root).forward.__get__(self.root)
+            parameters = inspect.signature(original).parameters.values()
+            own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+            function.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        return MethodType(function, self)
 
     def install(self) -> None:
         """Become the root's forward."""
-        self.root.__dict__["forward"] = self
+        self.root.__dict__["forward"] = self.forward
         set_plan(self.root, Plan(self.recipe, (), "pending"))
 
     def withdraw(self) -> None:
-        """Take this object away from the root again."""
+        """Take the root's forward back, unless somebody wrapped it: the wrapper stays."""
+        if first_forward(self.root) is not self:
+            return
         if self.own is None:
             del self.root.__dict__["forward"]
         else:
@@ -52,44 +65,46 @@ class FirstForward:
         self.__dict__ |= state
         self.lock = threading.RLock()
 
-    def _original(self, *args: Any, **kwargs: Any) -> Any:
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward that the root had."""
         if self.own is not None:
             return self.own(*args, **kwargs)
         return type(self.root).forward(self.root, *args, **kwargs)
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The original's, for libraries that look at what forward takes."""
-        return inspect.signature(self.own or type(self.root).forward.__get__(self.root))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.done or self.running:
-            return self._original(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a model transformed without example_inputs must run once before it is compiled or exported, "
-                "got a compiler's trace; call it once, or pass example_inputs to transform"
-            )
-        if DistributedDataParallel._get_active_ddp_module() is not None:
-            raise RuntimeError(
-                "a model transformed without example_inputs must run once before DistributedDataParallel, got its "
-                "first forward inside; its new parameters would not be synchronised: pass example_inputs"
-            )
-        with self.lock:
-            if not self.done and not self.running:
-                return self._first(args, kwargs)
-        return self._original(*args, **kwargs)
-
-    def _first(self, args: Any, kwargs: Any) -> Any:
+    def find(self, args: Any, kwargs: Any) -> Any:
+        """Run the original once, plan the model by what it did, and return its result."""
         self.running = True
         try:
-            found, output = record_forward(self.root, self._original, args, kwargs)
+            found, output = record_forward(self.root, self.original, args, kwargs)
             layout = plan_model(self.root, self.recipe, found, self.allow_none)
         finally:
             self.running = False
         self.done = True
-        # a wrapper around this object stays, and comes to lie inside what `apply` installs
-        if self.root.__dict__.get("forward") is self:
-            self.withdraw()
+        self.withdraw()
         apply(self.root, layout)
         return output
+
+
+def _run(self: FirstForward, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling() and not self.done:
+        raise RuntimeError(
+            "a model transformed without example_inputs must run once before it is compiled or exported, "
+            "got a compiler's trace; call it once, or pass example_inputs to transform"
+        )
+    if self.done or self.running:
+        return self.original(*args, **kwargs)
+    if (wrapper := wrapper_around(self.root)) is not None:
+        raise RuntimeError(
+            f"a model transformed without example_inputs must run once before it is wrapped, got {wrapper} around "
+            "its first forward; its new parameters would not be synchronised: pass example_inputs to transform"
+        )
+    with self.lock:
+        if not self.done and not self.running:
+            return self.find(args, kwargs)
+    return self.original(*args, **kwargs)
+
+
+def first_forward(root: nn.Module) -> FirstForward | None:
+    """What waits for a root's first forward, unless somebody wrapped it."""
+    forward = getattr(root.__dict__.get("forward"), "__self__", None)
+    return forward if isinstance(forward, FirstForward) else None

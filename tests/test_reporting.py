@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import sla2_compile
+from sla2_compile.api import inspect
 from sla2_compile.passes.sites.outcome import Miss
 from sla2_compile.passes.sites.rules import Reason
-from sla2_compile.api import inspect
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import exporting, shorter
+
 
 @dataclass
 class AttentionCall:
@@ -27,6 +29,11 @@ class AttentionCall:
     scale: float | None = None
     enable_gqa: bool = False
     key_mask: Tensor | None = None
+
+    def is_empty(self) -> bool:
+        """Whether there is no sequence, head, token or channel: an axis of q, k or v has size 0."""
+        sizes = (*self.q.shape, *self.k.shape, *self.v.shape)
+        return any(shorter(n, 1) for n in sizes) if exporting() else 0 in sizes
 
     def full_attention(self) -> Tensor:
         """Run the call as PyTorch would have.

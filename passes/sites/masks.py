@@ -62,8 +62,8 @@ def read_mask(call: AttentionCall, planned: Structure | None = None, *, constant
         return MaskView(None, Structure.CAUSAL if call.is_causal else Structure.SAME)
     if mask.requires_grad or call.is_causal or _differs_over_heads(mask):
         return None
-    if call.q.dim() != 4 or call.k.dim() != 4:
-        # no call for SLA2, and its axes would be others
+    if call.q.dim() != 4 or call.k.dim() != 4 or call.is_empty():
+        # no call for SLA2: its axes would be others, or have no row to read
         return None
     if same_for_all_queries(mask):
         fits = mask.dtype == torch.bool or _structure_of(mask, Structure.SAME, constant) is not None

@@ -46,7 +46,7 @@ class Reason(str, Enum):
     CONTAINER = "owner runs its children one by one (Sequential and the like)"
     CHECKPOINT = "in a checkpoint inside the owner; checkpoint the whole owner instead"
     BODY = "in a block of its own in the graph (checkpoint, gradient or autocast mode, control flow)"
-    EMPTY = "empty batch"
+    EMPTY = "no tokens, or an empty batch"
     NESTED = "nested tensor"
     TRANSFORMED = "under a transform of torch.func"
     EXPOSED = "queries or keys whose memory was handed out (numpy and the like) before the scores"
@@ -78,7 +78,7 @@ def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) 
     q, k, v = call.q, call.k, call.v
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return Reason.RANK
-    if q.shape[0] == 0:
+    if call.is_empty():
         return Reason.EMPTY
     mixed = k.dtype != q.dtype or v.dtype != q.dtype
     if not {q.dtype, k.dtype, v.dtype} <= set(DTYPES) or (mixed and not autocasts(q)):

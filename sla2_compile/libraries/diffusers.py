@@ -203,6 +203,8 @@ HOOK: Any = "sla2_compile"
 
 def _backend(module: nn.Module) -> Any:
     """What `set_diffusers_backend`, or a method of diffusers, has written; no code of others runs, which may fail."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     processor = vars(module).get("processor", module._modules.get("processor"))
     return getattr(processor, "__dict__", {}).get("_attention_backend")
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.modules.discovery import recording
 from sla2_compile.modules.calls import under_plan
+from sla2_compile.modules.discovery import recording
 from sla2_compile.modules.redirect import is_owner
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView

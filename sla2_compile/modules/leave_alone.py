@@ -103,7 +103,13 @@ class Memory:
 def _manages_modules(x: Any) -> bool:
     """Whether an object holds modules or their parameters, and so is no data of a model's own."""
     for value in x.__dict__.values():
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else (value,)
+        items = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple, set))
+            else (value,)
+        )
         if any(isinstance(item, (nn.Module, nn.Parameter)) for item in items):
             return True
     return False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -24,6 +23,9 @@ from sla2_compile.passes.sites.site import Sites
 
 CHILD = "sla2"
 """Name of the child module that holds an owner's sites."""
+
+# attribute of an owner that holds its `SiteForward`, for code that binds the function of its forward anew
+SLOT = "_sla2_forward"
 
 
 class SiteForward:
@@ -55,14 +57,30 @@ class SiteForward:
 
     @property
     def forward(self) -> MethodType:
-        """What the owner gets: `_run`, with the signature of the original."""
+        """What the owner gets: `_run`, with the signature of the original.
+
+        The chain of `__wrapped__` ends at `_run` too, and not at the original: libraries follow it to take their own
+        wrappers off again, and bind what they find to the owner.
+        """
         function = FunctionType(_run.__code__, _run.__globals__, "forward")
         # a pickle that begins at this very method asks for it before self has its attributes
         if "function" in self.__dict__:
             # not as __signature__, which functools.wraps(owner.forward) would copy with its first parameter
-            original = self.function if self.own is None else _as_method(self.own)
-            function.__wrapped__ = original  # type: ignore[attr-defined]
+            function.__wrapped__ = self._with_signature()  # type: ignore[attr-defined]
         return MethodType(function, self)
+
+    def _with_signature(self) -> FunctionType:
+        """`_run` with the signature of the original; without holding what is bound, for copies of self share it."""
+        function = FunctionType(_run.__code__, _run.__globals__, "forward")
+        with contextlib.suppress(TypeError, ValueError):
+            if self.own is None:
+                signature = inspect.signature(self.function)
+            else:
+                bound = inspect.signature(self.own)
+                first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+                signature = bound.replace(parameters=[first, *bound.parameters.values()])
+            function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward that the owner had."""
@@ -74,7 +92,9 @@ class SiteForward:
         return self.function(self.owner, *args, **kwargs)
 
 
-def _run(self: SiteForward, *args: Any, **kwargs: Any) -> Any:
+def _run(bound: SiteForward | nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # accelerate binds the function that it finds in a root's forward to the root
+    self: SiteForward = bound if isinstance(bound, SiteForward) else bound.__dict__[SLOT]
     if self.watches and not torch.compiler.is_compiling():
         with Watch():
             return _under_sites(self, args, kwargs)
@@ -99,25 +119,11 @@ def _under_sites(self: SiteForward, args: Any, kwargs: Any) -> Any:
         return self.original(*args, **kwargs)
 
 
-def _as_method(bound: Callable[..., Any]) -> Callable[..., Any]:
-    """`SiteForward.original` with the signature of bound; without holding bound, for copies of self share it."""
-
-    def forward(self: SiteForward, *args: Any, **kwargs: Any) -> Any:
-        return self.original(*args, **kwargs)
-
-    with contextlib.suppress(TypeError, ValueError):
-        signature = inspect.signature(bound)
-        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[first, *signature.parameters.values()]
-        )
-    return forward
-
-
 def site_forward(owner: nn.Module) -> SiteForward | None:
     """What `install` gave owner, unless somebody wrapped it afterwards."""
-    forward = getattr(owner.__dict__.get("forward"), "__self__", None)
-    return forward if isinstance(forward, SiteForward) else None
+    forward = owner.__dict__.get("forward")
+    ours = isinstance(forward, MethodType) and getattr(forward.__func__, "__code__", None) is _run.__code__
+    return owner.__dict__[SLOT] if ours else None
 
 
 def install(
@@ -130,7 +136,9 @@ def install(
             # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
             sites.register_forward_pre_hook(_only_seen)
         owner._modules[CHILD] = sites
-    owner.__dict__["forward"] = SiteForward(owner, name, written, watches).forward
+    carrier = SiteForward(owner, name, written, watches)
+    owner.__dict__[SLOT] = carrier
+    owner.__dict__["forward"] = carrier.forward
 
 
 def _only_seen(module: nn.Module, args: Any) -> None:
@@ -139,6 +147,8 @@ def _only_seen(module: nn.Module, args: Any) -> None:
 
 def has_attribute(module: nn.Module, name: str) -> bool:
     """Whether module itself holds an attribute of this name, rather than handing its name on to another object."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return hasattr(module, name)
     return any(name in held for held in (module.__dict__, module._modules, module._parameters, module._buffers))
 
 
@@ -164,9 +174,13 @@ def remove(owner: nn.Module) -> None:
     else:
         owner.__dict__["forward"] = forward.own
     owner._modules.pop(CHILD, None)
+    del owner.__dict__[SLOT]
 
 
 def is_owner(module: nn.Module) -> bool:
-    """Whether module carries sites."""
-    # a scripted module holds no children that one can ask for by name
-    return CHILD in module._modules and isinstance(module._modules[CHILD], Sites)
+    """Whether module carries sites, also inside a wrapper that somebody put around them (peft's, say)."""
+    child = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(CHILD)
+    if child is None or isinstance(child, Sites):
+        return child is not None
+    # sites below another module of this name belong to an owner inside child, which is then no wrapper
+    return any(isinstance(m, Sites) and CHILD not in name.split(".") for name, m in child.named_modules())

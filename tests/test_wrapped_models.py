@@ -1,0 +1,189 @@
+"""Modules that others scripted, wrapped or bound anew, around and beside sites."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sla2_compile
+from sla2_compile.passes.sites.site import Site
+from tests import models
+
+ANY: dict[str, Any] = {"min_seq_len": 0}
+
+
+def transformed(model, *inputs, **fields):
+    return sla2_compile.transform(model, example_inputs=inputs, **{**ANY, **fields})
+
+
+class Stem(models.Net):
+    """Attention behind a child that TorchScript made."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(depth=2)
+        child = nn.Sequential(nn.Linear(32, 32), nn.GELU())
+        self.stem = torch.jit.script(child) if how == "script" else torch.jit.trace(child, torch.randn(1, 9, 32))
+
+    def forward(self, x):
+        return super().forward(self.stem(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_scripted_children_are_no_obstacle(x, how, lazy):
+    model = Stem(how)
+    expected = model(x)
+    sla2_compile.transform(model, example_inputs=None if lazy else (x,), **ANY)
+    assert not torch.equal(model(x), expected)
+    assert len(sla2_compile.report(model).rewrites) == 2
+    assert "mean/sparsity" in sla2_compile.get_sla2_statistics(model)
+    sla2_compile.log_sla2_config(model, lambda line: None)
+    sla2_compile.restore(model)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripted_models_are_refused(x):
+    for model in (torch.jit.script(nn.Linear(4, 4)), torch.jit.trace(models.Net(depth=1), x)):
+        for inputs in (None, (x,)):
+            with pytest.raises(TypeError, match="transform the nn.Module that it was made of"):
+                sla2_compile.transform(model, example_inputs=inputs)
+        assert sla2_compile.report(model).discovery == "not transformed"
+
+
+class Recast:
+    """A callable that is no function, and says what it wraps; as accelerate's are."""
+
+    def __init__(self, function):
+        self.function = function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs).float()
+
+
+def bind_anew(model):
+    """Put mixed precision around a model's forward by way of its function, and keep the original."""
+    model.kept = model.forward
+    function = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward.__func__)
+    model.forward = MethodType(Recast(function), model)
+    return model
+
+
+def take_off(model):
+    """Follow the chain of wrappers down to its end, and bind that to the model."""
+    forward, kept = model.forward, model.__dict__.pop("kept")
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+        if forward == kept:
+            break
+    model.forward = MethodType(forward, model)
+    return model
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_forward_whose_function_is_bound_anew(x, own):
+    model = models.Attention()
+    if own:
+        # an owner that already had a forward of its own
+        model.forward = functools.partial(models.Attention.forward, model)
+    plain = copy.deepcopy(model)
+    transformed(model, x)
+    expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = model(x).float()
+    bind_anew(model)
+    assert torch.equal(model(x), cast)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.sla2[0].alpha_bias.fill_(-9.0)
+    assert not torch.equal(twin(x), cast)
+    assert torch.equal(model(x), cast)
+    with pytest.raises(ValueError, match="take the wrapper off"):
+        sla2_compile.restore(model)
+    take_off(model)
+    assert torch.equal(model(x), expected)
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(sla2_compile.restore(model)(x), plain(x))
+
+
+class Switch(nn.Module):
+    """Answers by a copy of a module, or by the module; and hands on its attributes: as adapter libraries do."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original, self.trained, self.on = module, nn.ModuleDict({"default": copy.deepcopy(module)}), True
+
+    def forward(self, *args, **kwargs):
+        return (self.trained["default"] if self.on else self.original)(*args, **kwargs)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_wrappers_around_sites_take_part_in_each_call(x, kind, inner):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = (
+                models.Attention() if kind == "function" else nn.MultiheadAttention(32, 2, batch_first=True)
+            )
+
+        def forward(self, x):
+            return self.attention(x) if kind == "function" else self.attention(x, x, x, need_weights=False)[0]
+
+    model = Model()
+    full = model(x)
+    transformed(model, x, min_seq_len=100)
+    expected = model(x)
+    parent, name = (model.attention.sla2, "0") if inner else (model.attention, "sla2")
+    switch = Switch(parent._modules[name])
+    setattr(parent, name, switch)
+    trained = [m for m in switch.trained.modules() if isinstance(m, Site)]
+    with torch.no_grad():
+        for site in trained:
+            site.alpha_bias.fill_(-5.0)
+    assert not torch.equal(model(x), expected)
+    assert all(site.last_routing is not None for site in trained)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+    switch.on = False
+    assert torch.equal(model(x), expected)
+    # whatever keeps full attention is counted where the call went
+    switch.on = True
+    model(x[:, :50])
+    assert [sum(site.fallbacks.values()) for site in trained] == [1]
+    assert len(sla2_compile.report(model).rewrites) == 1
+    assert torch.equal(sla2_compile.restore(model)(x), full)
+
+
+def test_a_child_named_like_sites_that_holds_an_owner_is_no_wrapper(x):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sla2 = transformed(models.Attention(), x)
+
+        def forward(self, x):
+            return self.sla2(x)
+
+    model = Model()
+    assert len(sla2_compile.report(model).rewrites) == 1
+    sla2_compile.restore(model)
+    assert "sla2" in model._modules
+    assert not any(isinstance(m, Site) for m in model.modules())
+
+
+def test_names_of_children_and_items(x):
+    model = transformed(models.SelfAndCross(), x, torch.randn(2, 90, 32))
+    assert [name for name, _ in model.sla2.named_children()] == ["0", "1"]
+    assert model.sla2[1] is model.get_submodule("sla2.1")
+    assert len(model.sla2) == 2
+    with pytest.raises(KeyError):
+        model.sla2[2]
