@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
+from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sla2_compile.modules.discovery import record_forward
 from sla2_compile.modules.parallel import wrapper_around
@@ -32,6 +35,8 @@ class FirstForward:
         self.own = root.__dict__.get("forward")
         self.done = self.running = False
         self.lock = threading.RLock()
+        self.hooks: list[RemovableHandle] = []
+        self.told = False
 
     @property
     def forward(self) -> MethodType:
@@ -47,10 +52,13 @@ class FirstForward:
     def install(self) -> None:
         """Become the root's forward."""
         self.root.__dict__["forward"] = self.forward
+        self.hooks = [part.register_forward_pre_hook(self.part_runs) for part in _parts(self.root)]
         set_plan(self.root, Plan(self.recipe, (), "pending"))
 
     def withdraw(self) -> None:
         """Take the root's forward back, unless somebody wrapped it: the wrapper stays."""
+        for hook in self.hooks:
+            hook.remove()
         if first_forward(self.root) is not self:
             return
         if self.own is None:
@@ -70,6 +78,19 @@ class FirstForward:
         if self.own is not None:
             return self.own(*args, **kwargs)
         return type(self.root).forward(self.root, *args, **kwargs)
+
+    def part_runs(self, part: nn.Module, args: Any) -> None:
+        """Warn, once, that parts of the model are used and its forward is not."""
+        if self.done or self.running or self.told or torch.compiler.is_compiling():
+            return
+        self.told = True
+        kind = type(self.root).__name__
+        warnings.warn(
+            f"{kind} was transformed without example_inputs and waits for its first forward, but a part of it "
+            f"({type(part).__name__}) was called without it: SLA2 does not run. Call the model's forward once, pass "
+            "example_inputs to transform, or transform that part",
+            stacklevel=2,
+        )
 
     def find(self, args: Any, kwargs: Any) -> Any:
         """Run the original once, plan the model by what it did, and return its result."""
@@ -108,3 +129,12 @@ def first_forward(root: nn.Module) -> FirstForward | None:
     """What waits for a root's first forward, unless somebody wrapped it."""
     forward = getattr(root.__dict__.get("forward"), "__self__", None)
     return forward if isinstance(forward, FirstForward) else None
+
+
+def _parts(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules that root's forward may call, lists and dicts of modules opened."""
+    for child in root.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _parts(child)
+        elif not isinstance(child, torch.jit.ScriptModule):
+            yield child

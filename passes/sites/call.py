@@ -53,7 +53,7 @@ class AttentionCall:
         return given, {"scale": self.scale, "enable_gqa": self.enable_gqa}
 
     def in_one_dtype(self) -> AttentionCall:
-        """The call with q, k and v in the dtype that holds all three; autocast, where it is on, sees to that itself."""
+        """The call with q, k and v in the dtype that holds all three; autocast sees to that itself."""
         dtype = torch.promote_types(torch.promote_types(self.q.dtype, self.k.dtype), self.v.dtype)
         if torch.is_autocast_enabled(self.q.device.type) or self.q.dtype == self.k.dtype == self.v.dtype:
             return self

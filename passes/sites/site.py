@@ -36,6 +36,7 @@ class Site(SiteParameters):
         structure: what the call's mask was when the model was planned; None if unknown.
         last_routing: what the last eager forward chose, or None; not saved, not copied.
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
+        runs: how many eager calls SLA2 answered.
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
     """
 
@@ -53,7 +54,7 @@ class Site(SiteParameters):
         self.structure: Structure | None = None
         self.last_routing: Routing | None = None
         self.fallbacks: Counter[str] = Counter()
-        self.read_backs = 0
+        self.runs = self.read_backs = 0
         if call is not None:
             mask = read_mask(call)
             self.structure = None if mask is None else mask.structure
@@ -92,6 +93,8 @@ class Site(SiteParameters):
         )  # fmt: skip
         if routing is not None:
             self.last_routing = routing
+        if not torch.compiler.is_compiling():
+            self.runs += 1
         return o
 
     def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
@@ -137,7 +140,7 @@ class Site(SiteParameters):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_routing": None, "fallbacks": Counter()}
+        return {**self.__dict__, "last_routing": None, "fallbacks": Counter(), "runs": 0, "read_backs": 0}
 
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha

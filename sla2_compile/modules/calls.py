@@ -15,7 +15,13 @@ from sla2_compile.passes.sites.site import Sites
 
 
 class OwnerMode(TorchFunctionMode):
-    """A mode under which an owner's forward runs."""
+    """A mode under which an owner's forward runs.
+
+    Attributes:
+        met: whether the forward made a call that has a site.
+    """
+
+    met = False
 
 
 class RedirectAttention(OwnerMode):
@@ -34,12 +40,14 @@ class RedirectAttention(OwnerMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if func is F.scaled_dot_product_attention:
+            self.met = True
             index = self.index
             self.index = index + 1
             if self.in_checkpoint():
                 return self.sites(index, func, args, kwargs, Reason.CHECKPOINT)
             return self.sites(index, func, args, kwargs)
         if func is F.multi_head_attention_forward:
+            self.met = True
             index = self.index
             self.index = index + 1
             return self.sites(index, func, args, kwargs, None, self.padding)

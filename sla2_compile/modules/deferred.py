@@ -194,7 +194,7 @@ class Deferred(Tensor):
     recorded: Recorded
 
     @staticmethod
-    def __new__(cls, recorded: Recorded) -> Deferred:
+    def __new__(cls: type[Deferred], recorded: Recorded) -> Deferred:
         x: Deferred = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, recorded.shape, dtype=recorded.like.dtype, device=recorded.like.device
         )

@@ -1,8 +1,8 @@
 """What an owner's queries and keys were before it scaled and cast them.
 
-The linear branch takes its features of q and k themselves, so a scale that an owner multiplies q with belongs into the
-call's scale. An upcast of 16-bit operands is undone where the values have 16 bits: kernels accumulate in float32 in
-any case.
+The linear branch takes its features of q and k themselves. So a scale that an owner multiplies q with belongs into
+the call's scale. An upcast of 16-bit operands is undone where the values have 16 bits: kernels accumulate in float32
+in any case.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ class Recorder(TorchFunctionMode):
         return x if isinstance(x, CONSTANTS) or x is Ellipsis else f"<{type(x).__name__}>"
 
     def _blank(self, x: Tensor) -> Tensor | None:
-        """A fake tensor of the same shape, in memory that it shares with those of tensors that x shares memory with."""
+        """A fake tensor like x; those of tensors that share memory share theirs."""
         if x.is_nested:
             return None
         plain = x.layout is torch.strided and type(x) in (Tensor, nn.Parameter, nn.Buffer, FakeTensor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -40,6 +41,7 @@ class SiteForward:
         name: of the owner in its model, for warnings.
         written: attention calls that the owner writes out by hand, by the number of their product.
         watches: whether attention weights of a module inside outlive that module's forward, and end in this one.
+        forwards, missed: eager forwards, and those that made none of the planned calls.
         from_class: `own` was looked up on the class, and is not to be put back.
         function: the class's forward; stored, because looking it up inside a trace breaks the graph.
     """
@@ -48,6 +50,7 @@ class SiteForward:
         self, owner: nn.Module, name: str = "", written: dict[int, Written] | None = None, watches: bool = False
     ) -> None:
         self.owner, self.name, self.written, self.watches = owner, name, written or {}, watches
+        self.forwards = self.missed = 0
         self.from_class = False
         self.own = owner.__dict__.get("forward")
         self.function = type(owner).forward
@@ -81,6 +84,17 @@ class SiteForward:
                 signature = bound.replace(parameters=[first, *bound.parameters.values()])
             function.__signature__ = signature  # type: ignore[attr-defined]
         return function
+
+    def tell_missed(self) -> None:
+        """Count a forward without planned calls, and warn of the first one."""
+        self.missed += 1
+        if self.missed == 1:
+            warnings.warn(
+                f"{self.name or 'the model'} ran without the attention calls that SLA2 planned there (another "
+                "attention implementation was chosen, or scaled_dot_product_attention was patched): full attention; "
+                "transform the model anew",
+                stacklevel=3,
+            )
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward that the owner had."""
@@ -116,7 +130,12 @@ def _under_sites(self: SiteForward, args: Any, kwargs: Any) -> Any:
         else:
             calls = DeferAttention(self.name, sites, self.written, calls)  # type: ignore[arg-type]
     with calls:
-        return self.original(*args, **kwargs)
+        result = self.original(*args, **kwargs)
+    if not torch.compiler.is_compiling():
+        self.forwards += 1
+        if not calls.met and len(sites):  # type: ignore[arg-type]
+            self.tell_missed()
+    return result
 
 
 def site_forward(owner: nn.Module) -> SiteForward | None:
@@ -158,23 +177,35 @@ def check_removable(owner: nn.Module) -> None:
     Raises:
         ValueError: `owner.forward` is no longer the one that `install` set.
     """
-    if site_forward(owner) is None:
-        kind, forward = type(owner).__name__, owner.__dict__.get("forward")
-        raise ValueError(
-            f"{kind}.forward must be what transform set, got {forward!r}; take the wrapper off, then restore"
-        )
+    forward = owner.__dict__.get("forward")
+    if site_forward(owner) is not None or forward is None or _is_own(owner, forward):
+        return
+    raise ValueError(
+        f"{type(owner).__name__}.forward must be what transform set, got {forward!r}; "
+        "take the wrapper off, then restore"
+    )
+
+
+def _is_own(owner: nn.Module, forward: Any) -> bool:
+    """Whether a forward is the one that owner had before, put back by somebody else."""
+    carrier = owner.__dict__.get(SLOT)
+    if carrier is not None and forward is carrier.own:
+        return True
+    return isinstance(forward, MethodType) and forward.__self__ is owner and forward.__func__ is type(owner).forward
 
 
 def remove(owner: nn.Module) -> None:
     """Take owner's sites away again: the forward and the attributes are what they were."""
     forward = site_forward(owner)
-    assert forward is not None
-    if forward.own is None or forward.from_class:
+    if forward is None:
+        # somebody put the original back already
+        pass
+    elif forward.own is None or forward.from_class:
         del owner.__dict__["forward"]
     else:
         owner.__dict__["forward"] = forward.own
     owner._modules.pop(CHILD, None)
-    del owner.__dict__[SLOT]
+    owner.__dict__.pop(SLOT, None)
 
 
 def is_owner(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sla2_compile.modules.calls import RedirectAttention
+from sla2_compile.modules.calls import OwnerMode, RedirectAttention
 from sla2_compile.modules.deferred import (
     METADATA,
     Deferred,
@@ -68,7 +68,7 @@ class Written(NamedTuple):
     heads: int
 
 
-class DeferAttention(Watch):
+class DeferAttention(Watch, OwnerMode):
     """Runs an owner's forward in eager mode, and answers the attention calls that it writes out.
 
     Args:
@@ -108,6 +108,7 @@ class DeferAttention(Watch):
             args, kwargs = real(args), real(kwargs)
         self.before(func, args, kwargs)
         result = self.calls.__torch_function__(func, types, args, kwargs)
+        self.met = self.met or self.calls.met
         if func in FOLLOWED:
             self.operands.see(func, args, kwargs, result)
         return result
@@ -117,6 +118,7 @@ class DeferAttention(Watch):
     def _scores(self, number: int, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """Defer a planned product, or return None."""
         planned = self.written[number]
+        self.met = True
         site, product = self._site(planned.site), read_product(func, args, kwargs)
         reason = self._unsteady()
         if product is None or type(product.left) not in PLAIN or type(product.right) not in PLAIN:

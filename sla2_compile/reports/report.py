@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,8 @@ from torch.export import ExportedProgram
 
 from sla2_compile.libraries.behind_doors import door_sites, doors_of
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
-from sla2_compile.passes.sites.rules import Reason
-from sla2_compile.passes.sites.site import Site, Sites
 from sla2_compile.plan import plans
+from sla2_compile.reports import runtime
 from sla2_compile.reports.computed import How, as_exported, how_lines
 
 if TYPE_CHECKING:
@@ -35,6 +33,8 @@ class Report:
         fallbacks: per site name, eager calls that kept full attention at run time, by reason.
         recipes: per transformed part, by its name, its recipe; empty where there is one part only.
         device: type of the device that the model is on; empty where it has no parameters.
+        ran: per site name, how many eager calls SLA2 answered; compiled code counts none.
+        gone: per owner whose planned calls no longer come to its sites, why.
         behind_door: whether modules go by a library's own name for SLA2: of these the eager calls so far are listed.
     """
 
@@ -45,6 +45,8 @@ class Report:
     recipes: dict[str, Recipe] = field(default_factory=dict)
     device: str = ""
     behind_door: bool = False
+    ran: dict[str, int] = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -62,7 +64,9 @@ class Report:
         return 1.0 - ours / full if full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data: recipe, recipes, discovery, behind_door, flops_saved, calls, fallbacks.
+        """Return the report as plain data.
+
+        Keys: recipe, recipes, discovery, behind_door, flops_saved, calls, fallbacks, ran, gone.
 
         A replaced call has low_bit: what was asked for, what runs (nothing where that depends on the length), and why
         if that is less; and portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or nothing.
@@ -86,6 +90,8 @@ class Report:
             "flops_saved": self.flops_saved,
             "calls": calls,
             "fallbacks": self.fallbacks,
+            "ran": self.ran,
+            "gone": self.gone,
         }
 
     def __rich__(self) -> Table:
@@ -105,7 +111,8 @@ class Report:
             if isinstance(x, Rewrite):
                 kept = f"{x.topk} of {x.tn}" if x.tn else f"{x.settings.options.topk_ratio:.0%}"
                 saved = f"{1 - x.flops / x.full_flops:.0%}" if x.full_flops else ""
-                table.add_row(w.owner or "(model)", call, shape, keys, "SLA2", kept, saved)
+                done = "planned, not reached (see below)" if w.owner in self.gone else "SLA2"
+                table.add_row(w.owner or "(model)", call, shape, keys, done, kept, saved)
             else:
                 why = x.reason.value + (f" ({x.detail})" if x.detail else "")
                 table.add_row(w.owner or "(model)", call, shape, keys, why, "", "", style="dim")
@@ -127,6 +134,9 @@ class Report:
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
         lines += how_lines(self.rewrites, self.device)
+        if self.ran:
+            lines.append(f"SLA2 answered {sum(self.ran.values())} eager calls so far")
+        lines += [f"{name or '(model)'}: {why}" for name, why in self.gone.items()]
         for name, counts in self.fallbacks.items():
             reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
             lines.append(f"{name}: full attention at run time: {reasons}")
@@ -173,7 +183,8 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     first = next(iter(recipes.values()))
     several = len(recipes) > 1 and (discovery != "door" or any(recipe != first for recipe in recipes.values()))
     named, device = recipes if several else {}, _device(model)
-    return Report(tuple(outcomes), first, discovery, _fallbacks(model), named, device, behind_door)
+    ran, lost = runtime.counts(model), runtime.gone(model)
+    return Report(tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, behind_door, ran, lost)
 
 
 def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:
@@ -186,16 +197,3 @@ def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:
 def _device(model: nn.Module) -> str:
     parameter = next(model.parameters(), None)
     return "" if parameter is None else parameter.device.type
-
-
-def _fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
-    for name, module in model.named_modules():
-        counts: Counter[str] = Counter()
-        if isinstance(module, Site):
-            counts = module.fallbacks
-        elif isinstance(module, Sites) and module.unseen:
-            counts = Counter({Reason.UNSEEN.value: module.unseen})
-        if counts:
-            found[name] = dict(counts)
-    return found

@@ -1,0 +1,70 @@
+"""What became of planned calls since: how often SLA2 ran, and where it has gone without a word."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+
+from sla2_compile.modules.redirect import is_owner, site_forward
+from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.site import Site, Sites
+from sla2_compile.plan import plans
+
+REPLACED = "its forward was replaced after transform (hooks removed, or patched): SLA2 does not run"
+SWAPPED = "the module was replaced after transform: SLA2 does not run"
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """How often each site answered a call in eager mode, by its name; sites that never did are left out."""
+    return {name: m.runs for name, m in model.named_modules() if isinstance(m, Site) and m.runs}
+
+
+def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Eager calls that kept full attention at run time, by the name of their site and by reason."""
+    found: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        kept: Counter[str] = Counter()
+        if isinstance(module, Site):
+            kept = module.fallbacks
+        elif isinstance(module, Sites) and module.unseen:
+            kept = Counter({Reason.UNSEEN.value: module.unseen})
+        if kept:
+            found[name] = dict(kept)
+    return found
+
+
+def gone(model: nn.Module) -> dict[str, str]:
+    """Owners whose planned calls no longer come to their sites, and why; warns of each once."""
+    found = dict(_gone(model))
+    for name, why in found.items():
+        warnings.warn(f"{name or 'model'}: {why}", stacklevel=3)
+    return found
+
+
+def _gone(model: nn.Module) -> Iterator[tuple[str, str]]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for part, _, plan in plans(model):
+        if plan.discovery == "graph":
+            continue
+        for owner in dict.fromkeys(x.where.owner for x in plan.rewrites):
+            name = ".".join(filter(None, (part, owner)))
+            module = modules.get(name)
+            if module is None or not is_owner(module):
+                yield name, SWAPPED
+                continue
+            forward = site_forward(module)
+            if forward is None:
+                yield name, REPLACED
+            elif forward.missed:
+                yield name, missed(forward.missed, forward.forwards)
+
+
+def missed(times: int, forwards: int) -> str:
+    """Say that an owner ran without the calls that planning saw in it."""
+    return (
+        f"{times} of {forwards} eager forwards made none of the planned attention calls (another attention "
+        "implementation was chosen, or scaled_dot_product_attention was patched); transform the model anew"
+    )
