@@ -14,11 +14,13 @@ from torch.export import ExportedProgram
 
 from sla2_compile import debug
 from sla2_compile.kernels.checks import DTYPES
+from sla2_compile.libraries.peft import check_adapters
 from sla2_compile.libraries.transformers import door_of
 from sla2_compile.modules.captured import CHILD
 from sla2_compile.modules.discovery import CONTAINERS, discover
 from sla2_compile.modules.hand_written import find_hand_written
 from sla2_compile.modules.parallel import wrapper_around
+from sla2_compile.modules.pretrained import begin_as_saved
 from sla2_compile.modules.redirect import RedirectAttention, check_removable, has_attribute, install, is_owner, remove
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.select import SeenCall, check_patterns, select
@@ -187,6 +189,7 @@ class FirstForward:
                 "its first forward; its new parameters would not be synchronised: pass example_inputs to transform"
             )
         root = self.root
+        check_adapters(root)
         wrapped = root.__dict__.get("forward") is not self
         if not wrapped:
             self.withdraw()
@@ -225,6 +228,7 @@ def _transform_now(
         where = rewrite.where
         site = _site(modules[where.owner], calls[where.owner, where.index], rewrite)
         owners[where.owner][where.index] = site
+    begin_as_saved(model, {f"{o}.{CHILD}.{i}".lstrip("."): s for o, made in owners.items() for i, s in made.items()})
     # an owner whose calls all stay must answer them itself if a module around it is an owner, or a door would
     for s in seen:
         module = modules[s.where.owner]
@@ -292,6 +296,7 @@ def _already(model: nn.Module, recipe: Recipe) -> bool:
             raise ValueError(
                 f"model must not be part of a transformed model, got sites in {where}; restore the whole model first"
             )
+    check_adapters(model)
     return False
 
 
