@@ -22,6 +22,7 @@ from sla2_compile.modules.hand_written import find_hand_written
 from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.modules.pretrained import begin_as_saved
 from sla2_compile.modules.redirect import RedirectAttention, check_removable, has_attribute, install, is_owner, remove
+from sla2_compile.modules.too_early import RemembersCopies, tell
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.select import SeenCall, check_patterns, select
 from sla2_compile.passes.sites.site import Site, Sites
@@ -147,13 +148,14 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-class FirstForward:
+class FirstForward(RemembersCopies):
     """A root's forward until its first call, which finds the attention and then runs.
 
     Somebody may wrap it before that; then it stays inside the wrapper and hands every later call on.
     """
 
     def __init__(self, root: nn.Module, recipe: Recipe, how: str, allow_none: bool) -> None:
+        super().__init__()
         self.root, self.recipe, self.how, self.allow_none = root, recipe, how, allow_none
         self.own = root.__dict__.get("forward")
         self.done = False
@@ -205,6 +207,8 @@ class FirstForward:
                 root.__dict__["forward"] = self
             set_plan(root, Plan(self.recipe, (), "pending"))
             raise
+        twins = [twin() for twin in self.copies]
+        tell(root, sum(isinstance(twin, FirstForward) and not twin.done for twin in twins))
         if wrapped and is_owner(root):
             with RedirectAttention(root.sla2):  # type: ignore[arg-type]
                 return self._original(*args, **kwargs)
