@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sla2_compile.libraries.peft import check_adapters
 from sla2_compile.modules.discovery import record_forward
 from sla2_compile.modules.parallel import wrapper_around
+from sla2_compile.modules.too_early import RemembersCopies, tell
 from sla2_compile.plan import Plan, set_plan
 from sla2_compile.planning import apply, plan_model
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
 
 
-class FirstForward:
+class FirstForward(RemembersCopies):
     """Waits for a root's first forward, which finds the attention.
 
     That call is the model's own: it runs once, with full attention, and nothing is put back or run again. From the
@@ -31,6 +33,7 @@ class FirstForward:
     """
 
     def __init__(self, root: nn.Module, recipe: Recipe, allow_none: bool) -> None:
+        super().__init__()
         self.root, self.recipe, self.allow_none = root, recipe, allow_none
         self.own = root.__dict__.get("forward")
         self.done = self.running = False
@@ -67,10 +70,10 @@ class FirstForward:
             self.root.__dict__["forward"] = self.own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+        return {name: value for name, value in super().__getstate__().items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
+        self.__dict__.update(state)
         self.lock = threading.RLock()
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +106,8 @@ class FirstForward:
         self.done = True
         self.withdraw()
         apply(self.root, layout)
+        twins = [twin() for twin in self.copies]
+        tell(self.root, sum(isinstance(twin, FirstForward) and not twin.done for twin in twins))
         return output
 
 
@@ -119,6 +124,7 @@ def _run(self: FirstForward, *args: Any, **kwargs: Any) -> Any:
             f"a model transformed without example_inputs must run once before it is wrapped, got {wrapper} around "
             "its first forward; its new parameters would not be synchronised: pass example_inputs to transform"
         )
+    check_adapters(self.root)
     with self.lock:
         if not self.done and not self.running:
             return self.find(args, kwargs)
