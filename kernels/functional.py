@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
+from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, ForwardResult, RouteResult
 from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
 from sla2_compile.kernels.checks import check_qkv
 from sla2_compile.kernels.ops import attention, forward, route
@@ -133,21 +134,18 @@ def attend(
     low_bit = effective_low_bit(
         options.low_bit, q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio, plain, wants_grad
     )
+    args = ForwardArgs(
+        q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,
+        options.topk_ratio, options.compression_ratio, block_q, block_k, scale,
+        options.feature_map, options.linear_scope, is_causal, low_bit,
+    )  # fmt: skip
     if wants_grad:
-        lut, log_rest, entropy, k_mean = route(
-            q, k, proj_q, proj_k, key_mask,
-            options.topk_ratio, options.compression_ratio, block_q, block_k, scale, is_causal,
-        )  # fmt: skip
-        o, lse, _, _ = attention(
-            q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-            block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, True, low_bit,
-        )  # fmt: skip
+        routed = RouteResult(*route(*args.route()))
+        attended = AttentionResult(*attention(*args.attention(routed, keep_branches=True)))
+        made = ForwardResult.of(routed, attended)
     else:
-        o, lse, lut, log_rest, entropy = forward(
-            q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,
-            options.topk_ratio, options.compression_ratio, block_q, block_k, scale,
-            options.feature_map, options.linear_scope, is_causal, low_bit,
-        )  # fmt: skip
+        made = ForwardResult(*forward(*args))
     if not keep_routing or traced(q):
-        return o, None
-    return o, Routing(lut, log_rest, entropy, lse[..., ::block_q].clone(), block_q, block_k, tn)
+        return made.o, None
+    lse = made.lse[..., ::block_q].clone()
+    return made.o, Routing(made.lut, made.log_rest, made.entropy, lse, block_q, block_k, tn)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sla2_compile
+from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs
 from sla2_compile.passes.sites.outcome import Miss
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.reports.report import inspect
@@ -256,8 +257,8 @@ def test_an_exported_graph_says_itself_what_it_computes(gpu, dynamic):
         program = exported(grad, dynamic, topk_ratio=0.05)
         op = torch.ops.sla2.attention.default if grad else torch.ops.sla2.forward.default
         (node,) = [n for n in program.graph.nodes if n.target is op]
-        # keep_branches of the one, is_causal of the other
-        assert (len(node.args), node.args[15]) == (16 if grad else 17, grad)
+        call = (AttentionArgs if grad else ForwardArgs)(*node.args)
+        assert call.low_bit == "none"
         for holder in (program, program.module()):
             report = sla2_compile.report(holder)
             assert [(x.low_bit, x.keeps_branches) for x in report.rewrites] == [("none", grad)]
@@ -271,7 +272,8 @@ def test_an_exported_graph_says_itself_what_it_computes(gpu, dynamic):
             else:
                 assert NOT_FASTER in one_line(on_cuda(report))
         # as a GPU's export has it, or somebody who left the branches out of the one
-        node.args = (*node.args[:15], False, "int8")
+        changes = {"keep_branches": False} if grad else {}
+        node.args = tuple(call._replace(low_bit="int8", **changes))
         report = on_cuda(sla2_compile.report(program))
         assert "low bit auto: INT8 QK; fixed by the export" in one_line(report)
         assert report.to_dict()["calls"][0]["low_bit"] == {"asked": "auto", "runs": "int8", "why": ""}

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sla2_compile.kernels.cuda.launch.schedule import Layout
+    from sla2_compile.kernels.cuda.launch.layout import Layout
 
 _T = TypeVar("_T", Tensor, None, Tensor | None)
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.cuda.forward import sm90 as hopper
 from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
-from sla2_compile.kernels.cuda.launch.schedule import Layout
+from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.cuda.tiles import ShapeClass, hopper_tile
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.test_triton_low_bit import check, routed

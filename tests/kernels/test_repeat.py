@@ -20,8 +20,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.cuda.forward import sm90 as hopper
 from sla2_compile.kernels.cuda.launch import driver, repeat
+from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles
 from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Description, Unknown, parameter_bytes
-from sla2_compile.kernels.cuda.launch.schedule import Launch, Slot, Tiles
+from sla2_compile.kernels.cuda.launch.schedule import Launch
 
 PTX = """
 .visible .entry kernel(
