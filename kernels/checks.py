@@ -13,7 +13,7 @@ from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArg
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("complement", "all")
 LOW_BITS = ("none", "int8", "int8_fp8")
-"""Formats that an op computes; `precision.py` makes one of what a recipe asks for."""
+"""Formats that an op computes; `precision.py` says which one runs of what a recipe asks for."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -166,7 +166,7 @@ def check_attention(args: AttentionArgs[Described]) -> None:
     if low_bit not in LOW_BITS:
         raise fail("low_bit", f"be one of {', '.join(LOW_BITS)}", repr(low_bit), "int8_fp8 is the paper's")
     if low_bit != "none" and q.device.type != "cuda":
-        raise cannot_run(low_bit, f"on {q.device.type}")
+        raise cannot_run(low_bit, "none", f"not run on {q.device.type}")
 
 
 def check_backward(args: BackwardArgs[Described]) -> None:
@@ -219,6 +219,6 @@ def check_table(args: AttentionArgs[Tensor]) -> None:
         raise fail("lut", "ascend in each row, with every -1 at its end", lut[wrong][0].tolist(), fix)
 
 
-def cannot_run(low_bit: str, where: str) -> ValueError:
+def cannot_run(low_bit: str, runs: str, why: str) -> ValueError:
     """Build the error of an op that is asked for a low_bit that it does not compute."""
-    return fail("low_bit", f"be 'none' {where}", repr(low_bit), "take what precision.effective_low_bit returns")
+    return fail("low_bit", f"be {runs!r} here ({why})", repr(low_bit), "take what precision.low_bit_of returns")

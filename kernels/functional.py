@@ -13,7 +13,7 @@ from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, Forward
 from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
 from sla2_compile.kernels.checks import check_qkv
 from sla2_compile.kernels.ops import attention, forward, route
-from sla2_compile.kernels.precision import effective_low_bit
+from sla2_compile.kernels.precision import low_bit_of
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,8 @@ def attend(
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
     tn = num_blocks(k.shape[2], block_k)
     plain = key_mask is None and not is_causal
-    low_bit = effective_low_bit(
-        options.low_bit, q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio, plain, wants_grad
-    )
+    asked = "none" if wants_grad else options.low_bit
+    low_bit = low_bit_of(asked, q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio, plain)
     args = ForwardArgs(
         q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,
         options.topk_ratio, options.compression_ratio, block_q, block_k, scale,

@@ -1,15 +1,6 @@
 """The ops `sla2::*` on a GPU: which calls the Triton kernels take, and the calls themselves.
 
-`kernels_take` is the one rule; what it refuses runs the portable path:
-
-| runs the Triton kernels | runs the portable PyTorch path |
-|---|---|
-| bfloat16, float16 | float32, float64 |
-| block_q and block_k from 16 to 128 | 8 (tensor cores need 16 rows) and 256 |
-| scale > 0 | scale <= 0 (the running maximum is taken before scaling) |
-| one tile of K and V in shared memory: always on sm_80, 90, 100 | block_k 128 with head dim 256 on sm_86, 89, 120 |
-| NVIDIA, compute capability 8.0 or more | older chips, other makers |
-| any head dim, length, strides, grouped heads, causal, key_mask | |
+`kernels/support.py` is the one rule; what it refuses runs the portable path.
 
 A call's launches (`cuda/route/launches.py`, `cuda/forward/launches.py`) are worked out once for its layout and kept.
 Nothing waits for the device or depends on values, so a call can be captured in a CUDA graph. Lengths are plain
@@ -23,7 +14,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sla2_compile.kernels.arguments import (
@@ -35,55 +25,38 @@ from sla2_compile.kernels.arguments import (
     RouteResult,
 )
 from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table
-from sla2_compile.kernels.cuda import device as chip
-from sla2_compile.kernels.cuda.device import packed, padded, whole
-from sla2_compile.kernels.cuda.forward.launches import attention_schedule
+from sla2_compile.kernels.cuda.device import chip_of, packed, whole
+from sla2_compile.kernels.cuda.forward.launches import attention_schedule, facts_of
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.launches import route_schedule
-from sla2_compile.kernels.cuda.tiles import ShapeClass, attend_tile
 from sla2_compile.kernels.cuda.tuning import by_trial
 from sla2_compile.kernels.portable import attention as portable_attention
 from sla2_compile.kernels.portable import route as portable_route
 from sla2_compile.kernels.records import arguments, split, tensor_count
-
-
-def kernels_take(
-    device: torch.device, dtype: torch.dtype, D: int, Dv: int, block_q: int, block_k: int, scale: float
-) -> bool:
-    """Whether the Triton kernels run this call; see the table above. Dv: head dim of v (q's for a route)."""
-    arch = chip.capability(device)
-    if torch.version.hip is not None or arch < 80 or dtype not in (torch.bfloat16, torch.float16) or scale <= 0.0:
-        return False
-    if not (16 <= block_q <= 128 and 16 <= block_k <= 128):
-        return False
-    tile, _ = attend_tile(ShapeClass(arch, padded(D), padded(Dv), block_q, block_k), chip.shared_limit(device))
-    return tile["STAGES"] >= 1
-
-
-def multiplies_fp8(device: torch.device, block_k: int) -> bool:
-    """Whether p v runs in FP8, on a call that the kernels take: such a product sums over 32 keys at a time."""
-    return chip.capability(device) >= 89 and block_k >= 32
+from sla2_compile.kernels.support import Facts, support
 
 
 def takes_route(args: RouteArgs[Layout]) -> bool:
     """Check a route; whether the kernels run it."""
     check_route(args)
-    D = args.q.shape[3]
-    return kernels_take(args.q.device, args.q.dtype, D, D, args.block_q, args.block_k, args.scale)
+    q = args.q
+    D, positive = q.shape[3], args.scale > 0.0
+    facts = Facts(chip_of(q.device), q.dtype, D, D, args.block_q, args.block_k, positive=positive)
+    return support(facts).kernel != "portable"
 
 
 def takes_attention(args: AttentionArgs[Layout]) -> bool:
-    """Check an attention call; whether the kernels run it."""
+    """Check an attention call; whether the kernels run it.
+
+    Raises:
+        ValueError: as `check_attention` does, and for a low_bit that does not run.
+    """
     check_attention(args)
-    q, v = args.q, args.v
-    if not kernels_take(q.device, q.dtype, q.shape[3], v.shape[3], args.block_q, args.block_k, args.scale):
-        if args.low_bit != "none":
-            raise cannot_run(args.low_bit, "where the Triton kernels do not take the call")
-        return False
-    if args.low_bit == "int8_fp8" and not multiplies_fp8(q.device, args.block_k):
-        raise cannot_run(args.low_bit, "or 'int8' on this chip with this block_k")
-    return True
+    found = support(facts_of(args))
+    if found.low_bit != args.low_bit:
+        raise cannot_run(args.low_bit, found.low_bit, found.why.low_bit)
+    return found.kernel != "portable"
 
 
 Inputs = tuple[Tensor | None, ...]

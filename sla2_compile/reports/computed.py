@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs
-from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.precision import low_bit_on, why_less, why_not_int8, why_portable
+from sla2_compile.kernels.blocks import num_blocks, num_kept
+from sla2_compile.kernels.support import LEAST_KEPT, MOST_KEPT, Chip, Facts, support
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 
 WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
@@ -63,12 +63,15 @@ class How:
 
     @classmethod
     def _with(cls, r: Rewrite, on: str, block_q: int, block_k: int, tn: int) -> How:
-        options = r.settings.options
+        options, chip = r.settings.options, Chip.of(torch.device(on))
         D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
-        call = torch.device(on), getattr(torch, r.where.dtype), D, Dv, block_q, block_k, r.positive
-        refusal = why_not_int8(D, Dv, block_q, block_k, tn, options.topk_ratio, r.plain)
-        runs = low_bit_on(options.low_bit, *call, not refusal)
-        return cls(options.low_bit, runs, why_less(options.low_bit, runs, *call, refusal), why_portable(*call))
+        kept = num_kept(tn, options.topk_ratio, block_q, block_k, False)
+        facts = Facts(
+            chip, getattr(torch, r.where.dtype), D, Dv, block_q, block_k, options.low_bit, r.positive, r.plain,
+            few=options.topk_ratio <= MOST_KEPT, many=kept >= LEAST_KEPT,
+        )  # fmt: skip
+        found = support(facts)
+        return cls(options.low_bit, found.low_bit, found.why.low_bit, found.why.triton if chip.arch else "")
 
 
 def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:

@@ -22,6 +22,14 @@ def forget_schedules() -> None:
         cache.cache_clear()
 
 
+def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernels run that the fused one replaces."""
+    from sla2_compile.kernels.cuda.forward import launches
+
+    support = launches.support
+    monkeypatch.setattr(launches, "support", lambda facts: support(facts)._replace(kernel="triton"))
+
+
 def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Return a dict that fills with every tensor of each run to come, by name."""
     from sla2_compile.kernels.cuda.launch.layout import Slot

@@ -142,7 +142,7 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (A, {"low_bit": "int4"},
      "low_bit must be one of none, int8, int8_fp8, got 'int4'; int8_fp8 is the paper's"),
     (A, {"low_bit": "int8"},
-     "low_bit must be 'none' on cpu, got 'int8'; take what precision.effective_low_bit returns"),
+     "low_bit must be 'none' here (not run on cpu), got 'int8'; take what precision.low_bit_of returns"),
     (W, {"keep_branches": False},
      "keep_branches must be True where a gradient is wanted, got False; pass keep_branches=True"),
     (W, {"do": zeros(2, 4, 24, 40)},

@@ -19,7 +19,7 @@ if INTERPRETED:
 
     interpreter.repair()
 
-from sla2_compile.kernels.arguments import AttentionArgs, RouteArgs  # noqa: E402
+from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs, RouteArgs  # noqa: E402
 from sla2_compile.kernels.blocks import num_blocks  # noqa: E402
 from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule  # noqa: E402
@@ -105,6 +105,21 @@ def scheduled_attention(*args: Any) -> Any:
     """What `cuda.attention` runs on a GPU, likewise."""
     tensors, layouts = cuda.laid_out(AttentionArgs(*args))
     return cuda.run(attention_schedule(layouts, by_trial()), tensors)
+
+
+def dispatched_route(*args: Any) -> Any:
+    """`cuda.route` of arguments one after the other."""
+    return cuda.route(RouteArgs(*args))
+
+
+def dispatched_attention(*args: Any) -> Any:
+    """`cuda.attention`, likewise."""
+    return cuda.attention(AttentionArgs(*args))
+
+
+def dispatched_forward(*args: Any) -> Any:
+    """`cuda.forward`, likewise."""
+    return cuda.forward(ForwardArgs(*args))
 
 
 def exact(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

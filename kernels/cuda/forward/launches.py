@@ -24,6 +24,7 @@ from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.tiles import ShapeClass, attend_tile, linear_chunk, linear_tile
 from sla2_compile.kernels.cuda.tuning import launch
 from sla2_compile.kernels.records import split, with_tensors
+from sla2_compile.kernels.support import Facts, support
 
 
 def block_tiles(slot: Slot, x: Layout, rows: int, width: int) -> Tiles:
@@ -36,6 +37,17 @@ def block_tiles(slot: Slot, x: Layout, rows: int, width: int) -> Tiles:
 def linear_grid(heads: int, rows: int, tile: dict[str, Any]) -> tuple[int]:
     """Programs of `linear_kernel`: each takes some tiles of one head's rows."""
     return (heads * num_blocks(rows // tile["BLOCK_M"], tile["JOBS"]),)
+
+
+def facts_of(args: AttentionArgs[Layout]) -> Facts:
+    """What decides which kernels run an attention call."""
+    q, k, v, mean = args.q, args.k, args.v, args.k_mean
+    copyable = all(describable(x) for x in (q, k, v)) and mean.aligned and mean.dtype == torch.float32
+    return Facts(
+        device.chip_of(q.device), q.dtype, q.shape[3], v.shape[3], args.block_q, args.block_k, args.low_bit,
+        positive=args.scale > 0.0, plain=args.key_mask is None and not args.is_causal,
+        keep_branches=args.keep_branches, copyable=copyable,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -74,7 +86,7 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
         arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level,
         more=more, causal=args.is_causal, tma=tma, odd=D % 16 > 0 or Dv % 16 > 0,
     )  # fmt: skip
-    fused = hopper.takes(arch, q, k, v, args.k_mean, block_q, block_k, eight.level, not more and not args.is_causal)
+    fused = support(facts_of(args)).kernel == "fused"
     # the linear branch lies in o until the sparse branch mixes it in
     linear = o_linear if keep_branches else o
     # of the two kernels that the fused one replaces

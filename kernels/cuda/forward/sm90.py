@@ -1,11 +1,4 @@
-"""Which calls `cuda/forward/attend_sm90.py` takes, and its launch.
-
-| takes | leaves to `linear_kernel` and `attend_kernel` |
-|---|---|
-| compute capability 9.0, Triton 3.6 and 3.7 (Gluon, its language, may still change) | other chips, other Tritons |
-| D = Dv of 40 to 128, a multiple of 8 (in low bit of 16, for k8's rows), block_q 128, block_k 64 | other sizes |
-| no key_mask, not causal, no branches kept | masks, causal, training |
-| 16-byte strides and addresses of q, k and v; k_mean as the router makes it | odd layouts |
+"""The launch of `cuda/forward/attend_sm90.py`, for the calls that `kernels/support.py` calls fused.
 
 Tiles are 64 or 128 dims wide: the copy engine brings zeros behind a head's last one, and writes nothing there.
 """
@@ -16,11 +9,10 @@ import functools
 from typing import Any
 
 import torch
-import triton
 
 from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.cuda.device import describable, padded
+from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.states_launches import StateLayout, Summed
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
@@ -28,7 +20,6 @@ from sla2_compile.kernels.cuda.tiles import HopperTile, ShapeClass, hopper_tile
 from sla2_compile.kernels.records import with_tensors
 
 BLOCK_Q, BLOCK_K, ROWS = 128, 64, 64
-TRITONS = ((3, 6), (3, 7))
 SHARED = 227 * 1024
 """Bytes of shared memory for the programs of a multiprocessor, on every chip of this generation."""
 
@@ -42,38 +33,9 @@ def kernel() -> Any:
 
 
 @functools.cache
-def knows_this_triton() -> bool:
-    major, minor = triton.__version__.split(".")[:2]
-    return (int(major), int(minor)) in TRITONS
-
-
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many a GPU has, each of whose programs takes query blocks in turn; an H100's where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def takes(
-    arch: int, q: Layout, k: Layout, v: Layout, k_mean: Layout, block_q: int, block_k: int, low_bit: int, plain: bool
-) -> bool:
-    """Whether this call runs on the Hopper kernel; see the table above.
-
-    Args:
-        low_bit: LOW_BIT of the kernels; plain: no mask, not causal, no branches kept.
-    """
-    D = q.shape[3]
-    return (
-        plain
-        and arch == 90
-        and knows_this_triton()
-        and (block_q, block_k) == (BLOCK_Q, BLOCK_K)
-        and padded(D) in (64, 128)
-        and v.shape[3] == D
-        and all(describable(x) for x in (q, k, v))
-        and (not low_bit or D % 16 == 0)
-        and k_mean.aligned
-        and k_mean.dtype == torch.float32
-    )
 
 
 def swizzled_tiles(
