@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.precision import MOST_KEPT
+from sla2_compile.kernels.support import MOST_KEPT
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 

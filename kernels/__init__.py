@@ -2,15 +2,17 @@
 
 | place | one idea |
 |---|---|
-| `ops.py` | schemas, fakes, autograd and dispatch of the ops |
+| `arguments.py` | what the ops take and return; `records.py` reads that as schemas and values |
+| `ops.py` | fakes, autograd and dispatch of the ops |
 | `checks.py` | what an op accepts, from metadata alone; the error that says rule, value and fix |
 | `blocks.py` | block geometry: how many blocks, how many are kept, which sizes suit a length |
-| `precision.py` | which numeric format the sparse branch runs in |
+| `support.py` | which kernels run a call, in which format, and why not better ones |
+| `precision.py` | the format of a call, as a constant of whatever traces it |
 | `feature_maps.py` | phi of the linear branch, and its derivative |
 | `functional.py` | SLA2 in one call, by whichever ops it takes |
 | `reference/` | the method written plainly over dense maps: the specification |
 | `portable/` | blocked PyTorch for any device |
-| `cuda/` | Triton and Gluon kernels: `dispatch.py` says which calls they take |
+| `cuda/` | Triton and Gluon kernels, reached through `dispatch.py` |
 | `cuda/route/`, `cuda/forward/` | the router's kernels, the forward's kernels, and their launches |
 | `cuda/launch/` | a call's launches, worked out once for its layout and made again |
 

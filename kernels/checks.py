@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArgs, accumulation_dtype
+
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("complement", "all")
 LOW_BITS = ("none", "int8", "int8_fp8")
-"""Formats that an op computes; `precision.py` makes one of what a recipe asks for."""
+"""Formats that an op computes; `precision.py` says which one runs of what a recipe asks for."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -106,17 +108,15 @@ def check_blocks(block_q: int, block_k: int, compression_ratio: int) -> None:
         raise fail("compression_ratio", "be 0 (whole block) or a power of two", r, "use 4, 8 or 16")
 
 
-def check_route(
-    q: Described, k: Described, proj_q: Described | None, proj_k: Described | None, key_mask: Described | None,
-    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int,
-) -> None:  # fmt: skip
+def check_route(args: RouteArgs[Described]) -> None:
     """All checks of `sla2::route`."""
+    q, k = args.q, args.k
     check_qkv(q, k, None)
-    check_key_mask(key_mask, k)
-    check_blocks(block_q, block_k, compression_ratio)
-    if not 0.0 < topk_ratio <= 1.0:
-        raise fail("topk_ratio", "lie in (0, 1]", topk_ratio, "0.15 keeps 15 % of the key blocks")
-    for name, proj in (("proj_q", proj_q), ("proj_k", proj_k)):
+    check_key_mask(args.key_mask, k)
+    check_blocks(args.block_q, args.block_k, args.compression_ratio)
+    if not 0.0 < args.topk_ratio <= 1.0:
+        raise fail("topk_ratio", "lie in (0, 1]", args.topk_ratio, "0.15 keeps 15 % of the key blocks")
+    for name, proj in (("proj_q", args.proj_q), ("proj_k", args.proj_k)):
         if proj is None:
             continue
         if len(proj.shape) != 2 or proj.shape[0] != q.shape[3] or proj.shape[1] != q.shape[3]:
@@ -126,17 +126,15 @@ def check_route(
             raise fail(name, f"be on q's device {q.device}", proj.device, "move the model and its inputs together")
 
 
-def check_attention(
-    q: Described, k: Described, v: Described, k_mean: Described, lut: Described, log_rest: Described,
-    alpha_gain: Described | None, alpha_bias: Described | None, key_mask: Described | None,
-    block_q: int, block_k: int, feature_map: str, linear_scope: str, is_causal: bool, low_bit: str,
-) -> None:  # fmt: skip
+def check_attention(args: AttentionArgs[Described]) -> None:
     """All checks of `sla2::attention`."""
-    check_qkv(q, k, v)
-    check_key_mask(key_mask, k)
-    check_blocks(block_q, block_k, 0)
+    q, k, lut, log_rest, k_mean = args.q, args.k, args.lut, args.log_rest, args.k_mean
+    alpha_gain, alpha_bias = args.alpha_gain, args.alpha_bias
+    check_qkv(q, k, args.v)
+    check_key_mask(args.key_mask, k)
+    check_blocks(args.block_q, args.block_k, 0)
     B, Hq, Nq, D = q.shape
-    tm = (Nq + block_q - 1) // block_q
+    tm = (Nq + args.block_q - 1) // args.block_q
     others = {"k_mean": k_mean, "lut": lut, "log_rest": log_rest, "alpha_gain": alpha_gain, "alpha_bias": alpha_bias}
     for name, x in others.items():
         if x is not None and x.device != q.device:
@@ -158,33 +156,51 @@ def check_attention(
     ):
         shape = tuple(alpha_bias.shape)
         raise fail("alpha_bias", f"broadcast to ({Hq}, {tm})", shape, "alpha='block' fits one sequence length only")
+    feature_map, linear_scope, low_bit = args.feature_map, args.linear_scope, args.low_bit
     if feature_map not in FEATURE_MAPS:
         raise fail("feature_map", f"be one of {', '.join(FEATURE_MAPS)}", repr(feature_map), "softmax is the paper's")
     if linear_scope not in LINEAR_SCOPES:
         raise fail("linear_scope", f"be one of {', '.join(LINEAR_SCOPES)}", repr(linear_scope), "use complement")
-    if is_causal and linear_scope == "all":
+    if args.is_causal and linear_scope == "all":
         raise fail("linear_scope", "be 'complement' when is_causal", "'all'", "all keys would include future ones")
     if low_bit not in LOW_BITS:
         raise fail("low_bit", f"be one of {', '.join(LOW_BITS)}", repr(low_bit), "int8_fp8 is the paper's")
     if low_bit != "none" and q.device.type != "cuda":
-        raise cannot_run(low_bit, f"on {q.device.type}")
+        raise cannot_run(low_bit, "none", f"not run on {q.device.type}")
 
 
-def check_table(lut: Tensor, tn: int, may_end_early: bool) -> None:
+def check_backward(args: BackwardArgs[Described]) -> None:
+    """All checks of `sla2::attention_backward`."""
+    saved, call = args.saved, args.saved.call
+    check_attention(call)
+    if not call.keep_branches:
+        raise fail("keep_branches", "be True where a gradient is wanted", False, "pass keep_branches=True")
+    q, o_shape = call.q, (*call.q.shape[:3], call.v.shape[3])
+    for name, x, shape, dtype in (
+        ("do", args.do, o_shape, q.dtype),
+        ("lse", saved.lse, o_shape[:3], accumulation_dtype(q.dtype)),
+        ("o_sparse", saved.o_sparse, o_shape, q.dtype),
+        ("o_linear", saved.o_linear, o_shape, q.dtype),
+    ):
+        if x.shape != shape or x.dtype != dtype or x.device != q.device:
+            rule = f"be {dtype} of shape {shape} on {q.device}"
+            raise fail(name, rule, f"{x.dtype} {tuple(x.shape)} on {x.device}", "take it as sla2::attention gave it")
+
+
+def check_table(args: AttentionArgs[Tensor]) -> None:
     """Refuse a table that no router made, if SLA2_DEBUG is set: it reads values, so it waits for the device.
 
     Without the check the Triton kernels make meaningless numbers of such a table, though they read nothing outside k
     and v; the portable path ends in PyTorch's own indexing error.
 
-    Args:
-        lut: (B, Hq, Tm, K) int32; tn: key blocks there are.
-        may_end_early: whether a row may have fewer blocks than K: only causality and masks forbid some.
-
     Raises:
-        ValueError: an entry is not a key block, comes twice or out of order, or stands behind a -1.
+        ValueError: an entry of lut is not a key block, comes twice or out of order, or stands behind a -1.
     """
     if os.environ.get("SLA2_DEBUG", "0") in ("", "0"):
         return
+    lut, tn = args.lut, -(-args.k.shape[2] // args.block_k)
+    # only causality and masks forbid some blocks, so that a row may have fewer than K
+    may_end_early = args.is_causal or args.key_mask is not None
     if lut.is_cuda and torch.cuda.is_current_stream_capturing():
         # values cannot be read while a CUDA graph is captured
         return
@@ -203,6 +219,6 @@ def check_table(lut: Tensor, tn: int, may_end_early: bool) -> None:
         raise fail("lut", "ascend in each row, with every -1 at its end", lut[wrong][0].tolist(), fix)
 
 
-def cannot_run(low_bit: str, where: str) -> ValueError:
+def cannot_run(low_bit: str, runs: str, why: str) -> ValueError:
     """Build the error of an op that is asked for a low_bit that it does not compute."""
-    return fail("low_bit", f"be 'none' {where}", repr(low_bit), "take what precision.effective_low_bit returns")
+    return fail("low_bit", f"be {runs!r} here ({why})", repr(low_bit), "take what precision.low_bit_of returns")

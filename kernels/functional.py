@@ -9,10 +9,11 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
+from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, ForwardResult, RouteResult
 from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
 from sla2_compile.kernels.checks import check_qkv
 from sla2_compile.kernels.ops import attention, forward, route
-from sla2_compile.kernels.precision import effective_low_bit
+from sla2_compile.kernels.precision import low_bit_of
 
 
 @dataclass(frozen=True)
@@ -130,24 +131,20 @@ def attend(
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
     tn = num_blocks(k.shape[2], block_k)
     plain = key_mask is None and not is_causal
-    low_bit = effective_low_bit(
-        options.low_bit, q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio, plain, wants_grad
-    )
+    asked = "none" if wants_grad else options.low_bit
+    low_bit = low_bit_of(asked, q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio, plain)
+    args = ForwardArgs(
+        q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,
+        options.topk_ratio, options.compression_ratio, block_q, block_k, scale,
+        options.feature_map, options.linear_scope, is_causal, low_bit,
+    )  # fmt: skip
     if wants_grad:
-        lut, log_rest, entropy, k_mean = route(
-            q, k, proj_q, proj_k, key_mask,
-            options.topk_ratio, options.compression_ratio, block_q, block_k, scale, is_causal,
-        )  # fmt: skip
-        o, lse, _, _ = attention(
-            q, k, v, k_mean, lut, log_rest, alpha_gain, alpha_bias, key_mask,
-            block_q, block_k, scale, options.feature_map, options.linear_scope, is_causal, True, low_bit,
-        )  # fmt: skip
+        routed = RouteResult(*route(*args.route()))
+        attended = AttentionResult(*attention(*args.attention(routed, keep_branches=True)))
+        made = ForwardResult.of(routed, attended)
     else:
-        o, lse, lut, log_rest, entropy = forward(
-            q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,
-            options.topk_ratio, options.compression_ratio, block_q, block_k, scale,
-            options.feature_map, options.linear_scope, is_causal, low_bit,
-        )  # fmt: skip
+        made = ForwardResult(*forward(*args))
     if not keep_routing or traced(q):
-        return o, None
-    return o, Routing(lut, log_rest, entropy, lse[..., ::block_q].clone(), block_q, block_k, tn)
+        return made.o, None
+    lse = made.lse[..., ::block_q].clone()
+    return made.o, Routing(made.lut, made.log_rest, made.entropy, lse, block_q, block_k, tn)

@@ -108,7 +108,7 @@ def test_calls_under_autocast_are_apart_from_those_outside():
 
 def test_calls_of_which_low_bit_makes_another_thing_are_apart():
     """Nine short calls, and three that are not plain, beside a long one."""
-    from sla2_compile.kernels.precision import why_not_int8
+    from sla2_compile.kernels.support import MOST_KEPT, Chip, Facts, support
     from sla2_compile.libraries.door import Door
     from sla2_compile.passes.sites.call import AttentionCall
     from sla2_compile.recipes import Recipe
@@ -119,7 +119,24 @@ def test_calls_of_which_low_bit_makes_another_thing_are_apart():
         for _ in range(times):
             site.decide(AttentionCall(q, q, q, is_causal=is_causal))
     rows = [x for x in site.outcomes.values() if isinstance(x, Rewrite)]
-    refused = [bool(why_not_int8(128, 128, x.block_q, x.block_k, x.tn, 0.05, x.plain)) for x in rows]
+    h200 = Chip("cuda", 90, 227 * 1024)
+    facts = [
+        Facts(
+            h200,
+            torch.bfloat16,
+            128,
+            128,
+            x.block_q,
+            x.block_k,
+            "auto",
+            True,
+            x.plain,
+            MOST_KEPT >= 0.05,
+            x.topk >= 32,
+        )
+        for x in rows
+    ]
+    refused = [support(f).low_bit == "none" for f in facts]
     assert [(x.where.times, x.topk) for x in rows] == [(1, 51), (9, 1), (3, 51)]
     assert refused == [False, True, True]
 

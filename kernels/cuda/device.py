@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sla2_compile.kernels.cuda.launch.schedule import Layout
+from sla2_compile.kernels.cuda.launch.layout import Layout
+from sla2_compile.kernels.support import Chip
 
 _T = TypeVar("_T", Tensor, None, Tensor | None)
 
@@ -38,6 +38,17 @@ def shared_limit(device: torch.device) -> int:
         return 227 * 1024
     # what every chip since sm_80 has, should PyTorch not tell
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The GPU that launches are worked out for; where there is none, one of the smallest tiles."""
+    return Chip("cuda", capability(device), shared_limit(device), torch.version.hip is None, triton_version())
 
 
 def packed(x: _T) -> _T:

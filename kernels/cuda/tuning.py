@@ -1,14 +1,15 @@
-"""How a kernel is cut into programs: by tables (`cuda/tiles.py`, `cuda/route/launches.py`), or with SLA2_AUTOTUNE=1 by trial.
+"""How a kernel is cut into programs: by tables, or with SLA2_AUTOTUNE=1 by trial.
 
-By trial: on the first call of a shape class (head dims, block sizes, dtype, format; not lengths) a kernel runs with
-the table's tile and with each candidate below, and keeps the fastest: for the process, and on disk in Triton's cache
-for the next one (`triton.autotune`). It takes seconds, once; call once before capturing a CUDA graph.
+The tables are `cuda/tiles.py` and `cuda/route/launches.py`. By trial, the first call of a shape class (head dims,
+block sizes, dtype, format; not lengths) runs a kernel with the table's tile and with each candidate below, and keeps
+the fastest: for the process, and on disk in Triton's cache for the next one (`triton.autotune`). That takes seconds,
+once. Call once before capturing a CUDA graph.
 
 A file or folder of that cache that cannot be used costs the trials again and a warning, never the call (`forgiving`).
 
-`attend_hopper_kernel` has no candidates and always runs by its table. Its tile is more than an argument: key blocks a
-step, programs a multiprocessor and registers of a thread decide each other and are compiled in, and the launcher
-reckons grid and stages from them (`cuda/forward/sm90.py`). It runs on one chip, which is the one that its table was measured on.
+`attend_hopper_kernel` has no candidates and always runs by its table. The parameters of its tile (key blocks per
+step, programs per multiprocessor, registers per thread) constrain one another, are compile-time constants, and fix
+the grid and stage count (`cuda/forward/sm90.py`). It runs on one chip, the one that its table was measured on.
 """
 
 from __future__ import annotations

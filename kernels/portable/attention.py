@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels.arguments import AttentionArgs, AttentionResult, accumulation_dtype
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.portable.tiling import (
     NEG_INF,
     Tiles,
-    accumulation_dtype,
     block_rows,
     call_memory,
     cut,
@@ -179,19 +179,13 @@ class AlphaRows:
         return log_rest, gain, bias
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
-    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
-    block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
-    keep_branches: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute what `reference.attention` defines, in blocks; arguments and results as there.
-
-    o_sparse and o_linear are empty unless keep_branches (the backward needs them).
-    """
-    (B, Hq, Nq, _), tm = q.shape, lut.shape[2]
+def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
+    """Compute what `reference.attention` defines, in blocks."""
+    q, k, v, block_q = args.q, args.k, args.v, args.block_q
+    feature_map, linear_scope, keep_branches = args.feature_map, args.linear_scope, args.keep_branches
+    (B, Hq, Nq, _), tm = q.shape, args.lut.shape[2]
     groups = Hq // k.shape[1]
-    alpha_rows = AlphaRows.lay_out(log_rest, alpha_gain, alpha_bias)
+    alpha_rows = AlphaRows.lay_out(args.log_rest, args.alpha_gain, args.alpha_bias)
     # whole blocks, so that every group writes its rows in place
     o = q.new_empty(B, Hq, tm * block_q, v.shape[3])
     lse = q.new_empty(B, Hq, tm * block_q, 1, dtype=accumulation_dtype(q.dtype))
@@ -202,9 +196,7 @@ def attention_forward(
     with call_memory(q.device) as scratch:
         for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
             hq = slice(hs.start * groups, hs.stop * groups)
-            mask = None if key_mask is None else key_mask[bs]
-            inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
-            tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
+            tiles = cut(args, bs, hs, hq, scratch)
             state = linear_state(tiles, feature_map, linear_scope)
             rest, gain, bias = alpha_rows.of(bs, hq)
             o_rows, lse_rows, *kept_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse, *kept))
@@ -233,4 +225,4 @@ def attention_forward(
                     o_rows[part] = mixed
 
     o, lse, *kept = (x[:, :, :Nq].contiguous() for x in (o, lse, *kept))
-    return o, lse.squeeze(-1), *(kept or (o.new_empty(0), o.new_empty(0)))
+    return AttentionResult(o, lse.squeeze(-1), *(kept or (o.new_empty(0), o.new_empty(0))))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels.arguments import BackwardArgs, BackwardResult
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.feature_maps import feature_map_backward
 from sla2_compile.kernels.portable.attention import AlphaRows, LinearState, linear_state, mix_weight
@@ -140,20 +141,13 @@ def add_sparse_backward(tiles: Tiles, rows: RowGradients, lse: Tensor, dk: Tenso
         dk.index_add_(0, picked, d_keys.to(tiles.acc).view(-1, *dk.shape[1:]), alpha=tiles.scale)
 
 
-def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, log_rest: Tensor,
-    alpha_gain: Tensor | None, alpha_bias: Tensor | None, key_mask: Tensor | None,
-    lse: Tensor, o_sparse: Tensor, o_linear: Tensor,
-    block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `attention_forward`.
-
-    Returns:
-        dq, dk, dv (as q, k, v), dk_mean (as k_mean), dgain (Hq,) and dbias (as alpha_bias); the last two
-        are empty where the parameter is None.
-    """
+def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
+    """Gradients of `attention_forward`."""
+    call, saved = args.saved.call, args.saved
+    q, k, v, k_mean, log_rest, block_q = call.q, call.k, call.v, call.k_mean, call.log_rest, call.block_q
+    alpha_gain, alpha_bias, feature_map = call.alpha_gain, call.alpha_bias, call.feature_map
     B, Hq, Nq, _ = q.shape
-    groups, tm = Hq // k.shape[1], lut.shape[2]
+    groups, tm = Hq // k.shape[1], call.lut.shape[2]
     alpha_rows = AlphaRows.lay_out(log_rest, alpha_gain, alpha_bias)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dk_mean = torch.empty_like(k_mean)
@@ -163,15 +157,13 @@ def attention_backward(
         # it holds about twice the forward's memory for each token
         for bs, hs in head_groups(B, k.shape[1], 2 * max(k.shape[2], groups * Nq), q.device):
             hq = slice(hs.start * groups, hs.stop * groups)
-            mask = None if key_mask is None else key_mask[bs]
-            inputs = (q[bs, hq], k[bs, hs], v[bs, hs], k_mean[bs, hs], lut[bs, hq], mask)
-            tiles = cut(*inputs, block_q, block_k, scale, is_causal, scratch)
+            tiles = cut(call, bs, hs, hq, scratch)
             g, o_s, o_l = (
                 copy_to_blocks(x[bs, hq], block_q, tiles.acc, scratch, name)
-                for name, x in (("do", do), ("o_sparse", o_sparse), ("o_linear", o_linear))
+                for name, x in (("do", args.do), ("o_sparse", saved.o_sparse), ("o_linear", saved.o_linear))
             )
-            row_lse = to_blocks(lse[bs, hq, :, None], block_q).squeeze(-1)
-            state = linear_state(tiles, feature_map, linear_scope)
+            row_lse = to_blocks(saved.lse[bs, hq, :, None], block_q).squeeze(-1)
+            state = linear_state(tiles, feature_map, call.linear_scope)
             rows = row_backward(tiles, state, g, row_lse, o_s, o_l, *alpha_rows.of(bs, hq), feature_map)
             dk_rows, dv_rows = key_backward(tiles, state, rows, feature_map)
             add_sparse_backward(tiles, rows, row_lse, dk_rows, dv_rows)
@@ -189,4 +181,4 @@ def attention_backward(
         gain_grad = d_gain.sum(dim=(0, 2)).to(alpha_gain.dtype)
     if alpha_bias is not None:
         bias_grad = d_logit.sum(dim=0).sum_to_size(alpha_bias.shape).to(alpha_bias.dtype)
-    return dq, dk, dv, dk_mean, gain_grad, bias_grad
+    return BackwardResult(dq, dk, dv, dk_mean, gain_grad, bias_grad)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sla2_compile.kernels.arguments import RouteArgs, RouteResult, accumulation_dtype
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.kernels.portable.tiling import (
     NEG_INF,
     TILE_ELEMENTS,
     Scratch,
-    accumulation_dtype,
     call_memory,
     products_are_small,
 )
@@ -137,15 +137,11 @@ def causal_blocks(Nq: int, Nk: int, block_q: int, block_k: int, device: torch.de
     return allowed, allowed & (last_k > first_q)
 
 
-def route_forward(
-    q: Tensor, k: Tensor, proj_q: Tensor | None, proj_k: Tensor | None, key_mask: Tensor | None,
-    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float, is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute what `reference.route` defines; arguments and results as there, in the accumulation dtype."""
-    (rows_q, a), (rows_k, b) = (
-        router_tokens(block_q, compression_ratio),
-        router_tokens(block_k, compression_ratio),
-    )
+def route_forward(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
+    """Compute what `reference.route` defines; results in the accumulation dtype."""
+    q, k, proj_q, proj_k, key_mask = args.q, args.k, args.proj_q, args.proj_k, args.key_mask
+    block_q, block_k, is_causal = args.block_q, args.block_k, args.is_causal
+    (rows_q, a), (rows_k, b) = (router_tokens(block, args.compression_ratio) for block in (block_q, block_k))
     q_pool, _ = pool_tokens(q, rows_q, None)
     k_pool, count = pool_tokens(k, rows_k, key_mask)
     weight = count / count.sum(dim=1, keepdim=True).clamp(min=1)
@@ -153,7 +149,7 @@ def route_forward(
     k_pool.sub_(k_mean[:, :, None])
     q_pool = q_pool if proj_q is None else q_pool @ proj_q.to(q_pool.dtype).mT
     k_pool = k_pool if proj_k is None else k_pool @ proj_k.to(k_pool.dtype).mT
-    peak, typical = block_scores(q_pool, k_pool, count, a, b, scale)
+    peak, typical = block_scores(q_pool, k_pool, count, a, b, args.scale)
 
     tn = peak.shape[-1]
     rank = peak
@@ -161,7 +157,7 @@ def route_forward(
         allowed, forced = causal_blocks(q.shape[2], k.shape[2], block_q, block_k, q.device)
         peak, typical = peak.masked_fill(~allowed, NEG_INF), typical.masked_fill(~allowed, NEG_INF)
         rank = peak.masked_fill(forced & (peak > NEG_INF), float("inf"))
-    values, chosen = rank.topk(num_kept(tn, topk_ratio, block_q, block_k, is_causal), dim=-1, sorted=False)
+    values, chosen = rank.topk(num_kept(tn, args.topk_ratio, block_q, block_k, is_causal), dim=-1, sorted=False)
     absent = values == NEG_INF
     lut = chosen.masked_fill(absent, tn).sort(dim=-1).values.int()
     lut = lut.masked_fill_(lut == tn, -1)
@@ -169,4 +165,4 @@ def route_forward(
     log_rest = typical.scatter(-1, chosen, NEG_INF).logsumexp(dim=-1)
     log_p = peak - peak.logsumexp(dim=-1, keepdim=True)
     entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(dim=-1)
-    return lut, log_rest, entropy, k_mean
+    return RouteResult(lut, log_rest, entropy, k_mean)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sla2_compile.kernels.arguments import AttentionArgs, accumulation_dtype
 from sla2_compile.kernels.blocks import num_blocks
 
 NEG_INF = float("-inf")
@@ -36,11 +37,6 @@ SMALL_SCORE = 40.0
 
 # a sum of exponentials between 1 / MODERATE and MODERATE has lost nothing, and times any sensible value is finite
 MODERATE = 1e20
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64, everything else accumulates in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -256,11 +252,11 @@ class Tiles:
         return keep.view(heads, tm_all, self.Tn)
 
 
-def cut(
-    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, lut: Tensor, key_mask: Tensor | None,
-    block_q: int, block_k: int, scale: float, is_causal: bool, scratch: Scratch,
-) -> Tiles:  # fmt: skip
-    """Cut one group of heads into `Tiles`; tensors as in `reference.attention`, restricted to the group."""
+def cut(args: AttentionArgs[Tensor], bs: slice, hs: slice, hq: slice, scratch: Scratch) -> Tiles:
+    """Cut one group of heads into `Tiles`: batch entries bs, key/value heads hs, and their query heads hq."""
+    q, k, v, lut, k_mean = args.q[bs, hq], args.k[bs, hs], args.v[bs, hs], args.lut[bs, hq], args.k_mean[bs, hs]
+    key_mask = None if args.key_mask is None else args.key_mask[bs]
+    block_q, block_k, is_causal = args.block_q, args.block_k, args.is_causal
     dtype = compute_dtype(q)
     b, heads, Nk, _ = k.shape
     tn, tm = num_blocks(Nk, block_k), lut.shape[2]
@@ -287,5 +283,5 @@ def cut(
         copy_to_blocks(q, block_q, dtype, scratch, "q"),
         smooth.view(-1, block_k, k.shape[3]),
         copy_to_blocks(v, block_k, dtype, scratch, "v"),
-        rows, k_valid, row_valid, q_start, k_start, scale, tn, scratch,
+        rows, k_valid, row_valid, q_start, k_start, args.scale, tn, scratch,
     )  # fmt: skip

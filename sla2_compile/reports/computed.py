@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.precision import low_bit_on, why_less, why_not_int8, why_portable
+from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs
+from sla2_compile.kernels.blocks import num_blocks, num_kept
+from sla2_compile.kernels.support import LEAST_KEPT, MOST_KEPT, Chip, Facts, support
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 
 WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
@@ -18,8 +19,6 @@ OPEN = "depends on the length"
 GRADIENT = "exported with a gradient wanted, not under torch.no_grad()"
 # one of each choice of blocks, the last with key blocks without end
 LENGTHS = (1, 512, 2**30)
-LOW_BIT, KEEP_BRANCHES = 16, 15
-"""Positions of these among the arguments of `sla2::attention`; low_bit's also among those of `sla2::forward`."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,15 @@ class How:
 
     @classmethod
     def _with(cls, r: Rewrite, on: str, block_q: int, block_k: int, tn: int) -> How:
-        options = r.settings.options
+        options, chip = r.settings.options, Chip.of(torch.device(on))
         D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
-        call = torch.device(on), getattr(torch, r.where.dtype), D, Dv, block_q, block_k, r.positive
-        refusal = why_not_int8(D, Dv, block_q, block_k, tn, options.topk_ratio, r.plain)
-        runs = low_bit_on(options.low_bit, *call, not refusal)
-        return cls(options.low_bit, runs, why_less(options.low_bit, runs, *call, refusal), why_portable(*call))
+        kept = num_kept(tn, options.topk_ratio, block_q, block_k, False)
+        facts = Facts(
+            chip, getattr(torch, r.where.dtype), D, Dv, block_q, block_k, options.low_bit, r.positive, r.plain,
+            few=options.topk_ratio <= MOST_KEPT, many=kept >= LEAST_KEPT,
+        )  # fmt: skip
+        found = support(facts)
+        return cls(options.low_bit, found.low_bit, found.why.low_bit, found.why.triton if chip.arch else "")
 
 
 def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:
@@ -107,12 +109,13 @@ def as_exported(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rew
 
 def _attention_ops(root: nn.Module) -> Iterator[tuple[str, bool]]:
     """Yield (low_bit, keep_branches) of each call's op in a graph and in the graphs in it."""
-    with_branches, without = torch.ops.sla2.attention.default, torch.ops.sla2.forward.default
     for gm in root.modules() if isinstance(root, fx.GraphModule) else ():
         for node in gm.graph.nodes if isinstance(gm, fx.GraphModule) else ():
-            if node.target in (with_branches, without):
-                low_bit = node.args[LOW_BIT] if len(node.args) > LOW_BIT else node.kwargs.get("low_bit", "none")
-                yield str(low_bit), node.target is with_branches and bool(node.args[KEEP_BRANCHES])
+            if node.target is torch.ops.sla2.attention.default:
+                call: AttentionArgs[fx.Node] = AttentionArgs(*node.args, **node.kwargs)
+                yield call.low_bit, call.keep_branches
+            elif node.target is torch.ops.sla2.forward.default:
+                yield ForwardArgs(*node.args, **node.kwargs).low_bit, False
 
 
 def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:

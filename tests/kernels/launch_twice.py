@@ -1,4 +1,4 @@
-"""Compare, byte for byte, what Triton's launcher and `kernels/cuda/launch/repeat.py` tell the driver; run by test_repeat.py.
+"""Compare, byte for byte, what Triton's launcher and `cuda/launch/repeat.py` tell the driver; run by test_repeat.py.
 
     python -m tests.kernels.launch_twice FOLDER
 
@@ -17,9 +17,12 @@ from tests.kernels import fake_gpu
 
 library = fake_gpu.start(Path(sys.argv[1]))
 
-from sla2_compile.kernels.cuda.forward import launches as attention  # noqa: E402
+from sla2_compile.kernels.arguments import AttentionArgs, RouteArgs  # noqa: E402
+from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
+from sla2_compile.kernels.cuda.forward.launches import attention_schedule  # noqa: E402
+from sla2_compile.kernels.cuda.launch.layout import Tiles  # noqa: E402
 from sla2_compile.kernels.cuda.launch.repeat import Cells, parameter_bytes  # noqa: E402
-from sla2_compile.kernels.cuda.launch.schedule import Launch, Layout, Schedule, Tiles  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Launch, Schedule  # noqa: E402
 from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
 
 Inputs = tuple[torch.Tensor | None, ...]
@@ -55,15 +58,13 @@ def run(D: int, low: str = "none", projected: bool = False, masked: bool = False
     q = torch.empty(1, 2, 1000, D, dtype=torch.bfloat16)
     proj = torch.empty(D, D, dtype=q.dtype) if projected else None
     mask = torch.ones(1, 1000, dtype=torch.bool) if masked else None
-    inputs: Inputs = (q, q, proj, proj, mask)
-    options: tuple[Any, ...] = (0.1, 8, 128, 64, D**-0.5, False, False)
     name = f"D={D} {low}{' masked' if masked else ''}"
-    compare(f"{name} route", route_schedule.__wrapped__(*Layout.of_all(*inputs), *options)[0], inputs)
-    lut, rest = torch.zeros(1, 2, 8, 2, dtype=torch.int32), torch.zeros(1, 2, 8)
-    inputs = (q, q, q, torch.zeros(1, 2, D), lut, rest, None, None, mask)
-    options = (128, 64, D**-0.5, "softmax", "complement", False, False, low, False)
-    made = attention.attention_schedule.__wrapped__(*Layout.of_all(*inputs), *options)[0]
-    compare(f"{name} attention", made, inputs)
+    tensors, layouts = cuda.laid_out(RouteArgs(q, q, proj, proj, mask, 0.1, 8, 128, 64, D**-0.5, False))
+    compare(f"{name} route", route_schedule.__wrapped__(layouts, False)[0], tensors)
+    lut, rest, mean = torch.zeros(1, 2, 8, 2, dtype=torch.int32), torch.zeros(1, 2, 8), torch.zeros(1, 2, D)
+    options: tuple[Any, ...] = (128, 64, D**-0.5, "softmax", "complement", False, False, low)
+    tensors, layouts = cuda.laid_out(AttentionArgs(q, q, q, mean, lut, rest, None, None, mask, *options))
+    compare(f"{name} attention", attention_schedule.__wrapped__(layouts, False)[0], tensors)
 
 
 run(64, projected=True)

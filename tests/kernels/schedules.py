@@ -12,7 +12,8 @@ try:
 except ImportError:  # no Triton here, so nothing is scheduled
     CACHES = []
 else:
-    CACHES = [route_schedule, attention_schedule, cuda.takes_route, cuda.takes_attention, cuda.forward_schedules]
+    CACHES = [route_schedule, attention_schedule]
+    CACHES += [cuda.scheduled_route, cuda.scheduled_attention, cuda.scheduled_forward]
 
 
 def forget_schedules() -> None:
@@ -21,9 +22,18 @@ def forget_schedules() -> None:
         cache.cache_clear()
 
 
+def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernels run that the fused one replaces."""
+    from sla2_compile.kernels.cuda.forward import launches
+
+    support = launches.support
+    monkeypatch.setattr(launches, "support", lambda facts: support(facts)._replace(kernel="triton"))
+
+
 def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Return a dict that fills with every tensor of each run to come, by name."""
-    from sla2_compile.kernels.cuda.launch.schedule import Schedule, Slot
+    from sla2_compile.kernels.cuda.launch.layout import Slot
+    from sla2_compile.kernels.cuda.launch.schedule import Schedule
 
     kept: dict[str, Tensor] = {}
     run = Schedule.run

@@ -25,9 +25,10 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from sla2_compile.kernels.checks import LOW_BITS  # noqa: E402
 from sla2_compile.kernels.cuda import device, tiles  # noqa: E402
-from sla2_compile.kernels.cuda.forward import sm90 as hopper  # noqa: E402
-from sla2_compile.kernels.cuda.launch.schedule import Launch, Schedule, Slot, Tiles  # noqa: E402
-from tests.kernels.schedules import forget_schedules  # noqa: E402
+from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Launch, Schedule  # noqa: E402
+from sla2_compile.kernels.support import GLUON_TRITONS  # noqa: E402
+from tests.kernels.schedules import forget_schedules, without_fused  # noqa: E402
 from tests.kernels.triton_case import scheduled_attention, scheduled_route  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -236,11 +237,11 @@ def allowed_stack(launch: Launch, registers: int) -> int:
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiles_without_spills(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "takes", lambda *_: False)
+    without_fused(monkeypatch)
     assert set(case.hot) <= compile_all(case, monkeypatch)
 
 
-@pytest.mark.skipif(not hopper.knows_this_triton(), reason="a Triton whose Gluon nobody tried")
+@pytest.mark.skipif(device.triton_version() not in GLUON_TRITONS, reason="a Triton whose Gluon nobody tried")
 @pytest.mark.parametrize("case", COMPILED_HOPPER, ids=str)
 def test_hopper_kernel_compiles(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compile_all(case, monkeypatch) == set(case.hot)
@@ -278,11 +279,11 @@ TABLES = {
 }
 
 
-@pytest.mark.skipif(not hopper.knows_this_triton(), reason="a Triton whose Gluon nobody tried")
+@pytest.mark.skipif(device.triton_version() not in GLUON_TRITONS, reason="a Triton whose Gluon nobody tried")
 def test_every_row_of_every_table_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that is read by a call above counts where that call compiles the kernel."""
     rows = {(table, n) for table in TABLES.values() for n in range(len(getattr(tiles, table)))}
-    takes, chosen = hopper.takes, tiles.chosen
+    chosen = tiles.chosen
     seen: set[tuple[str, int]] = set()
 
     def record(table: Any, shape: Any) -> Any:
@@ -293,7 +294,9 @@ def test_every_row_of_every_table_is_compiled(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tiles, "chosen", record)
     for case in COMPILED + COMPILED_HOPPER:
         wanted = {TABLES[name] for name in case.hot if name in TABLES}
-        monkeypatch.setattr(hopper, "takes", takes if case.hot is HOPPER else lambda *_: False)
-        on_chip(case.arch, monkeypatch)
-        scheduled(monkeypatch, case.run)
+        with pytest.MonkeyPatch.context() as patch:
+            if case.hot is not HOPPER:
+                without_fused(patch)
+            on_chip(case.arch, patch)
+            scheduled(patch, case.run)
     assert rows - seen == set()

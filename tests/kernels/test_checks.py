@@ -13,29 +13,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sla2_compile.kernels import checks
-from sla2_compile.kernels.ops import attention, route
-
-ROUTE = (
-    "q",
-    "k",
-    "proj_q",
-    "proj_k",
-    "key_mask",
-    "topk_ratio",
-    "compression_ratio",
-    "block_q",
-    "block_k",
-    "scale",
-    "is_causal",
-)
-ATTENTION = (
-    "q", "k", "v", "k_mean", "lut", "log_rest", "alpha_gain", "alpha_bias", "key_mask",
-    "block_q", "block_k", "scale", "feature_map", "linear_scope", "is_causal", "keep_branches", "low_bit",
-)  # fmt: skip
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArgs
+from sla2_compile.kernels.ops import attention, attention_backward, route
+from sla2_compile.kernels.records import arguments, flat, of
 
 
 def good() -> dict[str, Any]:
-    """Arguments that both ops take: B=2, Hq=4, Hkv=2, Nq=40, Nk=50, D=16, Dv=24, Tm=2, Tn=4."""
+    """Arguments that the ops take: B=2, Hq=4, Hkv=2, Nq=40, Nk=50, D=16, Dv=24, Tm=2, Tn=4."""
     return {
         "q": torch.zeros(2, 4, 40, 16),
         "k": torch.zeros(2, 2, 50, 16),
@@ -58,7 +42,18 @@ def good() -> dict[str, Any]:
         "is_causal": False,
         "keep_branches": False,
         "low_bit": "none",
+        "do": torch.zeros(2, 4, 40, 24),
+        "lse": torch.zeros(2, 4, 40),
+        "o_sparse": torch.zeros(2, 4, 40, 24),
+        "o_linear": torch.zeros(2, 4, 40, 24),
     }
+
+
+RECORDS: dict[Any, Any] = {route: RouteArgs, attention: AttentionArgs, attention_backward: BackwardArgs}
+
+
+def record(kind: Any, args: dict[str, Any]) -> Any:
+    return of(kind, [args[x.name] for x in arguments(kind)])
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Callable[[], torch.Tensor]:
@@ -66,7 +61,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 
 
 # (ops that refuse, what is wrong, the whole message)
-BOTH, R, A = (route, attention), (route,), (attention,)
+BOTH, R, A, W = (route, attention), (route,), (attention, attention_backward), (attention_backward,)
 REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (BOTH, {"q": zeros(4, 40, 16)},
      "q must have shape (batch, heads, tokens, head_dim), got (4, 40, 16); reshape it to 4-D"),
@@ -147,7 +142,24 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (A, {"low_bit": "int4"},
      "low_bit must be one of none, int8, int8_fp8, got 'int4'; int8_fp8 is the paper's"),
     (A, {"low_bit": "int8"},
-     "low_bit must be 'none' on cpu, got 'int8'; take what precision.effective_low_bit returns"),
+     "low_bit must be 'none' here (not run on cpu), got 'int8'; take what precision.low_bit_of returns"),
+    (W, {"keep_branches": False},
+     "keep_branches must be True where a gradient is wanted, got False; pass keep_branches=True"),
+    (W, {"do": zeros(2, 4, 24, 40)},
+     "do must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (2, 4, 24, 40) on cpu; "
+     "take it as sla2::attention gave it"),
+    (W, {"do": zeros(2, 4, 40, 24, dtype=torch.bfloat16)},
+     "do must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.bfloat16 (2, 4, 40, 24) on cpu; "
+     "take it as sla2::attention gave it"),
+    (W, {"lse": zeros(2, 4, 39)},
+     "lse must be torch.float32 of shape (2, 4, 40) on cpu, got torch.float32 (2, 4, 39) on cpu; "
+     "take it as sla2::attention gave it"),
+    (W, {"o_sparse": zeros(0)},
+     "o_sparse must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (0,) on cpu; "
+     "take it as sla2::attention gave it"),
+    (W, {"o_linear": zeros(2, 4, 40, 16)},
+     "o_linear must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (2, 4, 40, 16) on cpu; "
+     "take it as sla2::attention gave it"),
 ]  # fmt: skip
 CASES = [(op, wrong, message) for ops, wrong, message in REFUSALS for op in ops]
 # devices differ only where a second one can be had: a fake tensor's can
@@ -165,8 +177,9 @@ ON_ANOTHER_DEVICE = [
 
 
 def call(op: Any, wrong: dict[str, Any]) -> Any:
-    args = good() | {name: value() if callable(value) else value for name, value in wrong.items()}
-    return op(*(args[name] for name in (ROUTE if op is route else ATTENTION)))
+    args = good() | {"keep_branches": op is attention_backward}
+    args |= {name: value() if callable(value) else value for name, value in wrong.items()}
+    return op(*flat(record(RECORDS[op], args)))
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
@@ -182,24 +195,21 @@ def test_refusal_of_a_second_device(op: Any, name: str, message: str) -> None:
     """Asked of the checks themselves: PyTorch refuses fakes on two devices before the op sees them."""
     args = good()
     args[name] = args[name].to("meta")
-    check, names = (
-        (checks.check_route, ROUTE[:9])
-        if op is route
-        else (checks.check_attention, (*ATTENTION[:11], *ATTENTION[12:15], ATTENTION[16]))
-    )
+    check = {route: checks.check_route, attention: checks.check_attention, attention_backward: checks.check_backward}
     with pytest.raises(ValueError, match="must") as refused:
-        check(*(args[n] for n in names))
+        check[op](record(RECORDS[op], args))
     assert str(refused.value) == message
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 def test_what_is_right_is_taken(fake: bool) -> None:
     def shapes() -> list[tuple[int, ...]]:
-        return [tuple(x.shape) for op in BOTH for x in call(op, {})]
+        return [tuple(x.shape) for op in RECORDS for x in call(op, {})]
 
     want = [
         (2, 4, 2, 1), (2, 4, 2), (2, 4, 2), (2, 2, 16),
         (2, 4, 40, 24), (2, 4, 40), (0,), (0,),
+        (2, 4, 40, 16), (2, 2, 50, 16), (2, 2, 50, 24), (2, 2, 16), (4,), (4, 1),
     ]  # fmt: skip
     with FakeTensorMode() if fake else nullcontext():
         assert shapes() == want
@@ -236,17 +246,21 @@ def test_debug_mode_refuses_a_table_that_no_router_made(
     # good()'s key_mask lets a row end early
     lut = torch.tensor([0, 3], dtype=torch.int32).expand(2, 4, 2, 2).clone()
     call = {**good(), "lut": lut}
-    attention(*(call[name] for name in ATTENTION))
+    attention(*record(AttentionArgs, call))
     lut[1, 2, 1] = torch.tensor([3, -1])
-    attention(*(call[name] for name in ATTENTION))
+    attention(*record(AttentionArgs, call))
     lut[1, 2, 1] = torch.tensor(row)
     with pytest.raises(ValueError, match=f"lut must {rule}"):
-        attention(*(call[name] for name in ATTENTION))
+        attention(*record(AttentionArgs, call))
 
 
 def test_values_of_a_table_are_not_read_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLA2_DEBUG", "0")
-    checks.check_table(torch.full((1, 1, 1, 2), 99, dtype=torch.int32), 4, False)
+    lut = torch.full((2, 4, 2, 1), 99, dtype=torch.int32)
+    checks.check_table(record(AttentionArgs, {**good(), "lut": lut}))
+    monkeypatch.setenv("SLA2_DEBUG", "1")
+    with pytest.raises(ValueError, match="lut must hold key blocks"):
+        checks.check_table(record(AttentionArgs, {**good(), "lut": lut}))
 
 
 def test_only_causality_and_masks_make_a_row_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +268,10 @@ def test_only_causality_and_masks_make_a_row_end_early(monkeypatch: pytest.Monke
     lut = torch.tensor([0, -1], dtype=torch.int32).expand(2, 4, 2, 2)
     for change in ({}, {"key_mask": None, "is_causal": True}):
         call = {**good(), "lut": lut, **change}
-        attention(*(call[name] for name in ATTENTION))
+        attention(*record(AttentionArgs, call))
     call = {**good(), "lut": lut, "key_mask": None}
     with pytest.raises(ValueError, match=r"hold key blocks 0 to 3, got -1; .* and key_mask, or look for NaN"):
-        attention(*(call[name] for name in ATTENTION))
+        attention(*record(AttentionArgs, call))
 
 
 def test_the_path_of_a_gpu_refuses_the_same() -> None:
@@ -272,7 +286,7 @@ def test_the_path_of_a_gpu_refuses_the_same() -> None:
     ):
         call = {**good(), **change}
         with pytest.raises(ValueError, match=rule):
-            cuda.attention(*(call[name] for name in ATTENTION))
+            cuda.attention(record(AttentionArgs, call))
     call = {**good(), "proj_q": torch.eye(3)}
     with pytest.raises(ValueError, match="proj_q must have shape"):
-        cuda.route(*(call[name] for name in ROUTE))
+        cuda.route(record(RouteArgs, call))

@@ -10,11 +10,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.cuda.forward import sm90 as hopper
 from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
-from sla2_compile.kernels.cuda.launch.schedule import Layout
+from sla2_compile.kernels.cuda.forward.launches import facts_of
+from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.cuda.tiles import ShapeClass, hopper_tile
-from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
+from sla2_compile.kernels.support import Chip, Facts, support
+from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes, without_fused
 from tests.kernels.test_triton_low_bit import check, routed
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs, scheduled_attention, scheduled_route
 
@@ -45,49 +48,59 @@ CASES = {
 LEVELS = ("none", "int8", "int8_fp8")
 
 
+def facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changes: Any) -> Facts:
+    """What of a plain call over these tensors decides its kernels, on an H100."""
+    B, heads, _, D = k.shape
+    lut, rest = torch.zeros(B, q.shape[1], 2, 2, dtype=torch.int32), torch.zeros(B, q.shape[1], 2)
+    mean = changes.pop("k_mean", torch.zeros(B, heads, D))
+    tensors = Layout.of_all(q, k, v, mean, lut, rest, None, None, changes.pop("key_mask", None))
+    call: AttentionArgs[Layout] = AttentionArgs(*tensors, 128, 64, D**-0.5, "softmax", "complement", False, False)
+    return facts_of(call._replace(**changes))._replace(chip=H100)
+
+
+H100 = Chip("cuda", 90, 227 * 1024, triton=(3, 7))
+
+
 def tensors(D: int = 128) -> list[torch.Tensor]:
     return [torch.empty(2, 4, 256, D, dtype=torch.bfloat16) for _ in range(3)]
 
 
-def takes(
-    x: list[torch.Tensor],
-    arch: int = 90,
-    block_q: int = 128,
-    block_k: int = 64,
-    low_bit: int = 0,
-    plain: bool = True,
-    mean: Layout | None = None,
-) -> bool:
-    q, k, v = (Layout.of(y) for y in x)
-    return hopper.takes(arch, q, k, v, mean or Layout.of(torch.empty(2, 4, 128)), block_q, block_k, low_bit, plain)
+def fused(x: list[torch.Tensor], **changes: Any) -> bool:
+    return support(facts(*x, **changes)).kernel == "fused"
 
 
-def test_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "knows_this_triton", lambda: True)
+def test_takes_what_the_table_says() -> None:
     q, k, v = tensors()
-    assert takes([q, k, v])
-    assert takes(tensors(D=64))
-    assert takes([x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)])
+    assert fused([q, k, v])
+    assert fused(tensors(D=64))
+    assert fused([x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)])
+    plain = facts(q, k, v)
     for arch in (80, 89, 100):
-        assert not takes([q, k, v], arch=arch)
-    assert not takes([q, k, v], block_q=64)
-    assert not takes([q, k, v], block_k=128)
-    assert not takes([q, k, v], plain=False)
+        assert support(plain._replace(chip=H100._replace(arch=arch))).kernel == "triton"
+    for triton in ((3, 5), (3, 8), (4, 0)):
+        assert support(plain._replace(chip=H100._replace(triton=triton))).kernel == "triton"
+    mask = torch.ones(2, 256, dtype=torch.bool)
+    for change in (
+        {"block_q": 64},
+        {"block_k": 128},
+        {"keep_branches": True},
+        {"is_causal": True},
+        {"key_mask": mask},
+    ):
+        assert not fused([q, k, v], **change)
     for D in (40, 72, 96, 120):
-        assert takes(tensors(D=D))
+        assert fused(tensors(D=D))
         # rows of k8 begin at multiples of 16 bytes
-        assert takes(tensors(D=D), low_bit=1) == (D % 16 == 0)
+        assert fused(tensors(D=D), low_bit="int8") == (D % 16 == 0)
     for D in (32, 36, 100, 136, 256):
-        assert not takes(tensors(D=D))
-    assert not takes([q, k, v[..., :64]])
+        assert not fused(tensors(D=D))
+    assert not fused([q, k, v[..., :64]])
     # rows of 130 numbers do not begin at multiples of 16 bytes
     odd = torch.empty(2, 4, 256, 130, dtype=torch.bfloat16)[..., :128]
-    assert not takes([odd, k, v])
-    assert not takes([q, k[:1].expand(2, -1, -1, -1), v])
-    assert not takes([q, k, v], mean=Layout.of(torch.empty(2, 4, 128, dtype=torch.float64)))
-    assert not takes([q, k, v], mean=Layout.of(torch.empty(2 * 4 * 128 + 1)[1:].view(2, 4, 128)))
-    monkeypatch.setattr(hopper, "knows_this_triton", lambda: False)
-    assert not takes([q, k, v])
+    assert not fused([odd, k, v])
+    assert not fused([q, k[:1].expand(2, -1, -1, -1), v])
+    assert not fused([q, k, v], k_mean=torch.empty(2, 4, 128, dtype=torch.float64))
+    assert not fused([q, k, v], k_mean=torch.empty(2 * 4 * 128 + 1)[1:].view(2, 4, 128))
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -151,7 +164,7 @@ if not INTERPRETED:
         case = replace(WIDE, B=2, Nq=128 * 150 + 7, Nk=64 * 100 - 5, topk_ratio=topk_ratio, alpha="none")
         x = routed_cheaply(case)
         got = case.attention(x, scheduled_attention, False, low_bit)
-        monkeypatch.setattr(hopper, "takes", lambda *_: False)
+        without_fused(monkeypatch)
         forget_schedules()
         want = case.attention(x, scheduled_attention, False, low_bit)
         for a, b in zip(got[:2], want[:2], strict=True):

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import low_bit as low_bit_benchmark
 from sla2_compile.kernels import functional, precision
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
-from sla2_compile.kernels.precision import effective_low_bit, low_bit_on
+from sla2_compile.kernels.precision import low_bit_of, low_bit_on
 from sla2_compile.kernels.reference import low_bit as reference_low_bit
 from sla2_compile.kernels.reference import sla2 as reference
+from sla2_compile.kernels.support import MOST_KEPT
 from tests.kernels.test_numerics import Case
 
 levels = pytest.mark.parametrize("low_bit", ["int8", "int8_fp8"])
@@ -154,13 +155,13 @@ def test_what_runs(
     asked: str, arch: int, dtype: torch.dtype, blocks: tuple[int, int], positive: bool, runs: str, gpu: Any
 ) -> None:
     gpu(arch)
-    assert low_bit_on(asked, torch.device("cuda"), dtype, 64, 64, *blocks, positive, True) == runs
-    assert low_bit_on(asked, torch.device("cpu"), dtype, 64, 64, *blocks, positive, True) == "none"
+    rest = (asked, positive, True, True, True)
+    assert low_bit_on(torch.device("cuda"), dtype, 64, 64, *blocks, *rest) == runs
+    assert low_bit_on(torch.device("cpu"), dtype, 64, 64, *blocks, *rest) == "none"
     with FakeTensorMode():
         q = torch.empty(1, 2, 300, 64, device="cuda", dtype=dtype)
     scale = 0.125 if positive else -0.125
-    assert effective_low_bit(asked, q, 64, *blocks, scale, 32, 0.05, True, False) == runs
-    assert effective_low_bit(asked, q, 64, *blocks, scale, 32, 0.05, True, True) == "none"
+    assert low_bit_of(asked, q, 64, *blocks, scale, 32, 0.05, True) == runs
 
 
 # capability, D, Dv, (block_q, block_k), key blocks, share kept, plain -> what auto runs
@@ -188,18 +189,17 @@ def test_auto_runs_what_is_faster_and_close_enough(
         q = torch.empty(1, 2, 300, D, device="cuda", dtype=torch.bfloat16)
         cpu = q.to("cpu")
     call = (Dv, *blocks, D**-0.5, tn, share, plain)
-    assert effective_low_bit("auto", q, *call, False) == runs
-    assert effective_low_bit("auto", q, *call, True) == "none"
-    assert effective_low_bit("auto", q.float(), *call, False) == "none"
-    assert effective_low_bit("auto", cpu, *call, False) == "none"
+    assert low_bit_of("auto", q, *call) == runs
+    assert low_bit_of("auto", q.float(), *call) == "none"
+    assert low_bit_of("auto", cpu, *call) == "none"
 
 
 def test_auto_keeps_the_rule_where_it_was_measured() -> None:
     """Every row measured at its limit of the key blocks is within 3 times bf16's error."""
     rows = json.loads(low_bit_benchmark.RESULTS.read_text())["rows"]
-    at_limit = [row for row in rows if row["topk_ratio"] == precision.MOST_KEPT and row["D"] == 128]
+    at_limit = [row for row in rows if row["topk_ratio"] == MOST_KEPT and row["D"] == 128]
     assert {row["topk"] for row in at_limit} == {2, 4, 8, 16}
-    assert all(row["topk"] / row["tn"] == precision.MOST_KEPT for row in at_limit)
+    assert all(row["topk"] / row["tn"] == MOST_KEPT for row in at_limit)
     assert all("int8 whole" in low_bit_benchmark.within_limit(row) for row in at_limit)
 
 
@@ -213,7 +213,7 @@ def test_a_call_says_how_many_blocks_and_whether_it_is_plain(
         seen.append(args[6:9])
         return "none"
 
-    monkeypatch.setattr(functional, "effective_low_bit", decide)
+    monkeypatch.setattr(functional, "low_bit_of", decide)
     q = torch.randn(1, 1, 300, 16)
     sla2_attention(q, q, q, AttentionOptions(0.5, 8, 32, 16, low_bit="auto"), **options)
     assert seen == [(19, 0.5, not options)]
@@ -221,7 +221,8 @@ def test_a_call_says_how_many_blocks_and_whether_it_is_plain(
 
 def test_without_cuda_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert low_bit_on("int8", torch.device("cuda"), torch.bfloat16, 64, 64, 128, 64, True, True) == "none"
+    asked = ("int8", True, True, True, True)
+    assert low_bit_on(torch.device("cuda"), torch.bfloat16, 64, 64, 128, 64, *asked) == "none"
 
 
 class OnGpu:
@@ -249,9 +250,10 @@ def test_lengths_that_share_a_graph(
 
     from sla2_compile.kernels.blocks import num_blocks
 
-    def decide(low_bit: str, *args: Any) -> str:
+    def decide(*args: Any) -> str:
         """What sm_90 runs; Dynamo itself would look for the chip that is not there."""
-        return ("int8" if args[-1] else "none") if low_bit == "auto" else low_bit
+        low_bit, _, _, few, many = args[6:]
+        return ("int8" if few and many else "none") if low_bit == "auto" else low_bit
 
     decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
     monkeypatch.setattr(precision, "low_bit_on", decide)
@@ -260,7 +262,7 @@ def test_lengths_that_share_a_graph(
     def call(q: Tensor) -> Tensor:
         on_gpu: Any = OnGpu(q)
         tn = num_blocks(q.shape[2], 64)
-        word = effective_low_bit(low_bit, on_gpu, 128, 128, 64, 1.0, tn, topk_ratio, True, False)
+        word = low_bit_of(low_bit, on_gpu, 128, 128, 64, 1.0, tn, topk_ratio, True)
         return q + ("none", "int8", "int8_fp8").index(word)
 
     torch._dynamo.reset()
@@ -287,7 +289,7 @@ def test_the_decision_is_a_constant_of_a_trace(monkeypatch: pytest.MonkeyPatch) 
 
     def call(q: Tensor, v: Tensor) -> Tensor:
         gpu: Any = OnGpu(q)
-        low_bit = effective_low_bit("int8_fp8", gpu, v.shape[3], 64, 32, q.shape[3] ** -0.5, 32, 0.5, True, False)
+        low_bit = low_bit_of("int8_fp8", gpu, v.shape[3], 64, 32, q.shape[3] ** -0.5, 32, 0.5, True)
         return q + len(low_bit)
 
     torch._dynamo.reset()
@@ -296,7 +298,8 @@ def test_the_decision_is_a_constant_of_a_trace(monkeypatch: pytest.MonkeyPatch) 
         for n in (75, 130, 33):
             q = torch.randn(2, 3, n, 40)
             assert torch.equal(compiled(q, q), q + 4)
-    assert asked == [("int8_fp8", torch.device("cuda"), torch.float32, 64, 64, 64, 32, True, False)]
+    call = (torch.device("cuda"), torch.float32, 64, 64, 64, 32)
+    assert asked == [(*call, "int8_fp8", True, True, False, True)]
 
 
 def test_a_word_that_is_none() -> None:
@@ -333,15 +336,15 @@ def test_a_call_says_whether_a_gradient_is_wanted(monkeypatch: pytest.MonkeyPatc
     seen = []
 
     def decide(*args: Any) -> str:
-        seen.append(args[-1])
+        seen.append(args[0])
         return "none"
 
-    monkeypatch.setattr(functional, "effective_low_bit", decide)
+    monkeypatch.setattr(functional, "low_bit_of", decide)
     q = torch.randn(1, 1, 64, 16, requires_grad=True)
     sla2_attention(q, q, q, AttentionOptions(low_bit="int8"))
     with torch.no_grad():
         sla2_attention(q, q, q, AttentionOptions(low_bit="int8"))
-    assert seen == [True, False]
+    assert seen == ["none", "int8"]
 
 
 @levels

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, Saved
 from sla2_compile.kernels.functional import AttentionOptions, attend, sla2_attention
 from sla2_compile.kernels.ops import attention, attention_backward, forward, route
+from sla2_compile.kernels.records import flat
 from sla2_compile.kernels.reference import sla2 as reference
 
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -188,10 +190,11 @@ def test_a_gradient_takes_the_two_ops_and_nothing_else_does(wanted: str | None) 
 def test_attention_backward_passes_opcheck(layout: str, utils: tuple[str, ...], variant: str) -> None:
     q, k, v = qkv(layout, False)
     args = attention_args(variant, q, k, v, learned(q, False))
-    o, lse, o_sparse, o_linear = attention(*args, True)
+    call: AttentionArgs[Tensor] = AttentionArgs(*args, keep_branches=True)
+    o, lse, o_sparse, o_linear = attention(*call)
     do = torch.randn_like(o) if layout == "contiguous" else torch.randn_like(o.transpose(1, 2)).transpose(1, 2)
-    args = (do, *args[:9], lse, o_sparse, o_linear, *args[9:])
-    torch.library.opcheck(attention_backward, args, test_utils=utils)
+    backward = BackwardArgs(do, Saved(lse, o_sparse, o_linear, call))
+    torch.library.opcheck(attention_backward, flat(backward), test_utils=utils)
 
 
 @layouts

@@ -15,12 +15,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.compiler import CompiledKernel
 
+from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule
 from sla2_compile.kernels.cuda.launch import rerun
 from sla2_compile.kernels.cuda.launch import schedule as schedule_module
+from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
 from sla2_compile.kernels.cuda.launch.repeat import Cells, Unknown
 from sla2_compile.kernels.cuda.launch.rerun import Room
-from sla2_compile.kernels.cuda.launch.schedule import Layout, Schedule, Slot, Tiles
+from sla2_compile.kernels.cuda.launch.schedule import Schedule
 
 CONTEXTS: list[int] = []
 """Devices whose context later runs asked for."""
@@ -242,20 +244,21 @@ def test_a_grid_by_trial_is_asked_every_time(repeated: list[Repeated]) -> None:
     assert (len(kernel.calls), repeated) == (4, [])
 
 
-def layouts(x: torch.Tensor) -> tuple[Layout | None, ...]:
+def plain_call(x: torch.Tensor, scale: float = 0.125) -> AttentionArgs[Layout]:
     B, H, N, D = x.shape
     lut = torch.zeros(B, H, -(-N // 128), 2, dtype=torch.int32)
     rest, mean = torch.zeros(lut.shape[:3]), torch.zeros(B, H, D)
-    return Layout.of_all(x, x, x, mean, lut, rest, None, None, None)
-
-
-OPTIONS = (128, 64, 0.125, "softmax", "complement", False, False, "none", False)
+    tensors = Layout.of_all(x, x, x, mean, lut, rest, None, None, None)
+    made: AttentionArgs[Layout] = AttentionArgs(
+        *tensors, 128, 64, scale, "softmax", "complement", False, keep_branches=False
+    )
+    return made
 
 
 def test_calls_of_one_layout_share_a_schedule() -> None:
     x = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
-    one = attention_schedule(*layouts(x), *OPTIONS)
-    assert attention_schedule(*layouts(x.clone()), *OPTIONS) is one
+    one = attention_schedule(plain_call(x), False)
+    assert attention_schedule(plain_call(x.clone()), False) is one
     others = {
         "length": x[:, :, :255],
         "strides": x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -263,5 +266,5 @@ def test_calls_of_one_layout_share_a_schedule() -> None:
         "address": torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape),
     }
     for name, other in others.items():
-        assert attention_schedule(*layouts(other), *OPTIONS) is not one, name
-    assert attention_schedule(*layouts(x), *OPTIONS[:2], 0.5, *OPTIONS[3:]) is not one
+        assert attention_schedule(plain_call(other), False) is not one, name
+    assert attention_schedule(plain_call(x, scale=0.5), False) is not one

@@ -18,14 +18,18 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from sla2_compile.kernels import ops
+from sla2_compile.kernels.arguments import ForwardArgs, RouteArgs
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.cuda import device
 from sla2_compile.kernels.cuda import dispatch as cuda
 from sla2_compile.kernels.cuda.forward import launches as attention_schedule
 from sla2_compile.kernels.cuda.forward import sm90 as hopper
 from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
+from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.cuda.route import launches as route_schedule
 from sla2_compile.kernels.reference import sla2 as reference
+from sla2_compile.kernels.support import GLUON_TRITONS
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
 from tests.kernels.triton_case import (
@@ -33,6 +37,9 @@ from tests.kernels.triton_case import (
     INTERPRETED,
     Case,
     body,
+    dispatched_attention,
+    dispatched_forward,
+    dispatched_route,
     exact,
     poison_outputs,
     scheduled_attention,
@@ -169,20 +176,25 @@ def test_forward_is_route_and_attention(name: str) -> None:
     o, lse, *_ = case.attention(x, scheduled_attention, False)
     scheduled = attention_schedule.attention_schedule.cache_info().misses
     for _ in range(2):
-        got = case.forward(x, cuda.forward)
+        got = case.forward(x, dispatched_forward)
         assert attention_schedule.attention_schedule.cache_info().misses == scheduled
         for a, b in zip(got, (o, lse, x["lut"], x["log_rest"], entropy), strict=True):
             assert torch.equal(a, b)
     # of the same layouts, not of the tensors seen first
     other = replace(case, seed=1).tensors()
-    assert not torch.equal(case.forward(other, cuda.forward)[0], o)
+    assert not torch.equal(case.forward(other, dispatched_forward)[0], o)
 
 
 @body
 @pytest.mark.parametrize("change", [{"dtype": torch.float32}, {"block_k": 8}])
 def test_forward_leaves_what_kernels_do_not_take(change: dict[str, Any]) -> None:
     case = replace(Case(), **change)
-    assert case.forward(case.tensors(), cuda.forward) is None
+    x = case.tensors()
+    _, layouts = case.forward(x, lambda *args: cuda.laid_out(ForwardArgs(*args)))
+    assert cuda.scheduled_forward(layouts, False) is None
+    o, _, lut, *_ = case.forward(x, dispatched_forward)
+    assert torch.equal(lut, case.route(x, ops.route)[0])
+    assert o.isfinite().all()
 
 
 @body
@@ -280,13 +292,13 @@ def test_views_are_read_where_they_lie(way: str, monkeypatch: pytest.MonkeyPatch
                 assert (seen.shape, seen.stride()) == (tensor.shape, tensor.stride())
 
     options = (case.topk_ratio, case.compression_ratio, case.block_q, case.block_k, 0.125, False)
-    x["lut"], x["log_rest"], _, x["k_mean"] = cuda.route(x["q"], x["k"], None, None, x["mask"], *options)
+    x["lut"], x["log_rest"], _, x["k_mean"] = dispatched_route(x["q"], x["k"], None, None, x["mask"], *options)
     check_inputs(x["q"], x["k"], None, None, x["mask"])
     tensors = [x[name] for name in ("q", "k", "v", "k_mean", "lut", "log_rest", "gain", "bias", "mask")]
     rest = (case.block_q, case.block_k, 0.125, "softmax", "complement", False, False, "none")
-    o = cuda.attention(*tensors, *rest)[0]
+    o = dispatched_attention(*tensors, *rest)[0]
     check_inputs(*tensors)
-    assert torch.equal(o, cuda.attention(*(t.contiguous() for t in tensors), *rest)[0])
+    assert torch.equal(o, dispatched_attention(*(t.contiguous() for t in tensors), *rest)[0])
 
 
 @body
@@ -297,13 +309,13 @@ def test_nan_is_seen_and_leads_nowhere(name: str, monkeypatch: pytest.MonkeyPatc
     case = replace(Case(), Nq=64, Nk=96, keep=False)
     x = case.tensors()
     x[name][0, 0, 5] = float("nan")
-    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, cuda.route)
+    x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, dispatched_route)
     assert ((x["lut"] >= -1) & (x["lut"] < num_blocks(case.Nk, case.block_k))).all()
     if (x["lut"] == -1).any():
         with pytest.raises(ValueError, match=r"got -1; take it from .*, or look for NaN in q or k if it is"):
-            case.attention(x, cuda.attention, False, "none")
+            case.attention(x, dispatched_attention, False, "none")
     else:
-        assert case.attention(x, cuda.attention, False, "none")[0].isnan().any()
+        assert case.attention(x, dispatched_attention, False, "none")[0].isnan().any()
 
 
 def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +323,8 @@ def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = torch.zeros(1, 1, 4, 256).half()
 
     def takes(q: Tensor, block_q: int, block_k: int, scale: float) -> bool:
-        return cuda.kernels_take(q.device, q.dtype, q.shape[3], q.shape[3], block_q, block_k, scale)
+        x = Layout.of(q)
+        return cuda.takes_route(RouteArgs(x, x, None, None, None, 0.5, 8, block_q, block_k, scale, False))
 
     assert takes(x.bfloat16(), 128, 64, 0.1)
     assert takes(x.half(), 16, 16, 0.1)
@@ -355,7 +368,7 @@ if not INTERPRETED:
         def built() -> int:
             names = {**vars(attention_schedule), **vars(states_schedule), **vars(route_schedule)}
             kernels = [x for name, x in names.items() if name.endswith("_kernel")]
-            kernels += [hopper.kernel()] if hopper.knows_this_triton() else []
+            kernels += [hopper.kernel()] if device.triton_version() in GLUON_TRITONS else []
             return sum(len(x.device_caches[torch.cuda.current_device()][0]) for x in kernels)
 
         for n in (3001, 3072):

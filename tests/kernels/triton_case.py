@@ -19,10 +19,10 @@ if INTERPRETED:
 
     interpreter.repair()
 
+from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs, RouteArgs  # noqa: E402
 from sla2_compile.kernels.blocks import num_blocks  # noqa: E402
 from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule  # noqa: E402
-from sla2_compile.kernels.cuda.launch.schedule import Layout  # noqa: E402
 from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.tuning import by_trial  # noqa: E402
 from tests.kernels.oracle import CallArguments  # noqa: E402
@@ -97,14 +97,29 @@ class Case(CallArguments):
 
 def scheduled_route(*args: Any) -> Any:
     """What `cuda.route` runs on a GPU, wherever we are: without its checks and its choice."""
-    tensors = cuda.route_inputs(*args[:5])
-    return cuda.run(route_schedule(*Layout.of_all(*tensors), *args[5:], by_trial()), tensors)
+    tensors, layouts = cuda.laid_out(RouteArgs(*args))
+    return cuda.run(route_schedule(layouts, by_trial()), tensors)
 
 
 def scheduled_attention(*args: Any) -> Any:
-    """What `cuda.attention` runs on a GPU, likewise; low_bit may be left out."""
-    tensors, options = cuda.attention_inputs(*args[:9]), args[9:] if len(args) == 17 else (*args[9:], "none")
-    return cuda.run(attention_schedule(*Layout.of_all(*tensors), *options, by_trial()), tensors)
+    """What `cuda.attention` runs on a GPU, likewise."""
+    tensors, layouts = cuda.laid_out(AttentionArgs(*args))
+    return cuda.run(attention_schedule(layouts, by_trial()), tensors)
+
+
+def dispatched_route(*args: Any) -> Any:
+    """`cuda.route` of arguments one after the other."""
+    return cuda.route(RouteArgs(*args))
+
+
+def dispatched_attention(*args: Any) -> Any:
+    """`cuda.attention`, likewise."""
+    return cuda.attention(AttentionArgs(*args))
+
+
+def dispatched_forward(*args: Any) -> Any:
+    """`cuda.forward`, likewise."""
+    return cuda.forward(ForwardArgs(*args))
 
 
 def exact(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

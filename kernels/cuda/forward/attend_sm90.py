@@ -1,7 +1,7 @@
 """Both branches and their mix on Hopper (sm_90), in one persistent kernel with warps of its own for loading.
 
     o = alpha * softmax(q K_sel^T * scale) V_sel + (1 - alpha) * phi(q) H_i / (phi(q) Z_i)          (SLA2, Eq. 13-14)
-What `linear_kernel` and `attend_kernel` compute together, for the calls that `cuda/forward/sm90.py` lets through. Written in
+What `linear_kernel` and `attend_kernel` compute together, for the calls that `kernels/support.py` admits. Written in
 Gluon, Triton's lower level, because it needs what Triton does not say: products in flight while a softmax runs, tiles
 that the copy engine brings ahead of their use, registers that go from one product into the next without being moved.
 
@@ -12,10 +12,10 @@ two groups of four take 64 of the block's 128 rows each (`take_rows`):
         running softmax of the scores while the other product goes on
     phi(q) H, the mix, and the tile goes back through shared memory
 
-LOW_BIT: 0 computes in q's dtype; 1 takes scores in INT8, 2 also weights and values in FP8 (`cuda/forward/states.py` says
-how k8, v8 and their scales are made). An integer score is summed on top of 0x4B400000, so that its bits are
-those of 12582912 + s in fp32, and a conversion is saved; scores in units of log2 are then exact to half a millionth
-of what the largest possible integer would give.
+LOW_BIT: 0 computes in q's dtype; 1 takes scores in INT8, 2 also weights and values in FP8
+(`cuda/forward/states.py` says how k8, v8 and their scales are made). An integer score is
+summed on top of 0x4B400000, so that its bits are those of 12582912 + s in fp32, and a conversion is saved; scores in
+units of log2 are then exact to half a millionth of what the largest possible integer would give.
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""Which calls `cuda/forward/attend_sm90.py` takes, and its launch.
-
-| takes | leaves to `linear_kernel` and `attend_kernel` |
-|---|---|
-| compute capability 9.0, Triton 3.6 and 3.7 (Gluon, its language, may still change) | other chips, other Tritons |
-| D = Dv of 40 to 128, a multiple of 8 (in low bit of 16, for k8's rows), block_q 128, block_k 64 | other sizes |
-| no key_mask, not causal, no branches kept | masks, causal, training |
-| 16-byte strides and addresses of q, k and v; k_mean as the router makes it | odd layouts |
+"""The launch of `cuda/forward/attend_sm90.py`, for the calls that `kernels/support.py` calls fused.
 
 Tiles are 64 or 128 dims wide: the copy engine brings zeros behind a head's last one, and writes nothing there.
 """
@@ -16,15 +9,17 @@ import functools
 from typing import Any
 
 import torch
-import triton
 
+from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.cuda.device import describable, padded
-from sla2_compile.kernels.cuda.launch.schedule import Layout, Schedule, Slot, Tiles
+from sla2_compile.kernels.cuda.device import padded
+from sla2_compile.kernels.cuda.forward.states_launches import StateLayout, Summed
+from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
+from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.tiles import HopperTile, ShapeClass, hopper_tile
+from sla2_compile.kernels.records import with_tensors
 
 BLOCK_Q, BLOCK_K, ROWS = 128, 64, 64
-TRITONS = ((3, 6), (3, 7))
 SHARED = 227 * 1024
 """Bytes of shared memory for the programs of a multiprocessor, on every chip of this generation."""
 
@@ -38,38 +33,9 @@ def kernel() -> Any:
 
 
 @functools.cache
-def knows_this_triton() -> bool:
-    major, minor = triton.__version__.split(".")[:2]
-    return (int(major), int(minor)) in TRITONS
-
-
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many a GPU has, each of whose programs takes query blocks in turn; an H100's where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def takes(
-    arch: int, q: Layout, k: Layout, v: Layout, k_mean: Layout, block_q: int, block_k: int, low_bit: int, plain: bool
-) -> bool:
-    """Whether this call runs on the Hopper kernel; see the table above.
-
-    Args:
-        low_bit: LOW_BIT of the kernels; plain: no mask, not causal, no branches kept.
-    """
-    D = q.shape[3]
-    return (
-        plain
-        and arch == 90
-        and knows_this_triton()
-        and (block_q, block_k) == (BLOCK_Q, BLOCK_K)
-        and padded(D) in (64, 128)
-        and v.shape[3] == D
-        and all(describable(x) for x in (q, k, v))
-        and (not low_bit or D % 16 == 0)
-        and k_mean.aligned
-        and k_mean.dtype == torch.float32
-    )
 
 
 def swizzled_tiles(
@@ -102,33 +68,31 @@ def steps_that_fit(D: int, bytes_k: int, bytes_v: int, tile: HopperTile) -> int:
 
 
 def attend(
-    schedule: Schedule, shape: ShapeClass, q: Layout, k: Layout, v: Layout, eight: tuple[Slot, Slot, Slot],
-    summed: Slot, heads_in: int, o: Slot, lse: Slot, bias_strides: tuple[int, ...], *,
-    first: int, row: int, z_at: int, alpha: int, scale: float, feature_map: str,
+    schedule: Schedule, args: AttentionArgs[Layout], shape: ShapeClass, layout: StateLayout,
+    eight: tuple[Slot, Slot, Slot], summed: Summed, o: Slot, lse: Slot, bias_strides: tuple[int, ...], alpha: int,
 ) -> None:  # fmt: skip
     """Have o and lse written for the query blocks that `summed` has states for.
 
     Args:
-        schedule: of `attention_schedule`, whose inputs it has.
+        schedule: of the tensors of args.
         eight: k8 (B, Hkv, Tn * 64, D), v8 (B, Hkv, Tn, D, 64), scales (B, Hkv, Tn, 4), as far as low_bit has them.
-        summed: (heads of k, query blocks of one, STATE), of which the first heads_in heads count, with states from
-            flat query block `first` on; H in rows of `row` numbers, z at z_at in each.
-        The rest as `attend_hopper_kernel`'s.
+        bias_strides, alpha: as `attend_hopper_kernel` has them.
     """
-    q_in, k_in, v_in, mean, lut, log_rest, gain, bias, _ = schedule.inputs
-    (B, Hq, Nq, D), (_, heads, Nk, _), (tm, topk) = q.shape, k.shape, lut.shape[2:]
+    slots: Any = with_tensors(args, schedule.inputs)
+    q, k, v, (tm, topk) = args.q, args.k, args.v, args.lut.shape[2:]
+    (B, Hq, Nq, D), (_, heads, Nk, _), mean = q.shape, k.shape, slots.k_mean
     (k8, v8, scales), low_bit = eight, shape.low_bit
-    tn, items, state = num_blocks(Nk, BLOCK_K), heads_in * summed.shape[1], summed.shape[2]
+    tn, items, state = num_blocks(Nk, BLOCK_K), summed.n * summed.slot.shape[1], summed.slot.shape[2]
     block_d = padded(D)
     keys = (
         whole_tiles(k8, k8.shape, 1, 1, BLOCK_K, block_d)
         if low_bit
-        else swizzled_tiles(k_in, k.shape, k.stride, 1, 1, BLOCK_K, block_d)
+        else swizzled_tiles(slots.k, k.shape, k.stride, 1, 1, BLOCK_K, block_d)
     )
     if low_bit == 2:
         values = whole_tiles(v8, (B * heads, tn, D, BLOCK_K), 1, 1, block_d, BLOCK_K)
     else:
-        values = swizzled_tiles(v_in, v.shape, v.stride, 1, 1, BLOCK_K, block_d)
+        values = swizzled_tiles(slots.v, v.shape, v.stride, 1, 1, BLOCK_K, block_d)
     # never read without low bit, but must be a thing that can be described
     scale_tiles = (
         whole_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else whole_tiles(mean, (B, heads, D), 1, 1, 32)
@@ -137,11 +101,12 @@ def attend(
     stages = steps_that_fit(block_d, keys.slot.dtype.itemsize, values.slot.dtype.itemsize, tile)
     schedule.launch(
         kernel(), (min(items, tile.programs * multiprocessors(q.device)),),
-        swizzled_tiles(q_in, q.shape, q.stride, 1, 1, ROWS, block_d), keys, values, scale_tiles,
-        swizzled_tiles(summed, (items, D, D), (state, row, 1), 1, block_d, block_d),
-        swizzled_tiles(summed, (items, D), (state, 1), 1, block_d, offset=z_at),
+        swizzled_tiles(slots.q, q.shape, q.stride, 1, 1, ROWS, block_d), keys, values, scale_tiles,
+        swizzled_tiles(summed.slot, (items, D, D), (state, layout.row, 1), 1, block_d, block_d),
+        swizzled_tiles(summed.slot, (items, D), (state, 1), 1, block_d, offset=layout.z_at),
         whole_tiles(mean, (B * heads, D), 1, block_d), whole_tiles(o, o.shape, 1, 1, ROWS, block_d),
-        lut, log_rest, gain, bias, lse, *bias_strides, first, Hq, Hq // heads, tm, tn, topk, items, Nq, Nk, scale,
+        slots.lut, slots.log_rest, slots.alpha_gain, slots.alpha_bias, lse, *bias_strides, summed.first * tm,
+        Hq, Hq // heads, tm, tn, topk, items, Nq, Nk, args.scale,
         D=D, BLOCK_D=block_d, BLOCK_K=BLOCK_K, STAGES=stages, PAIR=tile.pair, LOW_BIT=low_bit, ALPHA=alpha,
-        FEATURE_MAP=feature_map, REGISTERS=tile.registers, num_warps=4, maxnreg=tile.at_launch,
+        FEATURE_MAP=args.feature_map, REGISTERS=tile.registers, num_warps=4, maxnreg=tile.at_launch,
     )  # fmt: skip

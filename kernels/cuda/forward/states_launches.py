@@ -11,12 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
+from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import LOW_BITS
 from sla2_compile.kernels.cuda.forward.states import complement_kernel, states_kernel
-from sla2_compile.kernels.cuda.launch.schedule import Layout, Schedule, Slot
+from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.tiles import ShapeClass, states_tile
 from sla2_compile.kernels.cuda.tuning import launch
+from sla2_compile.kernels.records import with_tensors
 
 STATE_BYTES = 1 << 30
 """Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
@@ -121,12 +124,17 @@ class Summed:
 
 
 def summed_states(
-    schedule: Schedule, shape: ShapeClass, k: Layout, v: Layout, mask: Layout | None, layout: StateLayout,
-    eight: EightBit, Hq: int, tm: int, topk: int, linear_scope: str, is_causal: bool, trials: bool,
-) -> Iterator[Summed]:  # fmt: skip
+    schedule: Schedule,
+    args: AttentionArgs[Layout],
+    shape: ShapeClass,
+    layout: StateLayout,
+    eight: EightBit,
+    trials: bool,
+) -> Iterator[Summed]:
     """Have states summed for as many heads at a time as memory is meant to hold; the slots are used again."""
-    _, k_in, v_in, mean, lut, _, _, _, mask_in = schedule.inputs
-    B, heads, Nk, _ = k.shape
+    slots: Any = with_tensors(args, schedule.inputs)
+    k, v, mask, Hq = args.k, args.v, args.key_mask, args.q.shape[1]
+    (B, heads, Nk, _), (tm, topk) = k.shape, args.lut.shape[2:]
     groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
     # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
     columns = num_blocks(tn, 8) * 8
@@ -140,16 +148,16 @@ def summed_states(
         n = min(step, B * heads - first)
         launch(
             schedule, states_kernel, partial(states_grid, n * columns, layout.block_dv),
-            k_in, v_in, mean, mask_in, states, *eight.slots, *k.stride[:3], *v.stride[:3],
+            slots.k, slots.v, slots.k_mean, slots.key_mask, states, *eight.slots, *k.stride[:3], *v.stride[:3],
             0 if mask is None else mask.stride[0], heads, Nk, columns, first,
             **layout.constants, BLOCK_K=shape.block_k, HAS_MASK=mask is not None, HALVES=layout.block_d > 64,
             LOW_BIT=eight.level, tile=tile, limits=limits, trials=trials,
         )  # fmt: skip
         schedule.launch(
             complement_kernel, (n * groups * tm,),
-            lut, complement, tm, tn, columns, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
-            BLOCK_Q=shape.block_q, BLOCK_K=shape.block_k, BLOCK_N=512, CAUSAL=is_causal, ALL=linear_scope == "all",
-            num_warps=2,
+            slots.lut, complement, tm, tn, columns, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
+            BLOCK_Q=shape.block_q, BLOCK_K=shape.block_k, BLOCK_N=512, CAUSAL=args.is_causal,
+            ALL=args.linear_scope == "all", num_warps=2,
         )  # fmt: skip
         schedule.compute(partial(product, n), complement, states, into=summed)
         yield Summed(summed, n, first * groups)

@@ -16,7 +16,7 @@ from sla2_compile.kernels.cuda.launch.driver import use_context
 from sla2_compile.kernels.cuda.launch.repeat import Cells
 
 if TYPE_CHECKING:
-    from sla2_compile.kernels.cuda.launch.schedule import Slot
+    from sla2_compile.kernels.cuda.launch.layout import Slot
 
 ALIGNMENT = 512
 """Bytes; that of PyTorch's allocator, so that a later run's addresses divide as the first one's did."""

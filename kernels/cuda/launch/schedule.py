@@ -8,8 +8,8 @@ time. None of it depends on values, so calls with the same shapes, strides, dtyp
     schedule.launch(kernel, grid, schedule.inputs[1], mean, N, D=64, num_warps=4)
     (tensor,) = schedule.run(q_tensor, k_tensor, results=(mean,))        # as often as wanted
 
-A first run goes through Triton, which compiles, with a tensor for each argument. Later ones (`cuda/launch/rerun.py`) go straight
-to the driver, with the compiled kernels, bare addresses and one allocation for all that no one sees but the kernels.
+A first run goes through Triton, which compiles, with a tensor for each argument. Later ones (`cuda/launch/rerun.py`)
+go straight to the driver, with the compiled kernels, bare addresses and one allocation for kernel-private tensors.
 While somebody listens to Triton's launch hooks, each run goes through Triton; what else Triton reads at a launch
 (debug knobs, pre-run hooks) counts at the first one.
 """
@@ -19,81 +19,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sla2_compile.kernels.cuda.device import on_device
+from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
 from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Unknown
 from sla2_compile.kernels.cuda.launch.rerun import Rerun, watched
-
-
-class Layout(NamedTuple):
-    """What of a tensor decides how kernels are launched on it; aligned: its address is a multiple of 16 bytes."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    aligned: bool
-
-    @classmethod
-    def of(cls, x: Tensor) -> Layout:
-        return cls(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
-
-    @classmethod
-    def of_slot(cls, slot: Slot, device: torch.device) -> Layout:
-        """Of a tensor that a run makes, which lies in one piece and where the allocator puts it."""
-        strides = torch.empty(slot.shape, device="meta").stride()
-        return cls(slot.shape, strides, slot.dtype, device, True)
-
-    @classmethod
-    def of_all(cls, *tensors: Tensor | None) -> tuple[Layout | None, ...]:
-        """The layouts of a call's tensors, None where there is none."""
-        return tuple(None if x is None else cls.of(x) for x in tensors)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A tensor of a call to come: the at-th of those that `Schedule.run` returns."""
-
-    at: int
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """What a slot holds, as the copy engine reads it.
-
-    Attributes:
-        shape, strides: in elements, from `offset` on, the last stride 1; block: those of one tile.
-        layout: how Gluon wants a tile to lie in shared memory; None for Triton, which chooses.
-    """
-
-    slot: Slot
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-    offset: int = 0
-    layout: Any = None
-
-    def describe(self, x: Tensor) -> Any:
-        """Describe the tensor x of this slot."""
-        x = self.start(x)
-        if self.layout is None:
-            return TensorDescriptor(x, list(self.shape), list(self.strides), list(self.block))
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
-        return GluonDescriptor(x, list(self.shape), list(self.strides), list(self.block), self.layout)
-
-    def start(self, x: Tensor) -> Tensor:
-        return x.view(-1)[self.offset :] if self.offset else x
 
 
 @dataclass

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 
+from sla2_compile.kernels.arguments import RouteArgs, RouteResult
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.kernels.cuda.device import padded
-from sla2_compile.kernels.cuda.launch.schedule import Layout, Schedule, Slot
+from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.pool import center_kernel, pool_kernel, project_kernel
 from sla2_compile.kernels.cuda.route.scores import scores_kernel
 from sla2_compile.kernels.cuda.route.select import select_kernel
 from sla2_compile.kernels.cuda.tuning import Tile, launch
+from sla2_compile.kernels.records import split, with_tensors
 
 POOL = (128, 4)
 """`pool_kernel`: rows and warps a program."""
@@ -62,33 +66,31 @@ def project(schedule: Schedule, name: str, tokens: Slot, proj: Slot, dtype: torc
 
 
 @functools.lru_cache(maxsize=256)
-def route_schedule(
-    q: Layout, k: Layout, proj_q: Layout | None, proj_k: Layout | None, mask: Layout | None,
-    topk_ratio: float, compression_ratio: int, block_q: int, block_k: int, scale: float, is_causal: bool,
-    trials: bool,
-) -> tuple[Schedule, tuple[Slot, ...]]:  # fmt: skip
-    """Schedule what `reference.route` defines, fp32 where it computes; arguments as there, of their layouts.
+def route_schedule(args: RouteArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
+    """Schedule what `reference.route` defines, in fp32 where it computes.
 
     Args:
         trials: whether tiles are found by trial (`tuning.by_trial`).
 
     Returns:
-        The schedule of (q, k, proj_q, proj_k, mask), and the slots of lut, log_rest, entropy and k_mean.
+        The schedule of the tensors of args, and the slots of its `RouteResult`.
     """
-    schedule = Schedule(q, k, proj_q, proj_k, mask)
-    q_in, k_in, proj_q_in, proj_k_in, mask_in = schedule.inputs
+    schedule = Schedule(*split(args)[0])
+    slots: Any = with_tensors(args, schedule.inputs)
+    q, k, mask, block_q, block_k = args.q, args.k, args.key_mask, args.block_q, args.block_k
     (B, Hq, Nq, D), (_, heads, Nk, _) = q.shape, k.shape
-    (rows_q, a), (rows_k, b) = (router_tokens(x, compression_ratio) for x in (block_q, block_k))
+    (rows_q, a), (rows_k, b) = (router_tokens(x, args.compression_ratio) for x in (block_q, block_k))
     tm, tn = num_blocks(Nq, block_q), num_blocks(Nk, block_k)
     masked, fp32 = mask is not None, torch.float32
+    projected_q, projected_k = args.proj_q is not None, args.proj_k is not None
     if mask is None:
         mask_slot, mask_stride = None, 0
     else:
-        mask_slot, mask_stride = mask_in, mask.stride[0]
-    q_tokens, _, _, _ = pool(schedule, "q", q_in, q, None, 0, rows_q, q.dtype if proj_q is None else fp32, False)
-    k_tokens, count, partial, tiles = pool(schedule, "k", k_in, k, mask_slot, mask_stride, rows_k, fp32, True)
+        mask_slot, mask_stride = slots.key_mask, mask.stride[0]
+    q_tokens, _, _, _ = pool(schedule, "q", slots.q, q, None, 0, rows_q, fp32 if projected_q else q.dtype, False)
+    k_tokens, count, partial, tiles = pool(schedule, "k", slots.k, k, mask_slot, mask_stride, rows_k, fp32, True)
     k_mean = schedule.empty("k_mean", (B, heads, D), fp32)
-    centered = schedule.empty("centered", k_tokens.shape, q.dtype if proj_k is None else fp32)
+    centered = schedule.empty("centered", k_tokens.shape, fp32 if projected_k else q.dtype)
     Tq, Tk = q_tokens.shape[2], k_tokens.shape[2]
     bonus = schedule.empty("bonus", (B, Tk), fp32)
     groups = min(16, num_blocks(Tk, 2 * CENTER_TOKENS))
@@ -97,10 +99,10 @@ def route_schedule(
         k_tokens, count, partial, centered, k_mean, bonus, heads, Nk, Tk, tiles, groups,
         D=D, BLOCK_D=padded(D), ROWS=rows_k, BLOCK_T=CENTER_TOKENS, HAS_MASK=masked, num_warps=8,
     )  # fmt: skip
-    if proj_q is not None:
-        q_tokens = project(schedule, "q", q_tokens, proj_q_in, q.dtype)
-    if proj_k is not None:
-        centered = project(schedule, "k", centered, proj_k_in, q.dtype)
+    if projected_q:
+        q_tokens = project(schedule, "q", q_tokens, slots.proj_q, q.dtype)
+    if projected_k:
+        centered = project(schedule, "k", centered, slots.proj_k, q.dtype)
     # rows of whole 16-byte pieces; the last few columns are never written, and of no effect when read
     columns = num_blocks(tn, 4) * 4
     peak, typical = (schedule.empty(name, (B, Hq, tm, columns), fp32) for name in ("peak", "typical"))
@@ -120,20 +122,20 @@ def route_schedule(
         tile["TILES"] //= 2
     launch(
         schedule, scores_kernel, grid,
-        q_tokens, centered, bonus, peak, typical, Hq, Hq // heads, Tq, Tk, tm, tn, scale,
+        q_tokens, centered, bonus, peak, typical, Hq, Hq // heads, Tq, Tk, tm, tn, args.scale,
         D=D, BLOCK_D=padded(D), A=a, B=b, FAST=q.device.type == "cuda",
         tile=tile,
         limits={"BLOCK_T": (a, max(a, padded(Tq))), "BLOCK_N": (1, padded(tn))},
         trials=trials,
     )  # fmt: skip
-    kept = num_kept(tn, topk_ratio, block_q, block_k, is_causal)
+    kept = num_kept(tn, args.topk_ratio, block_q, block_k, args.is_causal)
     lut = schedule.empty("lut", (B, Hq, tm, kept), torch.int32)
     log_rest, entropy = (schedule.empty(name, (B, Hq, tm), fp32) for name in ("log_rest", "entropy"))
     width = padded(tn)
     schedule.launch(
         select_kernel, (B * Hq * tm,),
         peak, typical, lut, log_rest, entropy, tm, tn, kept, Nq, Nk,
-        BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal, BLOCK_N=width,
+        BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=args.is_causal, BLOCK_N=width,
         num_warps=max(1, min(16, width // 1024)),
     )  # fmt: skip
-    return schedule, (lut, log_rest, entropy, k_mean)
+    return schedule, RouteResult(lut, log_rest, entropy, k_mean)

@@ -1,0 +1,193 @@
+"""What the ops `sla2::*` take and return, written once: a record an op, a field an argument.
+
+`ops.py` makes schema, fake, implementations and autograd of each op from its record, so a new argument is one line
+here. A record reads a node of a graph too: `AttentionArgs(*node.args, **node.kwargs).low_bit`.
+
+T is whatever stands for a tensor: a tensor, its layout (`cuda/launch/layout.py`), a slot of a schedule, a node, a
+shape. Tensors come first and options last. A record may end in another one (`BackwardArgs`): its op then takes the
+arguments of both, so that what is added to the inner one reaches it too. `records.py` reads all this.
+
+Shapes: q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv); Hkv divides Hq. Tm = ceil(Nq / block_q) query blocks,
+Tn = ceil(Nk / block_k) key blocks, K of them kept for each query block. "acc" is the `accumulation_dtype`.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+from typing_extensions import NamedTuple
+
+T = TypeVar("T", covariant=True)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64, everything else accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class RouteArgs(NamedTuple, Generic[T]):
+    """Arguments of `sla2::route`.
+
+    Attributes:
+        q, k: see above; k as it comes, not smoothed.
+        proj_q, proj_k: (D, D), the router's projections; identity if None.
+        key_mask: (B, Nk) bool, True where the key takes part; all do if None.
+        topk_ratio: share of the key blocks that is kept, in (0, 1].
+        compression_ratio: tokens averaged into one router token, a power of two; no more than a block has.
+        block_q, block_k: rows of a query and of a key block, powers of two from 8 to 256.
+        scale: multiplies q k^T.
+        is_causal: whether query i sees keys 0..i only.
+    """
+
+    q: T
+    k: T
+    proj_q: T | None
+    proj_k: T | None
+    key_mask: T | None
+    topk_ratio: float
+    compression_ratio: int
+    block_q: int
+    block_k: int
+    scale: float
+    is_causal: bool
+
+
+class RouteResult(NamedTuple, Generic[T]):
+    """What `sla2::route` returns.
+
+    Attributes:
+        lut: (B, Hq, Tm, K) int32, each row ascending, -1 behind the last where fewer are allowed.
+        log_rest: (B, Hq, Tm) acc, estimated log-sum-exp of a row's scores over the blocks not kept.
+        entropy: (B, Hq, Tm) acc, of the block distribution, in nats.
+        k_mean: (B, Hkv, D) acc, mean of the keys that take part.
+    """
+
+    lut: T
+    log_rest: T
+    entropy: T
+    k_mean: T
+
+
+class AttentionArgs(NamedTuple, Generic[T]):
+    """Arguments of `sla2::attention`.
+
+    Attributes:
+        q, k, v: see above. k_mean, lut, log_rest: of `RouteResult`.
+        alpha_gain: (Hq,), alpha_bias: (1 or Hq, 1 or Tm); see `reference.attention`.
+        key_mask, block_q, block_k, scale, is_causal: as `RouteArgs` has them.
+        feature_map: phi of the linear branch: softmax, elu or relu.
+        linear_scope: complement (keys that the sparse branch skips) or all.
+        keep_branches: return o_sparse and o_linear, which a backward needs.
+        low_bit: format that the sparse branch computes in: none (the input's dtype), int8 or int8_fp8.
+    """
+
+    q: T
+    k: T
+    v: T
+    k_mean: T
+    lut: T
+    log_rest: T
+    alpha_gain: T | None
+    alpha_bias: T | None
+    key_mask: T | None
+    block_q: int
+    block_k: int
+    scale: float
+    feature_map: str
+    linear_scope: str
+    is_causal: bool
+    keep_branches: bool
+    low_bit: str = "none"
+
+
+class AttentionResult(NamedTuple, Generic[T]):
+    """What `sla2::attention` returns.
+
+    Attributes:
+        o: (B, Hq, Nq, Dv) in q's dtype. lse: (B, Hq, Nq) acc, natural, of the sparse branch.
+        o_sparse, o_linear: the branches, as o; of shape (0,) unless keep_branches.
+    """
+
+    o: T
+    lse: T
+    o_sparse: T
+    o_linear: T
+
+
+class Saved(NamedTuple, Generic[T]):
+    """What the forward keeps for the backward: results, and the arguments of its `sla2::attention`."""
+
+    lse: T
+    o_sparse: T
+    o_linear: T
+    call: AttentionArgs[T]
+
+
+class BackwardArgs(NamedTuple, Generic[T]):
+    """Arguments of `sla2::attention_backward`: do (B, Hq, Nq, Dv), the gradient for o, and what was saved."""
+
+    do: T
+    saved: Saved[T]
+
+
+class BackwardResult(NamedTuple, Generic[T]):
+    """What `sla2::attention_backward` returns: gradients, each as its tensor; of shape (0,) where that is None."""
+
+    dq: T
+    dk: T
+    dv: T
+    dk_mean: T
+    dgain: T
+    dbias: T
+
+
+class ForwardArgs(NamedTuple, Generic[T]):
+    """Arguments of `sla2::forward`, `route` and `attention` in one; each as they have it."""
+
+    q: T
+    k: T
+    v: T
+    proj_q: T | None
+    proj_k: T | None
+    alpha_gain: T | None
+    alpha_bias: T | None
+    key_mask: T | None
+    topk_ratio: float
+    compression_ratio: int
+    block_q: int
+    block_k: int
+    scale: float
+    feature_map: str
+    linear_scope: str
+    is_causal: bool
+    low_bit: str
+
+    def route(self) -> RouteArgs[T]:
+        """The arguments of its route."""
+        return RouteArgs(*[self[n] for n in _ROUTE])
+
+    def attention(self, routed: RouteResult[T], keep_branches: bool = False) -> AttentionArgs[T]:
+        """The arguments of its attention, given what its route returned."""
+        known = (*self, *routed, keep_branches)
+        return AttentionArgs(*[known[n] for n in _ATTENTION])
+
+
+# where the arguments of its parts stand, found by name, once: a call in eager mode cannot spare the time
+_ROUTE = [ForwardArgs._fields.index(name) for name in RouteArgs._fields]
+_KNOWN = (*ForwardArgs._fields, *RouteResult._fields, "keep_branches")
+_ATTENTION = [_KNOWN.index(name) for name in AttentionArgs._fields]
+
+
+class ForwardResult(NamedTuple, Generic[T]):
+    """What `sla2::forward` returns; each as `AttentionResult` and `RouteResult` have it."""
+
+    o: T
+    lse: T
+    lut: T
+    log_rest: T
+    entropy: T
+
+    @classmethod
+    def of(cls, routed: RouteResult[T], attended: AttentionResult[T]) -> ForwardResult[T]:
+        return cls(attended.o, attended.lse, routed.lut, routed.log_rest, routed.entropy)

@@ -1,0 +1,75 @@
+"""What stands for the tensors of a call before there are any: their layouts, their slots, and slots seen as tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """What of a tensor decides how kernels are launched on it; aligned: its address is a multiple of 16 bytes."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> Layout:
+        return cls(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+
+    @classmethod
+    def of_slot(cls, slot: Slot, device: torch.device) -> Layout:
+        """Of a tensor that a run makes, which lies in one piece and where the allocator puts it."""
+        strides = torch.empty(slot.shape, device="meta").stride()
+        return cls(slot.shape, strides, slot.dtype, device, True)
+
+    @classmethod
+    def of_all(cls, *tensors: Tensor | None) -> tuple[Layout | None, ...]:
+        """The layouts of a call's tensors, None where there is none."""
+        return tuple(None if x is None else cls.of(x) for x in tensors)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of a call to come: the at-th of those that `Schedule.run` returns."""
+
+    at: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a slot holds, as the copy engine reads it.
+
+    Attributes:
+        shape, strides: in elements, from `offset` on, the last stride 1; block: those of one tile.
+        layout: how Gluon wants a tile to lie in shared memory; None for Triton, which chooses.
+    """
+
+    slot: Slot
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    offset: int = 0
+    layout: Any = None
+
+    def describe(self, x: Tensor) -> Any:
+        """Describe the tensor x of this slot."""
+        x = self.start(x)
+        if self.layout is None:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            return TensorDescriptor(x, list(self.shape), list(self.strides), list(self.block))
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+        return GluonDescriptor(x, list(self.shape), list(self.strides), list(self.block), self.layout)
+
+    def start(self, x: Tensor) -> Tensor:
+        return x.view(-1)[self.offset :] if self.offset else x

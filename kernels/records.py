@@ -1,0 +1,89 @@
+"""What the records of `arguments.py` say of an op: its schema, and its arguments one after the other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+
+class Argument(NamedTuple):
+    """One argument of an op; type as a schema writes it."""
+
+    name: str
+    type: str
+    default: Any = None
+
+
+_TYPES: dict[Any, str] = {float: "float", int: "SymInt", bool: "bool", str: "str"}
+
+
+@functools.cache
+def arguments(record: Any) -> tuple[Argument, ...]:
+    """List the arguments of an op in order, given its record; those of an inner record are the last."""
+    found: list[Argument] = []
+    for name, kind in get_type_hints(record).items():
+        if hasattr(get_origin(kind), "_fields"):
+            found += arguments(get_origin(kind))
+        elif isinstance(kind, TypeVar):
+            found.append(Argument(name, "Tensor"))
+        elif type(None) in get_args(kind):
+            found.append(Argument(name, "Tensor?"))
+        else:
+            found.append(Argument(name, _TYPES[kind], record._field_defaults.get(name)))
+    return tuple(found)
+
+
+def schema(record: Any, result: Any) -> str:
+    """Write the schema of an op: `(Tensor q, ..., str low_bit="none") -> (Tensor, ...)`."""
+    taken = [f"{x.type} {x.name}{_default(x.default)}" for x in arguments(record)]
+    return f"({', '.join(taken)}) -> ({', '.join(x.type for x in arguments(result))})"
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return ""
+    return f'="{value}"' if isinstance(value, str) else f"={value}"
+
+
+@functools.cache
+def tensor_count(record: Any) -> int:
+    """How many of an op's arguments are tensors; they are the first."""
+    return sum(x.type.startswith("Tensor") for x in arguments(record))
+
+
+@functools.cache
+def inner_record(record: Any) -> Any:
+    """The record that a record ends in, or None."""
+    kind = get_origin(get_type_hints(record)[record._fields[-1]])
+    return kind if hasattr(kind, "_fields") else None
+
+
+def of(record: Any, values: Sequence[Any]) -> Any:
+    """Build a record from the arguments of an op, one after the other; the last may be left to their defaults."""
+    inner, own = inner_record(record), len(record._fields) - 1
+    return record(*values) if inner is None else record(*values[:own], of(inner, values[own:]))
+
+
+def flat(args: Any) -> tuple[Any, ...]:
+    """The arguments one after the other, as the op is called with them."""
+    return args if inner_record(type(args)) is None else (*args[:-1], *flat(args[-1]))
+
+
+def split(args: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the tensors among the arguments, and the options."""
+    values, count = flat(args), tensor_count(type(args))
+    return values[:count], values[count:]
+
+
+def with_tensors(args: Any, tensors: Iterable[Any]) -> Any:
+    """Put something else in the place of each tensor: its layout, a slot of a schedule."""
+    return of(type(args), (*tensors, *split(args)[1]))
+
+
+def named(record: Any, **values: Any) -> tuple[Any, ...]:
+    """Something for each argument: the values named, None for the others. What autograd wants of a backward."""
+    names = [x.name for x in arguments(record)]
+    if unknown := set(values) - set(names):
+        raise TypeError(f"arguments of {record.__name__} must be among {', '.join(names)}, got {sorted(unknown)}")
+    return tuple(values.get(name) for name in names)

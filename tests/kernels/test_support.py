@@ -1,0 +1,131 @@
+"""The one table of what runs where: each row admits and refuses what it says, in words that name the call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sla2_compile.kernels import support as table
+from sla2_compile.kernels.precision import size_class
+from sla2_compile.kernels.support import AUTO, FP8, FUSED, TRITON, Chip, Facts, Rule, support
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+H200 = Chip("cuda", 90, 227 * 1024, triton=(3, 7))
+CALL = Facts(H200, torch.bfloat16, 128, 128, 128, 64, few=True, many=True)
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def on(arch: int, shared: int = 227 * 1024) -> Chip:
+    return H200._replace(arch=arch, shared=shared)
+
+
+# a change that the row of this number refuses and that all rows before it admit, and what is said of it
+REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = {
+    "triton": (TRITON, [
+        ({"chip": Chip("cpu")}, "not run on cpu"),
+        ({"direction": "backward"}, "the backward has no Triton kernels; they are to come"),
+        ({"chip": H200._replace(nvidia=False)}, "the Triton kernels are for NVIDIA, not ROCm"),
+        ({"chip": on(75)}, "the Triton kernels need sm_80, not sm_75"),
+        ({"dtype": torch.float64}, "the Triton kernels take bfloat16 and float16, not float64"),
+        ({"positive": False}, "the Triton kernels take a scale above 0 only"),
+        ({"block_q": 256}, "the Triton kernels take block_q of 16 to 128, not 256"),
+        ({"block_k": 8}, "the Triton kernels take block_k of 16 to 128, not 8"),
+        ({"chip": on(89, 99 * 1024), "D": 256, "block_k": 128},
+         "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
+    ]),
+    "fused": (FUSED, [
+        ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
+        ({"chip": H200._replace(triton=(3, 8))}, "the fused kernel needs Triton 3.6 or 3.7, not 3.8"),
+        ({"keep_branches": True}, "the fused kernel keeps no branches"),
+        ({"plain": False}, "the fused kernel takes no mask and no causality"),
+        ({"block_q": 64}, "the fused kernel takes blocks of 128 x 64, not 64 x 64"),
+        ({"Dv": 64}, "the fused kernel does not take head dims 128 and 64"),
+        ({"copyable": False}, "the fused kernel needs strides and addresses of q, k and v in whole 16 bytes"),
+    ]),
+    "low_bit": (FP8, [
+        ({"low_bit": "int8_fp8", "chip": on(86)}, "no FP8 on sm_86"),
+        ({"low_bit": "int8_fp8", "block_k": 16}, "FP8 needs block_k of 32"),
+    ]),
+    "auto": (AUTO, [
+        ({"low_bit": "auto", "chip": on(100)}, "not measured on sm_100"),
+        ({"low_bit": "auto", "plain": False}, "does not pay on cuda (sm_90), as far as measured"),
+        ({"low_bit": "auto", "D": 64}, "does not pay on cuda (sm_90), as far as measured"),
+        ({"low_bit": "auto", "block_k": 128}, "does not pay on cuda (sm_90), as far as measured"),
+        ({"low_bit": "auto", "few": False}, "over 3 times bf16's own error above a sixteenth of the key blocks"),
+        ({"low_bit": "auto", "many": False}, "does not pay on cuda (sm_90), as far as measured"),
+    ]),
+}  # fmt: skip
+LESS = {"triton": "portable", "fused": "triton"}
+
+
+def test_a_plain_call_gets_the_best() -> None:
+    for low_bit, runs in (("none", "none"), ("auto", "int8"), ("int8", "int8"), ("int8_fp8", "int8_fp8")):
+        assert support(CALL._replace(low_bit=low_bit)) == ("fused", runs, ("", "", ""))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_row_refuses_something(name: str) -> None:
+    rules, refused = REFUSED[name]
+    assert len(refused) == len(rules)
+    for n, (change, words) in enumerate(refused):
+        facts = CALL._replace(**change)
+        assert [rule.admits(facts) for rule in rules[: n + 1]] == [True] * n + [False], words
+        found = support(facts)
+        assert getattr(found.why, "low_bit" if name == "auto" else name) == words
+        if name in LESS:
+            assert found.kernel == LESS[name]
+
+
+def test_a_format_falls_back_to_the_next_less() -> None:
+    fp8 = CALL._replace(low_bit="int8_fp8")
+    assert support(fp8._replace(chip=on(86))).low_bit == "int8"
+    assert support(fp8._replace(block_k=16)).low_bit == "int8"
+    for change in ({"chip": Chip("cpu")}, {"chip": on(75)}, {"dtype": torch.float32}, {"direction": "backward"}):
+        for low_bit in ("auto", "int8", "int8_fp8"):
+            found = support(CALL._replace(low_bit=low_bit, **change))
+            assert (found.kernel, found.low_bit) == ("portable", "none")
+            assert found.why.low_bit == found.why.triton != ""
+
+
+def test_a_fused_call_in_low_bit_has_wider_steps_of_head_dims() -> None:
+    odd = CALL._replace(D=72, Dv=72)
+    assert support(odd).kernel == "fused"
+    # FP8 is refused by block_k, the kernel by what then runs
+    assert support(odd._replace(low_bit="int8")).kernel == "triton"
+
+
+@pytest.mark.parametrize("low_bit", ["auto", "int8", "int8_fp8"])
+def test_a_size_class_stands_for_its_sizes(low_bit: str) -> None:
+    """What a trace asks with symbolic sizes is what it would have been told of the sizes themselves."""
+    for chip in (H200, on(80), on(89, 99 * 1024)):
+        for D in range(1, 257, 5):
+            for Dv in (D, 64, 128):
+                facts = CALL._replace(chip=chip, D=D, Dv=Dv, low_bit=low_bit)
+                coarse = facts._replace(D=size_class(D), Dv=size_class(Dv))
+                assert support(facts).low_bit == support(coarse).low_bit
+    assert [size_class(n) for n in (8, 16, 32, 64, 128, 256)] == [8, 16, 32, 64, 128, 256]
+
+
+def test_the_command_prints_every_row() -> None:
+    command = [sys.executable, "-m", "sla2_compile.kernels.support"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert printed.rstrip("\n") == table.table()
+    for rule in (*TRITON, *FUSED, *FP8, *AUTO):
+        assert rule.needs in printed
+
+
+def test_docs_show_what_the_command_prints() -> None:
+    """A page that names the command has its tables as they are now."""
+    named = "python -m sla2_compile.kernels.support"
+    pages = [page for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if named in page.read_text()]
+    if not pages:
+        pytest.skip(f"no page of docs/ names `{named}` yet")
+    for page in pages:
+        for part in table.table().split("\n\n"):
+            assert part in page.read_text(), f"{page.name} must show what {named} prints"
