@@ -8,17 +8,18 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from sla2_compile.passes.base import Pass, PassResult
+from sla2_compile.passes.graph.memory import Writes
+from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.sweep import sweep
 
 
 @dataclass(frozen=True)
 class CleanUp(Pass):
-    """Removes dead nodes, such as masks that only a replaced call read."""
+    """Removes what nobody needs, such as masks that only a replaced call read; never an effect (`sweep`)."""
 
     name: ClassVar[str] = "clean-up"
     numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        before = len(gm.graph.nodes)
-        # graphs of training code may hold impure calls that fx does not know: only pure ones go
-        gm.graph.eliminate_dead_code()
-        return PassResult(before - len(gm.graph.nodes))
+        reader = Reader(gm)
+        return PassResult(sweep(reader, Writes(reader)))

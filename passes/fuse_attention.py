@@ -19,9 +19,9 @@ from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.fuse.emit import Emitter
 from sla2_compile.passes.fuse.explain import NoFit, near_attention
 from sla2_compile.passes.fuse.match import Matcher
-from sla2_compile.passes.fuse.pattern import Match
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.sweep import sweep
 from sla2_compile.passes.select_attention import DECISION, owner_of
 from sla2_compile.passes.sites.outcome import Miss, Where
 
@@ -40,7 +40,7 @@ class FuseAttention(Pass):
         if not found:
             return result
         writes = Writes(reader)
-        matcher = Matcher(reader, writes)
+        matcher, before = Matcher(reader, writes), set(reader.live)
         for softmax in found:
             if DECISION in softmax.meta:
                 continue
@@ -54,24 +54,9 @@ class FuseAttention(Pass):
                     result.outcomes.append(softmax.meta[DECISION])
                 continue
             match.values.replace_all_uses_with(new)
-            _remove(match, reader)
+            reader.live -= match.nodes
             result.changed += 1
+        if result.changed:
+            now = Reader(gm)
+            sweep(now, Writes(now), among=before)
         return result
-
-
-def _remove(match: Match, reader: Reader) -> None:
-    """Erase what a call replaced, and what only that read."""
-    graph = match.values.graph
-    for node in sorted(match.nodes, key=reader.position.__getitem__, reverse=True):
-        _erase(node)
-    for node in reversed(list(graph.nodes)):
-        useless = node.op.startswith("call_") and not node.users and node in reader.live
-        if useless and reader.writes(node) is None and not node.is_impure():
-            graph.erase_node(node)
-
-
-def _erase(node: fx.Node) -> None:
-    """Erase a node with the users that it has left: dead ones, and assertions about its metadata."""
-    for user in list(node.users):
-        _erase(user)
-    node.graph.erase_node(node)

@@ -35,6 +35,9 @@ class InlineAutocast(Pass):
             # results come as a tuple, read by getitem; anything else is not what torch.export writes
             if not isinstance(body, fx.GraphModule) or any(pick.target is not operator.getitem for pick in picks):
                 continue
+            # what the body holds itself has no place in the graph around it
+            if any(n.op in ("get_attr", "call_module") for n in body.graph.nodes):
+                continue
             inputs = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[5:], strict=True))
             with gm.graph.inserting_before(node):
                 outputs = gm.graph.graph_copy(body.graph, inputs)

@@ -13,6 +13,7 @@ from sla2_compile.passes.clean_up import CleanUp
 from sla2_compile.passes.expand_multihead import ExpandMultihead
 from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.graph.bodies import transparent_bodies
+from sla2_compile.passes.graph.sweep import SideEffects
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.read_masks import ReadMasks
@@ -84,6 +85,7 @@ class Pipeline:
         outcomes: list[Rewrite | Miss] = []
         enters = any(isinstance(step, SelectAttention) and step.bodies for step in self.passes)
         inside = list(transparent_bodies(gm)) if enters else []
+        effects = SideEffects(gm)
         for index, step in enumerate(self.passes):
             start = time.perf_counter()
             try:
@@ -95,6 +97,7 @@ class Pipeline:
                     graph.graph.lint()
                     graph.recompile()
                     step.ensures(graph)
+                effects = _kept(effects, gm)
             except Exception as error:
                 raise PassError(
                     f"pass {index} ({step.name}) failed with {type(error).__name__}: {error}; pipeline: {self}"
@@ -103,3 +106,16 @@ class Pipeline:
             for observe in observers:
                 observe(gm, Ran(step, result, time.perf_counter() - start))
         return outcomes
+
+
+def _kept(before: SideEffects, gm: fx.GraphModule) -> SideEffects:
+    """What gm does now besides giving its results.
+
+    Raises:
+        ValueError: it does not do all that it did.
+    """
+    now = SideEffects(gm)
+    lost = before.lost(now)
+    if lost is not None:
+        raise ValueError(f"the pass must keep every effect of the graph, got {lost}, erased; keep the node")
+    return now

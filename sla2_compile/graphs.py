@@ -21,6 +21,12 @@ from sla2_compile.plan import Plan, plan_of, set_plan
 from sla2_compile.recipes import Recipe
 from sla2_compile.reports.report import report
 
+DYNAMO_SOURCE = "_dynamo_source"
+"""Attribute of an input's node: where Dynamo found that input."""
+
+DYNAMO_NOTES = ("_param_name_to_source", "compile_subgraph_reason", "_backend_id")
+"""Attributes that Dynamo sets on its graph module and compilers read."""
+
 
 def transform_graph_module(
     gm: fx.GraphModule, recipe: Recipe, example_inputs: Sequence[Any] | None, allow_none: bool
@@ -37,7 +43,7 @@ def transform_graph_module(
         if len(example_inputs) != wanted:
             raise ValueError(f"example_inputs must be {wanted} values, got {len(example_inputs)}; one for each input")
         try:
-            FakeTensorProp(work, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
+            WithoutTrace(work, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
         except Exception as error:  # the graph's own operators may raise anything
             raise ValueError(f"example_inputs must run through the graph, got {error}; check their shapes") from error
     elif not any("val" in node.meta or "example_value" in node.meta for node in work.graph.nodes):
@@ -52,29 +58,50 @@ def transform_graph_module(
             )
     for node, site in list(site_nodes(work)):
         gm.add_submodule(str(node.target), site)
+    for node in work.graph.nodes:
+        for name, body in bodies_of(work, node):
+            gm.set_submodule(name, body)
     gm.graph = work.graph
     _keep(gm, recipe, outcomes)
     return gm
 
 
+class WithoutTrace(FakeTensorProp):
+    """Computes shapes with fake tensors in the place of the model's own: a write into those would be real."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        fakes = {name: self._mode.from_tensor(x) for name, x in own.items()}
+        return torch.func.functional_call(module, fakes, args, kwargs)
+
+
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph and the graphs inside it, sharing weights; the copy can be edited.
 
-    Dynamo's own graph module refuses new attributes.
+    Dynamo's own graph module refuses new attributes. What Dynamo notes on it for the next compiler goes along: which
+    inputs are parameters, how a checkpoint is to be recomputed.
     """
     graph = fx.Graph()
     graph._codegen = gm.graph._codegen
     values: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(gm.graph, values)
-    graph.output(result)
-    next(iter(reversed(graph.nodes))).meta = dict(gm.graph.output_node().meta)
+    graph.output(result).meta = dict(gm.graph.output_node().meta)
+    for old, new in values.items():
+        if hasattr(old, DYNAMO_SOURCE):
+            setattr(new, DYNAMO_SOURCE, getattr(old, DYNAMO_SOURCE))
     copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    for name in DYNAMO_NOTES:
+        if name in gm.__dict__:
+            setattr(copied, name, gm.__dict__[name])
     for node in copied.graph.nodes:
         for name, body in bodies_of(copied, node):
-            inner = copy_graph(body)
-            # how a checkpoint is to be recomputed
-            inner.meta.update(body.meta)
-            copied.set_submodule(name, inner)
+            copied.set_submodule(name, copy_graph(body))
     return copied
 
 

@@ -16,7 +16,7 @@ from sla2_compile.passes.fuse.scores import Scores
 from sla2_compile.passes.graph.axes import Role, role
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.products import Product, read_product
-from sla2_compile.passes.graph.reader import Reader, dropout_of, floating, module_of, same
+from sla2_compile.passes.graph.reader import Reader, floating, module_of, same
 from sla2_compile.passes.sites.rules import Reason
 
 
@@ -97,7 +97,7 @@ class Matcher:
             if order is not None:
                 axes = tuple(axes[i] for i in order)
             elif reader.name(user).removesuffix("_") == "dropout":
-                p = dropout_of(reader, user)
+                p = reader.dropout(user)
                 if p != 0.0:
                     raise NoFit(Reason.DROPOUT, f"dropout_p {p}")
             elif (old := reader.regroups(user)) is not None:

@@ -13,7 +13,7 @@ from sla2_compile.passes.fuse.explain import NoFit, explain_scores
 from sla2_compile.passes.fuse.pattern import Factor, Operand, Term, Trail
 from sla2_compile.passes.graph.axes import Role, role
 from sla2_compile.passes.graph.products import Product, read_product
-from sla2_compile.passes.graph.reader import Reader, dropout_of, floating, known, same
+from sla2_compile.passes.graph.reader import Reader, floating, known, same
 from sla2_compile.passes.sites.rules import Reason
 
 HIDDEN = -1e9
@@ -39,7 +39,7 @@ class Scores:
             return product, self._own(product, trail)
         name, first = reader.name(node).removesuffix("_"), reader.first(node)
         under = reader.casts(node) or reader.regroups(node)
-        if under is None and name == "dropout" and dropout_of(reader, node) == 0.0:
+        if under is None and name == "dropout" and reader.dropout(node) == 0.0:
             under = first
         if under is not None:
             shapes = (*trail.shapes, reader.shape(node) or ())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 
 import torch
 from torch import Tensor, fx
 
-from sla2_compile.passes.graph.reader import CASTS, PERMUTES, REGROUP, Reader, memory_of
+from sla2_compile.passes.graph.nodes import memory_of
+from sla2_compile.passes.graph.reader import CASTS, PERMUTES, REGROUP, Reader
 
 VIEWS = (REGROUP | CASTS | PERMUTES) | frozenset({
     "getitem", "expand", "expand_as", "slice", "select", "narrow", "unbind", "split", "chunk", "tensor_split",
@@ -27,6 +29,17 @@ KEEPS_LAYOUT = frozenset({
 """Operations whose result may be laid out in memory like their input."""
 
 
+TAKES_MEMORY = frozenset({"set_", "setattr"})
+"""Operations that put one tensor's memory under another."""
+
+
+@functools.lru_cache(maxsize=None)
+def _hands_on(overload: torch._ops.OpOverload) -> bool:
+    """Whether the schema of an operator says that its result may be memory of its input."""
+    out = any(a.kwarg_only and a.alias_info and a.alias_info.is_write for a in overload._schema.arguments)
+    return not out and any(r.alias_info for r in overload._schema.returns)
+
+
 class Writes:
     """The in-place writes of a graph, by the memory that they touch."""
 
@@ -37,7 +50,7 @@ class Writes:
         for node in reader.gm.graph.nodes:
             self.add(node)
         self.writes = [
-            (reader.position[node], node, {self._root(x) for x in written})
+            (reader.position[node], node, {self.root(x) for x in written})
             for node in reader.gm.graph.nodes
             if (written := reader.writes(node))
         ]
@@ -50,22 +63,27 @@ class Writes:
         if memory is not None:
             self._join(node, memory)
 
-    def _root(self, key: Hashable) -> Hashable:
+    def root(self, key: Hashable) -> Hashable:
+        """What stands for all nodes that share memory with this one."""
         while (up := self.parent.get(key, key)) != key:
             key = up
         return key
 
     def _join(self, a: Hashable, b: Hashable) -> None:
-        a, b = self._root(a), self._root(b)
+        a, b = self.root(a), self.root(b)
         if a != b:
             self.parent[a] = b
 
     def _shares(self, node: fx.Node) -> list[fx.Node]:
-        name = self.reader.name(node)
-        if isinstance(node.target, torch._ops.OpOverload):
-            may = any(r.alias_info for r in node.target._schema.returns) or name in VIEWS
-        else:
-            may = name in VIEWS or bool(self.reader.writes(node))
+        """The nodes whose memory a node's result may be."""
+        name, written = self.reader.name(node), self.reader.writes(node)
+        if written is not None and name not in TAKES_MEMORY:
+            return written
+        called = self.reader.operator(node)
+        may = name in VIEWS or any(map(_hands_on, called.overloads))
+        if self.reader.value(node) is None and not called.overloads:
+            # neither a schema nor a fake value tells
+            may = True
         if name.endswith("_as"):
             return [x for x in (self.reader.first(node),) if x is not None]
         # sizes and indices belong to no memory
@@ -78,13 +96,20 @@ class Writes:
 
     def between(self, node: fx.Node, start: fx.Node, end: fx.Node) -> list[fx.Node]:
         """The nodes after `start` and before `end` that write into node's memory."""
-        first, last, root = self.reader.position[start], self.reader.position[end], self._root(node)
+        first, last, root = self.reader.position[start], self.reader.position[end], self.root(node)
         return [n for i, n, roots in self.writes if first < i < last and root in roots]
 
     def writers(self, node: fx.Node) -> list[fx.Node]:
         """All nodes that write into node's memory."""
-        root = self._root(node)
+        root = self.root(node)
         return [n for _, n, roots in self.writes if root in roots]
+
+    def classes(self) -> dict[fx.Node, list[fx.Node]]:
+        """For each node, those that share memory with it, itself among them."""
+        found: dict[Hashable, list[fx.Node]] = {}
+        for node in self.reader.gm.graph.nodes:
+            found.setdefault(self.root(node), []).append(node)
+        return {node: nodes for nodes in found.values() for node in nodes}
 
     def viewed(self, node: fx.Node) -> bool:
         """Whether a tensor's layout in memory matters: something views it, or it is returned."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
+from sla2_compile.passes.graph.effects import METADATA, Effects
 
 REGROUP = frozenset({
     "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "reshape_alias",
@@ -25,19 +24,6 @@ CASTS = frozenset({
 PERMUTES = frozenset({
     "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT", "numpy_T",
 })  # fmt: skip
-
-ALIASES = {
-    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "iadd": "add_",
-    "imul": "mul_", "itruediv": "div_", "isub": "sub_", "ipow": "pow_", "ifloordiv": "floor_divide_", "imod": "mod_",
-    "imatmul": "matmul_", "iand": "bitwise_and_", "ior": "bitwise_or_", "ixor": "bitwise_xor_",
-    "and_": "bitwise_and", "or_": "bitwise_or", "not_": "logical_not", "is_": "is", "_softmax": "softmax",
-    "special_softmax": "softmax", "_unsafe_view": "view", "_to_copy": "to_copy", "invert": "logical_not",
-    "inv": "logical_not", "bitwise_not": "logical_not", "_reshape_alias": "reshape_alias",
-    "lift_fresh_copy": "alias", "lift_fresh": "alias",
-}  # fmt: skip
-
-ASSERTIONS = frozenset({"_assert_tensor_metadata"})
-"""Nodes that read a tensor's metadata and nothing else: no use of its values."""
 
 
 def known(condition: Any) -> bool:
@@ -58,25 +44,19 @@ def product(sizes: Any) -> Any:
     return total
 
 
-class Reader:
+class Reader(Effects):
     """Answers what a node does, reads and holds.
 
     Attributes:
-        gm: the graph module.
-        position: of each node in the graph.
         live: nodes that reach an output or have an effect.
         switches: where the graph turns gradients on or off.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
-        self.modules = dict(gm.named_modules())
-        # blocks of code around a graph of their own, and whether that writes into anything
-        self._writing_blocks: dict[fx.Node, bool] = {}
-        self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        super().__init__(gm)
         self.switches = [i for node, i in self.position.items() if "set_grad_enabled" in str(node.target)]
         self.live: set[fx.Node] = set()
-        todo = [n for n in gm.graph.nodes if n.op == "output" or self.writes(n) is not None or self._effect(n)]
+        todo = [n for n in gm.graph.nodes if n.op == "output" or self._matters(n)]
         while todo:
             node = todo.pop()
             if node not in self.live:
@@ -88,48 +68,9 @@ class Reader:
         self.position[node] = self.position[at]
         self.live.add(node)
 
-    def _effect(self, node: fx.Node) -> bool:
-        return node.op not in ("placeholder", "get_attr") and node.is_impure() and self.name(node) not in ASSERTIONS
-
-    def name(self, node: fx.Node) -> str:
-        """Name of the operation in one spelling; an in-place one ends in an underscore."""
-        name = ""
-        if node.op == "call_method":
-            name = str(node.target)
-        elif node.op == "call_module":
-            module = self.modules.get(str(node.target))
-            name = type(module).__name__.lower() if type(module).__module__.startswith("torch.nn") else "module"
-            name += "_" if getattr(module, "inplace", False) else ""
-        elif isinstance(node.target, torch._ops.OpOverload):
-            name = node.target._schema.name.partition("::")[2]
-        elif node.target is getattr:
-            name = str(node.args[1])
-        elif node.op == "call_function":
-            name = getattr(node.target, "__name__", "")
-            name += "_" if _says_inplace(node) else ""
-        return ALIASES.get(name, name)
-
-    def arg(self, node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
-        """An argument by position or by any of its names."""
-        if index < len(node.args):
-            return node.args[index]
-        return next((node.kwargs[name] for name in names if name in node.kwargs), default)
-
-    def first(self, node: fx.Node) -> fx.Node | None:
-        """The tensor that a node works on, or None."""
-        x = self.arg(node, 0, "input", "self")
-        return x if isinstance(x, fx.Node) else None
-
-    def value(self, x: Any) -> Any:
-        """The fake value of an argument: a tensor, a SymInt, a constant; None where the graph does not tell."""
-        if not isinstance(x, fx.Node):
-            return x
-        return x.meta.get("example_value", x.meta.get("val"))
-
-    def shape(self, x: Any) -> tuple[Any, ...] | None:
-        """The shape of a tensor argument, or None."""
-        value = self.value(x)
-        return tuple(value.shape) if isinstance(value, Tensor) else None
+    def _matters(self, node: fx.Node) -> bool:
+        # an assertion about metadata is no use of a tensor
+        return self.effect(node) is not None and self.name(node) not in METADATA
 
     def number(self, x: Any) -> Any:
         """x as a factor: a number, or the node of a symbolic number; None for a tensor that may vary."""
@@ -218,93 +159,10 @@ class Reader:
         """Nodes that use a node's values and matter."""
         return (user for user in node.users if user in self.live)
 
-    def writes(self, node: fx.Node) -> list[fx.Node] | None:
-        """Tensors that node writes into, or None if it writes nothing."""
-        target = node.target
-        if node.op in ("placeholder", "get_attr", "output"):
-            return None
-        if isinstance(target, torch._ops.OpOverload):
-            if not target._schema.is_mutable:
-                return None
-            values = [*node.args, *[None] * (len(target._schema.arguments) - len(node.args))]
-            pairs = zip(values, target._schema.arguments, strict=True)
-            into = [node.kwargs.get(a.name, x) for x, a in pairs if a.alias_info and a.alias_info.is_write]
-            # an operator on lists, such as _foreach_zero_, writes into all tensors of one
-            items = [x for w in into for x in (w if isinstance(w, (list, tuple)) else (w,))]
-            return [x for x in items if isinstance(x, fx.Node)]
-        name = self.name(node)
-        written = [x for x in (self.first(node), node.kwargs.get("out")) if isinstance(x, fx.Node)]
-        if name in ("setitem", "delitem") or "out" in node.kwargs or (name.endswith("_") and name[-2:] != "__"):
-            return written or list(node.all_input_nodes)
-        return list(node.all_input_nodes) if self._unknown(node) else None
-
-    def _unknown(self, node: fx.Node) -> bool:
-        """Whether node runs code that is not PyTorch's, and so may write into anything that it is given."""
-        if node.op == "call_module":
-            module = self.modules.get(str(node.target))
-            place = type(module).__module__
-            # export's own checks, and our sites
-            return not place.startswith(("torch.", "sla2_compile.")) and str(node.target) != "_guards_fn"
-        if node.op != "call_function":
-            return False
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            if node not in self._writing_blocks:
-                self._writing_blocks[node] = node.target not in TRANSPARENT or self._body_writes(node)
-            return self._writing_blocks[node]
-        place = getattr(node.target, "__module__", None) or "torch"
-        return place.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins")
-
-    def _body_writes(self, node: fx.Node) -> bool:
-        """Whether a block writes into anything, or hands out memory that it was given, for others to write into."""
-        for _, body in bodies_of(self.gm, node):
-            reader = Reader(body)
-            given = reader.storages(n for n in reader.position if n.op == "placeholder")
-            if given & reader.storages(body.graph.output_node().all_input_nodes):
-                return True
-            if any(reader.writes(n) is not None for n in reader.position):
-                return True
-        return False
-
-    def storages(self, nodes: Iterable[fx.Node]) -> set[int]:
-        """Identities of the memory behind the fake values of these nodes."""
-        return {memory for n in nodes if (memory := memory_of(self.value(n))) is not None}
-
-
-def memory_of(value: Any) -> int | None:
-    """The identity of the memory behind a fake value, if it is a tensor in memory.
-
-    What torch.func wraps (vmap, grad) does not tell; all of that counts as one memory.
-    """
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return 0
-    return int(value.untyped_storage()._cdata)
-
-
-def _says_inplace(node: fx.Node) -> bool:
-    """Whether a functional that can work in place is told to."""
-    if node.target in (operator.getitem, operator.setitem):
-        return False
-    if node.kwargs.get("inplace"):
-        return True
-    index = {"dropout": 3, "relu": 1, "silu": 1, "mish": 1, "hardtanh": 3, "leaky_relu": 2, "elu": 2}
-    at = index.get(getattr(node.target, "__name__", ""), -1)
-    return 0 <= at < len(node.args) and node.args[at] is True
-
 
 def module_of(reader: Reader, node: fx.Node) -> nn.Module | None:
     """The module that a call_module node calls."""
     return reader.modules.get(str(node.target)) if node.op == "call_module" else None
-
-
-def dropout_of(reader: Reader, node: fx.Node) -> Any:
-    """The probability with which a dropout node drops; 0 outside training."""
-    module = module_of(reader, node)
-    if module is not None:
-        return float(getattr(module, "p", 0.0)) if module.training else 0.0
-    p, train = reader.arg(node, 1, "p", default=0.5), reader.arg(node, 2, "training", "train", default=True)
-    return p if train is not False else 0.0
 
 
 def floating(value: Any) -> bool:

@@ -24,7 +24,7 @@ from sla2_compile.passes.graph.values import PURE, evaluate
 AXES = ("batch", "heads", "queries", "keys")
 
 # pointwise operators that torch does not tag as such
-POINTWISE = frozenset({"__and__", "__or__", "__xor__", "where", "masked_fill"})
+POINTWISE = frozenset({"bitwise_and", "bitwise_or", "bitwise_xor", "where", "masked_fill"})
 # operators that make a tensor out of another one's metadata
 LIKE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
 
@@ -138,8 +138,11 @@ class Chain:
     def _step(self, node: fx.Node, axes: tuple[str, ...]) -> Value:
         """Go through one operator."""
         target, name, source = node.target, self.reader.name(node), self.reader.first(node)
-        if not (isinstance(target, torch._ops.OpOverload) or target in PURE) or source is None:
+        if not (isinstance(target, torch._ops.OpOverload) or target in PURE):
             raise Unproven
+        if source is None:
+            # a number comes first
+            return self._pointwise(node, name, axes)
         before, after = self._shape(source), self._shape(node)
         dtype = self.reader.value(node).dtype
         if name in LIKE:

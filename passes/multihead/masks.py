@@ -116,7 +116,7 @@ class MultiheadMasks:
         todo = list(self.seen)
         while todo:
             node = todo.pop()
-            pure = self.reader.writes(node) is None and not node.is_impure()
+            pure = self.reader.effect(node) is None
             if node.op.startswith("call_") and not node.users and (pure or self._is_filled(node)):
                 sources = node.all_input_nodes
                 node.graph.erase_node(node)

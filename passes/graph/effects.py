@@ -1,0 +1,215 @@
+"""`Effects`: what a node does besides giving its result, and so whether it may be erased when nobody reads that.
+
+One rule: a node may go if it is known to be pure, by the schemas of the aten operators that it may run or as an
+operation of Python's own; everything else stays. Writes into memory that has gone are the exception (`sweep.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
+from sla2_compile.passes.graph.nodes import Nodes, memory_of
+from sla2_compile.passes.graph.operators import Operator
+
+SETTERS = frozenset({"setitem", "delitem", "setattr", "delattr"})
+
+METADATA = frozenset({"_assert_tensor_metadata"})
+"""Assertions about a tensor's metadata: no use of its values, and nothing without the tensor."""
+
+PURE = frozenset({
+    "getitem", "float", "half", "bfloat16", "double", "bool", "int", "long", "short", "type", "cpu", "identity",
+    "len", "max", "min", "abs", "round", "sum", "ndimension", "sym_int", "sym_float", "sym_max", "sym_min",
+    "sym_not", "sym_sqrt", "multi_head_attention_forward", "causal_keys",
+})  # fmt: skip
+"""Operations without a schema that do nothing but give their result."""
+
+KEEPS_STATISTICS = frozenset({
+    "batch_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "instance_norm",
+    "_batch_norm_impl_index", "batch_norm_update_stats", "batch_norm_gather_stats",
+    "batch_norm_gather_stats_with_counts",
+})  # fmt: skip
+"""Operators that write into running_mean and running_var in training, and whose schemas do not say so."""
+
+TOKENS = frozenset({
+    "_functional_assert_async", "_functional_assert_scalar", "_functional_sym_constrain_range",
+    "_functional_sym_constrain_range_for_size",
+})  # fmt: skip
+"""Assertions whose schemas have a result: a token that orders them."""
+
+PLAIN = (Tensor, torch.Size, torch.SymInt, torch.SymFloat)
+"""Values whose methods and properties are PyTorch's."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a node does besides giving its result.
+
+    Attributes:
+        what: for people.
+        on: the tensors that all of it is about, without which it means nothing; None if it is about more.
+        shared: whether it is about all tensors that share memory with these.
+        alike: whether one operator may do it in the place of another.
+    """
+
+    what: str
+    on: tuple[fx.Node, ...] | None = None
+    shared: bool = False
+    alike: bool = False
+
+
+class Effects(Nodes):
+    """Answers what nodes do besides giving their results."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self._known: dict[fx.Node, Effect | None] = {}
+        self._inside: dict[fx.Node, list[Effects]] = {}
+
+    def effect(self, node: fx.Node) -> Effect | None:
+        """What a node does besides giving its result; None for one that may go once nobody reads that."""
+        if node not in self._known:
+            self._known[node] = self._effect(node)
+        return self._known[node]
+
+    def _effect(self, node: fx.Node) -> Effect | None:
+        if node.op in ("placeholder", "get_attr", "output"):
+            return None
+        called = self.operator(node)
+        if self.draws(node):
+            return Effect("draws random numbers", alike=True)
+        if called.name in METADATA:
+            return Effect("asserts a tensor's metadata", tuple(node.all_input_nodes))
+        if node.meta.get("unbacked_bindings"):
+            return Effect("gives a symbol its value")
+        written = self.writes(node)
+        if written is not None:
+            tensors = all(isinstance(self.value(x), Tensor) for x in written)
+            return Effect(
+                "writes into memory", tuple(written) if written and tensors and called.known else None, True
+            )
+        return None if self._pure(node, called) else Effect("may do more than give its result")
+
+    def draws(self, node: fx.Node) -> bool:
+        """Whether a node draws random numbers, and so changes what the next draw gives.
+
+        A symbolic probability is guarded to be zero, or not to be.
+        """
+        called = self.operator(node)
+        name = called.name.removesuffix("_")
+        if "dropout" in name:
+            return self._may_drop(self.dropout(node))
+        if "scaled_dot_product" in name or name == "multi_head_attention_forward":
+            return self.named(node, "training") is not False and self._may_drop(self.named(node, "dropout_p"))
+        return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in called.overloads)
+
+    def _may_drop(self, probability: Any) -> bool:
+        value = self.value(probability)
+        if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            return bool(value > 0)
+        # an argument that is not given drops nothing
+        return probability is not None
+
+    def dropout(self, node: fx.Node) -> Any:
+        """The probability with which a dropout node drops; 0 outside training."""
+        if node.op == "call_module":
+            return float(self.named(node, "p") or 0.0) if self.named(node, "training") else 0.0
+        p, train = self.arg(node, 1, "p", default=0.5), self.arg(node, 2, "training", "train", default=True)
+        return p if train is not False else 0.0
+
+    def _pure(self, node: fx.Node, called: Operator) -> bool:
+        """Whether a node that neither writes nor draws is known to do nothing else."""
+        if blocks := self.blocks(node):
+            return all(inside.effect(n) is None for inside in blocks for n in inside.position)
+        if not called.known or called.name in TOKENS:
+            return False
+        method = called.reads_property or node.op == "call_method"
+        if method and not isinstance(self.value(self.first(node)), PLAIN):
+            # it might be a method of anything
+            return False
+        if called.reads_property or called.pythons or called.name in PURE:
+            return True
+        plain = [overload for overload in called.overloads if not _takes_out(overload)]
+        return bool(plain) and all(o._schema.returns and not o._schema.is_mutable for o in plain)
+
+    def blocks(self, node: fx.Node) -> list[Effects]:
+        """The graphs that a block of code only runs, once, as it is; none for any other node."""
+        if node.target not in TRANSPARENT:
+            return []
+        if node not in self._inside:
+            self._inside[node] = [type(self)(body) for _, body in bodies_of(self.gm, node)]
+        return self._inside[node]
+
+    def writes(self, node: fx.Node) -> list[fx.Node] | None:
+        """Tensors that node writes into, or None if it writes nothing."""
+        if node.op in ("placeholder", "get_attr", "output"):
+            return None
+        called = self.operator(node)
+        if isinstance(node.target, torch._ops.OpOverload):
+            return _written(node, node.target) if node.target._schema.is_mutable else self._statistics(node, called)
+        name, out = self.name(node), node.kwargs.get("out")
+        says = name.endswith("_") and not name.endswith("__")
+        if isinstance(node.target, torch._ops.OpOverloadPacket) and not called.known:
+            says = any(overload._schema.is_mutable for overload in called.overloads)
+        if says or out is not None or name in SETTERS:
+            items = [self.first(node), *(out if isinstance(out, (list, tuple)) else (out,))]
+            return [x for x in items if isinstance(x, fx.Node)] or list(node.all_input_nodes)
+        return list(node.all_input_nodes) if self._unknown(node, called) else self._statistics(node, called)
+
+    def _statistics(self, node: fx.Node, called: Operator) -> list[fx.Node] | None:
+        """What operators that seem to work on their input alone also write into."""
+        names: tuple[str, ...] = ()
+        if called.name in KEEPS_STATISTICS:
+            off = [self.named(node, flag) is False for flag in ("training", "train", "use_input_stats")]
+            names = () if any(off) else ("running_mean", "running_var")
+        elif called.name in ("embedding", "embedding_bag") and self.named(node, "max_norm") is not None:
+            names = ("weight",)
+        found = [x for name in names if isinstance(x := self.named(node, name), fx.Node)]
+        return found or None
+
+    def _unknown(self, node: fx.Node, called: Operator) -> bool:
+        """Whether node runs code that is not PyTorch's, and so may write into anything that it is given."""
+        if node.op == "call_module":
+            module = self.modules.get(str(node.target))
+            # our sites, and export's own checks
+            ours = type(module).__module__.startswith("sla2_compile.") or str(node.target) == "_guards_fn"
+            return not called.known and not ours
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return not self.blocks(node) or any(inside.hands_out() for inside in self.blocks(node))
+        return node.op == "call_function" and not called.known and not called.overloads
+
+    def storages(self, nodes: Iterable[fx.Node]) -> set[int]:
+        """Identities of the memory behind the fake values of these nodes."""
+        return {memory for n in nodes if (memory := memory_of(self.value(n))) is not None}
+
+    def hands_out(self) -> bool:
+        """Whether a block's graph writes into anything, or hands out memory that it was given to be written into."""
+        given = self.storages(n for n in self.position if n.op == "placeholder")
+        if given & self.storages(self.gm.graph.output_node().all_input_nodes):
+            return True
+        return any(self.writes(n) is not None for n in self.position)
+
+
+def _takes_out(overload: torch._ops.OpOverload) -> bool:
+    """Whether an overload writes into nothing but the tensors that it is given as `out`."""
+    written = [a for a in overload._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return bool(written) and all(a.kwarg_only for a in written)
+
+
+def _written(node: fx.Node, overload: torch._ops.OpOverload) -> list[fx.Node]:
+    """What an overload writes into, by its schema."""
+    order = overload._schema.arguments
+    values = [*node.args, *[None] * (len(order) - len(node.args))]
+    into = [
+        node.kwargs.get(a.name, x)
+        for x, a in zip(values, order, strict=True)
+        if a.alias_info and a.alias_info.is_write
+    ]
+    # an operator on lists, such as _foreach_zero_, writes into all tensors of one
+    items = [x for w in into for x in (w if isinstance(w, (list, tuple)) else (w,))]
+    return [x for x in items if isinstance(x, fx.Node)]

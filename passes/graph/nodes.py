@@ -1,0 +1,104 @@
+"""`Nodes`: what the nodes of one graph call, take and give, whatever traced it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sla2_compile.passes.graph.operators import Operator, operator_of
+
+
+class Nodes:
+    """Answers what a node calls, with which arguments, and what its fake value is.
+
+    Attributes:
+        gm: the graph module.
+        modules: those in it, by name.
+        position: of each node in the graph.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.modules: dict[str, nn.Module] = dict(gm.named_modules())
+        self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
+
+    def operator(self, node: fx.Node) -> Operator:
+        """What a node calls."""
+        return operator_of(node, self.modules)
+
+    def name(self, node: fx.Node) -> str:
+        """Name of the operation in one spelling; an in-place one ends in an underscore."""
+        called = self.operator(node)
+        in_place = called.known and node.op == "call_function" and _given(node, "inplace")
+        return f"{called.name}_" if in_place else called.name
+
+    def arg(self, node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
+        """An argument by position or by any of its names."""
+        if index < 2 and len(node.args) > 1 and self.operator(node).reflected:
+            index = 1 - index
+        if index < len(node.args):
+            return node.args[index]
+        return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+    def first(self, node: fx.Node) -> fx.Node | None:
+        """The tensor that a node works on, or None."""
+        x = self.arg(node, 0, "input", "self")
+        return x if isinstance(x, fx.Node) else None
+
+    def named(self, node: fx.Node, name: str) -> Any:
+        """An argument by the name that its operator gives it, wherever it stands; None if it is not given.
+
+        A module's attribute counts as its argument.
+        """
+        if node.op == "call_module":
+            return getattr(self.modules.get(str(node.target)), name, None)
+        called = self.operator(node)
+        if name in node.kwargs or (called.known and inspect.isfunction(node.target)):
+            return _given(node, name)
+        for overload in called.overloads:
+            order = tuple(a.name for a in overload._schema.arguments)
+            if name in order[: len(node.args)]:
+                return node.args[order.index(name)]
+        return None
+
+    def value(self, x: Any) -> Any:
+        """The fake value of an argument: a tensor, a SymInt, a constant; None where the graph does not tell."""
+        if not isinstance(x, fx.Node):
+            return x
+        return x.meta.get("example_value", x.meta.get("val"))
+
+    def shape(self, x: Any) -> tuple[Any, ...] | None:
+        """The shape of a tensor argument, or None."""
+        value = self.value(x)
+        return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _given(node: fx.Node, name: str) -> Any:
+    """An argument of a function written in Python, by its name; None if it is not given."""
+    if name in node.kwargs or not inspect.isfunction(node.target):
+        return node.kwargs.get(name)
+    order = _parameters(node.target)
+    return node.args[order.index(name)] if name in order[: len(node.args)] else None
+
+
+@functools.cache
+def _parameters(function: types.FunctionType) -> tuple[str, ...]:
+    """Names of the parameters of one of PyTorch's functions, in order."""
+    return tuple(inspect.signature(function).parameters)
+
+
+def memory_of(value: Any) -> int | None:
+    """The identity of the memory behind a fake value, if it is a tensor in memory.
+
+    What torch.func wraps (vmap, grad) does not tell; all of that counts as one memory.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return 0
+    return int(value.untyped_storage()._cdata)

@@ -1,0 +1,168 @@
+"""What a node calls: one name for all spellings of an operator, and PyTorch's own schemas for it.
+
+A graph may hold functions, methods (by name, or as functions), getters of properties, Python's operators, aten
+overloads and packets of them, and modules. A user's function that happens to be called `softmax` is not
+PyTorch's.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+ALIASES = {
+    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub",
+    "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "and_": "bitwise_and", "or_": "bitwise_or",
+    "not_": "logical_not", "is_": "is", "_softmax": "softmax", "special_softmax": "softmax", "_unsafe_view": "view",
+    "_to_copy": "to_copy", "invert": "logical_not", "inv": "logical_not", "bitwise_not": "logical_not",
+    "_reshape_alias": "reshape_alias", "lift_fresh_copy": "alias", "lift_fresh": "alias",
+}  # fmt: skip
+
+# Python's in-place operators, `iadd` and the like, without their "i"
+IN_PLACE = frozenset({
+    "add", "and", "concat", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv",
+    "xor",
+})  # fmt: skip
+REFLECTED = frozenset({f"r{name}" for name in IN_PLACE} | {"rdiv", "rdivmod"})
+
+# the methods of a property, by what they do to a tensor; reading one is named like the property
+DESCRIPTORS = {"__get__": "", "__set__": "setattr", "__delete__": "delattr"}
+
+_PYTHON = ("_operator", "operator", "math")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a node calls.
+
+    Attributes:
+        name: in one spelling; of an operator that works in place it ends in an underscore. What is not PyTorch's has
+            the name of its namespace or module before it.
+        known: PyTorch's own or Python's, which tell by their names and arguments what they write into.
+        pythons: one of Python's `operator` or `math`.
+        reads_property: the getter of a property of tensors.
+        reflected: its first two arguments stand in the other order, as in `__rsub__`.
+        overloads: the aten operators that it may run, so far as its name tells.
+    """
+
+    name: str = ""
+    known: bool = False
+    pythons: bool = False
+    reads_property: bool = False
+    reflected: bool = False
+    overloads: tuple[torch._ops.OpOverload, ...] = ()
+
+
+def operator_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operator:
+    """What a node calls; modules are those of the graph, by name."""
+    if node.op == "call_method":
+        return _named(str(node.target))
+    if node.op == "call_module":
+        return _of_module(modules.get(str(node.target)))
+    if node.op != "call_function":
+        return Operator()
+    if node.target is getattr:
+        # x.mT, as a plain trace writes it
+        return replace(_named(str(node.args[1])), reads_property=True)
+    return _of_function(node.target)
+
+
+def _of_function(target: Any) -> Operator:
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _of_aten(target)
+    name = str(getattr(target, "__name__", ""))
+    if isinstance(target, types.MethodWrapperType) and name in DESCRIPTORS:
+        # Tensor.mT.__get__, and Tensor.data.__set__, which writes
+        owner: Any = target.__self__
+        owner = getattr(owner, "fget", owner)
+        if not DESCRIPTORS[name] and _is_known(owner):
+            return replace(_named(owner.__name__), reads_property=True)
+        name, target = DESCRIPTORS[name], owner
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return Operator(name)
+    if not _is_known(target):
+        # it may be called like one of PyTorch's
+        return Operator(f"{getattr(target, '__module__', None)}.{name}")
+    if getattr(target, "__module__", None) in _PYTHON:
+        return _named(name, pythons=True)
+    return _named(name)
+
+
+def _of_aten(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Operator:
+    one = isinstance(target, torch._ops.OpOverload)
+    space, _, name = (target._schema.name if one else target._qualified_op_name).partition("::")
+    overloads = (target,) if one else tuple(getattr(target, o) for o in target.overloads())
+    if space != "aten":
+        return Operator(f"{space}::{name}", overloads=overloads)
+    spelt = _named(name)
+    return Operator(spelt.name, known=True, reflected=spelt.reflected, overloads=overloads)
+
+
+def _of_module(module: nn.Module | None) -> Operator:
+    """A layer of torch.nn is named like its class; anything else may run any code."""
+    # an embedding with max_norm writes into its weights
+    if module is None or getattr(module, "max_norm", None) is not None or not all(map(_is_plain, module.modules())):
+        return Operator("module")
+    spelt = _named(type(module).__name__.lower())
+    name = spelt.name + ("_" if getattr(module, "inplace", False) else "")
+    return Operator(name, known=True, overloads=spelt.overloads)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's own, and runs nothing of anybody else's."""
+    kind = type(module)
+    own = kind.__module__.startswith("torch.nn.modules.")
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return (
+        own
+        and getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
+        and not any(hooks)
+        and "forward" not in module.__dict__
+    )
+
+
+def _is_known(target: Any) -> bool:
+    """Whether a function is PyTorch's, Python's or ours."""
+    place = getattr(target, "__module__", None)
+    if place is not None:
+        return str(place).partition(".")[0] in ("torch", "builtins", "sla2_compile", *_PYTHON)
+    # methods and properties of tensors have no module
+    return getattr(target, "__objclass__", None) in Tensor.__mro__
+
+
+@functools.cache
+def _named(name: str, pythons: bool = False) -> Operator:
+    """An operator of PyTorch's or Python's by its name; there are only so many of those."""
+    inner, reflected, in_place = name, False, False
+    special = len(name) > 4 and name.startswith("__") and name.endswith("__")
+    if special:
+        inner = name[2:-2]
+        reflected = inner in REFLECTED
+    if inner == "rsub":
+        reflected = True
+    if reflected:
+        inner = inner[1:]
+    if (special or pythons) and inner[:1] == "i" and inner[1:] in IN_PLACE:
+        inner, in_place = inner[1:], True
+    elif inner not in ALIASES and inner.endswith("_") and not inner.startswith("_"):
+        inner, in_place = inner[:-1], True
+    canonical = ALIASES.get(inner, inner) + ("_" if in_place else "")
+    return Operator(
+        canonical, True, pythons, False, reflected, () if pythons else _overloads(name) or _overloads(canonical)
+    )
+
+
+def _overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
+    """aten's operators of a name that work on tensors: TorchScript keeps its own for lists and strings there too."""
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return ()
+    found = [getattr(packet, overload) for overload in packet.overloads()]
+    return tuple(o for o in found if "Tensor" in str(o._schema))
