@@ -96,7 +96,9 @@ def apply(model: nn.Module, layout: Layout) -> None:
         name: Sites({index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()})
         for name, calls in layout.owners.items()
     }
-    begin_as_saved(model, {f"{o}.{CHILD}.{i}".lstrip("."): made[i] for o, made in sites.items() for i in layout.owners[o]})
+    begin_as_saved(
+        model, {f"{o}.{CHILD}.{i}".lstrip("."): made[i] for o, made in sites.items() for i in layout.owners[o]}
+    )
     # nothing above changed the model; nothing below can fail
     for name in dict.fromkeys([*sites, *sorted(layout.watches)]):
         written = dict(layout.written.get(name, {}))

@@ -33,7 +33,7 @@ TAKES_MEMORY = frozenset({"set_", "setattr"})
 """Operations that put one tensor's memory under another."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hands_on(overload: torch._ops.OpOverload) -> bool:
     """Whether the schema of an operator says that its result may be memory of its input."""
     out = any(a.kwarg_only and a.alias_info and a.alias_info.is_write for a in overload._schema.arguments)

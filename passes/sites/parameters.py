@@ -87,8 +87,8 @@ class SiteParameters(nn.Module):
         asks = self.proj_q is not None and self.proj_q.requires_grad and torch.is_grad_enabled()
         if asks and torch.distributed.is_available() and torch.distributed.is_initialized():
             warnings.warn(
-                "proj_q and proj_k of a site must be frozen outside of calibration, got requires_grad=True, as peft's "
-                "modules_to_save sets it; several processes give them gradients of zero, by which weight decay "
+                "proj_q and proj_k of a site must be frozen outside of calibration, got requires_grad=True, as "
+                "peft's modules_to_save sets it; several processes give them gradients of zero, by which weight decay "
                 "shrinks them: set requires_grad=False on parameters of these names before the model is wrapped",
                 stacklevel=2,
             )

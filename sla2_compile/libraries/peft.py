@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sla2_compile.modules.captured import CHILD
+from sla2_compile.modules.redirect import CHILD
 
 
 def check_adapters(model: nn.Module) -> None:

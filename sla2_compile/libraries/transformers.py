@@ -30,8 +30,8 @@ def register_transformers(
     """Make `attn_implementation=name` mean SLA2 with this recipe in transformers.
 
     Calls that SLA2 does not take (`passes/sites/rules.py`) run as "sdpa"; `report(model)` lists both, as eager calls
-    were made, for as long as the model's config has this name. Compiled and exported code records nothing. There, a causal
-    map that the library builds as a tensor (padded batches, or no cache) keeps full attention: only `transform` knows
+    were made, for as long as the model's config has this name. Compiled and exported code records nothing. There, a
+    causal map that the library builds as a tensor (padded batches, or no cache) keeps full attention: only `transform` knows
     beforehand what a mask will say. A second recipe takes a second name.
 
     Args:

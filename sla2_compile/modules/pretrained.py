@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sla2_compile.modules.captured import CHILD
+from sla2_compile.modules.redirect import CHILD
 from sla2_compile.passes.sites.site import Site
 
 log = logging.getLogger("sla2_compile")

@@ -56,13 +56,14 @@ def tell(root: nn.Module, copies: int) -> None:
     kind = type(root).__name__
     if copies:
         warnings.warn(
-            f"copies of {kind} made before its first forward, an EMA say, lack the {len(learned)} parameters that SLA2 "
-            f"has added to it now, got {copies}; averaging would fail or pair the wrong ones: copy it again, or {FIX}",
+            f"copies of {kind} made before its first forward, an EMA say, lack the {len(learned)} parameters that "
+            f"SLA2 has added to it now, got {copies}; averaging would fail or pair the wrong ones: copy it again, "
+            f"or {FIX}",
             stacklevel=5,
         )
     if root.training and torch.is_grad_enabled():
         warnings.warn(
-            f"the first forward of {kind} has added {len(learned)} parameters that SLA2 learns, and an optimizer made "
-            f"before does not train them; make it anew, or {FIX}",
+            f"the first forward of {kind} has added {len(learned)} parameters that SLA2 learns, and an optimizer "
+            f"made before does not train them; make it anew, or {FIX}",
             stacklevel=5,
         )
