@@ -88,8 +88,8 @@ class SiteParameters(nn.Module):
         if asks and torch.distributed.is_available() and torch.distributed.is_initialized():
             warnings.warn(
                 "proj_q and proj_k of a site must be frozen outside of calibration, got requires_grad=True, as "
-                "peft's modules_to_save sets it; several processes give them gradients of zero, by which weight decay "
-                "shrinks them: set requires_grad=False on parameters of these names before the model is wrapped",
+                "peft's modules_to_save sets it; several processes give them gradients of zero, and weight decay "
+                "then shrinks them: set requires_grad=False on parameters of these names before the model is wrapped",
                 stacklevel=2,
             )
 

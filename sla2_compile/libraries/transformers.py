@@ -31,8 +31,8 @@ def register_transformers(
 
     Calls that SLA2 does not take (`passes/sites/rules.py`) run as "sdpa"; `report(model)` lists both, as eager calls
     were made, for as long as the model's config has this name. Compiled and exported code records nothing. There, a
-    causal map that the library builds as a tensor (padded batches, or no cache) keeps full attention: only `transform` knows
-    beforehand what a mask will say. A second recipe takes a second name.
+    causal map that the library builds as a tensor (padded batches, or no cache) keeps full attention: only
+    `transform` knows beforehand what a mask will say. A second recipe takes a second name.
 
     Args:
         name: what `attn_implementation` is to be.
