@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from sla2_compile import debug
 from sla2_compile.first_forward import FirstForward, first_forward
+from sla2_compile.libraries.peft import check_adapters
 from sla2_compile.modules import discovery
 from sla2_compile.modules.discovery import check_how
 from sla2_compile.modules.parallel import wrapper_around
@@ -187,4 +188,5 @@ def _already(model: nn.Module, recipe: Recipe) -> bool:
             raise ValueError(
                 f"model must not be part of a transformed model, got sites in {where}; restore the whole model first"
             )
+    check_adapters(model)
     return False

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sla2_compile.libraries.peft import check_adapters
 from sla2_compile.modules.discovery import record_forward
 from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.plan import Plan, set_plan
@@ -119,6 +120,7 @@ def _run(self: FirstForward, *args: Any, **kwargs: Any) -> Any:
             f"a model transformed without example_inputs must run once before it is wrapped, got {wrapper} around "
             "its first forward; its new parameters would not be synchronised: pass example_inputs to transform"
         )
+    check_adapters(self.root)
     with self.lock:
         if not self.done and not self.running:
             return self.find(args, kwargs)

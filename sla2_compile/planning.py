@@ -14,6 +14,7 @@ from sla2_compile import debug
 from sla2_compile.kernels.checks import DTYPES
 from sla2_compile.libraries.transformers import door_of
 from sla2_compile.modules.find import CONTAINERS, Found
+from sla2_compile.modules.pretrained import begin_as_saved
 from sla2_compile.modules.redirect import CHILD, has_attribute, install
 from sla2_compile.modules.written import Written
 from sla2_compile.passes.sites.outcome import Rewrite
@@ -95,6 +96,9 @@ def apply(model: nn.Module, layout: Layout) -> None:
         name: Sites({index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()})
         for name, calls in layout.owners.items()
     }
+    begin_as_saved(
+        model, {f"{o}.{CHILD}.{i}".lstrip("."): made[i] for o, made in sites.items() for i in layout.owners[o]}
+    )
     # nothing above changed the model; nothing below can fail
     for name in dict.fromkeys([*sites, *sorted(layout.watches)]):
         written = dict(layout.written.get(name, {}))

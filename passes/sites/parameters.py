@@ -6,6 +6,7 @@ storage without values (`to_empty` after meta initialisation), its sites begin u
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,21 @@ class SiteParameters(nn.Module):
             self.alpha_gain.fill_(1.0)
         if self.alpha_bias is not None:
             self.alpha_bias.fill_(0.0 if self.settings.alpha == "routed" else UNTRAINED_LOGIT)
+
+    def check_frozen(self) -> None:
+        """Say, where it would change them, that the router's projections require a gradient which nothing gives.
+
+        Warns:
+            UserWarning: several processes train together, and their zero gradients let weight decay in.
+        """
+        asks = self.proj_q is not None and self.proj_q.requires_grad and torch.is_grad_enabled()
+        if asks and torch.distributed.is_available() and torch.distributed.is_initialized():
+            warnings.warn(
+                "proj_q and proj_k of a site must be frozen outside of calibration, got requires_grad=True, as peft's "
+                "modules_to_save sets it; several processes give them gradients of zero, by which weight decay "
+                "shrinks them: set requires_grad=False on parameters of these names before the model is wrapped",
+                stacklevel=2,
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteParameters:
         """Move or convert the parameters; those that would have no values there begin untrained.

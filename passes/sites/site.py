@@ -86,6 +86,8 @@ class Site(SiteParameters):
             return call.full_attention()
         if self.alpha_bias is not None:
             self._check(call, self.alpha_bias)
+            if not torch.compiler.is_compiling():
+                self.check_frozen()
         o, routing = attend(
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
