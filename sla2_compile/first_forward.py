@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from sla2_compile.libraries.peft import check_adapters
 from sla2_compile.modules.discovery import record_forward
 from sla2_compile.modules.parallel import wrapper_around
+from sla2_compile.modules.too_early import RemembersCopies, tell
 from sla2_compile.plan import Plan, set_plan
 from sla2_compile.planning import apply, plan_model
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
 
 
-class FirstForward:
+class FirstForward(RemembersCopies):
     """Waits for a root's first forward, which finds the attention.
 
     That call is the model's own: it runs once, with full attention, and nothing is put back or run again. From the
@@ -32,6 +33,7 @@ class FirstForward:
     """
 
     def __init__(self, root: nn.Module, recipe: Recipe, allow_none: bool) -> None:
+        super().__init__()
         self.root, self.recipe, self.allow_none = root, recipe, allow_none
         self.own = root.__dict__.get("forward")
         self.done = self.running = False
@@ -68,10 +70,10 @@ class FirstForward:
             self.root.__dict__["forward"] = self.own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+        return {name: value for name, value in super().__getstate__().items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
+        super().__setstate__(state)
         self.lock = threading.RLock()
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +106,7 @@ class FirstForward:
         self.done = True
         self.withdraw()
         apply(self.root, layout)
+        tell(self.root, sum(isinstance(twin, FirstForward) and not twin.done for twin in self.alive()))
         return output
 
 

@@ -1,0 +1,71 @@
+"""What was made of a model before its first forward gave it sites, and so lacks what they learn: it is told."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, TypeVar
+from weakref import ref
+
+import torch
+from torch import nn
+
+from sla2_compile.passes.sites.site import Site
+
+T = TypeVar("T", bound="RemembersCopies")
+FIX = "pass example_inputs to transform, and the parameters are there at once"
+
+
+class RemembersCopies:
+    """An object that knows which of its deep copies, and of theirs, are alive; a pickle of it knows none."""
+
+    def __init__(self) -> None:
+        self.copies: list[ref[RemembersCopies]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "copies": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def alive(self) -> list[RemembersCopies]:
+        """The copies that still exist."""
+        return [copied for made in self.copies if (copied := made()) is not None]
+
+    def __deepcopy__(self: T, memo: dict[int, Any]) -> T:
+        twin = type(self).__new__(type(self))
+        # before the attributes, which lead back here
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.copies = self.copies
+        self.copies.append(ref(twin))
+        return twin
+
+
+def tell(root: nn.Module, copies: int) -> None:
+    """Say that optimizers and copies made before now lack the parameters that root has just got.
+
+    Args:
+        root: planned in its first forward, which runs.
+        copies: how many copies were made of root before, and are still without sites.
+
+    Warns:
+        UserWarning: copies that an average over models would pair with other parameters; a training step, before
+            which an optimizer is usually built.
+    """
+    learned = [p for m in root.modules() if isinstance(m, Site) for p in m.parameters() if p.requires_grad]
+    if not learned:
+        return
+    kind = type(root).__name__
+    if copies:
+        warnings.warn(
+            f"copies of {kind} made before its first forward, an EMA say, lack the {len(learned)} parameters that SLA2 "
+            f"has added to it now, got {copies}; averaging would fail or pair the wrong ones: copy it again, or {FIX}",
+            stacklevel=6,
+        )
+    if root.training and torch.is_grad_enabled():
+        warnings.warn(
+            f"the first forward of {kind} has added {len(learned)} parameters that SLA2 learns, and an optimizer made "
+            f"before does not train them; make it anew, or {FIX}",
+            stacklevel=6,
+        )
