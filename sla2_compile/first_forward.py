@@ -73,7 +73,7 @@ class FirstForward(RemembersCopies):
         return {name: value for name, value in super().__getstate__().items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self.lock = threading.RLock()
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,8 +106,7 @@ class FirstForward(RemembersCopies):
         self.done = True
         self.withdraw()
         apply(self.root, layout)
-        twins = [twin() for twin in self.copies]
-        tell(self.root, sum(isinstance(twin, FirstForward) and not twin.done for twin in twins))
+        tell(self.root, sum(isinstance(twin, FirstForward) and not twin.done for twin in self.alive()))
         return output
 
 

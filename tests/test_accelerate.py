@@ -78,3 +78,14 @@ def test_checkpoints_without_sites_are_dispatched(x, tmp_path):
     transformed(model, x)
     accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
     assert torch.equal(model(x), transformed(original, x)(x))
+
+
+@pytest.mark.parametrize("kind", [models.Attention, models.Net])
+def test_a_first_forward_inside_what_accelerate_put_around_it(x, accelerator, kind):
+    model = kind()
+    twin = transformed(copy.deepcopy(model), x).eval()
+    prepared = accelerator.prepare(sla2_compile.transform(model.eval(), **ANY))
+    prepared(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(prepared(x), twin(x).float())
+    assert sla2_compile.report(prepared).fallbacks == {}

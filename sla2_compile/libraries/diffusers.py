@@ -49,8 +49,8 @@ def set_diffusers_backend(
     models keep what they have, unless they share processor objects. Calls that SLA2 does not take
     (`passes/sites/rules.py`) run as "native"; `report(model)` lists both, as eager calls were made. Compiled code
     records nothing. Copies and pickles of model keep the choice. Processors set afterwards do not have it. Calls for
-    which a processor passes another backend, or none, than it was given (the prefill of Qwen-Image 2.1) are not SLA2's,
-    and not listed.
+    which a processor passes another backend, or none, than it was given (the prefill of Qwen-Image 2.1) are not
+    SLA2's, and not listed.
 
     Back with `reset_diffusers_backend(model)`, or by diffusers' own `reset_attention_backend` and
     `set_attention_backend`, after which the hooks that make the report go at the next eager forward.

@@ -25,15 +25,18 @@ class RemembersCopies:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "copies": []}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def alive(self) -> list[RemembersCopies]:
+        """The copies that still exist."""
+        return [copied for made in self.copies if (copied := made()) is not None]
+
     def __deepcopy__(self: T, memo: dict[int, Any]) -> T:
         twin = type(self).__new__(type(self))
         # before the attributes, which lead back here
         memo[id(self)] = twin
-        state = copy.deepcopy(self.__getstate__(), memo)
-        if hasattr(twin, "__setstate__"):
-            twin.__setstate__(state)
-        else:
-            twin.__dict__.update(state)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin.copies = self.copies
         self.copies.append(ref(twin))
         return twin
@@ -59,11 +62,11 @@ def tell(root: nn.Module, copies: int) -> None:
             f"copies of {kind} made before its first forward, an EMA say, lack the {len(learned)} parameters that "
             f"SLA2 has added to it now, got {copies}; averaging would fail or pair the wrong ones: copy it again, "
             f"or {FIX}",
-            stacklevel=5,
+            stacklevel=6,
         )
     if root.training and torch.is_grad_enabled():
         warnings.warn(
             f"the first forward of {kind} has added {len(learned)} parameters that SLA2 learns, and an optimizer "
             f"made before does not train them; make it anew, or {FIX}",
-            stacklevel=5,
+            stacklevel=6,
         )
