@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from sla2_compile.passes.fuse_attention import FuseAttention
+from sla2_compile.passes.graph.sdpa import call_of, is_normal
 from sla2_compile.passes.graph.values import evaluate
 from sla2_compile.passes.inline_autocast import InlineAutocast
-from sla2_compile.passes.normalize_sdpa import NormalizeSDPA, is_normal
+from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.read_masks import ReadMasks
-from sla2_compile.passes.select_attention import call_of
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.outcome import Miss
 from sla2_compile.passes.sites.rules import Reason
