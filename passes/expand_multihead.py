@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.graph.builder import Builder
 from sla2_compile.passes.graph.memory import Writes
+from sla2_compile.passes.graph.nodes import Nodes
 from sla2_compile.passes.graph.reader import Reader, same
+from sla2_compile.passes.graph.sdpa import DECISION, owner_of
+from sla2_compile.passes.graph.traits import Trait
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.multihead.masks import MultiheadMasks, NotPlain
 from sla2_compile.passes.multihead.nodes import NATIVE, encoder_layer, multi_head, native
-from sla2_compile.passes.select_attention import DECISION, FUSED, owner_of
 from sla2_compile.passes.sites.outcome import Miss, Where
 from sla2_compile.passes.sites.rules import Reason
 
@@ -45,8 +47,8 @@ class ExpandMultihead(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()
-        targets = (F.multi_head_attention_forward, *FUSED)
-        found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in targets]
+        nodes = Nodes(gm)
+        found = [n for n in gm.graph.nodes if n.op == "call_function" and nodes.has(n, Trait.MULTIHEAD)]
         if not found:
             return result
         reader = Reader(gm)

@@ -17,13 +17,14 @@ from torch import fx
 
 from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.fuse.emit import Emitter
-from sla2_compile.passes.fuse.explain import NoFit, near_attention
+from sla2_compile.passes.fuse.explain import near_attention
 from sla2_compile.passes.fuse.match import Matcher
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.sdpa import DECISION, owner_of
 from sla2_compile.passes.graph.sweep import sweep
-from sla2_compile.passes.select_attention import DECISION, owner_of
-from sla2_compile.passes.sites.outcome import Miss, Where
+from sla2_compile.passes.graph.traits import Trait, traits_of
+from sla2_compile.passes.sites.outcome import Miss, NoFit, Where
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class FuseAttention(Pass):
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()
         reader = Reader(gm)
-        found = [n for n in gm.graph.nodes if n in reader.live and reader.name(n) in ("softmax", "softmax_")]
+        found = [n for n in gm.graph.nodes if n in reader.live and traits_of(reader.base(n)) & Trait.SOFTMAX]
         if not found:
             return result
         writes = Writes(reader)

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import fx
-from torch.nn import functional as F
 
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.sites.call import bind
+from sla2_compile.passes.graph.sdpa import SDPA, SIGNATURE, SPELLINGS, is_normal
 
-SDPA = F.scaled_dot_product_attention
-SPELLINGS = (SDPA, torch._C._nn.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
-SIGNATURE = inspect.signature(bind)
 TENSORS = ("query", "key", "value")
-
-
-def is_normal(node: fx.Node) -> bool:
-    """Whether node is in the normal form: F's function, three positional tensors, all options by keyword."""
-    return node.target is SDPA and len(node.args) == 3 and len(node.kwargs) == len(SIGNATURE.parameters) - 3
 
 
 @dataclass(frozen=True)

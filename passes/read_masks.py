@@ -17,11 +17,10 @@ from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.sdpa import DECISION, call_of, is_normal, value_of
 from sla2_compile.passes.graph.values import evaluate
 from sla2_compile.passes.masks.lower import is_aten, lower
 from sla2_compile.passes.masks.proof import Proof, prove
-from sla2_compile.passes.normalize_sdpa import is_normal
-from sla2_compile.passes.select_attention import DECISION, call_of, value_of
 from sla2_compile.passes.sites.call import AttentionCall, causal_keys
 from sla2_compile.passes.sites.masks import Structure, read_mask
 

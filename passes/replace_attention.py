@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from sla2_compile.passes.base import Pass, PassResult
-from sla2_compile.passes.normalize_sdpa import SDPA
-from sla2_compile.passes.select_attention import DECISION, call_of
+from sla2_compile.passes.graph.sdpa import DECISION, SDPA, call_of
 from sla2_compile.passes.sites.call import AttentionCall, causal_keys
 from sla2_compile.passes.sites.outcome import Rewrite
 from sla2_compile.passes.sites.site import Site

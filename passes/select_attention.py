@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import fx, nn
 
 from sla2_compile.passes.base import Pass, PassResult
+from sla2_compile.passes.fuse.explain import near_attention
 from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
-from sla2_compile.passes.normalize_sdpa import SPELLINGS, is_normal
-from sla2_compile.passes.sites.call import AttentionCall, bind, causal_keys
+from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.sdpa import DECISION, SPELLINGS, call_of, is_normal, owner_of, value_of
+from sla2_compile.passes.graph.traits import Trait, traits_of
+from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.outcome import Where
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.select import SeenCall, select
 from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
-
-# attention inside one operator: what nn.TransformerEncoderLayer and nn.MultiheadAttention call in eval
-FUSED = (
-    torch._transformer_encoder_layer_fwd,
-    torch._native_multi_head_attention,
-    torch.ops.aten._transformer_encoder_layer_fwd.default,
-    torch.ops.aten._native_multi_head_attention.default,
-)
-
-DECISION = "sla2"
-"""Key of node.meta under which a call's `Rewrite` or `Miss` stands."""
-
-
-def value_of(argument: Any) -> Any:
-    """The fake value of a node's argument: a FakeTensor, a SymInt, or the constant itself."""
-    if not isinstance(argument, fx.Node):
-        return argument
-    meta = argument.meta
-    value = meta.get("example_value", meta.get("val"))
-    if value is None and "tensor_meta" not in meta:
-        raise ValueError(
-            f"graph must carry a fake value for {argument.name!r}, got none; "
-            "pass example_inputs to transform, so that shapes can be propagated"
-        )
-    return value
-
-
-def call_of(node: fx.Node) -> AttentionCall:
-    """The attention call of a node in the normal form, or of a site, with fake values."""
-    arguments = {name: value_of(x) for name, x in node.kwargs.items()}
-    call = AttentionCall(*(value_of(x) for x in node.args), **arguments)
-    mask = node.kwargs.get("attn_mask")
-    if isinstance(mask, fx.Node) and mask.target is causal_keys:
-        return replace(call, attn_mask=None, is_causal=True, key_mask=value_of(mask.args[0]))
-    return call
-
-
-def owner_of(node: fx.Node) -> str:
-    """Qualified name of the module whose code made this node, as far as the graph tells; "" if it does not."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    name = str(list(stack.values())[-1][0])
-    # Dynamo writes L['self'].blocks.0, or L['self']._modules['blocks']._modules['0']
-    name = re.sub(r"^L\['[^']*'\]", "", name)
-    name = re.sub(r"(?:\.__dict__\['_modules'\]|\._modules)?\['([^']*)'\]", r".\1", name)
-    return name.lstrip(".")
 
 
 @dataclass(frozen=True)
@@ -112,6 +65,7 @@ def _attention(
     gm: fx.GraphModule, positions: Counter[str], bodies: bool, inside: bool
 ) -> Iterator[tuple[fx.Node, SeenCall]]:
     """Yield attention calls in order, with those of graphs inside; inside: of a graph that cannot be rewritten."""
+    reader = Reader(gm)
     for node in gm.graph.nodes:
         if node.op == "call_module" and _holds_multihead(gm.get_submodule(str(node.target))):
             yield node, SeenCall(Where(str(node.target), 0, (), (), (), "", ""), None, Reason.MULTIHEAD)
@@ -126,7 +80,7 @@ def _attention(
             reason = Reason.BODY if inside else None
             yield node, SeenCall(Where.of(owner, positions[owner], call), call, reason)
             positions[owner] += 1
-        elif (reason := _hint(node)) is not None:
+        elif (reason := _hint(reader, node)) is not None:
             yield node, SeenCall(Where(owner, 0, (), (), (), "", ""), None, reason)
 
 
@@ -140,12 +94,9 @@ def _holds_multihead(module: nn.Module) -> bool:
     return any(isinstance(m, nn.MultiheadAttention) for m in module.modules())
 
 
-def _hint(node: fx.Node) -> Reason | None:
-    if node.target is F.multi_head_attention_forward or node.target in FUSED:
+def _hint(reader: Reader, node: fx.Node) -> Reason | None:
+    """Why a node that is no attention call by itself may be one, and stays; None for most nodes."""
+    traits = traits_of(reader.base(node))
+    if traits & Trait.MULTIHEAD:
         return Reason.MULTIHEAD
-    if node.target not in (F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default):
-        return None
-    x = value_of(node.args[0])
-    if not isinstance(x, Tensor) or x.dim() < 3 or not all(isinstance(n, int) for n in x.shape[-2:]):
-        return None
-    return Reason.HAND_WRITTEN if min(x.shape[-1], x.shape[-2]) >= 16 else None
+    return Reason.HAND_WRITTEN if traits & Trait.SOFTMAX and near_attention(reader, node) else None

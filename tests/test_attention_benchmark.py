@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import attention, attention_report, environment
 from benchmarks.host import slowdowns
-from sla2_compile.passes.sites.rules import crossover
+from sla2_compile.passes.sites.crossover import crossover
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 FILES = {"anchors": "attention", "crossover": "attention_crossover", "sweep": "attention_sweep"}

@@ -96,7 +96,7 @@ def test_adapters_that_came_before_their_sites_are_refused(x, base, tmp_path):
     # peft loads what it finds modules for, and says nothing of the rest
     model = peft.PeftModel.from_pretrained(base("original"), tmp_path)
     for part in (model, model.base_model.model):
-        with pytest.raises(ValueError, match="'default' with modules_to_save.*then get_peft_model"):
+        with pytest.raises(ValueError, match=r"'default' with modules_to_save.*then get_peft_model"):
             sla2_compile.transform(part, example_inputs=(x,), **ANY)
     pending = peft.PeftModel.from_pretrained(base("pending"), tmp_path)
     with pytest.raises(ValueError, match="transform the model with example_inputs first"):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from sla2_compile.passes.fuse.explain import NoFit
 from sla2_compile.passes.fuse.pattern import Factor, Match, Operand, Term
 from sla2_compile.passes.graph.builder import Builder
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader, known, product, same
-from sla2_compile.passes.normalize_sdpa import SDPA
+from sla2_compile.passes.graph.sdpa import SDPA
+from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
 
 

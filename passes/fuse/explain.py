@@ -6,45 +6,30 @@ from torch import fx
 
 from sla2_compile.passes.graph.products import read_product
 from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.traits import Trait, traits_of
+from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
 
-MIXERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution", "einsum"})
-LAYERS = MIXERS | {"layer_norm", "group_norm", "batch_norm", "embedding"}
-BANDS = frozenset({
-    "as_strided", "unfold", "pad", "constant_pad_nd", "diagonal",
-})  # fmt: skip
 HEADS = "mixes heads between {} (talking heads)"
-
-
-class NoFit(Exception):
-    """The part of a softmax's surroundings that does not fit attention.
-
-    Attributes:
-        reason, detail: as a `Miss` has them.
-        depth: how far the walk came; the farthest of several tries is the nearest miss.
-    """
-
-    def __init__(self, reason: Reason, detail: str, depth: int = 0) -> None:
-        super().__init__(detail)
-        self.reason, self.detail, self.depth = reason, detail, depth
 
 
 def explain_scores(reader: Reader, node: fx.Node, depth: int) -> NoFit:
     """Say why the scores cannot pass through node."""
-    name = reader.name(node).removesuffix("_")
+    name = reader.base(node)
     before = reader.first(node)
     beneath = reader.name(before) if before is not None else ""
+    traits = traits_of(name)
     if "cat" in (name, beneath):
         return NoFit(Reason.LOOK_ALIKE, "sink column: scores are joined with others before the softmax", depth)
     if name in ("permute", "transpose", "contiguous", "clone") and _mixes(reader, node):
         return NoFit(Reason.LOOK_ALIKE, HEADS.format("scores and softmax"), depth)
     if name == "tanh":
         return NoFit(Reason.HAND_WRITTEN, "softcap: tanh on the scores", depth)
-    if name in BANDS or beneath in BANDS:
-        return NoFit(Reason.LOOK_ALIKE, f"banded scores ({name if name in BANDS else beneath})", depth)
-    if name in MIXERS and depth > 1:
+    if (traits | traits_of(beneath)) & Trait.BAND:
+        return NoFit(Reason.LOOK_ALIKE, f"banded scores ({name if traits & Trait.BAND else beneath})", depth)
+    if traits & Trait.MIXER and depth > 1:
         return NoFit(Reason.LOOK_ALIKE, HEADS.format("scores and softmax"), depth)
-    if node.op in ("placeholder", "get_attr") or name in LAYERS:
+    if node.op in ("placeholder", "get_attr") or traits & Trait.LAYER:
         return NoFit(Reason.LOOK_ALIKE, f"scores come from {name or 'an input'}, not from q k^T", depth)
     if name in ("getitem", "wrap_with_autocast", "wrap_with_set_grad_enabled") and "wrap" in name + beneath:
         return NoFit(Reason.HAND_WRITTEN, "scores come from another graph (autocast or gradient mode block)", depth)
@@ -55,10 +40,10 @@ def explain_scores(reader: Reader, node: fx.Node, depth: int) -> NoFit:
 
 def explain_weights(reader: Reader, node: fx.Node) -> NoFit:
     """Say why the softmax's weights cannot pass through node."""
-    name = reader.name(node).removesuffix("_")
+    name = reader.base(node)
     if name in ("getitem", "slice", "narrow"):
         return NoFit(Reason.LOOK_ALIKE, "sink column: some of the weights are cut off after the softmax")
-    if name in MIXERS:
+    if traits_of(name) & Trait.MIXER:
         return NoFit(Reason.LOOK_ALIKE, HEADS.format("softmax and values"))
     if node.op == "output":
         return NoFit(Reason.WEIGHTS_USED, "softmax weights are returned")
@@ -87,7 +72,7 @@ def _reaches(reader: Reader, start: fx.Node, back: bool) -> bool:
             seen.add(other)
             if read_product(reader, other) is not None:
                 return True
-            if left and reader.name(other) not in LAYERS and other.op not in ("placeholder", "output"):
+            if left and not reader.has(other, Trait.LAYER) and other.op not in ("placeholder", "output"):
                 todo.append((other, left - 1))
     return False
 
@@ -98,7 +83,7 @@ def _mixes(reader: Reader, node: fx.Node) -> bool:
         under = reader.first(node)
         if under is None:
             return False
-        if reader.name(under) in MIXERS:
+        if reader.has(under, Trait.MIXER):
             return True
         node = under
     return False

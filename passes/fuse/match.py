@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import fx
 
-from sla2_compile.passes.fuse.explain import NoFit, explain_weights
+from sla2_compile.passes.fuse.explain import explain_weights
 from sla2_compile.passes.fuse.pattern import Match, Operand, Trail
 from sla2_compile.passes.fuse.scores import Scores
 from sla2_compile.passes.graph.axes import Role, role
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.products import Product, read_product
 from sla2_compile.passes.graph.reader import Reader, floating, module_of, same
+from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
 
 
@@ -96,7 +97,7 @@ class Matcher:
             order = reader.order(user)
             if order is not None:
                 axes = tuple(axes[i] for i in order)
-            elif reader.name(user).removesuffix("_") == "dropout":
+            elif reader.base(user) == "dropout":
                 p = reader.dropout(user)
                 if p != 0.0:
                     raise NoFit(Reason.DROPOUT, f"dropout_p {p}")

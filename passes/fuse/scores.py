@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sla2_compile.passes.fuse.explain import NoFit, explain_scores
+from sla2_compile.passes.fuse.explain import explain_scores
 from sla2_compile.passes.fuse.pattern import Factor, Operand, Term, Trail
 from sla2_compile.passes.graph.axes import Role, role
 from sla2_compile.passes.graph.products import Product, read_product
 from sla2_compile.passes.graph.reader import Reader, floating, known, same
+from sla2_compile.passes.graph.traits import Trait, traits_of
+from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
 
 HIDDEN = -1e9
 """A score at or below this counts as hidden; so does the smallest number of its dtype."""
-
-STEPS = frozenset({"add_", "sub_", "mul_", "div_", "masked_fill_", "dropout_"})
-"""In-place operations that a walk over the scores understands."""
 
 
 class Scores:
@@ -37,7 +36,7 @@ class Scores:
         product = read_product(reader, node)
         if product is not None:
             return product, self._own(product, trail)
-        name, first = reader.name(node).removesuffix("_"), reader.first(node)
+        name, first = reader.base(node), reader.first(node)
         under = reader.casts(node) or reader.regroups(node)
         if under is None and name == "dropout" and reader.dropout(node) == 0.0:
             under = first
@@ -58,7 +57,7 @@ class Scores:
         if not before:
             return x
         last = max(before, key=reader.position.__getitem__)
-        if reader.name(last) not in STEPS:
+        if not traits_of(reader.base(last)) & Trait.SCORES:
             raise NoFit(Reason.HAND_WRITTEN, f"scores are written in place by {reader.name(last)}")
         return last
 
@@ -124,12 +123,11 @@ class Scores:
 
     def _masked(self, node: fx.Node, name: str, trail: Trail) -> list[tuple[fx.Node, Trail]]:
         reader = self.reader
-        first, second, third = (node.args[i] if i < len(node.args) else None for i in range(3))
         if name == "masked_fill":
-            mask, value = reader.arg(node, 1, "mask"), reader.arg(node, 2, "value")
-            options = [(first, mask, value, False)]
+            options = [(reader.first(node), reader.arg(node, 1, "mask"), reader.arg(node, 2, "value"), False)]
         else:
-            options = [(second, first, third, True), (third, first, second, False)]
+            keep, yes, no = reader.where(node)
+            options = [(yes, keep, no, True), (no, keep, yes, False)]
         tries, shape = [], reader.shape(node) or ()
         for x, mask, value, keep in options:
             number, held = reader.number(value), reader.value(mask)

@@ -13,12 +13,7 @@ from torch import fx
 
 from sla2_compile.passes.graph.products import read_product
 from sla2_compile.passes.graph.reader import Reader, known, product
-
-FEATURES_LAST = frozenset({"linear", "addmm", "embedding", "nondynamicallyquantizablelinear"})
-CONVOLUTIONS = frozenset({
-    "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose3d", "convtranspose1d", "convtranspose2d", "convtranspose3d",
-})  # fmt: skip
+from sla2_compile.passes.graph.traits import Trait, traits_of
 
 
 class Role(Enum):
@@ -53,7 +48,8 @@ def role(reader: Reader, node: fx.Node, axis: int) -> Role:
 
 def _step(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.Node, int]]:
     """The role of an axis, or the axes that it is made of."""
-    shape, name = reader.shape(node), reader.name(node).rstrip("_")
+    shape, name = reader.shape(node), reader.base(node)
+    traits = traits_of(name)
     if shape is None:
         return Role.UNKNOWN
     last = axis == len(shape) - 1
@@ -70,10 +66,10 @@ def _step(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.Node
     if x is None or name == "cat":
         x = next((n for n in node.all_input_nodes if len(reader.shape(n) or ()) == len(shape)), None)
         return Role.UNKNOWN if x is None else [(x, axis)]
-    if name in CONVOLUTIONS:
+    if traits & Trait.CONVOLUTION:
         weight = reader.shape(reader.arg(node, 1, "weight")) or shape
         return Role.FEATURES if axis == len(shape) - len(weight) + 1 else Role.POSITIONS
-    if name in FEATURES_LAST:
+    if traits & Trait.FEATURES:
         if last:
             return Role.FEATURES
         return Role.POSITIONS if name == "embedding" else [(x, axis)]
@@ -161,8 +157,7 @@ def _of_same(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.N
 
 def _shrinks(reader: Reader, node: fx.Node, operand: fx.Node) -> bool:
     """Whether node is a part of its operand, or adds to it, along an axis that keeps its meaning."""
-    kept = reader.name(node) in ("slice", "narrow", "pad", "roll", "constant_pad_nd", "repeat_interleave", "repeat")
-    return kept and len(reader.shape(operand) or ()) == len(reader.shape(node) or ())
+    return reader.has(node, Trait.PART) and len(reader.shape(operand) or ()) == len(reader.shape(node) or ())
 
 
 def match_groups(old: tuple, new: tuple) -> list[tuple[range, range]] | None:

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sla2_compile.passes.fuse.explain import NoFit
 from sla2_compile.passes.graph.axes import match_groups
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader, known, product, same
+from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
 
 KEPT = ("nn_module_stack", "stack_trace", "custom")

@@ -16,31 +16,7 @@ from torch import Tensor, fx
 from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
 from sla2_compile.passes.graph.nodes import Nodes, memory_of
 from sla2_compile.passes.graph.operators import Operator
-
-SETTERS = frozenset({"setitem", "delitem", "setattr", "delattr"})
-
-METADATA = frozenset({"_assert_tensor_metadata"})
-"""Assertions about a tensor's metadata: no use of its values, and nothing without the tensor."""
-
-PURE = frozenset({
-    "getitem", "float", "half", "bfloat16", "double", "bool", "int", "long", "short", "type", "cpu", "identity",
-    "len", "max", "min", "abs", "round", "sum", "ndimension", "sym_int", "sym_float", "sym_max", "sym_min",
-    "sym_not", "sym_sqrt", "multi_head_attention_forward", "causal_keys",
-})  # fmt: skip
-"""Operations without a schema that do nothing but give their result."""
-
-KEEPS_STATISTICS = frozenset({
-    "batch_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "instance_norm",
-    "_batch_norm_impl_index", "batch_norm_update_stats", "batch_norm_gather_stats",
-    "batch_norm_gather_stats_with_counts",
-})  # fmt: skip
-"""Operators that write into running_mean and running_var in training, and whose schemas do not say so."""
-
-TOKENS = frozenset({
-    "_functional_assert_async", "_functional_assert_scalar", "_functional_sym_constrain_range",
-    "_functional_sym_constrain_range_for_size",
-})  # fmt: skip
-"""Assertions whose schemas have a result: a token that orders them."""
+from sla2_compile.passes.graph.traits import Trait, traits_of
 
 PLAIN = (Tensor, torch.Size, torch.SymInt, torch.SymFloat)
 """Values whose methods and properties are PyTorch's."""
@@ -80,10 +56,10 @@ class Effects(Nodes):
     def _effect(self, node: fx.Node) -> Effect | None:
         if node.op in ("placeholder", "get_attr", "output"):
             return None
-        called = self.operator(node)
+        called, traits = self.operator(node), traits_of(self.name(node))
         if self.draws(node):
             return Effect("draws random numbers", alike=True)
-        if called.name in METADATA:
+        if traits & Trait.METADATA:
             return Effect("asserts a tensor's metadata", tuple(node.all_input_nodes))
         if node.meta.get("unbacked_bindings"):
             return Effect("gives a symbol its value")
@@ -126,13 +102,13 @@ class Effects(Nodes):
         """Whether a node that neither writes nor draws is known to do nothing else."""
         if blocks := self.blocks(node):
             return all(inside.effect(n) is None for inside in blocks for n in inside.position)
-        if not called.known or called.name in TOKENS:
+        if not called.known or traits_of(called.name) & Trait.TOKEN:
             return False
         method = called.reads_property or node.op == "call_method"
         if method and not isinstance(self.value(self.first(node)), PLAIN):
             # it might be a method of anything
             return False
-        if called.reads_property or called.pythons or called.name in PURE:
+        if called.reads_property or called.pythons or traits_of(called.name) & Trait.PURE:
             return True
         plain = [overload for overload in called.overloads if not _takes_out(overload)]
         return bool(plain) and all(o._schema.returns and not o._schema.is_mutable for o in plain)
@@ -156,7 +132,7 @@ class Effects(Nodes):
         says = name.endswith("_") and not name.endswith("__")
         if isinstance(node.target, torch._ops.OpOverloadPacket) and not called.known:
             says = any(overload._schema.is_mutable for overload in called.overloads)
-        if says or out is not None or name in SETTERS:
+        if says or out is not None or traits_of(name) & Trait.SETTER:
             items = [self.first(node), *(out if isinstance(out, (list, tuple)) else (out,))]
             return [x for x in items if isinstance(x, fx.Node)] or list(node.all_input_nodes)
         return list(node.all_input_nodes) if self._unknown(node, called) else self._statistics(node, called)
@@ -164,7 +140,7 @@ class Effects(Nodes):
     def _statistics(self, node: fx.Node, called: Operator) -> list[fx.Node] | None:
         """What operators that seem to work on their input alone also write into."""
         names: tuple[str, ...] = ()
-        if called.name in KEEPS_STATISTICS:
+        if traits_of(called.name) & Trait.STATISTICS:
             off = [self.named(node, flag) is False for flag in ("training", "train", "use_input_stats")]
             names = () if any(off) else ("running_mean", "running_var")
         elif called.name in ("embedding", "embedding_bag") and self.named(node, "max_norm") is not None:

@@ -9,28 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from sla2_compile.passes.graph.nodes import memory_of
-from sla2_compile.passes.graph.reader import CASTS, PERMUTES, REGROUP, Reader
-
-VIEWS = (REGROUP | CASTS | PERMUTES) | frozenset({
-    "getitem", "expand", "expand_as", "slice", "select", "narrow", "unbind", "split", "chunk", "tensor_split",
-    "split_with_sizes", "diagonal", "detach", "as_strided", "unfold", "real", "imag", "view_as_real",
-    "view_as_complex", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "T", "H", "mH", "data", "broadcast_to",
-    "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "identity", "dropout", "feature_dropout",
-    "alpha_dropout", "dsplit", "meshgrid",
-})  # fmt: skip
-"""Operations whose result may share memory with what they are given."""
-
-KEEPS_LAYOUT = frozenset({
-    "to", "type", "type_as", "float", "half", "bfloat16", "double", "alias", "dropout", "mul", "div", "add", "sub",
-    "neg", "relu", "gelu", "silu", "sigmoid", "tanh", "transpose", "permute", "swapaxes", "movedim", "unsqueeze",
-    "squeeze", "reshape", "flatten", "unflatten", "getitem", "slice", "select", "expand", "chunk", "split",
-    "unbind", "identity",
-})  # fmt: skip
-"""Operations whose result may be laid out in memory like their input."""
-
-
-TAKES_MEMORY = frozenset({"set_", "setattr"})
-"""Operations that put one tensor's memory under another."""
+from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.traits import Trait, traits_of
 
 
 @functools.cache
@@ -77,10 +57,10 @@ class Writes:
     def _shares(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose memory a node's result may be."""
         name, written = self.reader.name(node), self.reader.writes(node)
-        if written is not None and name not in TAKES_MEMORY:
+        if written is not None and not traits_of(self.reader.base(node)) & Trait.TAKES:
             return written
         called = self.reader.operator(node)
-        may = name in VIEWS or any(map(_hands_on, called.overloads))
+        may = bool(traits_of(name) & Trait.VIEW) or any(map(_hands_on, called.overloads))
         if self.reader.value(node) is None and not called.overloads:
             # neither a schema nor a fake value tells
             may = True
@@ -116,10 +96,10 @@ class Writes:
         todo, seen = [node], set()
         while todo:
             for user in todo.pop().users:
-                name = self.reader.name(user).removesuffix("_")
-                if name in ("view", "view_as", "as_strided", "reshape_alias") or user.op == "output":
+                traits = traits_of(self.reader.base(user))
+                if traits & Trait.STRIDED or user.op == "output":
                     return True
-                if name in KEEPS_LAYOUT and user not in seen:
+                if traits & Trait.LAYOUT and user not in seen:
                     seen.add(user)
                     todo.append(user)
         return False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sla2_compile.passes.graph.operators import Operator, operator_of
+from sla2_compile.passes.graph.traits import Trait, traits_of
 
 
 class Nodes:
@@ -36,6 +37,14 @@ class Nodes:
         called = self.operator(node)
         in_place = called.known and node.op == "call_function" and _given(node, "inplace")
         return f"{called.name}_" if in_place else called.name
+
+    def has(self, node: fx.Node, trait: Trait) -> bool:
+        """Whether an operator has one of these traits; one that works in place has none."""
+        return bool(traits_of(self.name(node)) & trait)
+
+    def base(self, node: fx.Node) -> str:
+        """Name of the operation, whether it works in place or not."""
+        return self.name(node).removesuffix("_")
 
     def arg(self, node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
         """An argument by position or by any of its names."""

@@ -17,13 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-ALIASES = {
-    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub",
-    "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "and_": "bitwise_and", "or_": "bitwise_or",
-    "not_": "logical_not", "is_": "is", "_softmax": "softmax", "special_softmax": "softmax", "_unsafe_view": "view",
-    "_to_copy": "to_copy", "invert": "logical_not", "inv": "logical_not", "bitwise_not": "logical_not",
-    "_reshape_alias": "reshape_alias", "lift_fresh_copy": "alias", "lift_fresh": "alias",
-}  # fmt: skip
+from sla2_compile.passes.graph.traits import SPELLINGS
 
 # Python's in-place operators, `iadd` and the like, without their "i"
 IN_PLACE = frozenset({
@@ -74,14 +68,31 @@ def operator_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operator:
     return _of_function(node.target)
 
 
+def written(function: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Return a function and its arguments as a graph can write them down.
+
+    A function mode sees Tensor.mT.__get__(x), which has no name that code could call it by: getattr(x, "mT") has.
+    """
+    if isinstance(function, types.MethodWrapperType) and function.__name__ in DESCRIPTORS:
+        name = _property_of(function).__name__
+        replacement = {"__get__": getattr, "__set__": setattr, "__delete__": delattr}[function.__name__]
+        return replacement, (args[0], name, *(args[1:2] if replacement is setattr else ()))
+    return function, args
+
+
+def _property_of(method: Any) -> Any:
+    """The property whose method this is, or the function that computes it."""
+    owner = method.__self__
+    return getattr(owner, "fget", owner)
+
+
 def _of_function(target: Any) -> Operator:
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return _of_aten(target)
     name = str(getattr(target, "__name__", ""))
     if isinstance(target, types.MethodWrapperType) and name in DESCRIPTORS:
         # Tensor.mT.__get__, and Tensor.data.__set__, which writes
-        owner: Any = target.__self__
-        owner = getattr(owner, "fget", owner)
+        owner = _property_of(target)
         if not DESCRIPTORS[name] and _is_known(owner):
             return replace(_named(owner.__name__), reads_property=True)
         name, target = DESCRIPTORS[name], owner
@@ -151,9 +162,9 @@ def _named(name: str, pythons: bool = False) -> Operator:
         inner = inner[1:]
     if (special or pythons) and inner[:1] == "i" and inner[1:] in IN_PLACE:
         inner, in_place = inner[1:], True
-    elif inner not in ALIASES and inner.endswith("_") and not inner.startswith("_"):
+    elif inner not in SPELLINGS and inner.endswith("_") and not inner.startswith("_"):
         inner, in_place = inner[:-1], True
-    canonical = ALIASES.get(inner, inner) + ("_" if in_place else "")
+    canonical = SPELLINGS.get(inner, inner) + ("_" if in_place else "")
     return Operator(
         canonical, True, pythons, False, reflected, () if pythons else _overloads(name) or _overloads(canonical)
     )

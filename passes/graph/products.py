@@ -8,8 +8,7 @@ from typing import Any
 from torch import fx
 
 from sla2_compile.passes.graph.reader import Reader, known
-
-MATMULS = frozenset({"matmul", "bmm", "mm", "__matmul__"})
+from sla2_compile.passes.graph.traits import Trait
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,11 @@ class Product:
 
 def read_product(reader: Reader, node: fx.Node) -> Product | None:
     """Read a node as a contraction, or return None."""
+    if not reader.has(node, Trait.PRODUCT):
+        return None
     name = reader.name(node)
-    if name in MATMULS:
-        left, right = reader.first(node), reader.arg(node, 1, "other", "mat2", "tensor2")
-        return _matmul(reader, node, left, right)
+    if name == "einsum":
+        return _einsum(reader, node)
     if name == "baddbmm":
         left, right = reader.arg(node, 1, "batch1"), reader.arg(node, 2, "batch2")
         beta, alpha = (
@@ -72,7 +72,7 @@ def read_product(reader: Reader, node: fx.Node) -> Product | None:
             beta,
             alpha,
         )
-    return _einsum(reader, node) if name == "einsum" else None
+    return _matmul(reader, node, reader.first(node), reader.arg(node, 1, "other", "mat2", "tensor2"))
 
 
 def _matmul(reader: Reader, node: fx.Node, left: Any, right: Any) -> Product | None:

@@ -9,21 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sla2_compile.passes.graph.effects import METADATA, Effects
-
-REGROUP = frozenset({
-    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "reshape_alias",
-})  # fmt: skip
-"""Operations that keep the row-major order of all elements and only write the shape differently."""
-
-CASTS = frozenset({
-    "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "alias", "to_copy",
-})  # fmt: skip
-"""Operations that give the same values, in another dtype or memory layout."""
-
-PERMUTES = frozenset({
-    "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT", "numpy_T",
-})  # fmt: skip
+from sla2_compile.passes.graph.effects import Effects
+from sla2_compile.passes.graph.traits import Trait
 
 
 def known(condition: Any) -> bool:
@@ -70,7 +57,7 @@ class Reader(Effects):
 
     def _matters(self, node: fx.Node) -> bool:
         # an assertion about metadata is no use of a tensor
-        return self.effect(node) is not None and self.name(node) not in METADATA
+        return self.effect(node) is not None and not self.has(node, Trait.METADATA)
 
     def number(self, x: Any) -> Any:
         """x as a factor: a number, or the node of a symbolic number; None for a tensor that may vary."""
@@ -93,11 +80,18 @@ class Reader(Effects):
             return float(value) if isinstance(value, (int, float)) else None
         source = self.first(node)
         # torch.export detaches a literal tensor in place
-        if (name in CASTS or name == "detach_") and source is not None:
+        if (self.has(node, Trait.CAST) or name == "detach_") and source is not None:
             return self._constant(source)
         if node.op == "get_attr" and str(node.target).startswith(("_tensor_constant", "lifted_tensor")):
             return float(getattr(self.gm, str(node.target)))
         return None
+
+    def where(self, node: fx.Node) -> tuple[Any, Any, Any]:
+        """Condition, value where it holds, and value elsewhere, of a `where`."""
+        if node.op == "call_method" or node.target is Tensor.where:
+            # x.where(condition, other)
+            return self.arg(node, 1, "condition"), self.first(node), self.arg(node, 2, "other")
+        return self.arg(node, 0, "condition"), self.arg(node, 1, "input", "self"), self.arg(node, 2, "other")
 
     def axis(self, node: fx.Node, axis: int) -> int:
         """An axis counted from the front."""
@@ -108,7 +102,7 @@ class Reader(Effects):
         """Where each axis of a permuting node comes from, or None if the node permutes nothing."""
         name, x = self.name(node), self.first(node)
         shape = self.shape(x)
-        if name not in PERMUTES or x is None or shape is None:
+        if not self.has(node, Trait.PERMUTE) or x is None or shape is None:
             return None
         axes = list(range(len(shape)))
         if name in ("mT", "t", "numpy_T"):
@@ -136,7 +130,7 @@ class Reader(Effects):
         old, new = self.shape(x), self.shape(node)
         if x is None or old is None or new is None:
             return None
-        if name in REGROUP and self.value(x).dtype == self.value(node).dtype:
+        if self.has(node, Trait.REGROUP) and self.value(x).dtype == self.value(node).dtype:
             return x
         if name in ("expand", "expand_as", "slice") and same(old, new):
             return x
@@ -150,7 +144,7 @@ class Reader(Effects):
         """The tensor whose values node holds in another floating dtype or layout; None for any other node."""
         x = self.first(node)
         a, b = self.value(x), self.value(node)
-        if self.name(node) not in CASTS or x is None or not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        if not self.has(node, Trait.CAST) or x is None or not isinstance(a, Tensor) or not isinstance(b, Tensor):
             return None
         kept = a.device == b.device and a.shape == b.shape
         return x if kept and a.is_floating_point() and b.is_floating_point() else None

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
 
-# what fuse-attention writes into aten graphs, of torch's own functions: no memory is shared, nothing is drawn
-PURE = (torch.logical_not, torch.logical_and, torch.where, torch.add, torch.mul, torch.div, torch.zeros)
+
+def runs(node: fx.Node, reader: Reader) -> bool:
+    """Whether a node is a function that may be run ahead of time: it gives its result, and at most writes."""
+    if node.op != "call_function":
+        return False
+    effect = reader.effect(node)
+    return effect is None or (effect.shared and effect.on is not None)
 
 
 def evaluate(node: fx.Node, buffers: Mapping[str, Tensor], writes: Writes | None = None) -> Tensor | None:
-    """The value of a node of an aten graph that follows from constants and these buffers; None if it does not.
+    """The value of a node that follows from constants and these buffers; None if it does not.
 
     Anything that an input reaches, that draws random numbers, that has a symbolic size, or whose memory another node
     writes to, does not.
@@ -24,23 +28,22 @@ def evaluate(node: fx.Node, buffers: Mapping[str, Tensor], writes: Writes | None
     Args:
         writes: those of the graph, if they are known already.
     """
+    owner = node.graph.owning_module
+    if writes is None and owner is not None:
+        writes = Writes(Reader(owner))
+    if writes is None:
+        return None
     needed: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
-        known = current.op == "get_attr" and str(current.target) in buffers
-        operator = isinstance(current.target, torch._ops.OpOverload) or current.target in PURE
-        if not known and not (current.op == "call_function" and operator):
+        held = current.op == "get_attr" and str(current.target) in buffers
+        if not held and not runs(current, writes.reader):
             return None
         if current not in needed:
             needed.add(current)
             stack += current.all_input_nodes
-    if any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in needed):
-        return None
-    owner = node.graph.owning_module
-    if writes is None and owner is not None:
-        writes = Writes(Reader(owner))
-    if writes is None or not all(needed.issuperset(writes.writers(n)) for n in needed):
+    if not all(needed.issuperset(writes.writers(n)) for n in needed):
         return None
     values: dict[fx.Node, Any] = {}
     for current in (n for n in node.graph.nodes if n in needed):

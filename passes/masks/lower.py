@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sla2_compile.passes.graph.memory import Writes
+from sla2_compile.passes.graph.operators import written
 from sla2_compile.passes.graph.reader import Reader
 
 # a mask with more behind it is no mask of positions and padding, but a bias that layers compute
@@ -36,7 +37,7 @@ class Lowered:
     def copy_back(self, node: fx.Node, graph: fx.Graph) -> fx.Node | None:
         """Copy a node and what it needs to where graph inserts; None if doing that twice is not doing it once."""
         needed = _ancestors(node)
-        if needed is None or not all(n.op == "placeholder" or _is_pure(n) for n in needed):
+        if needed is None or not all(n.op == "placeholder" or self.reader.effect(n) is None for n in needed):
             return None
         copies = dict(self.inputs)
         for n in node.graph.nodes:
@@ -73,6 +74,9 @@ def lower(mask: fx.Node, reader: Reader, writes: Writes) -> Lowered | None:
         if not function or not needed.issuperset(writes.writers(n)):
             return None
         copies[n] = graph.node_copy(n, copies.__getitem__)
+        if n.op == "call_function":
+            target, args = written(n.target, copies[n].args)
+            copies[n].target, copies[n].args = target, args
     graph.output(copies[mask])
     try:
         with mode:
@@ -86,14 +90,6 @@ def lower(mask: fx.Node, reader: Reader, writes: Writes) -> Lowered | None:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     lowered = Reader(gm)
     return Lowered(result, dict(zip(placeholders, inputs, strict=True)), lowered, Writes(lowered))
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Whether a node writes to no memory and draws no random numbers."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _is_static(value: Any) -> bool:

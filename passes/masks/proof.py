@@ -17,16 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sla2_compile.passes.graph.memory import VIEWS, Writes
-from sla2_compile.passes.graph.reader import CASTS, PERMUTES, REGROUP, Reader
-from sla2_compile.passes.graph.values import PURE, evaluate
+from sla2_compile.passes.graph.memory import Writes
+from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.traits import Trait, traits_of
+from sla2_compile.passes.graph.values import evaluate, runs
 
 AXES = ("batch", "heads", "queries", "keys")
-
-# pointwise operators that torch does not tag as such
-POINTWISE = frozenset({"bitwise_and", "bitwise_or", "bitwise_xor", "where", "masked_fill"})
-# operators that make a tensor out of another one's metadata
-LIKE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
 
 # the value of a node over AXES (axes of no extent have size 1), given that of the boolean at the chain's end
 Value = Callable[[bool], Tensor]
@@ -138,30 +134,31 @@ class Chain:
     def _step(self, node: fx.Node, axes: tuple[str, ...]) -> Value:
         """Go through one operator."""
         target, name, source = node.target, self.reader.name(node), self.reader.first(node)
-        if not (isinstance(target, torch._ops.OpOverload) or target in PURE):
+        traits = traits_of(name)
+        if not runs(node, self.reader):
             raise Unproven
         if source is None:
             # a number comes first
             return self._pointwise(node, name, axes)
         before, after = self._shape(source), self._shape(node)
         dtype = self.reader.value(node).dtype
-        if name in LIKE:
+        if traits & Trait.LIKE:
             # a blank in the place of the tensor whose metadata counts
             blank = torch.empty(
                 before, dtype=self.reader.value(source).dtype, device=self.reader.value(source).device
             )
             return _always(_aligned(_run(node, target, lambda n: blank if n is source else _refuse()), axes))
-        if name in CASTS:
+        if traits & Trait.CAST:
             value = self.follow(source, axes)
             return lambda keep: value(keep).to(dtype)
-        if name in VIEWS and self.reader.value(source).dtype != dtype:
+        if traits & Trait.VIEW and self.reader.value(source).dtype != dtype:
             # the same memory, read as something else
             raise Unproven
-        if name in ("expand", "expand_as", "broadcast_to"):
+        if traits & Trait.EXPAND:
             return self.follow(source, axes[len(axes) - len(before) :])
-        if name in REGROUP:
+        if traits & Trait.REGROUP:
             return self._regrouped(source, after, axes)
-        if name in PERMUTES and name != "numpy_T":
+        if traits & Trait.PERMUTE and name != "numpy_T":
             order = _order(name, node, len(axes))
             return self.follow(source, tuple(axis for _, axis in sorted(zip(order, axes, strict=True))))
         if name == "slice" and before == after:
@@ -173,7 +170,7 @@ class Chain:
         kept = [n for n in after if n != 1]
         while [n for n in self._shape(source) if n != 1] != kept:
             under = self.reader.first(source)
-            if self.reader.name(source) not in REGROUP or under is None:
+            if not self.reader.has(source, Trait.REGROUP) or under is None:
                 raise Unproven
             if self.reader.value(source).dtype != self.reader.value(under).dtype:
                 raise Unproven
@@ -186,9 +183,8 @@ class Chain:
         target = node.target
         if name.endswith("_") and not name.endswith("__"):
             target = self._without_write(node, name)
-        tagged = torch.Tag.pointwise in getattr(target, "tags", ())
-        drawn = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-        if drawn or not (tagged or {name, name.removesuffix("_")} & POINTWISE or target in PURE):
+        tagged = any(torch.Tag.pointwise in o.tags for o in self.reader.operator(node).overloads)
+        if self.reader.draws(node) or not (tagged or traits_of(self.reader.base(node)) & Trait.POINTWISE):
             raise Unproven
         inputs = {n: self.follow(n, axes[len(axes) - len(self._shape(n)) :]) for n in node.all_input_nodes}
         dtype = self.reader.value(node).dtype
@@ -200,7 +196,7 @@ class Chain:
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
         if source is None or not isinstance(node.target, torch._ops.OpOverload):
             raise Unproven
-        fresh = self.reader.name(source) in LIKE or self.reader.name(source) in ("clone", "zeros", "ones", "full")
+        fresh = self.reader.has(source, Trait.FRESH)
         overload = node.target._overloadname
         if not fresh or len(source.users) != 1 or packet is None or overload not in packet.overloads():
             raise Unproven

@@ -16,8 +16,8 @@ from torch import fx
 from torch.nn import functional as F
 
 from sla2_compile.passes.graph.builder import Builder
+from sla2_compile.passes.graph.sdpa import SDPA
 from sla2_compile.passes.multihead.masks import MultiheadMasks, NotPlain
-from sla2_compile.passes.normalize_sdpa import SDPA
 from sla2_compile.passes.sites.rules import Reason
 
 NATIVE = torch.ops.aten._native_multi_head_attention.default

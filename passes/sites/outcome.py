@@ -58,6 +58,19 @@ class Miss:
     detail: str = ""
 
 
+class NoFit(Exception):
+    """The part of a graph that does not fit attention, or keeps it from being rewritten.
+
+    Attributes:
+        reason, detail: as a `Miss` has them.
+        depth: how far the walk came; the farthest of several tries is the nearest miss.
+    """
+
+    def __init__(self, reason: Reason, detail: str, depth: int = 0) -> None:
+        super().__init__(detail)
+        self.reason, self.detail, self.depth = reason, detail, depth
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """A call that SLA2 takes, and what that costs.

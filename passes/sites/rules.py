@@ -7,7 +7,6 @@ The same function decides at planning time (fake tensors), in graphs (example va
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +15,7 @@ from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
 from sla2_compile.kernels.functional import autocasts
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
-
-if TYPE_CHECKING:
-    from sla2_compile.passes.sites.settings import SiteSettings
+from sla2_compile.passes.sites.settings import SiteSettings
 
 
 class Reason(str, Enum):
@@ -52,25 +49,6 @@ class Reason(str, Enum):
     EXPOSED = "queries or keys whose memory was handed out (numpy and the like) before the scores"
     OPAQUE = "an operator of attention that is not scaled_dot_product_attention"
     UNSEEN = "call not seen when the model was planned"
-
-
-MIN_SEQ_LEN = {
-    "cpu": ((0.15, 512), (1.0, 768)),
-    "cuda": ((1.0, 4096),),
-}
-"""What `min_seq_len: auto` means: by device type, (topk_ratio up to, shortest length at which SLA2 won).
-
-CPU: `python benchmarks/cpu.py`, float32, one thread (benchmarks/results/cpu.md). CUDA: `python
-benchmarks/attention.py --suite crossover`, H200 bf16, eager, against FA2 (benchmarks/results/attention_crossover.md),
-each row's time divided by how slow its host was: at 4096 tokens SLA2 takes as long for 16 heads of 64, where it waits
-for the host, and less than half as long for 48. In CUDA graphs SLA2 wins from a quarter to a half of that on.
-"""
-
-
-def crossover(device_type: str, topk_ratio: float) -> int:
-    """The shortest length at which SLA2 wins at this ratio; an unknown device counts as a GPU."""
-    steps = MIN_SEQ_LEN.get(device_type, MIN_SEQ_LEN["cuda"])
-    return next(length for ratio, length in steps if topk_ratio <= ratio)
 
 
 def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) -> Reason | None:

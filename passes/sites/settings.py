@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sla2_compile.kernels import AUTO, AttentionOptions
-from sla2_compile.passes.sites.rules import crossover
+from sla2_compile.passes.sites.crossover import crossover
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sla2_compile.passes.base import PassResult
 from sla2_compile.passes.fuse_attention import FuseAttention
-from sla2_compile.passes.normalize_sdpa import is_normal
+from sla2_compile.passes.graph.sdpa import is_normal
 from sla2_compile.passes.sites.outcome import Miss
 from sla2_compile.passes.sites.rules import Reason
 

@@ -10,8 +10,8 @@ import torch
 
 from sla2_compile.passes import base
 from sla2_compile.passes.base import Pass, PassResult, parse_pass
+from sla2_compile.passes.graph.sdpa import owner_of
 from sla2_compile.passes.pipeline import PassError, Pipeline
-from sla2_compile.passes.select_attention import owner_of
 from sla2_compile.recipes import Recipe
 
 
