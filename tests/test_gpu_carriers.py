@@ -10,6 +10,8 @@ import torch
 
 import sla2_compile
 from tests import models
+from tests.test_written_by_hand import check_same
+from tests.written_by_hand import KEPT, TAKEN
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,3 +95,27 @@ def test_cuda_graph():
         out.fill_(float("nan"))
         graph.replay()
         torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("attention", [*TAKEN, *KEPT], ids=lambda f: f.__name__)
+def test_owners_that_write_their_attention_out(attention, grad):
+    # masks and blanks that the functions make belong on the device too
+    with torch.device("cuda"):
+        check_same(attention, torch.randn(2, 96, 32), grad)
+
+
+def test_a_written_owner_in_bfloat16_is_captured_in_a_graph():
+    model = models.HandWritten(dim=128).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(1, 2048, 128, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model(x)
+        sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0, topk_ratio=1.0)
+        assert error(model(x), expected) < 2e-2
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o = model(x)
+        o.zero_()
+        graph.replay()
+        assert error(o, expected) < 2e-2
+    assert sla2_compile.report(model).fallbacks == {}
