@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sla2_compile.kernels.blocks import exporting, num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
+from sla2_compile.kernels.options import State
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
@@ -33,6 +34,7 @@ class Site(nn.Module):
 
     Attributes:
         settings: what the recipe says.
+        state: what low bit means to the site now.
         structure: what the call's mask was when the model was planned; None if unknown.
         last_routing: what the last eager forward chose, or None; not saved, not copied.
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
@@ -55,6 +57,7 @@ class Site(nn.Module):
         """
         super().__init__()
         self.settings = settings
+        self.state = State.PLAIN
         self.structure: Structure | None = None
         self.heads = self.head_dim = 0
         self.last_routing: Routing | None = None
@@ -80,10 +83,14 @@ class Site(nn.Module):
             shape = (heads, 1) if self.settings.alpha == "head" else (1, num_blocks(Nq, block_q))
             self.alpha_bias = nn.Parameter(torch.full(shape, UNTRAINED_LOGIT, **like))
 
-    def forward(self, *args: Any, key_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, *args: Any, key_mask: Tensor | None = None, training: bool | None = None, **kwargs: Any
+    ) -> Tensor:
         """Answer one attention call, by SLA2 or, if a rule says so, by full attention.
 
         Args: those of `torch.nn.functional.scaled_dot_product_attention`; key_mask as `AttentionCall` has it.
+            training: whether this is a training step; as the site's own flag says, if None. Autograd is not asked:
+            `eval()` alone means inference, and a gradient through it is right all the same.
 
         Raises:
             ValueError: the site's parameters are not where q is; alpha="block" at another length.
@@ -101,6 +108,7 @@ class Site(nn.Module):
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
             proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
+            training=self.training if training is None else training, state=self.state,
         )  # fmt: skip
         if routing is not None:
             self.last_routing = routing
@@ -143,7 +151,8 @@ class Site(nn.Module):
 
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha
-        return f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}, alpha={alpha}"
+        sizes = f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}"
+        return f"{sizes}, alpha={alpha}, state={self.state.value}"
 
 
 class Sites(nn.ModuleDict):
