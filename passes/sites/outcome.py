@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
+from sla2_compile.kernels.blocks import num_blocks, num_kept
+from sla2_compile.kernels.flops import call_flops
 from sla2_compile.kernels.functional import autocasts
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
@@ -105,10 +106,5 @@ class Rewrite:
         if not isinstance(B, int) or not isinstance(H, int):
             return cls(where, settings, block_q, block_k, kept, tm, tn, 0, 0, plain, positive)
         full = 2 * Nq * Nk * (D + Dv) // (2 if mask.is_causal else 1)
-        ratio = options.router_ratio(block_q, block_k)
-        rows_q, rows_k = (router_tokens(block, ratio)[0] for block in (block_q, block_k))
-        sparse = 2 * Nq * min(Nk, kept * block_k) * (D + Dv)
-        linear = 0 if kept == tn else 2 * (Nq + Nk + tm * tn) * D * Dv
-        router = 2 * num_blocks(Nq, rows_q) * num_blocks(Nk, rows_k) * D
-        flops = B * H * (sparse + linear + router)
+        flops = call_flops(call.q.shape, call.k.shape, call.v.shape, options, kept)
         return cls(where, settings, block_q, block_k, kept, tm, tn, flops, B * H * full, plain, positive)
