@@ -49,7 +49,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """One measurement: q, k, v (B, H, N, D), the share of key blocks kept, the router's resolution."""
+    """One measurement: q, k, v (B, H, N, D), the share of key blocks kept, the router's resolution (0: a block)."""
 
     B: int
     H: int
@@ -69,7 +69,8 @@ class Shape:
         return q, k, v
 
     def options(self, low_bit: str) -> AttentionOptions:
-        return AttentionOptions(self.topk_ratio, self.compression_ratio, self.block_q, self.block_k, low_bit=low_bit)
+        ratio = self.compression_ratio or "block"
+        return AttentionOptions(self.topk_ratio, ratio, self.block_q, self.block_k, low_bit=low_bit)
 
 
 WAN, WAN_14B = (1, 12, 32760, 128), (1, 40, 75600, 128)

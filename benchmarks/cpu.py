@@ -88,7 +88,7 @@ def compare(
 
     options = {name: AttentionOptions(*SETTINGS[name]) for name in settings}
     calls = {"full": run(lambda: F.scaled_dot_product_attention(q, k, v))}
-    calls |= {name: run(lambda o=o: sla2_attention(q, k, v, o)) for name, o in options.items()}  # type: ignore[misc]
+    calls |= {name: run(lambda o=o: sla2_attention(q, k, v, o, training=grad)) for name, o in options.items()}  # type: ignore[misc]
     for call in calls.values():
         call()
     best = dict.fromkeys(calls, float("inf"))

@@ -102,6 +102,7 @@ def graphed(call: Call) -> Call:
 
 def step(workload: Workload, model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
     """One forward without gradients, or one forward and backward that leaves no gradient behind."""
+    model.train(workload.training)
     leaves = [*model.parameters(), *inputs]
 
     def forward() -> None:

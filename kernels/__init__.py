@@ -9,6 +9,8 @@
 | `support.py` | which kernels run a call, in which format, and why not better ones |
 | `precision.py` | the format of a call, as a constant of whatever traces it |
 | `feature_maps.py` | phi of the linear branch, and its derivative |
+| `options.py` | how a call is computed, with words for what its lengths decide |
+| `flops.py` | what the ops count in PyTorch's FLOP counter |
 | `functional.py` | SLA2 in one call, by whichever ops it takes |
 | `reference/` | the method written plainly over dense maps: the specification |
 | `portable/` | blocked PyTorch for any device |
@@ -19,8 +21,12 @@
 Importing this package loads torch and registers the ops; Triton comes when a CUDA tensor first arrives.
 """
 
-from sla2_compile.kernels.blocks import AUTO, auto_block_sizes
-from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+from sla2_compile.kernels import flops
+from sla2_compile.kernels.blocks import auto_block_sizes
+from sla2_compile.kernels.functional import sla2_attention
 from sla2_compile.kernels.ops import attention, forward, route
+from sla2_compile.kernels.options import AttentionOptions
 
-__all__ = ["AUTO", "AttentionOptions", "attention", "auto_block_sizes", "forward", "route", "sla2_attention"]
+flops.register()
+
+__all__ = ["AttentionOptions", "attention", "auto_block_sizes", "forward", "route", "sla2_attention"]

@@ -34,7 +34,7 @@ class RouteArgs(NamedTuple, Generic[T]):
         proj_q, proj_k: (D, D), the router's projections; identity if None.
         key_mask: (B, Nk) bool, True where the key takes part; all do if None.
         topk_ratio: share of the key blocks that is kept, in (0, 1].
-        compression_ratio: tokens averaged into one router token, a power of two; no more than a block has.
+        compression_ratio: tokens averaged into one router token, a power of two; at most a block's.
         block_q, block_k: rows of a query and of a key block, powers of two from 8 to 256.
         scale: multiplies q k^T.
         is_causal: whether query i sees keys 0..i only.
@@ -187,7 +187,13 @@ class ForwardResult(NamedTuple, Generic[T]):
     lut: T
     log_rest: T
     entropy: T
+    k_mean: T
 
     @classmethod
     def of(cls, routed: RouteResult[T], attended: AttentionResult[T]) -> ForwardResult[T]:
-        return cls(attended.o, attended.lse, routed.lut, routed.log_rest, routed.entropy)
+        """Put together what its two parts returned."""
+        return cls(attended.o, attended.lse, *routed)
+
+    def routed(self) -> RouteResult[T]:
+        """What its route returned."""
+        return RouteResult(self.lut, self.log_rest, self.entropy, self.k_mean)

@@ -10,9 +10,6 @@ from fractions import Fraction
 
 import torch
 
-AUTO = 0
-"""A block size of 0 in a recipe or call means: chosen by `auto_block_sizes`."""
-
 
 def num_blocks(n: int, block: int) -> int:
     """Return ceil(n / block)."""
@@ -33,8 +30,8 @@ def num_kept(tn: int, topk_ratio: float, block_q: int, block_k: int, is_causal: 
 
 
 def router_tokens(block: int, compression_ratio: int) -> tuple[int, int]:
-    """Return (rows averaged into one router token, router tokens in a block); ratio 0 means one token a block."""
-    rows = block if compression_ratio == 0 else min(compression_ratio, block)
+    """Return (rows averaged into one router token, router tokens in a block); a block has one at least."""
+    rows = min(compression_ratio, block)
     return rows, block // rows
 
 

@@ -98,14 +98,11 @@ def check_key_mask(key_mask: Described | None, k: Described) -> None:
         raise fail("key_mask", f"be on k's device {k.device}", key_mask.device, "move it")
 
 
-def check_blocks(block_q: int, block_k: int, compression_ratio: int) -> None:
-    """Refuse block sizes that are not powers of two in 8..256, and router tokens that do not tile them."""
+def check_blocks(block_q: int, block_k: int) -> None:
+    """Refuse block sizes that are not powers of two in 8..256."""
     for name, size in (("block_q", block_q), ("block_k", block_k)):
         if size < 8 or size > 256 or size & (size - 1):
             raise fail(name, "be a power of two from 8 to 256", size, "use 128 and 64 for long sequences")
-    r = compression_ratio
-    if r < 0 or r & (r - 1):
-        raise fail("compression_ratio", "be 0 (whole block) or a power of two", r, "use 4, 8 or 16")
 
 
 def check_route(args: RouteArgs[Described]) -> None:
@@ -113,7 +110,10 @@ def check_route(args: RouteArgs[Described]) -> None:
     q, k = args.q, args.k
     check_qkv(q, k, None)
     check_key_mask(args.key_mask, k)
-    check_blocks(args.block_q, args.block_k, args.compression_ratio)
+    check_blocks(args.block_q, args.block_k)
+    r = args.compression_ratio
+    if r < 1 or r & (r - 1):
+        raise fail("compression_ratio", "be a power of two", r, "use 4, 8 or 16")
     if not 0.0 < args.topk_ratio <= 1.0:
         raise fail("topk_ratio", "lie in (0, 1]", args.topk_ratio, "0.15 keeps 15 % of the key blocks")
     for name, proj in (("proj_q", args.proj_q), ("proj_k", args.proj_k)):
@@ -132,7 +132,7 @@ def check_attention(args: AttentionArgs[Described]) -> None:
     alpha_gain, alpha_bias = args.alpha_gain, args.alpha_bias
     check_qkv(q, k, args.v)
     check_key_mask(args.key_mask, k)
-    check_blocks(args.block_q, args.block_k, 0)
+    check_blocks(args.block_q, args.block_k)
     B, Hq, Nq, D = q.shape
     tm = (Nq + args.block_q - 1) // args.block_q
     others = {"k_mean": k_mean, "lut": lut, "log_rest": log_rest, "alpha_gain": alpha_gain, "alpha_bias": alpha_bias}

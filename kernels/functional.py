@@ -1,4 +1,4 @@
-"""SLA2 attention in one call, by one op or, where a gradient is wanted, by two: what sites and graphs run."""
+"""SLA2 attention in one call, by one op or, in a training step, by two: what sites and graphs run."""
 
 from __future__ import annotations
 
@@ -10,37 +10,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, ForwardResult, RouteResult
-from sla2_compile.kernels.blocks import AUTO, auto_block_sizes, num_blocks
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import check_qkv
 from sla2_compile.kernels.ops import attention, forward, route
+from sla2_compile.kernels.options import AttentionOptions, State, asked
 from sla2_compile.kernels.precision import low_bit_of
 
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """How one attention call is computed; each field as in `recipes.Recipe`.
-
-    Attributes:
-        topk_ratio: share of key blocks computed exactly, in (0, 1].
-        compression_ratio: tokens averaged into one router token; 0 means a whole block.
-        block_q, block_k: rows of a query and a key block; 0 (AUTO) chooses by length.
-        feature_map: phi of the linear branch: softmax, elu or relu.
-        linear_scope: complement (the paper's) or all keys.
-        low_bit: format asked of the sparse branch: none, auto, int8 or int8_fp8; `precision.py` says what runs.
-    """
-
-    topk_ratio: float = 0.15
-    compression_ratio: int = 8
-    block_q: int = AUTO
-    block_k: int = AUTO
-    feature_map: str = "softmax"
-    linear_scope: str = "complement"
-    low_bit: str = "none"
-
-    def block_sizes(self, nq: int, nk: int) -> tuple[int, int]:
-        """Return (block_q, block_k) for these lengths."""
-        auto_q, auto_k = (0, 0) if self.block_q and self.block_k else auto_block_sizes(nq, nk)
-        return self.block_q or auto_q, self.block_k or auto_k
+DEFAULTS = AttentionOptions()
 
 
 @dataclass
@@ -62,10 +38,10 @@ class Routing:
 
 
 def sla2_attention(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = AttentionOptions(), *,
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = DEFAULTS, *,
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
     proj_q: Tensor | None = None, proj_k: Tensor | None = None,
-    alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
+    alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None, training: bool = False,
 ) -> Tensor:  # fmt: skip
     """Approximate softmax attention by SLA2 (arXiv 2602.12675, Alg. 2).
 
@@ -77,6 +53,8 @@ def sla2_attention(
         scale: multiplies q k^T; D ** -0.5 if None.
         proj_q, proj_k: (D, D), the router's learned projections; identity if None.
         alpha_gain: (Hq,); alpha_bias: (1 or Hq, 1 or Tm). See `reference.attention`.
+        training: keep what the backward needs, and compute in q's dtype. Without it the forward is an inference's,
+            in low_bit; its gradients are those of q's dtype, for which the backward computes the branches again.
 
     Returns:
         (B, Hq, Nq, Dv) in q's dtype.
@@ -91,7 +69,8 @@ def sla2_attention(
     """
     o, _ = attend(
         q, k, v, options, key_mask=key_mask, is_causal=is_causal, scale=scale,
-        proj_q=proj_q, proj_k=proj_k, alpha_gain=alpha_gain, alpha_bias=alpha_bias, keep_routing=False,
+        proj_q=proj_q, proj_k=proj_k, alpha_gain=alpha_gain, alpha_bias=alpha_bias, training=training,
+        keep_routing=False,
     )  # fmt: skip
     return o
 
@@ -113,9 +92,13 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
     proj_q: Tensor | None = None, proj_k: Tensor | None = None,
-    alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None, keep_routing: bool = True,
+    alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
+    training: bool = False, state: State = State.PLAIN, keep_routing: bool = True,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
-    """`sla2_attention` that also returns what the router chose, if keep_routing; None in a compiler's trace."""
+    """`sla2_attention` in some state, which also returns what the router chose, if keep_routing.
+
+    The routing is None in a compiler's trace.
+    """
     if not traced(q) and forward_ad._current_level >= 0:
         tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
         if any(t is not None for t in tangents):
@@ -126,19 +109,19 @@ def attend(
     check_qkv(q, k, v)
     block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    # proj_q and proj_k get no gradient, but what is routed by them asks for one, as any op's result does
-    params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
-    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
     tn = num_blocks(k.shape[2], block_k)
-    plain = key_mask is None and not is_causal
-    asked = "none" if wants_grad else options.low_bit
-    low_bit = low_bit_of(asked, q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio, plain)
+    low_bit = low_bit_of(
+        asked(options, state, training), q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio,
+        plain=key_mask is None and not is_causal,
+    )  # fmt: skip
     args = ForwardArgs(
         q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,
-        options.topk_ratio, options.compression_ratio, block_q, block_k, scale,
+        options.topk_ratio, options.router_ratio(block_q, block_k), block_q, block_k, scale,
         options.feature_map, options.linear_scope, is_causal, low_bit,
     )  # fmt: skip
-    if wants_grad:
+    # proj_q and proj_k get no gradient, but what is routed by them asks for one, as any op's result does
+    params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
+    if training and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params):
         routed = RouteResult(*route(*args.route()))
         attended = AttentionResult(*attention(*args.attention(routed, keep_branches=True)))
         made = ForwardResult.of(routed, attended)

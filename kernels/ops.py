@@ -5,10 +5,10 @@
 | `sla2::route` | `RouteArgs` -> `RouteResult` |
 | `sla2::attention` | `AttentionArgs` -> `AttentionResult` |
 | `sla2::attention_backward` | `BackwardArgs` -> `BackwardResult` |
-| `sla2::forward` | `ForwardArgs` -> `ForwardResult`: route and attention where no gradient is wanted |
+| `sla2::forward` | `ForwardArgs` -> `ForwardResult`: route and attention in one, for inference |
 
 Gradients: of `route`, only k_mean's reaches k (hard top-k has none; log_rest and entropy are estimates that
-count as constants). Of `attention`, o's reaches q, k, v, k_mean, alpha_gain and alpha_bias.
+count as constants). Of `attention`, o's reaches q, k, v, k_mean, alpha_gain and alpha_bias. `forward` has both.
 Ops ignore autocast: `functional.py` casts, as PyTorch's own attention does. Implementations are imported when a call
 first needs them.
 """
@@ -36,7 +36,7 @@ from sla2_compile.kernels.arguments import (
 )
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.checks import check_attention, check_backward, check_route, check_table, fail
-from sla2_compile.kernels.records import inner_record, named, of, schema, split
+from sla2_compile.kernels.records import flat, inner_record, named, of, schema, split
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -157,13 +157,16 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 def _attention_backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Any, ...]:
-    call = of(Saved, (*ctx.saved_tensors, *ctx.options)).call
-    made = BackwardResult(*attention_backward(do, *ctx.saved_tensors, *ctx.options))
-    return named(
-        AttentionArgs, q=made.dq, k=made.dk, v=made.dv, k_mean=made.dk_mean,
-        alpha_gain=None if call.alpha_gain is None else made.dgain,
-        alpha_bias=None if call.alpha_bias is None else made.dbias,
-    )  # fmt: skip
+    return named(AttentionArgs, **_gradients_of(do, of(Saved, (*ctx.saved_tensors, *ctx.options))))
+
+
+def _gradients_of(do: Tensor, saved: Saved[Tensor]) -> dict[str, Tensor | None]:
+    """The gradient for each tensor of an attention call, by its name."""
+    made = BackwardResult(*attention_backward(*flat(BackwardArgs(do, saved))))
+    found: dict[str, Tensor | None] = {"q": made.dq, "k": made.dk, "v": made.dv, "k_mean": made.dk_mean}
+    found["alpha_gain"] = None if saved.call.alpha_gain is None else made.dgain
+    found["alpha_bias"] = None if saved.call.alpha_bias is None else made.dbias
+    return found
 
 
 attention.register_autograd(_attention_backward, setup_context=_attention_setup)
@@ -208,20 +211,28 @@ def _forward_fake(args: ForwardArgs[Tensor]) -> ForwardResult[Tensor]:
 
 
 forward = define("forward", ForwardArgs, ForwardResult, run=_forward, cuda="forward", fake=_forward_fake)
-"""Route and attention in one op, without gradients: the host goes but once through dispatcher and checks.
+"""Route and attention in one op: the host goes but once through dispatcher and checks, and no branch is kept.
 
-Raises:
-    ValueError: as they do, and where an input asks for a gradient.
+Where a gradient is asked of it all the same, the backward computes the branches again, in the input's dtype whatever
+low_bit is, from the same table.
 """
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    fix = "trace or export where gradients are wanted, or run it under torch.no_grad()"
-    raise fail("sla2::forward", "run where no gradient is wanted", "inputs that require one", fix)
+    args, made = ForwardArgs(*inputs), ForwardResult(*output)
+    ctx.mark_non_differentiable(made.lse, *made.routed())
+    call = args.attention(made.routed(), keep_branches=True)
+    tensors, ctx.options = split(call._replace(low_bit="none"))
+    ctx.save_for_backward(*tensors)
 
 
-def _forward_backward(ctx: Any, *_: Any) -> None:
-    raise AssertionError("sla2::forward refuses inputs that require a gradient")
+def _forward_backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Any, ...]:
+    call = of(AttentionArgs, (*ctx.saved_tensors, *ctx.options))
+    again = AttentionResult(*attention(*call))
+    found = _gradients_of(do, Saved(again.lse, again.o_sparse, again.o_linear, call))
+    d_mean = found.pop("k_mean")
+    found["k"] = found["k"] + _spread(d_mean, call.k, call.key_mask)
+    return named(ForwardArgs, **found)
 
 
 forward.register_autograd(_forward_backward, setup_context=_forward_setup)

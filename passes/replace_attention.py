@@ -47,7 +47,7 @@ class ReplaceAttention(Pass):
             name = f"{where.owner}.sla2.{where.index}".lstrip(".")
             call = call_of(node)
             site = Site(decision.settings, call if self.learned else None, _parameter_dtype(gm, call))
-            gm.add_submodule(name, site.train(gm.training))
+            gm.add_submodule(name, site.train(in_training(gm)))
             with gm.graph.inserting_before(node):
                 new = gm.graph.call_module(name, node.args, _site_arguments(node))
             new.meta = dict(node.meta)
@@ -55,6 +55,17 @@ class ReplaceAttention(Pass):
             gm.graph.erase_node(node)
             result.changed += 1
         return result
+
+
+def in_training(gm: fx.GraphModule) -> bool:
+    """Whether the sites of a graph are for training: as its module's flag says, where that says anything.
+
+    The flag of an fx trace is the traced model's; `gm.train()` and `gm.eval()` set it and its sites'. A program
+    of torch.export does not say in which mode it was exported: the flag of its module is always True, and `train` and
+    `eval` refuse. It counts as an inference. A gradient through it is right all the same; its backward computes the
+    branches again. Dynamo's graphs do not say it either; `torch.compile(..., options={"training": True})` does.
+    """
+    return gm.training and "train" not in vars(gm)
 
 
 def _parameter_dtype(gm: fx.GraphModule, call: AttentionCall) -> torch.dtype:

@@ -36,7 +36,8 @@ def sla2_backend(
 
     Args:
         options: "recipe" (name, path, dict or Recipe), any field of Recipe, "inner_backend" (default
-            "inductor") and "inner_options" (a dict for it).
+            "inductor"), "inner_options" (a dict for it) and "training" (False: a Dynamo graph does not say in which
+            mode its model is, and counts as an inference; its gradients are right all the same, but slower).
         mode: one of Inductor's ("max-autotune", ...); torch.compile refuses it together with options.
 
     Raises:
@@ -47,13 +48,14 @@ def sla2_backend(
     """
     fields = dict(options or {})
     compile_inner = _inner(fields.pop("inner_backend", "inductor"), dict(fields.pop("inner_options", {})), mode)
+    training = bool(fields.pop("training", False))
     recipe = Recipe.of(fields.pop("recipe", DEFAULT), **fields)
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     if any(str(node.target).startswith("sla2.") for graph in graphs for node in graph.nodes):
         # a transformed model's own sites: what its recipe left alone stays alone
         return compile_inner(gm, list(example_inputs))
 
-    ours = copy_graph(gm)
+    ours = copy_graph(gm, training)
     outcomes = Pipeline.standard(recipe, learned=False).run(ours, debug.observers())
     debug.show_report(lambda: Report(tuple(outcomes), recipe, "graph", {}))
     replaced = sum(isinstance(x, Rewrite) for x in outcomes)

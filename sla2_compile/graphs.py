@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 from sla2_compile import debug
 from sla2_compile.passes.graph.bodies import bodies_of
 from sla2_compile.passes.pipeline import Pipeline
-from sla2_compile.passes.replace_attention import site_nodes, undo
+from sla2_compile.passes.replace_attention import in_training, site_nodes, undo
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.plan import Plan, plan_of, set_plan
 from sla2_compile.recipes import Recipe
@@ -80,11 +80,14 @@ class WithoutTrace(FakeTensorProp):
         return torch.func.functional_call(module, fakes, args, kwargs)
 
 
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+def copy_graph(gm: fx.GraphModule, training: bool | None = None) -> fx.GraphModule:
     """Copy a graph and the graphs inside it, sharing weights; the copy can be edited.
 
     Dynamo's own graph module refuses new attributes. What Dynamo notes on it for the next compiler goes along: which
     inputs are parameters, how a checkpoint is to be recomputed.
+
+    Args:
+        training: mode of the copy, and of the graphs inside it; what `in_training` says of gm if None.
     """
     graph = fx.Graph()
     graph._codegen = gm.graph._codegen
@@ -99,9 +102,10 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for name in DYNAMO_NOTES:
         if name in gm.__dict__:
             setattr(copied, name, gm.__dict__[name])
+    copied.training = in_training(gm) if training is None else training
     for node in copied.graph.nodes:
         for name, body in bodies_of(copied, node):
-            copied.set_submodule(name, copy_graph(body))
+            copied.set_submodule(name, copy_graph(body, copied.training))
     return copied
 
 
@@ -118,8 +122,8 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
 
     Symbolic sizes stay symbolic. torch.export tells a size of one from a larger one, so the new program's own
     guards refuse lengths that keep a single key block if the example keeps several, and the other way round.
-    What low_bit comes to is fixed here for all lengths: an unknown one counts as long, and where a gradient is wanted
-    (the learned alpha wants one, unless under torch.no_grad()) it is none.
+    A program counts as an inference, whatever mode it was exported in. What low_bit resolves to is fixed here for all
+    lengths; an unknown one counts as long.
 
     Raises:
         ValueError: the program was exported without example inputs, or nothing was replaced.

@@ -12,7 +12,7 @@ import torch
 
 import sla2_compile
 from sla2_compile.api import inspect
-from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs
+from sla2_compile.kernels.arguments import ForwardArgs
 from sla2_compile.passes.sites.outcome import Miss
 from sla2_compile.passes.sites.rules import Reason
 from tests import models
@@ -177,7 +177,7 @@ def test_caption_says_what_runs_in_low_bit(x, monkeypatch):
     assert "low bit int8_fp8: INT8 QK (FP8 needs block_k of 32); training" in one_line(small)
     mixed = replace(low, outcomes=(outcomes[0], replace(outcomes[0], block_k=16)))
     assert "INT8 QK and FP8 PV in 1 call, INT8 QK (FP8 needs block_k of 32) in 1 call; training" in one_line(mixed)
-    none = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), low_bit="none", qat=False, **ANY)
+    none = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), low_bit="none", **ANY)
     assert "low bit" not in str(sla2_compile.report(none))
 
 
@@ -253,27 +253,22 @@ def on_cuda(report):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_an_exported_graph_says_itself_what_it_computes(gpu, dynamic):
     gpu(90)
+    # a program is an inference, whether or not it was exported with a gradient wanted
     for grad in (False, True):
         program = exported(grad, dynamic, topk_ratio=0.05)
-        op = torch.ops.sla2.attention.default if grad else torch.ops.sla2.forward.default
-        (node,) = [n for n in program.graph.nodes if n.target is op]
-        call = (AttentionArgs if grad else ForwardArgs)(*node.args)
+        (node,) = [n for n in program.graph.nodes if n.target is torch.ops.sla2.forward.default]
+        call = ForwardArgs(*node.args)
         assert call.low_bit == "none"
         for holder in (program, program.module()):
             report = sla2_compile.report(holder)
-            assert [(x.low_bit, x.keeps_branches) for x in report.rewrites] == [("none", grad)]
+            assert [x.low_bit for x in report.rewrites] == ["none"]
             assert "low bit auto: not run on cpu; computed in the input's dtype" in one_line(report)
-            if grad and dynamic:
-                # the call would be computed in INT8
-                text = "low bit auto: exported with a gradient wanted, not under torch.no_grad(); computed in"
-                assert text in one_line(on_cuda(report))
-            elif dynamic:
+            if dynamic:
                 assert "low bit auto: decided by the export; computed in" in one_line(on_cuda(report))
             else:
                 assert NOT_FASTER in one_line(on_cuda(report))
-        # as a GPU's export has it, or somebody who left the branches out of the one
-        changes = {"keep_branches": False} if grad else {}
-        node.args = tuple(call._replace(low_bit="int8", **changes))
+        # as a GPU's export has it
+        node.args = tuple(call._replace(low_bit="int8"))
         report = on_cuda(sla2_compile.report(program))
         assert "low bit auto: INT8 QK; fixed by the export" in one_line(report)
         assert report.to_dict()["calls"][0]["low_bit"] == {"asked": "auto", "runs": "int8", "why": ""}
@@ -372,7 +367,7 @@ def test_report_says_what_runs_blocked_pytorch_on_a_gpu(name, low_bit, monkeypat
     monkeypatch.setattr(device, "shared_limit", lambda device: (99 if arch == 89 else 227) * 1024)
     q = torch.empty(1, 1, 1024, call["D"], dtype=call["dtype"], device="meta")
     blocks = {name: call[name] for name in ("block_q", "block_k")}
-    report = inspect(Call(), "balanced", example_inputs=(q,), low_bit=low_bit, qat=False, **blocks, **ANY)
+    report = inspect(Call(), "balanced", example_inputs=(q,), low_bit=low_bit, **blocks, **ANY)
     assert "blocked PyTorch" not in str(report)
     moved = replace(report, device="cuda")
     line = f"blocked PyTorch on cuda in 1 call: {why}"

@@ -140,4 +140,4 @@ def forward(args: ForwardArgs[Tensor]) -> ForwardResult[Tensor]:
     call = args.attention(routed)
     check_table(call)
     o, lse = run(both[1], split(call)[0])
-    return ForwardResult(o, lse, routed.lut, routed.log_rest, routed.entropy)
+    return ForwardResult(o, lse, *routed)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
+from sla2_compile.kernels.blocks import num_blocks, num_kept
+from sla2_compile.kernels.flops import call_flops
 from sla2_compile.kernels.functional import autocasts
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
@@ -84,13 +85,12 @@ class Rewrite:
         plain: whether every query sees every key.
         positive: whether the scale of its scores is above 0, or not known.
         low_bit: what an exported graph computes it in, at any length; empty where each call decides for itself.
-        keeps_branches: whether that graph computes what a backward needs.
     """
 
     where: Where
     settings: SiteSettings
-    block_q: int
-    block_k: int
+    block_q: int | str
+    block_k: int | str
     topk: int
     tm: int
     tn: int
@@ -99,7 +99,6 @@ class Rewrite:
     plain: bool
     positive: bool = True
     low_bit: str = ""
-    keeps_branches: bool = False
 
     @property
     def sparsity(self) -> float:
@@ -119,10 +118,6 @@ class Rewrite:
         kept = num_kept(tn, options.topk_ratio, block_q, block_k, mask.is_causal)
         if not isinstance(B, int) or not isinstance(H, int):
             return cls(where, settings, block_q, block_k, kept, tm, tn, 0, 0, plain, positive)
-        rows_q, rows_k = (router_tokens(block, options.compression_ratio)[0] for block in (block_q, block_k))
-        sparse = 2 * Nq * min(Nk, kept * block_k) * (D + Dv)
-        linear = 0 if kept == tn else 2 * (Nq + Nk + tm * tn) * D * Dv
-        router = 2 * num_blocks(Nq, rows_q) * num_blocks(Nk, rows_k) * D
         full = 2 * Nq * Nk * (D + Dv) // (2 if mask.is_causal else 1)
-        flops = B * H * (sparse + linear + router)
+        flops = call_flops(call.q.shape, call.k.shape, call.v.shape, options, kept)
         return cls(where, settings, block_q, block_k, kept, tm, tn, flops, B * H * full, plain, positive)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
-from sla2_compile.kernels import AUTO, AttentionOptions
+from sla2_compile.kernels import AttentionOptions
 from sla2_compile.passes.sites.crossover import crossover
 
 if TYPE_CHECKING:
@@ -14,36 +14,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """One site's part of a recipe.
+    """One site's part of a recipe, in the recipe's words.
 
     Attributes:
         options: how the call is computed.
         alpha: routed, head or block: where the mix comes from (`Recipe.alpha`).
-        qat: training of the sparse branch in low bit (`Recipe.qat`).
-        min_seq_len: shortest length that is replaced; -1 means the device's crossover.
+        fake_quant: format that training is to imitate: the recipe's low_bit if it has qat, else none.
+        min_seq_len: shortest length that is replaced; "auto" means the device's crossover.
     """
 
     options: AttentionOptions = field(default_factory=AttentionOptions)
     alpha: Literal["routed", "head", "block"] = "routed"
-    qat: bool = False
-    min_seq_len: int = -1
+    fake_quant: str = "none"
+    min_seq_len: int | Literal["auto"] = "auto"
 
     @classmethod
     def of(cls, recipe: Recipe, owner: str) -> SiteSettings:
         """Settings of the sites of one owner, overrides applied."""
         recipe = recipe.for_site(owner)
-        options = AttentionOptions(
-            topk_ratio=recipe.topk_ratio,
-            compression_ratio=0 if recipe.compression_ratio == "block" else recipe.compression_ratio,
-            block_q=AUTO if recipe.block_q == "auto" else recipe.block_q,
-            block_k=AUTO if recipe.block_k == "auto" else recipe.block_k,
-            feature_map=recipe.feature_map,
-            linear_scope=recipe.linear_scope,
-            low_bit=recipe.low_bit,
-        )
-        shortest = -1 if recipe.min_seq_len == "auto" else recipe.min_seq_len
-        return cls(options, recipe.alpha, recipe.qat, shortest)
+        options = AttentionOptions(**{x.name: getattr(recipe, x.name) for x in fields(AttentionOptions)})
+        return cls(options, recipe.alpha, recipe.low_bit if recipe.qat else "none", recipe.min_seq_len)
 
     def shortest(self, device_type: str) -> int:
         """The shortest length that is replaced on this device type."""
-        return crossover(device_type, self.options.topk_ratio) if self.min_seq_len < 0 else self.min_seq_len
+        return crossover(device_type, self.options.topk_ratio) if self.min_seq_len == "auto" else self.min_seq_len

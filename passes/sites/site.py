@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sla2_compile.kernels.blocks import exporting, num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
+from sla2_compile.kernels.options import State
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
@@ -33,6 +34,7 @@ class Site(SiteParameters):
     """SLA2 in the place of one attention call; see `SiteParameters` for what it learns.
 
     Attributes:
+        state: what low bit means to the site now.
         structure: what the call's mask was when the model was planned; None if unknown.
         last_routing: what the last eager forward chose, or None; not saved, not copied.
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
@@ -51,6 +53,7 @@ class Site(SiteParameters):
             dtype: of the parameters; q's if None.
         """
         super().__init__(settings)
+        self.state = State.PLAIN
         self.structure: Structure | None = None
         self.last_routing: Routing | None = None
         self.fallbacks: Counter[str] = Counter()
@@ -61,13 +64,20 @@ class Site(SiteParameters):
             self.make_parameters(call, dtype or call.q.dtype)
 
     def forward(
-        self, *args: Any, key_mask: Tensor | None = None, declined: Declined | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        key_mask: Tensor | None = None,
+        training: bool | None = None,
+        declined: Declined | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Answer one attention call, by SLA2 or, if a rule says so, by full attention.
 
         Args:
             *args, **kwargs: those of `torch.nn.functional.scaled_dot_product_attention`, or of declined.function.
             key_mask: as `AttentionCall` has it.
+            training: whether this is a training step; as the site's own flag says, if None. Autograd is not asked:
+                `eval()` alone means inference, and a gradient through it is right all the same.
             declined: count this reason and run this function; comes in by a call, so that it passes whatever
                 wrapper somebody put around the site.
 
@@ -92,6 +102,7 @@ class Site(SiteParameters):
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
             proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
+            training=self.training if training is None else training, state=self.state,
         )  # fmt: skip
         if routing is not None:
             self.last_routing = routing
@@ -146,7 +157,8 @@ class Site(SiteParameters):
 
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha
-        return f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}, alpha={alpha}"
+        sizes = f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}"
+        return f"{sizes}, alpha={alpha}, state={self.state.value}"
 
 
 class Sites(nn.Module):

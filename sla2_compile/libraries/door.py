@@ -155,7 +155,8 @@ class Door:
         """
         if under_plan() or (module is not None and is_owner(module)) or recording():
             return function(*args, **kwargs)
-        with Redirect(self.nameless if module is None or torch.compiler.is_compiling() else self._site(module)):
+        site = self.nameless if module is None or torch.compiler.is_compiling() else self._site(module)
+        with Redirect(site, training=module is not None and module.training):
             return function(*args, **kwargs)
 
     def record(self, module: nn.Module) -> DoorSite | None:
@@ -171,11 +172,11 @@ class Door:
 
 
 class Redirect(TorchFunctionMode):
-    """Sends attention calls under it to one site."""
+    """Sends attention calls under it to one site, as training steps or not."""
 
-    def __init__(self, site: DoorSite) -> None:
+    def __init__(self, site: DoorSite, training: bool) -> None:
         super().__init__()
-        self.site = site
+        self.site, self.training = site, training
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -184,4 +185,4 @@ class Redirect(TorchFunctionMode):
         if any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values())):
             self.site.count(Reason.NESTED)
             return func(*args, **kwargs)
-        return self.site(*args, **kwargs)
+        return self.site(*args, training=self.training, **kwargs)

@@ -16,7 +16,7 @@ from sla2_compile.passes.sites.outcome import Miss, Rewrite
 
 WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
 OPEN = "depends on the length"
-GRADIENT = "exported with a gradient wanted, not under torch.no_grad()"
+NO_QAT = "fake quantisation in training (qat) is not built yet; training computes in the input's dtype"
 # one of each choice of blocks, the last with key blocks without end
 LENGTHS = (1, 512, 2**30)
 
@@ -58,8 +58,7 @@ class How:
         how = cls._with(r, r.where.device, *blocks)
         if r.low_bit == how.runs:
             return replace(how, fixed=True)
-        less = GRADIENT if r.keeps_branches else "decided by the export"
-        return replace(how, runs=r.low_bit, why=less if r.low_bit == "none" else "", fixed=True)
+        return replace(how, runs=r.low_bit, why="decided by the export" if r.low_bit == "none" else "", fixed=True)
 
     @classmethod
     def _with(cls, r: Rewrite, on: str, block_q: int, block_k: int, tn: int) -> How:
@@ -101,21 +100,19 @@ def as_exported(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rew
     each, found = iter(ops), list[Rewrite | Miss]()
     for x in outcomes:
         if isinstance(x, Rewrite):
-            low_bit, keeps_branches = next(each)
-            x = replace(x, low_bit=low_bit, keeps_branches=keeps_branches)
+            x = replace(x, low_bit=next(each))
         found.append(x)
     return found
 
 
-def _attention_ops(root: nn.Module) -> Iterator[tuple[str, bool]]:
-    """Yield (low_bit, keep_branches) of each call's op in a graph and in the graphs in it."""
+def _attention_ops(root: nn.Module) -> Iterator[str]:
+    """Yield the low_bit of each call's op in a graph and in the graphs in it."""
     for gm in root.modules() if isinstance(root, fx.GraphModule) else ():
         for node in gm.graph.nodes if isinstance(gm, fx.GraphModule) else ():
             if node.target is torch.ops.sla2.attention.default:
-                call: AttentionArgs[fx.Node] = AttentionArgs(*node.args, **node.kwargs)
-                yield call.low_bit, call.keep_branches
+                yield AttentionArgs(*node.args, **node.kwargs).low_bit
             elif node.target is torch.ops.sla2.forward.default:
-                yield ForwardArgs(*node.args, **node.kwargs).low_bit, False
+                yield ForwardArgs(*node.args, **node.kwargs).low_bit
 
 
 def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
@@ -140,6 +137,8 @@ def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
         fixed = all(how.fixed for how in mine)
         rest = "fixed by the export" if fixed else "training computes in the input's dtype"
         lines.append(f"low bit {low_bit}: {', '.join(each)}; {rest}")
+    if any(r.settings.fake_quant != "none" for r in rewrites):
+        lines.append(NO_QAT)
     return lines
 
 

@@ -209,8 +209,8 @@ def test_a_call_says_how_many_blocks_and_whether_it_is_plain(
 ) -> None:
     seen = []
 
-    def decide(*args: Any) -> str:
-        seen.append(args[6:9])
+    def decide(*args: Any, plain: bool) -> str:
+        seen.append((*args[6:8], plain))
         return "none"
 
     monkeypatch.setattr(functional, "low_bit_of", decide)
@@ -332,19 +332,20 @@ def test_a_call_asks_for_what_runs(low_bit: str, gpu: Any, monkeypatch: pytest.M
                 sla2_attention(q, q, q, options)
 
 
-def test_a_call_says_whether_a_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mode_of_a_call_decides_its_format_and_autograd_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def decide(*args: Any) -> str:
+    def decide(*args: Any, **rest: Any) -> str:
         seen.append(args[0])
         return "none"
 
     monkeypatch.setattr(functional, "low_bit_of", decide)
-    q = torch.randn(1, 1, 64, 16, requires_grad=True)
-    sla2_attention(q, q, q, AttentionOptions(low_bit="int8"))
-    with torch.no_grad():
-        sla2_attention(q, q, q, AttentionOptions(low_bit="int8"))
-    assert seen == ["none", "int8"]
+    for grad in (True, False):
+        for training in (True, False):
+            q = torch.randn(1, 1, 64, 16, requires_grad=True)
+            with torch.set_grad_enabled(grad):
+                sla2_attention(q, q, q, AttentionOptions(low_bit="int8"), training=training)
+    assert seen == ["none", "int8"] * 2
 
 
 @levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, Saved
-from sla2_compile.kernels.functional import AttentionOptions, attend, sla2_attention
+from sla2_compile.kernels.functional import attend, sla2_attention
 from sla2_compile.kernels.ops import attention, attention_backward, forward, route
+from sla2_compile.kernels.options import AttentionOptions
 from sla2_compile.kernels.records import flat
 from sla2_compile.kernels.reference import sla2 as reference
 
@@ -133,33 +135,79 @@ def test_forward_passes_opcheck(layout: str, utils: tuple[str, ...], variant: st
 def test_forward_is_route_and_attention(layout: str, variant: str) -> None:
     q, k, v = qkv(layout, False)
     params = learned(q, False)
-    lut, log_rest, entropy, _ = route(*route_args(variant, q, k, params))
+    routed = route(*route_args(variant, q, k, params))
     o, lse, _, _ = attention(*attention_args(variant, q, k, v, params), False)
     got = forward(*forward_args(variant, q, k, v, params))
-    for a, b in zip(got, (o, lse, lut, log_rest, entropy), strict=True):
+    for a, b in zip(got, (o, lse, *routed), strict=True):
         assert torch.equal(a, b)
 
 
-def test_forward_refuses_inputs_that_want_a_gradient() -> None:
-    q, k, v = qkv("contiguous", True)
-    with pytest.raises(ValueError, match="sla2::forward must run where no gradient is wanted, got inputs that"):
-        forward(*forward_args("plain", q, k, v, {}))
-    with torch.no_grad():
-        assert forward(*forward_args("plain", q, k, v, {}))[0].isfinite().all()
+@layouts
+@variants
+def test_forward_passes_opcheck_where_a_gradient_is_wanted(layout: str, variant: str) -> None:
+    """But for opcheck's test of dispatch, which sums all outputs, integer ones too; see the next test."""
+    q, k, v = qkv(layout, True)
+    utils = tuple(name for name in (*STATIC, *DYNAMIC) if not name.startswith("test_aot"))
+    torch.library.opcheck(forward, forward_args(variant, q, k, v, learned(q, True)), test_utils=utils)
 
 
-def test_a_program_exported_without_gradients_refuses_to_give_one() -> None:
+def gradients(run: Any, variant: str, layout: str, **options: Any) -> list[Tensor]:
+    """o, and the gradients of q, k, v, alpha_gain and alpha_bias, of a call of `sla2_attention`."""
+    q, k, v = qkv(layout, True)
+    params = learned(q, True) if variant != "plain" else {}
+    causal, mask = variant == "causal", mask_for(k) if variant == "masked" else None
+    call = AttentionOptions(0.3, 8, BLOCK_Q, BLOCK_K, "elu", "complement" if causal else "all", **options)
+    o = run(q, k, v, call, key_mask=mask, is_causal=causal, **params)
+    wanted = [q, k, v, *(params[name] for name in ("alpha_gain", "alpha_bias") if params)]
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    return [o, *torch.autograd.grad(o, wanted, do)]
+
+
+@layouts
+@variants
+@pytest.mark.parametrize("dynamic", [None, False, True], ids=["eager", "static", "dynamic"])
+def test_an_inferences_gradient_is_the_trainings(layout: str, variant: str, dynamic: bool | None) -> None:
+    """Bit for bit: the backward computes the branches again that training keeps."""
+    torch._dynamo.reset()
+    run: Any = sla2_attention
+    if dynamic is not None:
+        run = torch.compile(sla2_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    got = gradients(run, variant, layout)
+    want = gradients(partial(sla2_attention, training=True), variant, layout)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_inference_keeps_no_branches_for_its_backward() -> None:
+    """q, k, v and what the router returned are kept; in bytes: no more than without the branches, lse and o."""
+    kept = {}
+    for training in (False, True):
+        q, k, v = qkv("contiguous", True)
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):  # type: ignore[misc]
+            o = sla2_attention(q, k, v, AttentionOptions(0.3, 8, BLOCK_Q, BLOCK_K), training=training)
+        kept[training] = [x for x in saved if x.shape == o.shape]
+    assert (len(kept[False]), len(kept[True])) == (0, 2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_exported_for_inference_gives_a_gradient(strict: bool) -> None:
     class Site(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return sla2_attention(q, k, v, AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3))
 
-    program = torch.export.export(Site(), qkv("contiguous", False)).module()
-    with pytest.raises(ValueError, match="run where no gradient is wanted"):
-        program(*qkv("contiguous", True))
+    results = []
+    program = torch.export.export(Site(), qkv("contiguous", False), strict=strict).module()
+    for run in (program, Site()):
+        q, k, v = qkv("contiguous", True)
+        o = run(q, k, v)
+        results.append((o, *torch.autograd.grad(o.square().sum(), [q, k, v])))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("wanted", ["q", "proj_q", "alpha_bias", None])
-def test_a_gradient_takes_the_two_ops_and_nothing_else_does(wanted: str | None) -> None:
+def test_a_training_step_takes_the_two_ops_and_nothing_else_does(wanted: str | None) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Names(TorchDispatchMode):
@@ -174,14 +222,13 @@ def test_a_gradient_takes_the_two_ops_and_nothing_else_does(wanted: str | None) 
         tensors[wanted].requires_grad_()
     options = AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3)
     names: list[str] = []
-    with Names():
-        o = sla2_attention(options=options, **tensors)
-    assert names == (["route", "attention"] if wanted else ["forward"])
-    names.clear()
-    with Names(), torch.no_grad():
-        again = sla2_attention(options=options, **tensors)
-    assert names == ["forward"]
-    assert torch.equal(again, o)
+    results = []
+    for training, grad in ((True, True), (True, False), (False, True), (False, False)):
+        names.clear()
+        with Names(), torch.set_grad_enabled(grad):
+            results.append(sla2_attention(options=options, training=training, **tensors))
+        assert names == (["route", "attention"] if wanted and training and grad else ["forward"])
+        assert torch.equal(results[0], results[-1])
 
 
 @layouts
@@ -228,7 +275,8 @@ def test_only_the_routers_parameters_want_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "alpha_gain", "alpha_bias"])
-def test_one_gradient_alone(wanted: str) -> None:
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_one_gradient_alone(wanted: str, training: bool) -> None:
     options = AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3)
     full: dict[str, Tensor] = {}
     for names in ([wanted], ["q", "k", "v", "alpha_gain", "alpha_bias"]):
@@ -236,7 +284,7 @@ def test_one_gradient_alone(wanted: str) -> None:
         tensors: dict[str, Any] = {"q": q, "k": k, "v": v, **learned(q, False)}
         for name in names:
             tensors[name].requires_grad_()
-        sla2_attention(options=options, **tensors).square().sum().backward()
+        sla2_attention(options=options, training=training, **tensors).square().sum().backward()
         grad = tensors[wanted].grad
         assert grad is not None
         if full:
@@ -285,7 +333,7 @@ def test_compiles_as_one_graph_with_dynamic_shapes(is_causal: bool) -> None:
     options = AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sla2_attention(q, k, v, options, is_causal=is_causal, **params)
+        return sla2_attention(q, k, v, options, is_causal=is_causal, training=True, **params)
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -49,7 +49,7 @@ from tests.kernels.triton_case import (
 CASES = {
     "plain": Case(),
     "fp16": Case(dtype=torch.float16, keep=False),
-    "batch, whole-block tokens": Case(B=2, compression_ratio=0, topk_ratio=0.15, keep=False),
+    "batch, whole-block tokens": Case(B=2, compression_ratio=256, topk_ratio=0.15, keep=False),
     "every token, elu": Case(compression_ratio=1, feature_map="elu", block_q=32, block_k=16, Nq=75, Nk=107),
     "all keys, relu": Case(linear_scope="all", feature_map="relu", alpha="head", compression_ratio=16),
     "causal": Case(is_causal=True, Nq=203, keep=False),
@@ -178,7 +178,7 @@ def test_forward_is_route_and_attention(name: str) -> None:
     for _ in range(2):
         got = case.forward(x, dispatched_forward)
         assert attention_schedule.attention_schedule.cache_info().misses == scheduled
-        for a, b in zip(got, (o, lse, x["lut"], x["log_rest"], entropy), strict=True):
+        for a, b in zip(got, (o, lse, x["lut"], x["log_rest"], entropy, x["k_mean"]), strict=True):
             assert torch.equal(a, b)
     # of the same layouts, not of the tensors seen first
     other = replace(case, seed=1).tensors()

@@ -329,9 +329,16 @@ if not INTERPRETED:
         program = torch.export.export(Call(options), (q, k, v))
         assert low_bit in str(program.graph)
         assert torch.equal(program.module()(q, k, v), o)
-        trained = sla2_attention(q.requires_grad_(), k, v, options)
+        q.requires_grad_()
+        trained = sla2_attention(q, k, v, options, training=True)
         torch.testing.assert_close(trained, high, rtol=2e-2, atol=2e-2)
         assert (trained - high).float().norm() < 0.5 * error * high.float().norm()
+        # an inference keeps its format where a gradient is asked of it, and that is the training's
+        guided = sla2_attention(q, k, v, options)
+        assert torch.equal(guided, o)
+        do = torch.randn_like(o)
+        (got,), (want,) = (torch.autograd.grad(x, [q], do) for x in (guided, trained))
+        assert torch.equal(got, want)
 
     @pytest.mark.gpu
     @levels

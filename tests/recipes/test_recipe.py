@@ -37,7 +37,6 @@ def test_named_recipes():
         ({"block_k": 8, "compression_ratio": 16}, "compression_ratio must not exceed the block sizes, got 16"),
         ({"feature_map": "gelu"}, "feature_map must be 'softmax', 'elu' or 'relu', got 'gelu'"),
         ({"alpha": "learned"}, "alpha must be 'routed', 'head' or 'block'"),
-        ({"low_bit": "none"}, "qat must be false when low_bit is 'none', got true;"),
         ({"start_layer": 4, "end_layer": 4}, "end_layer must be greater than start_layer, got 4 with start_layer 4;"),
         ({"start_layer": -1}, "start_layer must be greater than or equal to 0, got -1;"),
         ({"min_seq_len": -2}, "min_seq_len must be 'auto' or an int of at least 0, got -2;"),
@@ -47,7 +46,6 @@ def test_named_recipes():
             "overrides['a.*'] must hold per-site fields, got 'start_layer';",
         ),
         ({"overrides": {"a.*": {"topk_ratio": 2}}}, "overrides['a.*']: topk_ratio must be less than or equal to 1.0"),
-        ({"overrides": {"a": {"low_bit": "none"}}}, "overrides['a']: qat must be false"),
     ],
 )
 def test_refused(fields, message):

@@ -1,0 +1,142 @@
+"""Floating-point operations of the ops `sla2::*`, and their registration with PyTorch's FLOP counter.
+
+Multiply-adds count twice, as PyTorch counts them; softmax, feature maps and pooling do not count. Per head of q, with
+K key blocks of block_k keys selected for each of Tm query blocks:
+    route:     2 Tq Tk D, over the router's tokens, and 2 T D^2 for each projection of T tokens
+    attention: 2 Nq K block_k (D + Dv)  +  2 D Dv (Nq + Tm Tn), and 2 D Dv Nk per head of k
+    backward:  2 Nq K block_k (3 D + 2 Dv)  +  4 D Dv (Nq + Tm Tn), and 6 D Dv Nk per head of k
+With every block selected the complement is empty, and the linear branch counts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from sla2_compile.kernels.arguments import (
+    AttentionArgs,
+    BackwardArgs,
+    ForwardArgs,
+    ForwardResult,
+    RouteArgs,
+    RouteResult,
+)
+from sla2_compile.kernels.blocks import num_blocks, router_tokens
+from sla2_compile.kernels.options import AttentionOptions
+from sla2_compile.kernels.records import of
+
+Shape = Sequence[int]
+
+
+def route_flops(args: RouteArgs[Shape]) -> int:
+    """FLOPs of `sla2::route`, given shapes in the place of tensors."""
+    (B, Hq, Nq, D), (_, heads, Nk, _) = args.q, args.k
+    rows_q, rows_k = (router_tokens(block, args.compression_ratio)[0] for block in (args.block_q, args.block_k))
+    tq, tk = num_blocks(Nq, rows_q), num_blocks(Nk, rows_k)
+    projections = (0 if args.proj_q is None else Hq * tq) + (0 if args.proj_k is None else heads * tk)
+    return 2 * B * (Hq * tq * tk * D + projections * D * D)
+
+
+def attention_flops(args: AttentionArgs[Shape]) -> int:
+    """FLOPs of `sla2::attention`, likewise."""
+    return _flops(args, sparse=(1, 1), per_row=1, per_key=1)
+
+
+def backward_flops(args: BackwardArgs[Shape]) -> int:
+    """FLOPs of `sla2::attention_backward`, likewise."""
+    return _flops(args.saved.call, sparse=(3, 2), per_row=2, per_key=3)
+
+
+def _flops(args: AttentionArgs[Shape], sparse: tuple[int, int], per_row: int, per_key: int) -> int:
+    """FLOPs of so many products: of the sparse branch D and Dv wide, and of the linear branch D x Dv."""
+    (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, kept) = args.q, args.v, args.lut[2:]
+    tn = num_blocks(Nk, args.block_k)
+    selected = Hq * Nq * min(Nk, kept * args.block_k) * (sparse[0] * D + sparse[1] * Dv)
+    if kept == tn and args.linear_scope == "complement":
+        return 2 * B * selected
+    return 2 * B * (selected + D * Dv * (per_row * Hq * (Nq + tm * tn) + per_key * heads * Nk))
+
+
+def call_flops(q: Shape, k: Shape, v: Shape, options: AttentionOptions, kept: int) -> int:
+    """FLOPs of one call with these options, without the router's projections; kept: key blocks per query block."""
+    block_q, block_k = options.block_sizes(q[2], k[2])
+    ratio, tm = options.router_ratio(block_q, block_k), num_blocks(q[2], block_q)
+    args: ForwardArgs[Shape] = ForwardArgs(
+        q, k, v, None, None, None, None, None, options.topk_ratio, ratio, block_q, block_k, 1.0,
+        options.feature_map, options.linear_scope, is_causal=False, low_bit="none",
+    )  # fmt: skip
+    rows = (*q[:2], tm)
+    routed: RouteResult[Shape] = RouteResult((*rows, kept), rows, rows, (*k[:2], k[3]))
+    return route_flops(args.route()) + attention_flops(args.attention(routed))
+
+
+def _forward_flops(args: ForwardArgs[Shape], out: Sequence[Shape]) -> int:
+    routed: RouteResult[Shape] = ForwardResult(*out).routed()
+    return route_flops(args.route()) + attention_flops(args.attention(routed))
+
+
+def _register() -> None:
+    """Tell PyTorch's FLOP counter the formulas; it must be imported."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    formulas: dict[str, tuple[Any, Callable[[Any, Any], int]]] = {
+        "route": (RouteArgs, lambda args, out: route_flops(args)),
+        "attention": (AttentionArgs, lambda args, out: attention_flops(args)),
+        "attention_backward": (BackwardArgs, lambda args, out: backward_flops(args)),
+        "forward": (ForwardArgs, _forward_flops),
+    }
+    for name, (record, count) in formulas.items():
+
+        def formula(*values: Any, out_shape: Any = None, record: Any = record, count: Any = count, **_: Any) -> int:
+            return count(of(record, values), out_shape)
+
+        register_flop_formula(getattr(torch.ops.sla2, name))(formula)
+
+
+COUNTER = "torch.utils.flop_counter"
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers the formulas when the FLOP counter is first imported, and is gone then."""
+
+    def find_spec(
+        self, name: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            try:
+                execute(module)
+            except BaseException:
+                # it may be imported once more
+                sys.meta_path.insert(0, self)
+                raise
+            _register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Have PyTorch's FLOP counter know the ops.
+
+    A counter copies the registry when it is made, so the formulas must be there first; but importing the counter
+    imports Triton, which costs several times what `import sla2_compile` does. So they wait for its import.
+    """
+    if COUNTER in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenImported())
