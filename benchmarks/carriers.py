@@ -77,16 +77,18 @@ def _wait(x: Tensor) -> None:
 def calls(device: str) -> list[dict[str, object]]:
     """Host time of owners, as they were and transformed."""
     rows: list[dict[str, object]] = []
-    x = torch.randn(1, 128, 128, device=device)
+    # what the Triton kernels take, on a GPU
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.randn(1, 128, 128, device=device, dtype=dtype)
     for kind in (Called, Written):
         for grad in (False, True):
-            model = kind().to(device).eval()
+            model = kind().to(device, dtype).eval()
             before = host_microseconds(model, x, grad)
             sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0)
             after = host_microseconds(model, x, grad)
             rows.append({"owner": kind.__name__, "grad": grad, "original_us": before, "transformed_us": after})
             # what the op itself costs: the same call without an owner around it
-            q = torch.randn(1, 2, 128, 64, device=device)
+            q = torch.randn(1, 2, 128, 64, device=device, dtype=dtype)
             with torch.set_grad_enabled(grad):
                 rows[-1]["op_us"] = host_microseconds(_Op(), q, grad)
     return rows

@@ -125,13 +125,18 @@ def check_route(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(entropy.double(), spread, rtol=1e-4, atol=1e-4)
 
 
+def without_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = attention_schedule.support
+    monkeypatch.setattr(attention_schedule, "support", lambda facts: found(facts)._replace(kernel="triton"))
+
+
 @body
 @pytest.mark.parametrize("name", ["plain", "masked", "causal masked", "D 96", "transposed, odd dims", "large values"])
 def test_attention_with_the_copy_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of K and V through tensor descriptors, as on sm_90, also in the interpreter."""
     if INTERPRETED:
         monkeypatch.setattr(device, "capability", lambda device: 90)
-    monkeypatch.setattr(hopper, "takes", lambda *_: False)
+    without_the_fused_kernel(monkeypatch)
     check_attention(CASES[name])
 
 
@@ -140,7 +145,7 @@ def test_attention_with_the_copy_engine(name: str, monkeypatch: pytest.MonkeyPat
 def test_attention_with_pointers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of K and V through pointers, as on chips without a copy engine."""
     monkeypatch.setattr(attention_schedule, "describable", lambda x: False)
-    monkeypatch.setattr(hopper, "takes", lambda *_: False)
+    without_the_fused_kernel(monkeypatch)
     check_attention(CASES[name])
 
 
