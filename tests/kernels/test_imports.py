@@ -26,12 +26,9 @@ def imported(path: Path, lazily: bool) -> set[str]:
     }
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PREFIX):
-            if lazily or id(node) not in inside:
-                # from package import module, or from module import name
-                found |= {
-                    name for alias in node.names for name in (f"{node.module}.{alias.name}", node.module) if name
-                }
+        if isinstance(node, ast.ImportFrom) and node.module and (lazily or id(node) not in inside):
+            # from package import module, or from module import name
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found & MODULES
 
 
