@@ -7,6 +7,8 @@
 | `checks.py` | what an op accepts, from metadata alone; the error that says rule, value and fix |
 | `blocks.py` | block geometry: how many blocks, how many are kept, which sizes suit a length |
 | `support.py` | which kernels run a call, in which format, and why not better ones |
+| `tracing.py` | what code may ask while a compiler traces it |
+| `torch_internals.py` | the private interfaces of PyTorch in use, each with a test |
 | `precision.py` | the format of a call, as a constant of whatever traces it |
 | `feature_maps.py` | phi of the linear branch, and its derivative |
 | `options.py` | how a call is computed, with words for what its lengths decide |
@@ -16,7 +18,7 @@
 | `portable/` | blocked PyTorch for any device |
 | `cuda/` | Triton and Gluon kernels, reached through `dispatch.py` |
 | `cuda/route/`, `cuda/forward/` | the router's kernels, the forward's kernels, and their launches |
-| `cuda/launch/` | a call's launches, worked out once for its layout and made again |
+| `cuda/launch/` | a call's launches, worked out once for its layout; later ones without Triton's launcher |
 
 Importing this package loads torch and registers the ops; Triton comes when a CUDA tensor first arrives.
 """

@@ -10,6 +10,8 @@ from fractions import Fraction
 
 import torch
 
+from sla2_compile.kernels.tracing import shorter
+
 
 def num_blocks(n: int, block: int) -> int:
     """Return ceil(n / block)."""
@@ -33,21 +35,6 @@ def router_tokens(block: int, compression_ratio: int) -> tuple[int, int]:
     """Return (rows averaged into one router token, router tokens in a block); a block has one at least."""
     rows = min(compression_ratio, block)
     return rows, block // rows
-
-
-def exporting() -> bool:
-    """`torch.compiler.is_exporting()`, which in torch 2.11 is True in every trace of Dynamo's; its flag is not."""
-    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else flag
-
-
-def shorter(n: int, limit: int) -> bool:
-    """n < limit. While exporting, a length that may be either counts as long, so that no guard is added."""
-    if exporting():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(n < limit)
-    return n < limit
 
 
 def auto_block_sizes(nq: int, nk: int) -> tuple[int, int]:

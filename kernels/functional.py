@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
 
 from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, ForwardResult, RouteResult
 from sla2_compile.kernels.blocks import num_blocks
@@ -15,6 +13,7 @@ from sla2_compile.kernels.checks import check_qkv
 from sla2_compile.kernels.ops import attention, forward, route
 from sla2_compile.kernels.options import AttentionOptions, State, asked
 from sla2_compile.kernels.precision import low_bit_of
+from sla2_compile.kernels.tracing import autocasts, refuse_forward_mode, traced
 
 DEFAULTS = AttentionOptions()
 
@@ -75,19 +74,6 @@ def sla2_attention(
     return o
 
 
-def traced(x: Tensor) -> bool:
-    """Whether a compiler traces the computation that x is part of.
-
-    A back end's own trace does not count as compiling in torch 2.11, but its tensors are functional ones.
-    """
-    return torch.compiler.is_compiling() or isinstance(x, FunctionalTensor)
-
-
-def autocasts(q: Tensor) -> bool:
-    """Whether autocast will bring q, k and v to one dtype, as it does for PyTorch's own attention."""
-    return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
@@ -99,10 +85,7 @@ def attend(
 
     The routing is None in a compiler's trace.
     """
-    if not traced(q) and forward_ad._current_level >= 0:
-        tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
-        if any(t is not None for t in tangents):
-            raise NotImplementedError("SLA2 has no forward-mode derivative; use reverse mode, or full attention")
+    refuse_forward_mode(q, k, v)
     if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))

@@ -13,9 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.blocks import num_kept, shorter
+from sla2_compile.kernels.blocks import num_kept
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.support import LEAST_KEPT, LOW_BIT_CHOICES, MOST_KEPT, Chip, Facts, support
+from sla2_compile.kernels.torch_internals import constant_in_traces
+from sla2_compile.kernels.tracing import shorter
 
 
 def size_class(size: int) -> int:
@@ -31,6 +33,7 @@ def size_class(size: int) -> int:
     return 128 if size == 128 else 256
 
 
+@constant_in_traces
 def low_bit_on(
     device: torch.device, dtype: torch.dtype, D: int, Dv: int, block_q: int, block_k: int,
     low_bit: str, positive: bool, plain: bool, few: bool, many: bool,
@@ -38,10 +41,6 @@ def low_bit_on(
     """`low_bit_of` a call that constants describe: a compiler's trace runs this and keeps the answer."""
     chip = Chip.of(device)
     return support(Facts(chip, dtype, D, Dv, block_q, block_k, low_bit, positive, plain, few, many)).low_bit
-
-
-# what torch.compiler.assume_constant_result does: calling it would load all of torch's compiler on import
-low_bit_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def low_bit_of(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.support import Chip
+from sla2_compile.kernels.torch_internals import shared_memory
 
 _T = TypeVar("_T", Tensor, None, Tensor | None)
 
@@ -36,8 +37,7 @@ def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that one program may use; those of sm_90 where there is no GPU."""
     if device.type != "cuda":
         return 227 * 1024
-    # what every chip since sm_80 has, should PyTorch not tell
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+    return shared_memory(device)
 
 
 @functools.cache

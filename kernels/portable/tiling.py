@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sla2_compile.kernels.arguments import AttentionArgs, accumulation_dtype
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.torch_internals import multiplies_bfloat16
 
 NEG_INF = float("-inf")
 
@@ -43,7 +44,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype to multiply in: x's own, but float32 where a CPU would only emulate x's."""
     if x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64):
         return x.dtype
-    native = x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    native = x.dtype == torch.bfloat16 and multiplies_bfloat16()
     return x.dtype if native else torch.float32
 
 

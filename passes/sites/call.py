@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.blocks import exporting, shorter
+from sla2_compile.kernels.tracing import exporting, shorter
 
 
 @dataclass

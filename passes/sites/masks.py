@@ -20,8 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sla2_compile.kernels.blocks import exporting
-from sla2_compile.kernels.functional import traced
+from sla2_compile.kernels.tracing import exporting, traced
 from sla2_compile.passes.sites.call import AttentionCall
 
 

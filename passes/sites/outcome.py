@@ -9,7 +9,7 @@ import torch
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.flops import call_flops
-from sla2_compile.kernels.functional import autocasts
+from sla2_compile.kernels.tracing import autocasts
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
 from sla2_compile.passes.sites.rules import Reason

@@ -10,9 +10,8 @@ from enum import Enum
 
 import torch
 
-from sla2_compile.kernels.blocks import shorter
 from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
-from sla2_compile.kernels.functional import autocasts
+from sla2_compile.kernels.tracing import autocasts, shorter
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
 from sla2_compile.passes.sites.settings import SiteSettings

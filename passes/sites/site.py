@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sla2_compile.kernels.blocks import exporting, num_blocks
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
 from sla2_compile.kernels.options import State
+from sla2_compile.kernels.tracing import exporting
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask

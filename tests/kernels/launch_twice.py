@@ -22,7 +22,9 @@ from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.launch.layout import Tiles  # noqa: E402
 from sla2_compile.kernels.cuda.launch.repeat import Cells, parameter_bytes  # noqa: E402
-from sla2_compile.kernels.cuda.launch.schedule import Launch, Schedule  # noqa: E402
+from sla2_compile.kernels.cuda.launch.rerun import again  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
+from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
 from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
 
 Inputs = tuple[torch.Tensor | None, ...]
@@ -43,10 +45,10 @@ def compare(name: str, made: Schedule, inputs: Inputs) -> None:
     # laid out for other addresses, as those of a first run are
     cells = Cells(len(tensors))
     cells.fill([x.data_ptr() + 512 for x in tensors])
-    again = [launch.again(cells) for launch in launches]
+    later = [again(launch, cells) for launch in launches]
     cells.fill([x.data_ptr() for x in tensors])
     with fake_gpu.Recorder(library, sizes) as by_us:
-        for step in again:
+        for step in later:
             step(tensors, fake_gpu.STREAM)
     assert len(by_triton.launches) == len(launches)
     for launch, one, two in zip(launches, by_triton.launches, by_us.launches, strict=True):

@@ -26,7 +26,8 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from sla2_compile.kernels.checks import LOW_BITS  # noqa: E402
 from sla2_compile.kernels.cuda import device, tiles  # noqa: E402
 from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles  # noqa: E402
-from sla2_compile.kernels.cuda.launch.schedule import Launch, Schedule  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
+from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
 from sla2_compile.kernels.support import GLUON_TRITONS  # noqa: E402
 from tests.kernels.schedules import forget_schedules, without_fused  # noqa: E402
 from tests.kernels.triton_case import scheduled_attention, scheduled_route  # noqa: E402

@@ -22,7 +22,8 @@ from sla2_compile.kernels.cuda import device
 from sla2_compile.kernels.cuda.launch import driver, repeat
 from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles
 from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Description, Unknown, parameter_bytes
-from sla2_compile.kernels.cuda.launch.schedule import Launch
+from sla2_compile.kernels.cuda.launch.rerun import again
+from sla2_compile.kernels.cuda.launch.steps import Launch
 from sla2_compile.kernels.support import GLUON_TRITONS
 
 PTX = """
@@ -176,7 +177,7 @@ def test_whatever_is_not_as_expected_is_left_to_triton(
     launch = Launch(None, (7,), (X, 5), {})
     launch.compiled = kernel
     with pytest.raises(Unknown, match=r"KeyError|ValueError|AttributeError|OSError: libcuda"):
-        launch.again(Cells(1))
+        again(launch, Cells(1))
 
 
 def test_a_launch_that_fails_says_which_and_why(library: Library) -> None:

@@ -18,7 +18,6 @@ from triton.compiler import CompiledKernel
 from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule
 from sla2_compile.kernels.cuda.launch import rerun
-from sla2_compile.kernels.cuda.launch import schedule as schedule_module
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
 from sla2_compile.kernels.cuda.launch.repeat import Cells, Unknown
 from sla2_compile.kernels.cuda.launch.rerun import Room
@@ -55,7 +54,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Repeated]:
     """Have later runs recorded, on a machine without a GPU."""
     Repeated.made = []
     CONTEXTS.clear()
-    monkeypatch.setattr(schedule_module, "Again", Repeated)
+    monkeypatch.setattr(rerun, "Again", Repeated)
     monkeypatch.setattr(rerun, "use_context", CONTEXTS.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
@@ -141,11 +140,26 @@ def test_who_listens_to_launches_hears_of_each(monkeypatch: pytest.MonkeyPatch, 
         assert (len(kernel.calls), [again.launches for again in repeated]) == (4 + 2 * n, [[], []])
 
 
+def test_the_switch_leaves_every_launch_to_triton(monkeypatch: pytest.MonkeyPatch, repeated: list[Repeated]) -> None:
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule = scheduled(kernel, x)
+    schedule.run(x, None, results=seen(schedule))
+    assert len(repeated) == 2
+    monkeypatch.setattr(rerun, "ENABLED", False)
+    # also where a run was laid out before
+    for one, laid_out in ((schedule, 2), (scheduled(kernel, x), 2)):
+        calls = len(kernel.calls)
+        for n in (1, 2):
+            one.run(x, None, results=seen(one))
+            assert (len(kernel.calls), len(repeated)) == (calls + 2 * n, laid_out)
+    assert [again.launches for again in repeated] == [[], []]
+
+
 def test_a_launch_that_only_triton_can_make_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: Any) -> None:
         raise Unknown("an argument of type fp4")
 
-    monkeypatch.setattr(schedule_module, "Again", unknown)
+    monkeypatch.setattr(rerun, "Again", unknown)
     kernel, x = Kernel(), torch.zeros(4, 8)
     schedule = scheduled(kernel, x)
     with pytest.warns(UserWarning, match="must know all of a launch, got an argument of type fp4"):

@@ -22,7 +22,8 @@ from sla2_compile.kernels.cuda import tuning  # noqa: E402
 from sla2_compile.kernels.cuda.forward import launches as attention_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.forward import states_launches as states_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.forward.states import states_kernel  # noqa: E402
-from sla2_compile.kernels.cuda.launch.schedule import Launch, Schedule  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
+from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
 from sla2_compile.kernels.cuda.route import launches as route_schedule  # noqa: E402
 from tests.kernels.schedules import forget_schedules  # noqa: E402
 from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_attention, scheduled_route  # noqa: E402

@@ -18,14 +18,12 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sla2_compile.kernels.cuda.launch.driver import Config, check, driver
-
-if TYPE_CHECKING:
-    from sla2_compile.kernels.cuda.launch.layout import Tiles
+from sla2_compile.kernels.cuda.launch.layout import Tiles
 
 NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 PTX_BYTES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4}

@@ -1,4 +1,7 @@
-"""A schedule's later runs: the same launches, with one allocation for all that no one sees but the kernels."""
+"""Replays a schedule's launches through the driver, with one allocation for all kernel-private tensors.
+
+Schedules reach this module, and through it `repeat.py` and `driver.py`, by `lay_out` alone, and only while `ENABLED`.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from triton import knobs
 
 from sla2_compile.kernels.cuda.launch.driver import use_context
-from sla2_compile.kernels.cuda.launch.repeat import Cells
+from sla2_compile.kernels.cuda.launch.layout import Slot
+from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Unknown
+from sla2_compile.kernels.cuda.launch.steps import Compute, Launch
 
-if TYPE_CHECKING:
-    from sla2_compile.kernels.cuda.launch.layout import Slot
+ENABLED = True
+"""The switch. False: Triton makes every launch, which takes the host longer and gives the same."""
 
 ALIGNMENT = 512
 """Bytes; that of PyTorch's allocator, so that a later run's addresses divide as the first one's did."""
@@ -72,9 +76,12 @@ class Rerun:
         self._rooms: dict[tuple[int, ...], Room] = {}
         self._lock, self._thread = threading.Lock(), 0
 
-    def free(self) -> bool:
-        """Whether this thread may run it: not from within a step, as a signal handler or a finaliser might."""
-        return self._thread != threading.get_ident()
+    def may_run(self) -> bool:
+        """Whether this thread may run it now.
+
+        Not from within a step, as a signal handler or a finaliser might, nor while somebody listens to launches.
+        """
+        return ENABLED and self._thread != threading.get_ident() and not watched()
 
     def __call__(self, tensors: list[Tensor], results: tuple[int, ...]) -> None:
         """Run; tensors has one for each slot, of which those of inputs count, and those of results are filled in."""
@@ -102,3 +109,40 @@ class Rerun:
                     step(tensors, stream)
             finally:
                 self._thread = 0
+
+
+def can_lay_out(steps: list[Launch | Compute]) -> bool:
+    """Whether each launch was made by Triton once, and what it compiled can be kept."""
+    return ENABLED and all(isinstance(step, Compute) or step.compiled is not None for step in steps)
+
+
+def lay_out(steps: list[Launch | Compute], tensors: list[Tensor], allocated: list[Slot]) -> Rerun:
+    """Lay out a schedule's later runs.
+
+    Args:
+        steps: of the schedule. tensors: of its first run, one for each slot. allocated: slots that a run allocates.
+
+    Raises:
+        Unknown: a launch that only Triton's launcher knows how to make.
+    """
+    cells = Cells(len(tensors))
+    cells.fill([x.data_ptr() for x in tensors])
+    computed = {slot.at for step in steps if isinstance(step, Compute) for slot in step.slots}
+    return Rerun([again(step, cells) for step in steps], cells, allocated, computed)
+
+
+def again(step: Launch | Compute, cells: Cells) -> Callable[[list[Tensor], int], None]:
+    """What takes a step again, given the run's tensors and stream; raises `Unknown` where only Triton can."""
+    if isinstance(step, Compute):
+
+        def compute(tensors: list[Tensor], stream: int) -> None:
+            step(tensors)
+            cells[step.into.at] = tensors[step.into.at].data_ptr()
+
+        return compute
+    try:
+        launch = Again(step.compiled, step.grid, step.args, cells)
+    except (AttributeError, KeyError, OSError, StopIteration, TypeError, ValueError) as error:
+        # another Triton, or no driver by the name that we know: whatever is not as expected
+        raise Unknown(f"{type(error).__name__}: {error}") from error
+    return lambda tensors, stream: launch(stream)

@@ -18,78 +18,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from sla2_compile.kernels.cuda.device import on_device
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
-from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Unknown
-from sla2_compile.kernels.cuda.launch.rerun import Rerun, watched
-
-
-@dataclass
-class Launch:
-    """One launch of a Triton kernel.
-
-    Attributes:
-        grid: programs; a function of a tile where the tile is found by trial.
-        args: positional arguments, with `Slot` and `Tiles` for tensors; constants: those by name.
-        compiled: what Triton made of it, once there is something to keep.
-    """
-
-    kernel: Any
-    grid: Any
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
-    compiled: CompiledKernel | None = field(init=False, default=None)
-
-    def __call__(self, tensors: list[Tensor]) -> None:
-        """Launch through Triton, which compiles."""
-        args = list(self.args)
-        for n, x in enumerate(args):
-            if isinstance(x, Slot):
-                args[n] = tensors[x.at]
-            elif isinstance(x, Tiles):
-                args[n] = x.describe(tensors[x.slot.at])
-        compiled = self.kernel[self.grid](*args, **self.constants)
-        # the interpreter compiles nothing, and a grid that depends on the tile cannot be kept
-        if isinstance(compiled, CompiledKernel) and not callable(self.grid):
-            self.compiled = compiled
-
-    def again(self, cells: Cells) -> Callable[[list[Tensor], int], None]:
-        """What makes this launch again; raises `Unknown` where only Triton can."""
-        try:
-            launch = Again(self.compiled, self.grid, self.args, cells)
-        except (AttributeError, KeyError, OSError, StopIteration, TypeError, ValueError) as error:
-            # another Triton, or no driver by the name that we know: whatever is not as expected
-            raise Unknown(f"{type(error).__name__}: {error}") from error
-        return lambda tensors, stream: launch(stream)
-
-
-@dataclass(frozen=True)
-class Compute:
-    """One step that PyTorch takes: what function makes of some slots goes into another."""
-
-    function: Callable[..., Tensor]
-    slots: tuple[Slot, ...]
-    into: Slot
-
-    def __call__(self, tensors: list[Tensor]) -> None:
-        tensors[self.into.at] = self.function(*(tensors[slot.at] for slot in self.slots))
-
-    def again(self, cells: Cells) -> Callable[[list[Tensor], int], None]:
-        """What makes this step again."""
-
-        def compute(tensors: list[Tensor], stream: int) -> None:
-            self(tensors)
-            cells[self.into.at] = tensors[self.into.at].data_ptr()
-
-        return compute
+from sla2_compile.kernels.cuda.launch import rerun
+from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.steps import Compute, Launch
 
 
 class Schedule:
@@ -105,7 +43,7 @@ class Schedule:
         self.slots: list[Slot] = []
         self.steps: list[Launch | Compute] = []
         self._allocated: list[Slot] = []
-        self._rerun: Rerun | None = None
+        self._rerun: rerun.Rerun | None = None
         self._unknown = False
         for n, x in enumerate(inputs):
             x = inputs[0] if x is None else x
@@ -146,7 +84,7 @@ class Schedule:
                 tensors[n] = x
         wanted = tuple(slot.at for slot in results)
         with on_device(first):
-            if self._rerun is not None and self._rerun.free() and not watched():
+            if self._rerun is not None and self._rerun.may_run():
                 self._rerun(tensors, wanted)
             else:
                 self._run_by_triton(tensors)
@@ -157,21 +95,13 @@ class Schedule:
             tensors[slot.at] = x
         for step in self.steps:
             step(tensors)
-        if self._rerun is None and self._can_be_laid_out():
-            cells = Cells(len(self.slots))
-            cells.fill([x.data_ptr() for x in tensors])
-            computed = {slot.at for step in self.steps if isinstance(step, Compute) for slot in step.slots}
+        if self._rerun is None and not self._unknown and rerun.can_lay_out(self.steps):
             try:
-                self._rerun = Rerun([step.again(cells) for step in self.steps], cells, self._allocated, computed)
-            except Unknown as reason:
+                self._rerun = rerun.lay_out(self.steps, tensors, self._allocated)
+            except rerun.Unknown as reason:
                 self._unknown = True
                 warnings.warn(
                     f"Triton {triton.__version__} goes on launching SLA2's kernels, which takes the host longer: "
                     f"sla2_compile must know all of a launch, got {reason}; Triton 3.6 and 3.7 are known",
                     stacklevel=2,
                 )
-
-    def _can_be_laid_out(self) -> bool:
-        return not self._unknown and all(
-            isinstance(step, Compute) or step.compiled is not None for step in self.steps
-        )

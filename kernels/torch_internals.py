@@ -1,0 +1,58 @@
+"""PyTorch's private interfaces that the kernels use, one function each.
+
+`tests/kernels/test_torch_internals.py` says what each must do, and fails on a PyTorch where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def export_flag() -> bool:
+    """Whether torch.export traces now; `torch.compiler.is_exporting` is True in every trace of Dynamo's in 2.11."""
+    flag: bool = torch.compiler._is_exporting_flag
+    return flag
+
+
+def is_functional(x: Tensor) -> bool:
+    """Whether x is of a back end's own trace (AOTAutograd's), which `torch.compiler.is_compiling` may not count."""
+    return isinstance(x, FunctionalTensor)
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, in which any tensor may have a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def surely(condition: Any) -> bool:
+    """Whether a comparison of symbolic sizes holds for all that they may be; adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def constant_in_traces(function: F) -> F:
+    """Have Dynamo run a function of constants while it traces, and keep its answer as a constant.
+
+    As `torch.compiler.assume_constant_result` does, which would load all of PyTorch's compiler on import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has matrix units for bfloat16 (AMX); others emulate it."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program on a GPU may use."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

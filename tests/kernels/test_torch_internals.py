@@ -1,0 +1,168 @@
+"""Each private interface of PyTorch in use does what we take it to do: a PyTorch that changed it fails here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from sla2_compile.kernels import torch_internals, tracing
+
+KERNELS = Path(torch_internals.__file__).parent
+
+
+class Asks(torch.nn.Module):
+    """Writes down what `answer` says while something runs or traces it."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        # a number in the graph, since Dynamo keeps no list
+        return x + (2.0 if self.answer(x) else 1.0)
+
+
+def answers(answer: Any) -> dict[str, bool]:
+    """What a function of a tensor says in eager code, in each kind of trace, and in what AOTAutograd traces."""
+    x, said = torch.zeros(3), {}
+    model = Asks(answer)
+    said["eager"] = model(x)
+    torch._dynamo.reset()
+    said["compile"] = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    said["aot"] = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    for strict in (False, True):
+        said[f"export strict={strict}"] = torch.export.export(model, (x,), strict=strict).module()(x)
+    return {name: value[0].item() == 2.0 for name, value in said.items()}
+
+
+EXPORTS = {"export strict=False": True, "export strict=True": True}
+
+
+def test_export_flag() -> None:
+    want = {"eager": False, "compile": False, "aot": False, **EXPORTS}
+    assert answers(lambda x: torch_internals.export_flag()) == want
+    assert answers(lambda x: tracing.exporting()) == want
+    assert torch_internals.export_flag() is False
+
+
+def test_traced() -> None:
+    assert answers(tracing.traced) == {"eager": False, "compile": True, "aot": True, **EXPORTS}
+
+
+def test_is_functional() -> None:
+    """Of AOTAutograd's own trace, which sees ops that Dynamo put into a graph as they are."""
+    seen: list[bool] = []
+
+    def opaque(x: Tensor) -> Tensor:
+        seen.append(torch_internals.is_functional(x))
+        return x + 1
+
+    in_graph = torch.compiler.allow_in_graph(opaque)
+
+    def call(x: Tensor) -> Tensor:
+        return in_graph(x) * 2
+
+    x = torch.zeros(3)
+    torch._dynamo.reset()
+    torch.compile(call, backend="eager", fullgraph=True)(x)
+    assert not any(seen)
+    torch._dynamo.reset()
+    torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    assert any(seen)
+
+
+def test_in_forward_mode() -> None:
+    assert not torch_internals.in_forward_mode()
+    with forward_ad.dual_level():
+        assert torch_internals.in_forward_mode()
+        x = torch.zeros(1, 1, 16, 8)
+        tracing.refuse_forward_mode(x)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            tracing.refuse_forward_mode(x, forward_ad.make_dual(x, x))
+    assert not torch_internals.in_forward_mode()
+
+
+def test_surely_adds_no_guard() -> None:
+    def call(x: Tensor) -> Tensor:
+        # at least 2, as every dynamic size; 1000 is open
+        return (
+            x + (1.0 if torch_internals.surely(x.shape[0] < 1000) else 0.0) + torch_internals.surely(x.shape[0] > 1)
+        )
+
+    program = torch.export.export(Calls(call), (torch.zeros(5),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    for n in (2, 5, 5000):
+        assert torch.equal(program.module()(torch.zeros(n)), torch.ones(n))
+    assert torch_internals.surely(True)
+    assert not torch_internals.surely(False)
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_constant_in_traces() -> None:
+    """Dynamo runs the function, whatever it is, once for a trace."""
+    calls: list[int] = []
+
+    @torch_internals.constant_in_traces
+    def decide(n: int, word: str) -> str:
+        calls.append(n)
+        return word * n
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def call(x: Tensor) -> Tensor:
+        return x + len(decide(3, "ab"))
+
+    torch._dynamo.reset()
+    for n in (4, 4, 4):
+        assert torch.equal(call(torch.zeros(n)), torch.full((n,), 6.0))
+    assert calls == [3]
+
+
+def test_multiplies_bfloat16() -> None:
+    assert isinstance(torch_internals.multiplies_bfloat16(), bool)
+
+
+@pytest.mark.gpu
+def test_shared_memory() -> None:
+    assert torch_internals.shared_memory(torch.device("cuda")) >= 99 * 1024
+
+
+@pytest.mark.parametrize("n", [10, 1000])
+def test_shorter(n: int) -> None:
+    assert tracing.shorter(n, 100) == (n < 100)
+
+
+def test_an_open_length_counts_as_long_in_an_export() -> None:
+    def call(x: Tensor) -> Tensor:
+        return x + (1.0 if tracing.shorter(x.shape[0], 100) else 2.0)
+
+    shapes = ({0: torch.export.Dim("n", min=2, max=5000)},)
+    program = torch.export.export(Calls(call), (torch.zeros(50),), dynamic_shapes=shapes).module()
+    for n in (3, 5000):
+        assert program(torch.zeros(n))[0] == 2.0
+    short = ({0: torch.export.Dim("n", min=2, max=99)},)
+    assert (
+        torch.export.export(Calls(call), (torch.zeros(50),), dynamic_shapes=short).module()(torch.zeros(3))[0] == 1.0
+    )
+
+
+def test_private_names_stand_in_one_file() -> None:
+    """torch._x and torch.x._y; `torch.library` and the like are public."""
+    private = re.compile(r"(?<![\w.])(?:torch(?:\.\w+)*\._\w+|_dynamo_\w+)|from torch(?:\.\w+)*\._\w+")
+    for path in KERNELS.rglob("*.py"):
+        if path.name != "torch_internals.py":
+            assert not private.findall(path.read_text()), f"{path.name} must ask torch_internals.py"
+    assert private.findall((KERNELS / "torch_internals.py").read_text())
