@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 from collections.abc import Iterator
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sla2_compile.libraries.peft import check_adapters
+from sla2_compile.modules.bound import as_forward, is_bound
 from sla2_compile.modules.discovery import record_forward
 from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.modules.too_early import RemembersCopies, tell
@@ -22,6 +22,10 @@ from sla2_compile.planning import apply, plan_model
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
+
+
+# attribute of a root that holds its `FirstForward`, for code that binds the function of its forward anew
+SLOT = "_sla2_first_forward"
 
 
 class FirstForward(RemembersCopies):
@@ -44,26 +48,36 @@ class FirstForward(RemembersCopies):
     @property
     def forward(self) -> MethodType:
         """What the root gets: a method, as compilers expect of a forward, with the original's signature."""
-        function = FunctionType(_run.__code__, _run.__globals__, "forward")
-        if "root" in self.__dict__:
-            original = self.own or type(self.root).forward.__get__(self.root)
-            parameters = inspect.signature(original).parameters.values()
-            own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-            function.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
-        return MethodType(function, self)
+        if "root" not in self.__dict__:
+            # a pickle that begins at this very method asks for it before self has its attributes
+            return as_forward(_run, self, None, bound=True)
+        original = self.own or type(self.root).forward.__get__(self.root)
+        return as_forward(_run, self, original, bound=True)
 
     def install(self) -> None:
-        """Become the root's forward."""
+        """Become the root's forward.
+
+        Raises:
+            ValueError: what waited for a first forward before `restore` is still inside a wrapper.
+        """
+        if SLOT in self.root.__dict__ and self.own is not None:
+            raise ValueError(
+                f"{type(self.root).__name__}.forward must not be wrapped since before restore, got {self.own!r}; "
+                "take the wrapper off, or pass example_inputs to transform"
+            )
+        self.root.__dict__[SLOT] = self
         self.root.__dict__["forward"] = self.forward
         self.hooks = [part.register_forward_pre_hook(self.part_runs) for part in _parts(self.root)]
         set_plan(self.root, Plan(self.recipe, (), "pending"))
 
     def withdraw(self) -> None:
-        """Take the root's forward back, unless somebody wrapped it: the wrapper stays."""
+        """Wait no longer, and take the root's forward back unless somebody wrapped it: a wrapper keeps it."""
+        self.done = True
         for hook in self.hooks:
             hook.remove()
-        if first_forward(self.root) is not self:
+        if not is_bound(self.root.__dict__.get("forward"), _run):
             return
+        del self.root.__dict__[SLOT]
         if self.own is None:
             del self.root.__dict__["forward"]
         else:
@@ -103,14 +117,15 @@ class FirstForward(RemembersCopies):
             layout = plan_model(self.root, self.recipe, found, self.allow_none)
         finally:
             self.running = False
-        self.done = True
         self.withdraw()
         apply(self.root, layout)
         tell(self.root, sum(isinstance(twin, FirstForward) and not twin.done for twin in self.alive()))
         return output
 
 
-def _run(self: FirstForward, *args: Any, **kwargs: Any) -> Any:
+def _run(bound: FirstForward | nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # accelerate binds the function that it finds in a root's forward to the root
+    self: FirstForward = bound if isinstance(bound, FirstForward) else bound.__dict__[SLOT]
     if torch.compiler.is_compiling() and not self.done:
         raise RuntimeError(
             "a model transformed without example_inputs must run once before it is compiled or exported, "
@@ -131,9 +146,8 @@ def _run(self: FirstForward, *args: Any, **kwargs: Any) -> Any:
 
 
 def first_forward(root: nn.Module) -> FirstForward | None:
-    """What waits for a root's first forward, unless somebody wrapped it."""
-    forward = getattr(root.__dict__.get("forward"), "__self__", None)
-    return forward if isinstance(forward, FirstForward) else None
+    """What waits for a root's first forward, or has waited inside a wrapper that somebody put around it."""
+    return root.__dict__.get(SLOT)
 
 
 def _parts(root: nn.Module) -> Iterator[nn.Module]:

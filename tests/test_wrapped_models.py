@@ -118,6 +118,38 @@ def test_a_forward_whose_function_is_bound_anew(x, own):
     assert torch.equal(sla2_compile.restore(model)(x), plain(x))
 
 
+@pytest.mark.parametrize("kind", [models.Attention, models.Net])
+def test_a_pending_forward_whose_function_is_bound_anew(x, kind):
+    model = sla2_compile.transform(kind(), **ANY)
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    bind_anew(model)
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    twin = copy.deepcopy(model)
+    twin(x)
+    assert sla2_compile.report(model).discovery == "pending"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        full = kind.forward(model, x).float()
+    assert torch.equal(model(x), full)
+    cast = model(x)
+    assert not torch.equal(cast, full)
+    assert torch.equal(twin(x), cast)
+    # restored, the wrapper still is around the original; nothing waits in it
+    assert torch.equal(sla2_compile.restore(model)(x), full)
+    assert torch.equal(model(x), full)
+    with pytest.raises(ValueError, match="take the wrapper off"):
+        sla2_compile.transform(model, **ANY)
+    assert torch.equal(transformed(model, x)(x), cast)
+
+
+def test_a_pending_forward_that_is_unwrapped_goes_on_waiting(x):
+    model = take_off(bind_anew(sla2_compile.transform(models.Net(), **ANY)))
+    full = models.Net.forward(model, x)
+    assert torch.equal(model(x), full)
+    assert not torch.equal(model(x), full)
+    assert torch.equal(sla2_compile.restore(model)(x), full)
+    assert not any("sla2" in name for name in model.__dict__)
+
+
 class Switch(nn.Module):
     """Answers by a copy of a module, or by the module; and hands on its attributes: as adapter libraries do."""
 

@@ -6,7 +6,6 @@ instance-level `forward`. Works in eager, under torch.compile and torch.export, 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
 from types import FunctionType, MethodType
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sla2_compile.modules.bound import as_forward, is_bound
 from sla2_compile.modules.calls import RedirectAttention
 from sla2_compile.modules.traced import TraceAttention
 from sla2_compile.modules.watch import Watch
@@ -60,30 +60,12 @@ class SiteForward:
 
     @property
     def forward(self) -> MethodType:
-        """What the owner gets: `_run`, with the signature of the original.
-
-        The chain of `__wrapped__` ends at `_run` too, and not at the original: libraries follow it to take their own
-        wrappers off again, and bind what they find to the owner.
-        """
-        function = FunctionType(_run.__code__, _run.__globals__, "forward")
+        """What the owner gets: `_run`, with the signature of the original."""
         # a pickle that begins at this very method asks for it before self has its attributes
-        if "function" in self.__dict__:
-            # not as __signature__, which functools.wraps(owner.forward) would copy with its first parameter
-            function.__wrapped__ = self._with_signature()  # type: ignore[attr-defined]
-        return MethodType(function, self)
-
-    def _with_signature(self) -> FunctionType:
-        """`_run` with the signature of the original; without holding what is bound, for copies of self share it."""
-        function = FunctionType(_run.__code__, _run.__globals__, "forward")
-        with contextlib.suppress(TypeError, ValueError):
-            if self.own is None:
-                signature = inspect.signature(self.function)
-            else:
-                bound = inspect.signature(self.own)
-                first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-                signature = bound.replace(parameters=[first, *bound.parameters.values()])
-            function.__signature__ = signature  # type: ignore[attr-defined]
-        return function
+        if "function" not in self.__dict__:
+            return as_forward(_run, self, None, bound=False)
+        bound = self.own is not None
+        return as_forward(_run, self, self.own if bound else self.function, bound)
 
     def tell_missed(self) -> None:
         """Count a forward without planned calls, and warn of the first one."""
@@ -140,9 +122,7 @@ def _under_sites(self: SiteForward, args: Any, kwargs: Any) -> Any:
 
 def site_forward(owner: nn.Module) -> SiteForward | None:
     """What `install` gave owner, unless somebody wrapped it afterwards."""
-    forward = owner.__dict__.get("forward")
-    ours = isinstance(forward, MethodType) and getattr(forward.__func__, "__code__", None) is _run.__code__
-    return owner.__dict__[SLOT] if ours else None
+    return owner.__dict__[SLOT] if is_bound(owner.__dict__.get("forward"), _run) else None
 
 
 def install(
