@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -69,7 +69,7 @@ class Shape:
         return q, k, v
 
     def options(self, low_bit: str) -> AttentionOptions:
-        ratio = self.compression_ratio or "block"
+        ratio: int | Literal["block"] = self.compression_ratio or "block"
         return AttentionOptions(self.topk_ratio, ratio, self.block_q, self.block_k, low_bit=low_bit)
 
 

@@ -13,7 +13,7 @@ Tn = ceil(Nk / block_k) key blocks, K of them kept for each query block. "acc" i
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from typing_extensions import NamedTuple
@@ -165,11 +165,12 @@ class ForwardArgs(NamedTuple, Generic[T]):
 
     def route(self) -> RouteArgs[T]:
         """The arguments of its route."""
-        return RouteArgs(*[self[n] for n in _ROUTE])
+        known: tuple[Any, ...] = self
+        return RouteArgs(*[known[n] for n in _ROUTE])
 
     def attention(self, routed: RouteResult[T], keep_branches: bool = False) -> AttentionArgs[T]:
         """The arguments of its attention, given what its route returned."""
-        known = (*self, *routed, keep_branches)
+        known: tuple[Any, ...] = (*self, *routed, keep_branches)
         return AttentionArgs(*[known[n] for n in _ATTENTION])
 
 

@@ -160,10 +160,10 @@ def _attention_backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Any, ...]:
     return named(AttentionArgs, **_gradients_of(do, of(Saved, (*ctx.saved_tensors, *ctx.options))))
 
 
-def _gradients_of(do: Tensor, saved: Saved[Tensor]) -> dict[str, Tensor | None]:
+def _gradients_of(do: Tensor, saved: Saved[Tensor]) -> dict[str, Any]:
     """The gradient for each tensor of an attention call, by its name."""
     made = BackwardResult(*attention_backward(*flat(BackwardArgs(do, saved))))
-    found: dict[str, Tensor | None] = {"q": made.dq, "k": made.dk, "v": made.dv, "k_mean": made.dk_mean}
+    found: dict[str, Any] = {"q": made.dq, "k": made.dk, "v": made.dv, "k_mean": made.dk_mean}
     found["alpha_gain"] = None if saved.call.alpha_gain is None else made.dgain
     found["alpha_bias"] = None if saved.call.alpha_bias is None else made.dbias
     return found
@@ -230,8 +230,7 @@ def _forward_backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Any, ...]:
     call = of(AttentionArgs, (*ctx.saved_tensors, *ctx.options))
     again = AttentionResult(*attention(*call))
     found = _gradients_of(do, Saved(again.lse, again.o_sparse, again.o_linear, call))
-    d_mean = found.pop("k_mean")
-    found["k"] = found["k"] + _spread(d_mean, call.k, call.key_mask)
+    found["k"] = found["k"] + _spread(found.pop("k_mean"), call.k, call.key_mask)
     return named(ForwardArgs, **found)
 
 

@@ -67,12 +67,14 @@ def of(record: Any, values: Sequence[Any]) -> Any:
 
 def flat(args: Any) -> tuple[Any, ...]:
     """The arguments one after the other, as the op is called with them."""
-    return args if inner_record(type(args)) is None else (*args[:-1], *flat(args[-1]))
+    record: Any = type(args)
+    return args if inner_record(record) is None else (*args[:-1], *flat(args[-1]))
 
 
 def split(args: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Return the tensors among the arguments, and the options."""
-    values, count = flat(args), tensor_count(type(args))
+    record: Any = type(args)
+    values, count = flat(args), tensor_count(record)
     return values[:count], values[count:]
 
 

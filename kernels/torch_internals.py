@@ -55,4 +55,6 @@ def multiplies_bfloat16() -> bool:
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program on a GPU may use."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # PyTorch's own stubs do not list it
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin

@@ -59,7 +59,8 @@ def takes_attention(args: AttentionArgs[Layout]) -> bool:
     return found.kernel != "portable"
 
 
-Inputs = tuple[Tensor | None, ...]
+Inputs = tuple[Any, ...]
+"""The tensors of a call in the order of its arguments, None where there is none."""
 Scheduled = tuple[Schedule, tuple[Slot, ...]]
 """Launches, and which tensors they make."""
 
@@ -75,8 +76,9 @@ def _preparations(record: Any) -> tuple[Callable[[Any], Any], ...]:
 
 def laid_out(args: Any) -> tuple[Inputs, Any]:
     """Return a call's tensors, in layouts that the kernels read, and the call with layouts in their place."""
-    prepared = tuple(prepare(x) for prepare, x in zip(_preparations(type(args)), args, strict=False))
-    return prepared, type(args)(*Layout.of_all(*prepared), *args[len(prepared) :])
+    record: Any = type(args)
+    prepared = tuple(prepare(x) for prepare, x in zip(_preparations(record), args, strict=False))
+    return prepared, record(*Layout.of_all(*prepared), *args[len(prepared) :])
 
 
 def run(scheduled: Scheduled, tensors: Inputs) -> Any:

@@ -75,7 +75,7 @@ class How:
 
 def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:
     """(block_q, block_k, key blocks): of the call, or where a length is symbolic all that there may be."""
-    if r.tn:
+    if isinstance(r.block_q, int) and isinstance(r.block_k, int) and r.tn:
         return [(r.block_q, r.block_k, r.tn)]
     found = []
     for n in LENGTHS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import Tensor
 
@@ -10,7 +12,7 @@ try:
     from sla2_compile.kernels.cuda.forward.launches import attention_schedule
     from sla2_compile.kernels.cuda.route.launches import route_schedule
 except ImportError:  # no Triton here, so nothing is scheduled
-    CACHES = []
+    CACHES: list[Any] = []
 else:
     CACHES = [route_schedule, attention_schedule]
     CACHES += [cuda.scheduled_route, cuda.scheduled_attention, cuda.scheduled_forward]

@@ -84,12 +84,12 @@ def test_fields_hold_what_they_are_called() -> None:
 
 def test_parts_of_a_forward_have_its_arguments() -> None:
     """By name: one that a part has and the whole has not, nor the router returns, would be an AttributeError."""
-    args = ForwardArgs(*ForwardArgs._fields)
+    args: ForwardArgs[Any] = of(ForwardArgs, ForwardArgs._fields)
     assert args.route() == RouteArgs._fields
     routed = RouteResult(*(f"routed {x}" for x in RouteResult._fields))
     call = args.attention(routed, keep_branches=True)
     assert call.keep_branches is True
-    assert call._replace(keep_branches="keep_branches") == tuple(
+    assert (*call[:15], "keep_branches", call.low_bit) == tuple(
         f"routed {x}" if x in RouteResult._fields else x for x in AttentionArgs._fields
     )
 
@@ -106,7 +106,8 @@ def test_a_node_that_leaves_out_a_default() -> None:
     tensors = [graph.placeholder(name) for name in AttentionArgs._fields[:9]]
     options = (32, 16, 0.25, "softmax", "complement", False, True)
     node = graph.call_function(torch.ops.sla2.attention.default, (*tensors, *options))
-    call: AttentionArgs[fx.Node] = AttentionArgs(*node.args, **node.kwargs)
+    given: Any = node.args
+    call: AttentionArgs[fx.Node] = AttentionArgs(*given, **node.kwargs)  # type: ignore[arg-type]
     assert (call.low_bit, call.keep_branches, call.lut.name) == ("none", True, "lut")
 
 

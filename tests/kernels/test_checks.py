@@ -195,7 +195,11 @@ def test_refusal_of_a_second_device(op: Any, name: str, message: str) -> None:
     """Asked of the checks themselves: PyTorch refuses fakes on two devices before the op sees them."""
     args = good()
     args[name] = args[name].to("meta")
-    check = {route: checks.check_route, attention: checks.check_attention, attention_backward: checks.check_backward}
+    check: dict[Any, Any] = {
+        route: checks.check_route,
+        attention: checks.check_attention,
+        attention_backward: checks.check_backward,
+    }
     with pytest.raises(ValueError, match="must") as refused:
         check[op](record(RECORDS[op], args))
     assert str(refused.value) == message

@@ -16,6 +16,7 @@ from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
 from sla2_compile.kernels.cuda.forward.launches import facts_of
 from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.cuda.tiles import ShapeClass, hopper_tile
+from sla2_compile.kernels.records import of
 from sla2_compile.kernels.support import Chip, Facts, support
 from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes, without_fused
 from tests.kernels.test_triton_low_bit import check, routed
@@ -54,7 +55,8 @@ def facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changes: Any) -> 
     lut, rest = torch.zeros(B, q.shape[1], 2, 2, dtype=torch.int32), torch.zeros(B, q.shape[1], 2)
     mean = changes.pop("k_mean", torch.zeros(B, heads, D))
     tensors = Layout.of_all(q, k, v, mean, lut, rest, None, None, changes.pop("key_mask", None))
-    call: AttentionArgs[Layout] = AttentionArgs(*tensors, 128, 64, D**-0.5, "softmax", "complement", False, False)
+    options = (128, 64, D**-0.5, "softmax", "complement", False, False)
+    call: AttentionArgs[Layout] = of(AttentionArgs, (*tensors, *options))
     return facts_of(call._replace(**changes))._replace(chip=H100)
 
 

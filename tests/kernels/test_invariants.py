@@ -30,7 +30,7 @@ def reference_attention(
     """`sla2_attention` by the reference."""
     sizes, scale = options.block_sizes(q.shape[2], k.shape[2]), q.shape[3] ** -0.5
     lut, log_rest, _, k_mean = reference.route(
-        q, k, None, None, key_mask, options.topk_ratio, options.compression_ratio, *sizes, scale, is_causal
+        q, k, None, None, key_mask, options.topk_ratio, options.router_ratio(*sizes), *sizes, scale, is_causal
     )
     return reference.attention(
         q, k, v, k_mean, lut, log_rest, None, alpha_bias, key_mask,

@@ -155,7 +155,7 @@ def test_what_runs(
     asked: str, arch: int, dtype: torch.dtype, blocks: tuple[int, int], positive: bool, runs: str, gpu: Any
 ) -> None:
     gpu(arch)
-    rest = (asked, positive, True, True, True)
+    rest: Any = (asked, positive, True, True, True)
     assert low_bit_on(torch.device("cuda"), dtype, 64, 64, *blocks, *rest) == runs
     assert low_bit_on(torch.device("cpu"), dtype, 64, 64, *blocks, *rest) == "none"
     with FakeTensorMode():
@@ -221,7 +221,7 @@ def test_a_call_says_how_many_blocks_and_whether_it_is_plain(
 
 def test_without_cuda_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    asked = ("int8", True, True, True, True)
+    asked: Any = ("int8", True, True, True, True)
     assert low_bit_on(torch.device("cuda"), torch.bfloat16, 64, 64, 128, 64, *asked) == "none"
 
 
@@ -298,8 +298,8 @@ def test_the_decision_is_a_constant_of_a_trace(monkeypatch: pytest.MonkeyPatch) 
         for n in (75, 130, 33):
             q = torch.randn(2, 3, n, 40)
             assert torch.equal(compiled(q, q), q + 4)
-    call = (torch.device("cuda"), torch.float32, 64, 64, 64, 32)
-    assert asked == [(*call, "int8_fp8", True, True, False, True)]
+    known = (torch.device("cuda"), torch.float32, 64, 64, 64, 32)
+    assert asked == [(*known, "int8_fp8", True, True, False, True)]
 
 
 def test_a_word_that_is_none() -> None:

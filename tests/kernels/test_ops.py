@@ -13,7 +13,7 @@ from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, Saved
 from sla2_compile.kernels.functional import attend, sla2_attention
 from sla2_compile.kernels.ops import attention, attention_backward, forward, route
 from sla2_compile.kernels.options import AttentionOptions
-from sla2_compile.kernels.records import flat
+from sla2_compile.kernels.records import flat, of
 from sla2_compile.kernels.reference import sla2 as reference
 
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -237,7 +237,7 @@ def test_a_training_step_takes_the_two_ops_and_nothing_else_does(wanted: str | N
 def test_attention_backward_passes_opcheck(layout: str, utils: tuple[str, ...], variant: str) -> None:
     q, k, v = qkv(layout, False)
     args = attention_args(variant, q, k, v, learned(q, False))
-    call: AttentionArgs[Tensor] = AttentionArgs(*args, keep_branches=True)
+    call: AttentionArgs[Tensor] = of(AttentionArgs, (*args, True))
     o, lse, o_sparse, o_linear = attention(*call)
     do = torch.randn_like(o) if layout == "contiguous" else torch.randn_like(o.transpose(1, 2)).transpose(1, 2)
     backward = BackwardArgs(do, Saved(lse, o_sparse, o_linear, call))

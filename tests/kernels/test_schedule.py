@@ -22,6 +22,7 @@ from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
 from sla2_compile.kernels.cuda.launch.repeat import Cells, Unknown
 from sla2_compile.kernels.cuda.launch.rerun import Room
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
+from sla2_compile.kernels.records import of
 
 CONTEXTS: list[int] = []
 """Devices whose context later runs asked for."""
@@ -263,9 +264,7 @@ def plain_call(x: torch.Tensor, scale: float = 0.125) -> AttentionArgs[Layout]:
     lut = torch.zeros(B, H, -(-N // 128), 2, dtype=torch.int32)
     rest, mean = torch.zeros(lut.shape[:3]), torch.zeros(B, H, D)
     tensors = Layout.of_all(x, x, x, mean, lut, rest, None, None, None)
-    made: AttentionArgs[Layout] = AttentionArgs(
-        *tensors, 128, 64, scale, "softmax", "complement", False, keep_branches=False
-    )
+    made: AttentionArgs[Layout] = of(AttentionArgs, (*tensors, 128, 64, scale, "softmax", "complement", False, False))
     return made
 
 
