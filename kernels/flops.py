@@ -10,6 +10,7 @@ With every block selected the complement is empty, and the linear branch counts 
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -130,8 +131,12 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         return spec
 
 
+@functools.cache
 def register() -> None:
-    """Have PyTorch's FLOP counter know the ops.
+    """Have PyTorch's FLOP counter know the ops, once: it refuses a second registration.
+
+    `kernels/__init__.py` may run twice. A library that looks for a package named "kernels" (transformers does) finds
+    ours where the working tree is the current folder.
 
     A counter copies the registry when it is made, so the formulas must be there first; but importing the counter
     imports Triton, which costs several times what `import sla2_compile` does. So they wait for its import.

@@ -73,8 +73,9 @@ class Spelt(nn.Module):
         self.names = ("query", "key", "value")[3 - by_name :]
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        given, positional = (q, k, v), 3 - len(self.names)
-        named = dict(zip(self.names, given[positional:], strict=True))
+        given: tuple[Any, ...] = (q, k, v)
+        positional = 3 - len(self.names)
+        named: dict[str, Any] = dict(zip(self.names, given[positional:], strict=True))
         return F.scaled_dot_product_attention(*given[:positional], **named)
 
 
