@@ -62,8 +62,11 @@ def test_a_leak_is_not_run_over(x):
             kept.append(x)
             return super().forward(x)
 
+    # a real forward keeps a real tensor there, a copy of the input; a fake one would be of no use to anybody
+    transformed(Model(), x)
+    assert type(kept[0]) is torch.Tensor
     with pytest.raises(ValueError, match="must not keep tensors outside its modules"):
-        transformed(Model(), x)
+        sla2_compile.transform(Model(), example_inputs=(x,), discover="fake", **ANY)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -147,9 +150,9 @@ def test_a_wrapper_around_a_lazy_root_stays(x):
 
         root.forward = wrapper
         results = [root(x) for _ in range(3)]
-        # the trial run goes through it as well
-        assert len(calls) == 4
-        torch.testing.assert_close(results[0], results[2])
+        # the first forward runs once, with full attention
+        assert len(calls) == 3
+        torch.testing.assert_close(results[1], results[2])
         assert len(list(sites(root))) > 0
 
 
