@@ -8,6 +8,7 @@ PyTorch's.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import types
 from collections.abc import Mapping
@@ -140,7 +141,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_known(target: Any) -> bool:
-    """Whether a function is PyTorch's, Python's or ours."""
+    """Whether a function is PyTorch's, Python's or ours, and runs nobody else's."""
+    if isinstance(target, torch.jit.ScriptFunction) or target is getattr(operator, "call", None):
+        return False
     place = getattr(target, "__module__", None)
     if place is not None:
         return str(place).partition(".")[0] in ("torch", "builtins", "sla2_compile", *_PYTHON)
