@@ -77,7 +77,7 @@ class WithoutTrace(FakeTensorProp):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        fakes = {name: self._mode.from_tensor(x) for name, x in own.items()}
+        fakes: dict[str, Tensor] = {name: self._mode.from_tensor(x) for name, x in own.items()}
         return torch.func.functional_call(module, fakes, args, kwargs)
 
 

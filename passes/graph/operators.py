@@ -108,9 +108,12 @@ def _of_function(target: Any) -> Operator:
 
 
 def _of_aten(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Operator:
-    one = isinstance(target, torch._ops.OpOverload)
-    space, _, name = (target._schema.name if one else target._qualified_op_name).partition("::")
-    overloads = (target,) if one else tuple(getattr(target, o) for o in target.overloads())
+    overloads: tuple[torch._ops.OpOverload, ...]
+    if isinstance(target, torch._ops.OpOverload):
+        full, overloads = target._schema.name, (target,)
+    else:
+        full, overloads = target._qualified_op_name, tuple(getattr(target, o) for o in target.overloads())
+    space, _, name = full.partition("::")
     if space != "aten":
         return Operator(f"{space}::{name}", overloads=overloads)
     spelt = _named(name)
