@@ -6,7 +6,7 @@ normalize-sdpa,select-attention{recipe=balanced,topk_ratio=0.1},replace-attentio
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import yaml
 from torch import fx
@@ -35,12 +35,10 @@ class Pass:
 
     Class attributes:
         name: its text form's first word.
-        numerics: exact, approximate or quantized: what it may do to results.
         in_bodies: whether the pipeline runs it on graphs inside the graph too; otherwise it looks after them itself.
     """
 
     name: ClassVar[str] = ""
-    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
     in_bodies: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:

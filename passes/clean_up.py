@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import fx
 
@@ -18,7 +18,6 @@ class CleanUp(Pass):
     """Removes what nobody needs, such as masks that only a replaced call read; never an effect (`sweep`)."""
 
     name: ClassVar[str] = "clean-up"
-    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         reader = Reader(gm)

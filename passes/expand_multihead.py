@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -43,7 +43,6 @@ class ExpandMultihead(Pass):
     """multi_head_attention_forward and fused layers -> linear, SDPA in the normal form, linear; else a `Miss`."""
 
     name: ClassVar[str] = "expand-multihead"
-    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()

@@ -11,7 +11,7 @@ scaled_dot_product_attention has it, and not nan.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import fx
 
@@ -32,7 +32,6 @@ class FuseAttention(Pass):
     """matmul, softmax, matmul -> scaled_dot_product_attention in the normal form; a `Miss` for each near miss."""
 
     name: ClassVar[str] = "fuse-attention"
-    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import fx
 
 from sla2_compile.passes.base import Pass, PassResult
+from sla2_compile.passes.graph.kernels import spelt_out
+from sla2_compile.passes.graph.nodes import Nodes
+from sla2_compile.passes.graph.reader import Reader
 from sla2_compile.passes.graph.sdpa import SDPA, SIGNATURE, SPELLINGS, is_normal
+from sla2_compile.passes.graph.traits import Trait
+from sla2_compile.passes.sites.outcome import NoFit
 
 TENSORS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
 class NormalizeSDPA(Pass):
-    """Any spelling of SDPA -> F.scaled_dot_product_attention(q, k, v, attn_mask=, dropout_p=, is_causal=, ...)."""
+    """Any spelling of SDPA -> F.scaled_dot_product_attention(q, k, v, attn_mask=, dropout_p=, is_causal=, ...).
+
+    One of aten's kernels behind it, of which nothing but the first result is used, is a spelling too.
+    """
 
     name: ClassVar[str] = "normalize-sdpa"
-    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()
@@ -32,9 +40,30 @@ class NormalizeSDPA(Pass):
             node.args = tuple(values.pop(name) for name in TENSORS)
             node.kwargs = values
             result.changed += 1
+        nodes = Nodes(gm)
+        kernels = [n for n in gm.graph.nodes if n.op == "call_function" and nodes.has(n, Trait.KERNEL)]
+        reader = Reader(gm) if kernels else None
+        for node in kernels:
+            assert reader is not None
+            try:
+                new = spelt_out(reader, node)
+            except NoFit:
+                # select-attention tells
+                continue
+            _take_over(node, new)
+            result.changed += 1
         return result
 
     def ensures(self, gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:
             if node.target in SPELLINGS and not is_normal(node):
                 raise AssertionError(f"{node.format_node()} is not in the normal form")
+
+
+def _take_over(kernel: fx.Node, new: fx.Node) -> None:
+    """Put a call in the place of a kernel's first result, and erase the kernel with what nobody reads of it."""
+    for pick in list(kernel.users):
+        if pick.target is operator.getitem and pick.args[1] == 0:
+            pick.replace_all_uses_with(new)
+        kernel.graph.erase_node(pick)
+    kernel.graph.erase_node(kernel)

@@ -114,7 +114,7 @@ def _kept(before: SideEffects, gm: fx.GraphModule) -> SideEffects:
     Raises:
         ValueError: it does not do all that it did.
     """
-    now = SideEffects(gm)
+    now = SideEffects.after(before, gm)
     lost = before.lost(now)
     if lost is not None:
         raise ValueError(f"the pass must keep every effect of the graph, got {lost}, erased; keep the node")

@@ -8,7 +8,7 @@ proves what it is (`mask_proof`): the same mask over keys, (B, 1, 1, Nk), or `ca
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -30,7 +30,6 @@ class ReadMasks(Pass):
     """attn_mask -> none, is_causal, a mask over keys, or `causal_keys`, where it says just that."""
 
     name: ClassVar[str] = "read-masks"
-    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         masks = Masks(gm)

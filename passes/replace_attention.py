@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -34,7 +34,6 @@ class ReplaceAttention(Pass):
     """
 
     name: ClassVar[str] = "replace-attention"
-    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "approximate"
     learned: bool = True
 
     def run(self, gm: fx.GraphModule) -> PassResult:

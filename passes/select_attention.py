@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import fx, nn
 
 from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.fuse.explain import near_attention
 from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
+from sla2_compile.passes.graph.kernels import other_attention
 from sla2_compile.passes.graph.reader import Reader
 from sla2_compile.passes.graph.sdpa import DECISION, SPELLINGS, call_of, is_normal, owner_of, value_of
 from sla2_compile.passes.graph.traits import Trait, traits_of
@@ -30,7 +31,6 @@ class SelectAttention(Pass):
     """
 
     name: ClassVar[str] = "select-attention"
-    numerics: ClassVar[Literal["exact", "approximate", "quantized"]] = "exact"
     in_bodies: ClassVar[bool] = False
     recipe: Recipe = field(default_factory=lambda: Recipe.of(DEFAULT))
     bodies: bool = False
@@ -80,6 +80,10 @@ def _attention(
             reason = Reason.BODY if inside else None
             yield node, SeenCall(Where.of(owner, positions[owner], call), call, reason)
             positions[owner] += 1
+        elif (other := other_attention(reader, node)) is not None:
+            seen, why = other
+            where = Where(owner, 0, (), (), (), "", "") if seen is None else Where.of(owner, 0, seen)
+            yield node, SeenCall(where, seen, why.reason, why.detail)
         elif (reason := _hint(reader, node)) is not None:
             yield node, SeenCall(Where(owner, 0, (), (), (), "", ""), None, reason)
 

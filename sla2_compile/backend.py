@@ -18,8 +18,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from sla2_compile import debug
 from sla2_compile.graphs import copy_graph
 from sla2_compile.passes.pipeline import Pipeline
-from sla2_compile.passes.sites.outcome import Rewrite
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.recipes import DEFAULT, Recipe
+from sla2_compile.refusal import told
 from sla2_compile.reports.report import Report
 
 log = logging.getLogger("sla2_compile")
@@ -60,10 +61,40 @@ def sla2_backend(
     debug.show_report(lambda: Report(tuple(outcomes), recipe, "graph", {}))
     replaced = sum(isinstance(x, Rewrite) for x in outcomes)
     log.info("%d of %d attention calls of one graph replaced, recipe %s", replaced, len(outcomes), recipe.name)
-    for outcome in outcomes:
-        if not isinstance(outcome, Rewrite):
-            log.info("left alone: %s: %s", outcome.where.owner or "model", outcome.reason.value)
+    _tell(outcomes, getattr(gm, "compile_subgraph_reason", None))
     return compile_inner(ours if replaced else gm, list(example_inputs))
+
+
+def _tell(outcomes: Sequence[Rewrite | Miss], end: Any) -> None:
+    """Log each call that was left alone, and warn of each cause once.
+
+    end: why Dynamo ended the graph, as it notes it.
+    """
+    for outcome in outcomes:
+        if isinstance(outcome, Miss):
+            owner, why = outcome.where.owner or "model", told(outcome)
+            log.info("left alone: %s: %s", owner, why)
+            _warn_once(why, f"backend sla2 keeps full attention in {owner}: {why}; logging at INFO names every call")
+    if getattr(end, "graph_break", False):
+        _warn_once(
+            "graph break",
+            f"backend sla2 sees no attention where Dynamo breaks a graph, as it did here: {_first_line(end.reason)}; "
+            "torch.compile(fullgraph=True) shows each place",
+        )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
+
+
+_WARNED: set[str] = set()
+
+
+def _warn_once(cause: str, text: str) -> None:
+    """Log a warning of a cause that there was none of before in this process."""
+    if cause not in _WARNED:
+        _WARNED.add(cause)
+        log.warning(text)
 
 
 def _inner(name: str, options: dict[str, Any], mode: str | None) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from torch import fx
 from sla2_compile.passes.graph.printer import graph_text
 from sla2_compile.passes.pipeline import Observer, Ran
 from sla2_compile.passes.sites.outcome import Miss
+from sla2_compile.refusal import told
 
 _GRAPHS = itertools.count()
 
@@ -65,8 +66,7 @@ def _tell(gm: fx.GraphModule, ran: Ran) -> None:
     say(f"-- {ran.what}: {ran.result.changed} nodes changed in {ran.seconds * 1e3:.1f} ms")
     for outcome in ran.result.outcomes:
         if isinstance(outcome, Miss):
-            detail = f" ({outcome.detail})" if outcome.detail else ""
-            say(f"   left alone: {outcome.where.owner or 'model'}: {outcome.reason.value}{detail}")
+            say(f"   left alone: {outcome.where.owner or 'model'}: {told(outcome)}")
 
 
 def _dump_to(folder: Path) -> Observer:

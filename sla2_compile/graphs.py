@@ -19,6 +19,7 @@ from sla2_compile.passes.replace_attention import in_training, site_nodes, undo
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.plan import Plan, plan_of, set_plan
 from sla2_compile.recipes import Recipe
+from sla2_compile.refusal import nothing_replaced
 from sla2_compile.reports.report import report
 
 DYNAMO_SOURCE = "_dynamo_source"
@@ -76,7 +77,7 @@ class WithoutTrace(FakeTensorProp):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        fakes = {name: self._mode.from_tensor(x) for name, x in own.items()}
+        fakes: dict[str, Tensor] = {name: self._mode.from_tensor(x) for name, x in own.items()}
         return torch.func.functional_call(module, fakes, args, kwargs)
 
 
@@ -178,7 +179,5 @@ def _keep(gm: fx.GraphModule, recipe: Recipe, outcomes: Sequence[Rewrite | Miss]
 
 
 def _require_some(outcomes: Sequence[Rewrite | Miss], allow_none: bool) -> None:
-    from sla2_compile.refusal import nothing_replaced
-
     if not allow_none and not any(isinstance(x, Rewrite) for x in outcomes):
         raise nothing_replaced(outcomes)

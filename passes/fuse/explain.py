@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import fx
 
 from sla2_compile.passes.graph.products import read_product
@@ -9,6 +11,9 @@ from sla2_compile.passes.graph.reader import Reader
 from sla2_compile.passes.graph.traits import Trait, traits_of
 from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
+
+MANY = 16
+"""As many queries and keys make a softmax a map of tokens by tokens, whatever else is known of it."""
 
 HEADS = "mixes heads between {} (talking heads)"
 
@@ -19,6 +24,8 @@ def explain_scores(reader: Reader, node: fx.Node, depth: int) -> NoFit:
     before = reader.first(node)
     beneath = reader.name(before) if before is not None else ""
     traits = traits_of(name)
+    if traits & Trait.LIKE and (writers := _writers(reader, node)):
+        return explain_write(reader, writers[-1])
     if "cat" in (name, beneath):
         return NoFit(Reason.LOOK_ALIKE, "sink column: scores are joined with others before the softmax", depth)
     if name in ("permute", "transpose", "contiguous", "clone") and _mixes(reader, node):
@@ -50,31 +57,49 @@ def explain_weights(reader: Reader, node: fx.Node) -> NoFit:
     return NoFit(Reason.HAND_WRITTEN, f"weights pass through {name} before the values")
 
 
+def explain_write(reader: Reader, writer: fx.Node) -> NoFit:
+    """Say why the scores cannot come from what a node wrote into them."""
+    band = _reached(reader, writer, lambda n: reader.has(n, Trait.BAND))
+    if band is not None:
+        return NoFit(Reason.LOOK_ALIKE, f"banded scores ({reader.name(band)}), put together in place")
+    return NoFit(Reason.HAND_WRITTEN, f"scores are written in place by {reader.name(writer)}")
+
+
 def near_attention(reader: Reader, softmax: fx.Node) -> bool:
     """Whether a softmax is worth a report: a product of two tensors close by, or a map of tokens by tokens."""
     shape = reader.shape(softmax) or ()
     if len(shape) < 3:
         return False
-    sizes = shape[-2:]
-    if all(isinstance(n, int) and n >= 16 for n in sizes):
+    if all(isinstance(n, int) and n >= MANY for n in shape[-2:]):
         return True
     return _reaches(reader, softmax, back=True) or _reaches(reader, softmax, back=False)
 
 
 def _reaches(reader: Reader, start: fx.Node, back: bool) -> bool:
     """Whether a product lies within a few steps, with no layer in between."""
+    return _reached(reader, start, lambda n: read_product(reader, n) is not None, back) is not None
+
+
+def _reached(reader: Reader, start: fx.Node, wanted: Callable[[fx.Node], bool], back: bool = True) -> fx.Node | None:
+    """The first node of a kind within a few steps, with no layer in between."""
     todo, seen = [(start, 8)], {start}
     while todo:
         node, left = todo.pop(0)
-        for other in node.all_input_nodes if back else node.users:
+        for other in (*node.all_input_nodes, *_writers(reader, node)) if back else node.users:
             if other in seen:
                 continue
             seen.add(other)
-            if read_product(reader, other) is not None:
-                return True
+            if wanted(other):
+                return other
             if left and not reader.has(other, Trait.LAYER) and other.op not in ("placeholder", "output"):
                 todo.append((other, left - 1))
-    return False
+    return None
+
+
+def _writers(reader: Reader, node: fx.Node) -> list[fx.Node]:
+    """Nodes that write into a tensor, or into a part of it."""
+    parts = [node, *(user for user in node.users if reader.has(user, Trait.VIEW))]
+    return [user for x in parts for user in x.users if x in (reader.writes(user) or ())]
 
 
 def _mixes(reader: Reader, node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from sla2_compile.passes.fuse.explain import explain_weights
+from sla2_compile.passes.fuse.hidden_rows import hidden_rows
 from sla2_compile.passes.fuse.pattern import Match, Operand, Trail
 from sla2_compile.passes.fuse.scores import Scores
 from sla2_compile.passes.graph.axes import Role, role
@@ -78,6 +79,10 @@ class Matcher:
 
     def _values(self, softmax: fx.Node, q: Operand, k: Operand, trail: Trail, scores: tuple[Any, ...]) -> Match:
         reader, node, chain = self.reader, softmax, [softmax]
+        guard = hidden_rows(reader, softmax)
+        if guard is not None:
+            node = guard.result
+            chain += guard.nodes
         axes = (*(f"b{i}" for i in range(len(reader.shape(softmax) or ()) - 2)), "n", "k")
         while True:
             users = list(reader.users(node))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sla2_compile.passes.fuse.explain import explain_scores
+from sla2_compile.passes.fuse.explain import explain_scores, explain_write
 from sla2_compile.passes.fuse.pattern import Factor, Operand, Term, Trail
 from sla2_compile.passes.graph.axes import Role, role
 from sla2_compile.passes.graph.products import Product, read_product
@@ -58,7 +58,7 @@ class Scores:
             return x
         last = max(before, key=reader.position.__getitem__)
         if not traits_of(reader.base(last)) & Trait.SCORES:
-            raise NoFit(Reason.HAND_WRITTEN, f"scores are written in place by {reader.name(last)}")
+            raise explain_write(reader, last)
         return last
 
     def _first_that_fits(self, node: fx.Node, tries: list[tuple[fx.Node, Trail]]) -> tuple[Product, Trail]:
@@ -171,7 +171,7 @@ class Scores:
         sides = [(product.left, product.left_axes), (product.right, product.right_axes)]
         with_q, with_k = ([s for s in sides if axis in s[1]] for axis in (query, key))
         if len(with_q) != 1 or len(with_k) != 1:
-            raise NoFit(Reason.HAND_WRITTEN, "queries and keys share an axis besides batch and heads", far)
+            raise NoFit(Reason.LOOK_ALIKE, "banded scores: each query has keys of its own", far)
         if with_q == with_k:
             raise NoFit(Reason.LOOK_ALIKE, "mixes heads between scores and softmax (talking heads)", far)
         (q, q_axes), (k, k_axes) = with_q[0], with_k[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
 from sla2_compile.passes.graph.nodes import Nodes, memory_of
@@ -64,12 +65,10 @@ class Effects(Nodes):
         if node.meta.get("unbacked_bindings"):
             return Effect("gives a symbol its value")
         written = self.writes(node)
-        if written is not None:
-            tensors = all(isinstance(self.value(x), Tensor) for x in written)
-            return Effect(
-                "writes into memory", tuple(written) if written and tensors and called.known else None, True
-            )
-        return None if self._pure(node, called) else Effect("may do more than give its result")
+        if written is None:
+            return None if self._pure(node, called) else Effect("may do more than give its result")
+        tensors = bool(written) and all(isinstance(self.value(x), Tensor) for x in written)
+        return Effect("writes into memory", tuple(written) if tensors and called.known else None, shared=True)
 
     def draws(self, node: fx.Node) -> bool:
         """Whether a node draws random numbers, and so changes what the next draw gives.
@@ -87,7 +86,7 @@ class Effects(Nodes):
     def _may_drop(self, probability: Any) -> bool:
         value = self.value(probability)
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-            return bool(value > 0)
+            return guard_or_true(value > 0)
         # an argument that is not given drops nothing
         return probability is not None
 
@@ -128,14 +127,15 @@ class Effects(Nodes):
         called = self.operator(node)
         if isinstance(node.target, torch._ops.OpOverload):
             return _written(node, node.target) if node.target._schema.is_mutable else self._statistics(node, called)
+        if self._unknown(node, called):
+            return list(node.all_input_nodes)
         name, out = self.name(node), node.kwargs.get("out")
-        says = name.endswith("_") and not name.endswith("__")
-        if isinstance(node.target, torch._ops.OpOverloadPacket) and not called.known:
-            says = any(overload._schema.is_mutable for overload in called.overloads)
+        mutable = [overload._schema.is_mutable for overload in called.overloads if not _takes_out(overload)]
+        says = (name.endswith("_") and not name.endswith("__")) or (mutable != [] and all(mutable))
         if says or out is not None or traits_of(name) & Trait.SETTER:
             items = [self.first(node), *(out if isinstance(out, (list, tuple)) else (out,))]
             return [x for x in items if isinstance(x, fx.Node)] or list(node.all_input_nodes)
-        return list(node.all_input_nodes) if self._unknown(node, called) else self._statistics(node, called)
+        return self._statistics(node, called)
 
     def _statistics(self, node: fx.Node, called: Operator) -> list[fx.Node] | None:
         """What operators that seem to work on their input alone also write into."""
@@ -157,7 +157,8 @@ class Effects(Nodes):
             return not called.known and not ours
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return not self.blocks(node) or any(inside.hands_out() for inside in self.blocks(node))
-        return node.op == "call_function" and not called.known and not called.overloads
+        functional = called.overloads and not any(o._schema.is_mutable for o in called.overloads)
+        return node.op == "call_function" and not called.known and not functional
 
     def storages(self, nodes: Iterable[fx.Node]) -> set[int]:
         """Identities of the memory behind the fake values of these nodes."""

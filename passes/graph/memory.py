@@ -8,8 +8,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, fx
 
+from sla2_compile.passes.graph.effects import Effects
 from sla2_compile.passes.graph.nodes import memory_of
-from sla2_compile.passes.graph.reader import Reader
 from sla2_compile.passes.graph.traits import Trait, traits_of
 
 
@@ -23,7 +23,7 @@ def _hands_on(overload: torch._ops.OpOverload) -> bool:
 class Writes:
     """The in-place writes of a graph, by the memory that they touch."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Effects) -> None:
         self.reader = reader
         self.parent: dict[Hashable, Hashable] = {}
         # nodes that share memory in one class: by what the operation may do, and by the fakes' storage

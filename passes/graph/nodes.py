@@ -27,10 +27,13 @@ class Nodes:
         self.gm = gm
         self.modules: dict[str, nn.Module] = dict(gm.named_modules())
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self._operators: dict[fx.Node, Operator] = {}
 
     def operator(self, node: fx.Node) -> Operator:
-        """What a node calls."""
-        return operator_of(node, self.modules)
+        """What a node calls, as it was when this was first asked."""
+        if node not in self._operators:
+            self._operators[node] = operator_of(node, self.modules)
+        return self._operators[node]
 
     def name(self, node: fx.Node) -> str:
         """Name of the operation in one spelling; an in-place one ends in an underscore."""

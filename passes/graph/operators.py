@@ -8,6 +8,7 @@ PyTorch's.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import types
 from collections.abc import Mapping
@@ -107,9 +108,12 @@ def _of_function(target: Any) -> Operator:
 
 
 def _of_aten(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Operator:
-    one = isinstance(target, torch._ops.OpOverload)
-    space, _, name = (target._schema.name if one else target._qualified_op_name).partition("::")
-    overloads = (target,) if one else tuple(getattr(target, o) for o in target.overloads())
+    overloads: tuple[torch._ops.OpOverload, ...]
+    if isinstance(target, torch._ops.OpOverload):
+        full, overloads = target._schema.name, (target,)
+    else:
+        full, overloads = target._qualified_op_name, tuple(getattr(target, o) for o in target.overloads())
+    space, _, name = full.partition("::")
     if space != "aten":
         return Operator(f"{space}::{name}", overloads=overloads)
     spelt = _named(name)
@@ -140,7 +144,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_known(target: Any) -> bool:
-    """Whether a function is PyTorch's, Python's or ours."""
+    """Whether a function is PyTorch's, Python's or ours, and runs nobody else's."""
+    if isinstance(target, torch.jit.ScriptFunction) or target is getattr(operator, "call", None):
+        return False
     place = getattr(target, "__module__", None)
     if place is not None:
         return str(place).partition(".")[0] in ("torch", "builtins", "sla2_compile", *_PYTHON)

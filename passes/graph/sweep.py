@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from sla2_compile.passes.graph.effects import Effects
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
 
@@ -56,10 +57,10 @@ def sweep(reader: Reader, writes: Writes, among: Iterable[fx.Node] | None = None
     graph = reader.gm.graph
     keep = needed(reader, writes)
     chosen = set(graph.nodes if among is None else among)
-    useless: list[fx.Node] = []
+    useless: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node not in keep and (node in chosen or not set(node.all_input_nodes).isdisjoint(useless)):
-            useless.append(node)
+        if node not in keep and (node in chosen or any(x in useless for x in node.all_input_nodes)):
+            useless[node] = None
     for node in reversed(useless):
         graph.erase_node(node)
     return len(useless)
@@ -81,26 +82,33 @@ class Standing:
 
 
 class SideEffects:
-    """What a graph, and each block in it, does besides giving its results."""
+    """What a graph, and each block in it, does besides giving its results.
+
+    Attributes:
+        effects: each effect, by the node that has it.
+        nodes: all nodes, with what they call.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
+        graph = Effects(gm)
+        self.nodes = _nodes_of(graph, ())
         self.effects: dict[Place, Standing] = {}
-        self.nodes: set[fx.Node] = set()
-        self._collect(Reader(gm), ())
+        self._collect(graph, ())
 
-    def _collect(self, reader: Reader, block: Place) -> None:
-        self.nodes.update(reader.position)
+    @staticmethod
+    def after(before: SideEffects, gm: fx.GraphModule) -> SideEffects:
+        """The effects of a graph now, given what they were; these are the same if no node is another."""
+        return before if before.nodes == _nodes_of(Effects(gm), ()) else SideEffects(gm)
+
+    def _collect(self, graph: Effects, block: Place) -> None:
         found = []
-        for node in reader.position:
-            for inside in reader.blocks(node):
-                assert isinstance(inside, Reader)
+        for node in graph.position:
+            for inside in graph.blocks(node):
                 self._collect(inside, (*block, node))
-            effect = reader.effect(node)
-            if effect is not None and not reader.blocks(node):
+            effect = graph.effect(node)
+            if effect is not None and not graph.blocks(node):
                 found.append((node, effect))
-        if not found:
-            return
-        memory = Writes(reader).classes() if any(effect.on for _, effect in found) else {}
+        memory = Writes(graph).classes() if any(effect.shared and effect.on for _, effect in found) else {}
         for node, effect in found:
             about: frozenset[fx.Node] | None = None
             if effect.on is not None:
@@ -110,12 +118,23 @@ class SideEffects:
 
     def lost(self, now: SideEffects) -> str | None:
         """Say which of these effects is not among those of now, and should be; None if all are."""
+        left = {node for *_, node in now.nodes}
         moved = Counter(now.effects[place].kind for place in now.effects.keys() - self.effects.keys())
         for place, effect in self.effects.items():
             if place in now.effects:
                 continue
             if moved[effect.kind] > 0:
                 moved[effect.kind] -= 1
-            elif effect.about is None or not effect.about.isdisjoint(now.nodes):
+            elif effect.about is None or not effect.about.isdisjoint(left):
                 return effect.text
         return None
+
+
+def _nodes_of(graph: Effects, block: Place) -> dict[Place, object]:
+    """Every node of a graph and of the blocks in it, with what it calls."""
+    found: dict[Place, object] = {}
+    for node in graph.position:
+        found[(*block, node)] = node.target
+        for inside in graph.blocks(node):
+            found |= _nodes_of(inside, (*block, node))
+    return found

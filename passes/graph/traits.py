@@ -36,6 +36,10 @@ class Trait(Flag):
     """It is a softmax."""
     SCORES = auto()
     """One of the steps between a score product and its softmax that can be told to an attention call."""
+    KERNEL = auto()
+    """It is a kernel that scaled_dot_product_attention is dispatched to, and computes the same."""
+    ATTENTION = auto()
+    """It is attention in a layout of its own, or with code in the place of a mask."""
     MULTIHEAD = auto()
     """It is multi-head attention with its projections, or a layer around it, in one operator."""
 
@@ -174,7 +178,7 @@ OPERATORS: dict[str, Trait] = {
     "dropout": _T.VIEW | _T.SCORES | _T.LAYOUT,
     "feature_dropout": _T.VIEW,
     "alpha_dropout": _T.VIEW,
-    "softmax _softmax special_softmax": _T.SOFTMAX,
+    "softmax _softmax _safe_softmax special_softmax": _T.SOFTMAX,
     # products and layers
     "matmul": _T.PRODUCT,
     "bmm": _T.PRODUCT,
@@ -207,6 +211,18 @@ OPERATORS: dict[str, Trait] = {
     "multi_head_attention_forward": _T.MULTIHEAD | _T.PURE,
     "_native_multi_head_attention": _T.MULTIHEAD,
     "_transformer_encoder_layer_fwd": _T.MULTIHEAD,
+    "_scaled_dot_product_flash_attention": _T.KERNEL,
+    "_scaled_dot_product_flash_attention_for_cpu": _T.KERNEL,
+    "_scaled_dot_product_efficient_attention": _T.KERNEL,
+    "_scaled_dot_product_cudnn_attention": _T.KERNEL,
+    "_scaled_dot_product_fused_attention_overrideable": _T.KERNEL,
+    "_scaled_dot_product_attention_math": _T.KERNEL,
+    "_scaled_dot_product_attention_math_for_mps": _T.KERNEL,
+    "_flash_attention_forward": _T.ATTENTION,
+    "_efficient_attention_forward": _T.ATTENTION,
+    "_cudnn_attention_forward": _T.ATTENTION,
+    "_triton_scaled_dot_attention": _T.ATTENTION,
+    "flex_attention": _T.ATTENTION,
     # new tensors
     "zeros_like": _MAKE,
     "ones_like": _MAKE,

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from sla2_compile.passes.graph.effects import Effects
 from sla2_compile.passes.graph.memory import Writes
-from sla2_compile.passes.graph.reader import Reader
 
 
-def runs(node: fx.Node, reader: Reader) -> bool:
+def runs(node: fx.Node, reader: Effects) -> bool:
     """Whether a node is a function that may be run ahead of time: it gives its result, and at most writes."""
     if node.op != "call_function":
         return False
@@ -30,7 +30,7 @@ def evaluate(node: fx.Node, buffers: Mapping[str, Tensor], writes: Writes | None
     """
     owner = node.graph.owning_module
     if writes is None and owner is not None:
-        writes = Writes(Reader(owner))
+        writes = Writes(Effects(owner))
     if writes is None:
         return None
     needed: set[fx.Node] = set()

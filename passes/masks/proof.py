@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
@@ -205,7 +206,8 @@ class Chain:
         return plain
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        shape = self.reader.shape(node)
+        # what torch.func wraps has the shape of one sample, or a gradient of its own
+        shape = self.reader.shape(node) if isinstance(self.reader.value(node), FakeTensor) else None
         if shape is None or not all(isinstance(n, int) for n in shape):
             raise Unproven
         return shape

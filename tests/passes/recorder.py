@@ -62,7 +62,7 @@ def record(module: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, list[Ten
     mode, recorder = FakeTensorMode(), Recorder(module)
     fakes = [mode.from_tensor(x) for x in inputs]
     real = {name: x.detach() for name, x in (*module.named_parameters(), *module.named_buffers())}
-    own = {name: mode.from_tensor(x) for name, x in real.items()}
+    own: dict[str, Tensor] = {name: mode.from_tensor(x) for name, x in real.items()}
     for fake, x in (*zip(fakes, inputs, strict=True), *((own[name], real[name]) for name in real)):
         recorder.input(fake, x)
     handles = []

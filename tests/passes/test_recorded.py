@@ -86,6 +86,9 @@ def test_what_does_not_fit_says_why():
     assert not calls(gm)
 
 
+# what a property is when it is looked up on the class, which type checkers take for its value
+PROPERTIES: Any = Tensor
+
 ONE: dict[str, Any] = {
     "Tensor.view": (Tensor.view, (2, -1), "view"),
     "Tensor.softmax": (Tensor.softmax, (-1,), "softmax"),
@@ -98,9 +101,9 @@ ONE: dict[str, Any] = {
     "Tensor.__and__": (Tensor.__and__, (True,), "bitwise_and"),
     "Tensor.__getitem__": (Tensor.__getitem__, (0,), "getitem"),
     "Tensor.__setitem__": (Tensor.__setitem__, (0, 1.0), "setitem"),
-    "Tensor.mT": (Tensor.mT.__get__, (), "mT"),
-    "Tensor.shape": (Tensor.shape.__get__, (), "shape"),
-    "Tensor.data set": (Tensor.data.__set__, (), "setattr"),
+    "Tensor.mT": (PROPERTIES.mT.__get__, (), "mT"),
+    "Tensor.shape": (PROPERTIES.shape.__get__, (), "shape"),
+    "Tensor.data set": (PROPERTIES.data.__set__, (), "setattr"),
     "operator.truediv": (operator.truediv, (2,), "div"),
     "operator.imul": (operator.imul, (2,), "mul_"),
     "torch.rsub": (torch.rsub, (1,), "sub"),

@@ -25,7 +25,7 @@ OURS = {"causal_keys", "setattr", "delattr", "delitem", "and", "or", "xor", "len
 
 @pytest.mark.parametrize("line", OPERATORS)
 def test_every_name_of_the_table_is_some_operator(line):
-    places = (torch, torch.ops.aten, Tensor, F, operator, torch.special)
+    places = (torch, torch.ops.aten, torch.ops.higher_order, Tensor, F, operator, torch.special)
     for name in line.split():
         known = any(hasattr(place, name) for place in places)
         assert known or name in LAYERS or name in OURS or hasattr(operator, f"{name}_"), name

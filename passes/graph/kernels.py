@@ -1,0 +1,121 @@
+"""Attention calls in a graph that are not scaled_dot_product_attention: aten's kernels behind it, and others'.
+
+A decomposed program holds the kernel that scaled_dot_product_attention was dispatched to. As long as nothing but its
+first result is used it says the same, and is one of its spellings. flex_attention takes code in the place of a mask,
+and kernels of other libraries have layouts of their own: these are told, and stay.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sla2_compile.passes.graph.reader import Reader, known
+from sla2_compile.passes.graph.sdpa import SDPA, SIGNATURE
+from sla2_compile.passes.graph.traits import Trait
+from sla2_compile.passes.sites.call import AttentionCall
+from sla2_compile.passes.sites.outcome import NoFit
+from sla2_compile.passes.sites.rules import Reason
+
+# names of a kernel's arguments that scaled_dot_product_attention calls otherwise
+NAMES = {"attn_bias": "attn_mask"}
+
+
+def kernel_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of one of aten's kernels as scaled_dot_product_attention has them, enable_gqa aside.
+
+    Raises:
+        NoFit: it has others.
+    """
+    target: Any = node.target
+    schema = (target if isinstance(target, torch._ops.OpOverload) else target.default)._schema.arguments
+    values = {a.name: a.default_value for a in schema if a.has_default_value()}
+    values |= dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    if values.pop("return_debug_mask", False) or values.pop("dropout_mask", None) is not None:
+        raise NoFit(Reason.KERNEL, "it is given more than scaled_dot_product_attention")
+    values.pop("compute_log_sumexp", None)
+    values = {NAMES.get(name, name): x for name, x in values.items()}
+    if not set(values) <= set(SIGNATURE.parameters):
+        raise NoFit(Reason.KERNEL, "it is given more than scaled_dot_product_attention")
+    return values
+
+
+def read_kernel(reader: Reader, node: fx.Node) -> dict[str, Any]:
+    """The arguments of the scaled_dot_product_attention that one of aten's kernels computes.
+
+    Raises:
+        NoFit: it does more, or is asked for more.
+    """
+    values = kernel_arguments(node)
+    for user in node.users:
+        first = user.target is operator.getitem and user.args[1] == 0
+        if not first and user in reader.live:
+            raise NoFit(Reason.WEIGHTS_USED, "the kernel's log-sum-exp of the scores is used")
+    q, k = reader.shape(values["query"]), reader.shape(values["key"])
+    if q is None or k is None or len(q) != 4 or len(k) != 4:
+        raise NoFit(Reason.KERNEL, "shapes are not known")
+    if values["is_causal"] and not known(q[2] == k[2]):
+        # kernels do not agree on which keys the first query sees
+        raise NoFit(Reason.KERNEL, "causal with queries and keys of other numbers")
+    if reader.draws(node):
+        raise NoFit(Reason.DROPOUT, f"dropout_p {values['dropout_p']}")
+    return {**values, "enable_gqa": not known(q[1] == k[1])}
+
+
+def other_attention(reader: Reader, node: fx.Node) -> tuple[AttentionCall | None, NoFit] | None:
+    """Tell an attention call that no pass takes: its tensors if they are in SDPA's layout, and why it stays.
+
+    None for any other node.
+    """
+    if node.op != "call_function":
+        return None
+    if reader.has(node, Trait.KERNEL):
+        try:
+            read_kernel(reader, node)
+        except NoFit as miss:
+            return _call(reader, node.args[:3]), miss
+        return None
+    name = reader.name(node)
+    if name == "flex_attention":
+        return _call(reader, node.args[:3]), NoFit(Reason.KERNEL, "flex_attention: score_mod and block_mask are code")
+    if reader.has(node, Trait.ATTENTION) or _is_foreign(reader, node, name):
+        return None, NoFit(Reason.KERNEL, name)
+    return None
+
+
+def _is_foreign(reader: Reader, node: fx.Node, name: str) -> bool:
+    """Whether another library's operator is attention, by its name and by three float tensors that it is given."""
+    space, _, own = name.partition("::")
+    if not own or space == "sla2" or "backward" in own or not ("attention" in own or "attn" in own):
+        return False
+    values = [reader.value(x) for x in node.args]
+    return sum(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 2 for x in values) >= 3
+
+
+def _call(reader: Reader, args: Any) -> AttentionCall | None:
+    values = [reader.value(x) for x in args]
+    if len(values) == 3 and all(isinstance(x, Tensor) and x.dim() == 4 for x in values):
+        return AttentionCall(*values)
+    return None
+
+
+def spelt_out(reader: Reader, node: fx.Node) -> fx.Node:
+    """Write the scaled_dot_product_attention that a kernel computes before it, in the normal form.
+
+    Raises:
+        NoFit: see `read_kernel`.
+    """
+    values = read_kernel(reader, node)
+    names = ("query", "key", "value")
+    options = {
+        name: values.get(name, parameter.default)
+        for name, parameter in SIGNATURE.parameters.items()
+        if name not in names
+    }
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(SDPA, tuple(values[name] for name in names), options)
+    new.meta = {key: value[0] if key in ("val", "example_value") else value for key, value in node.meta.items()}
+    return new
