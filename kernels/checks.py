@@ -187,6 +187,11 @@ def check_backward(args: BackwardArgs[Described]) -> None:
             raise fail(name, rule, f"{x.dtype} {tuple(x.shape)} on {x.device}", "take it as sla2::attention gave it")
 
 
+def debugging() -> bool:
+    """Whether SLA2_DEBUG is set in the environment, read at each call."""
+    return os.environ.get("SLA2_DEBUG", "0") not in ("", "0")
+
+
 def check_table(args: AttentionArgs[Tensor]) -> None:
     """Refuse a table that no router made, if SLA2_DEBUG is set: it reads values, so it waits for the device.
 
@@ -196,7 +201,7 @@ def check_table(args: AttentionArgs[Tensor]) -> None:
     Raises:
         ValueError: an entry of lut is not a key block, comes twice or out of order, or stands behind a -1.
     """
-    if os.environ.get("SLA2_DEBUG", "0") in ("", "0"):
+    if not debugging():
         return
     lut, tn = args.lut, -(-args.k.shape[2] // args.block_k)
     # only causality and masks forbid some blocks, so that a row may have fewer than K

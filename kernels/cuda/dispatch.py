@@ -24,7 +24,7 @@ from sla2_compile.kernels.arguments import (
     RouteArgs,
     RouteResult,
 )
-from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table
+from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table, debugging
 from sla2_compile.kernels.cuda.device import chip_of, packed, whole
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule, facts_of
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
@@ -33,7 +33,7 @@ from sla2_compile.kernels.cuda.route.launches import route_schedule
 from sla2_compile.kernels.cuda.tuning import by_trial
 from sla2_compile.kernels.portable import attention as portable_attention
 from sla2_compile.kernels.portable import route as portable_route
-from sla2_compile.kernels.records import arguments, split, tensor_count
+from sla2_compile.kernels.records import arguments, tensor_count
 from sla2_compile.kernels.support import Facts, support
 
 
@@ -74,10 +74,19 @@ def _preparations(record: Any) -> tuple[Callable[[Any], Any], ...]:
     return tuple(by_name.get(x.name, whole) for x in arguments(record)[: tensor_count(record)])
 
 
+def _places(record: Any, known: tuple[str, ...]) -> list[int]:
+    """Where the tensors of a record stand among those of these names; found once, for the host's time counts."""
+    return [known.index(x.name) for x in arguments(record)[: tensor_count(record)]]
+
+
+_OF_ROUTE = _places(RouteArgs, ForwardArgs._fields)
+_OF_ATTENTION = _places(AttentionArgs, (*ForwardArgs._fields[: tensor_count(ForwardArgs)], *RouteResult._fields))
+
+
 def laid_out(args: Any) -> tuple[Inputs, Any]:
     """Return a call's tensors, in layouts that the kernels read, and the call with layouts in their place."""
     record: Any = type(args)
-    prepared = tuple(prepare(x) for prepare, x in zip(_preparations(record), args, strict=False))
+    prepared = tuple([prepare(x) for prepare, x in zip(_preparations(record), args, strict=False)])
     return prepared, record(*Layout.of_all(*prepared), *args[len(prepared) :])
 
 
@@ -137,9 +146,9 @@ def forward(args: ForwardArgs[Tensor]) -> ForwardResult[Tensor]:
     if both is None:
         routed = route(args.route())
         return ForwardResult.of(routed, attention(args.attention(routed)))
-    args = ForwardArgs(*tensors, *args[len(tensors) :])
-    routed = RouteResult(*run(both[0], split(args.route())[0]))
-    call = args.attention(routed)
-    check_table(call)
-    o, lse = run(both[1], split(call)[0])
+    routed = run(both[0], tuple([tensors[n] for n in _OF_ROUTE]))
+    if debugging():
+        check_table(args.attention(RouteResult(*routed)))
+    known = (*tensors, *routed)
+    o, lse = run(both[1], tuple([known[n] for n in _OF_ATTENTION]))
     return ForwardResult(o, lse, *routed)

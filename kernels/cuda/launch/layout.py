@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     @classmethod
     def of_all(cls, *tensors: Tensor | None) -> tuple[Layout | None, ...]:
         """The layouts of a call's tensors, None where there is none."""
-        return tuple(None if x is None else cls.of(x) for x in tensors)
+        return tuple([None if x is None else cls.of(x) for x in tensors])
 
 
 @dataclass(frozen=True)

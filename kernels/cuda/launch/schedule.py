@@ -82,7 +82,7 @@ class Schedule:
         for n, x in enumerate(inputs):
             if x is not None:
                 tensors[n] = x
-        wanted = tuple(slot.at for slot in results)
+        wanted = tuple([slot.at for slot in results])
         with on_device(first):
             if self._rerun is not None and self._rerun.may_run():
                 self._rerun(tensors, wanted)
