@@ -154,7 +154,7 @@ def test_a_plan_beside_a_door_says_what_the_door_lists():
     model = llama("one")
     sla2_compile.transform(model.model.layers[0], example_inputs=args, example_kwargs=kwargs, **ONE)
     report = sla2_compile.report(model)
-    assert (len(report.outcomes), report.discovery, report.behind_door) == (1, "fake", True)
+    assert (len(report.outcomes), report.discovery, report.behind_door) == (1, "real", True)
     assert said in " ".join(str(report).split())
     assert report.to_dict()["behind_door"]
     output(model, **inputs())

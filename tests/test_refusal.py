@@ -58,11 +58,10 @@ class Bias(nn.Module):
 @pytest.mark.parametrize("exported", [False, True], ids=["graph", "program"])
 def test_a_length_is_not_blamed_for_a_bias(exported):
     given = torch.randn(1, 2, 64, 8), torch.randn(64, 64)
+    carrier = torch.export.export(Bias(), given) if exported else fx.symbolic_trace(Bias())
+    inputs = {} if exported else {"example_inputs": given}
     with pytest.raises(ValueError, match="additive bias") as refused:
-        if exported:
-            sla2_compile.transform(torch.export.export(Bias(), given), min_seq_len=0)
-        else:
-            sla2_compile.transform(fx.symbolic_trace(Bias()), example_inputs=given, min_seq_len=0)
+        sla2_compile.transform(carrier, min_seq_len=0, **inputs)
     assert "min_seq_len" not in str(refused.value)
 
 

@@ -130,7 +130,7 @@ def private_copy(
         ValueError: an argument cannot be copied.
     """
     leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
-    tensor = tensor or (lambda x: x.detach().clone().requires_grad_(x.requires_grad))
+    tensor = tensor or _copy
     memo: dict[int, Any] = {}
     copies = []
     for leaf in leaves:
@@ -143,3 +143,15 @@ def private_copy(
             kind = type(leaf).__name__
             raise ValueError(f"inputs must be copyable for a trial run, got {kind}: {error}; pass others") from error
     return tree_unflatten(copies, tree)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy of a tensor; axes that it is expanded along stay so."""
+    made = x.detach()
+    if x.layout is torch.strided and not x.is_nested and 0 in x.stride():
+        steps = zip(x.shape, x.stride(), strict=True)
+        once = tuple(slice(0, 1) if step == 0 and n > 1 else slice(None) for n, step in steps)
+        made = made[once].clone().expand(x.shape)
+    else:
+        made = made.clone()
+    return made.requires_grad_(x.requires_grad)
