@@ -24,10 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import sla2_compile
-from benchmarks.environment import environment
-from benchmarks.host import Host
-from examples.jit import JiT, JiTConfig
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from jit import JiT, JiTConfig  # noqa: E402
+
+import sla2_compile  # noqa: E402
+from benchmarks.environment import environment  # noqa: E402
+from benchmarks.host import Host  # noqa: E402
 
 
 class Called(nn.Module):

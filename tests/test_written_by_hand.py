@@ -17,7 +17,8 @@ from tests.written_by_hand import KEPT, TAKEN, Owner, plain, weights_stored
 # nobody runs these in a compiler: threads, files, memory handed out, hooks on gradients
 EAGER_ONLY = {
     "other_thread", "saved_and_loaded", "copied", "printed", "entropy_read", "weights_stored", "numpy_taken_before",
-    "queries_written_by_numpy", "scripted", "gradient_hook", "error_caught", "gradient_inside", "functional_gradient",
+    "queries_written_by_data", "queries_written_by_numpy", "scripted", "gradient_hook", "error_caught",
+    "gradient_inside", "functional_gradient",
 }  # fmt: skip
 TRACEABLE = [f for f in (*TAKEN, *KEPT) if f.__name__ not in EAGER_ONLY]
 

@@ -195,7 +195,7 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(cls: type[Deferred], recorded: Recorded) -> Deferred:
-        x: Deferred = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        x: Deferred = Tensor._make_wrapper_subclass(
             cls, recorded.shape, dtype=recorded.like.dtype, device=recorded.like.device
         )
         x.recorded = recorded
@@ -210,7 +210,7 @@ class Deferred(Tensor):
         return func(*real(args), **real(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # below autograd: code that passed __torch_function__ by. Writes go into the tensor that is kept
         args, kwargs = tree_map_only(Deferred, lambda x: beside(x).detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -226,12 +226,12 @@ class Later(torch.autograd.Function):
     """The place of a deferred tensor in the autograd graph, for code that takes it there below Python."""
 
     @staticmethod
-    def forward(ctx: Any, recorded: Recorded, *leaves: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, recorded: Recorded, *leaves: Tensor) -> Tensor:
         ctx.recorded, ctx.leaves = recorded, leaves
         return Deferred(recorded)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         check_fresh(ctx.recorded)
         with torch.enable_grad():
             result = ctx.recorded.compute()
@@ -295,7 +295,7 @@ def become(x: Tensor) -> Tensor:
     with LOCK:
         if type(x) is not Deferred:
             return x
-        if "kept" in x.__dict__ or x._use_count() > 1:
+        if "kept" in x.__dict__ or x._use_count() > 1:  # type: ignore[attr-defined]
             return beside(x)
         check_fresh(x.recorded)
         x.recorded.origin.need()

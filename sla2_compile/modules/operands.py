@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sla2_compile.modules.scores import CASTS, DIVISIONS, MULTIPLICATIONS, Scores, number
 
-TRANSPOSES = (Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.mT.__get__)
+TRANSPOSES = (Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.mT.__get__)  # type: ignore[attr-defined]
 FOLLOWED: frozenset[Any] = frozenset((*CASTS, *TRANSPOSES, *MULTIPLICATIONS, *DIVISIONS))
 """Functions that `Operands.see` wants to hear of."""
 

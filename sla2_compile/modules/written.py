@@ -196,7 +196,7 @@ class DeferAttention(Watch, OwnerMode):
         x: Deferred = args[0]
         old = x.recorded
         others = any(any(x is z for z in chain(y.recorded)) for y in self.alive())
-        if others or like != old.like or x._use_count() > 1:
+        if others or like != old.like or x._use_count() > 1:  # type: ignore[attr-defined]
             return None
         before = self._defer(old)
         made = defer(Recorded(func, (before, *args[1:]), kwargs, 0, scores, old.shape, like, old.leaves, old.origin))
