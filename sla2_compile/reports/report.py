@@ -135,7 +135,7 @@ class Report:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
         lines += how_lines(self.rewrites, self.device)
         if self.ran:
-            lines.append(f"SLA2 answered {sum(self.ran.values())} eager calls so far")
+            lines.append(f"SLA2 answered {sum(self.ran.values())} eager calls")
         lines += [f"{name or '(model)'}: {why}" for name, why in self.gone.items()]
         for name, counts in self.fallbacks.items():
             reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
