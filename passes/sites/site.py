@@ -205,7 +205,7 @@ class Sites(nn.Module):
             padding: the boolean mask (B, Nk), True where a key is hidden, that the key_padding_mask of
                 F.multi_head_attention_forward was made of, if known.
         """
-        site = getattr(self, str(index), None)
+        site = self._modules.get(str(index))
         if site is None:
             self._count_unseen()
             return function(*args, **kwargs)
@@ -229,7 +229,11 @@ class Sites(nn.Module):
 
 
 def _any_nested(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values()))
+    # a loop, because a generator costs more than all that it does
+    for x in (*args, *kwargs.values()):  # noqa: SIM110
+        if isinstance(x, Tensor) and x.is_nested:
+            return True
+    return False
 
 
 def site_at(sites: nn.Module, index: int) -> Site:
