@@ -159,8 +159,8 @@ class Chain:
             return self.follow(source, axes[len(axes) - len(before) :])
         if traits & Trait.REGROUP:
             return self._regrouped(source, after, axes)
-        if traits & Trait.PERMUTE and name != "numpy_T":
-            order = _order(name, node, len(axes))
+        order = self.reader.order(node)
+        if order is not None:
             return self.follow(source, tuple(axis for _, axis in sorted(zip(order, axes, strict=True))))
         if name == "slice" and before == after:
             return self.follow(source, axes)
@@ -236,16 +236,3 @@ def _aligned(value: Tensor, axes: tuple[str, ...]) -> Tensor:
     order = [i for _, i in sorted((AXES.index(axis), i) for i, axis in enumerate(axes) if axis)]
     rest = [i for i, axis in enumerate(axes) if not axis]
     return value.permute(*rest, *order).reshape([named.get(axis, 1) for axis in AXES])
-
-
-def _order(name: str, node: fx.Node, dims: int) -> list[int]:
-    """For each axis of a permuted tensor, the axis that it was."""
-    order = list(range(dims))
-    args = node.args[1:]
-    if name == "permute" and len(args) == 1 and isinstance(args[0], (list, tuple)):
-        return [int(i) % dims for i in args[0]]
-    if name == "transpose" and len(args) == 2 and all(isinstance(i, int) for i in args):
-        a, b = (int(i) % dims for i in args)  # type: ignore[arg-type]
-        order[a], order[b] = order[b], order[a]
-        return order
-    raise Unproven
