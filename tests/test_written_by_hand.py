@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ EAGER_ONLY = {
 TRACEABLE = [f for f in (*TAKEN, *KEPT) if f.__name__ not in EAGER_ONLY]
 
 
-def transformed(model: nn.Module, x: Tensor, **fields: object) -> nn.Module:
+def transformed(model: nn.Module, x: Tensor, **fields: Any) -> nn.Module:
     return sla2_compile.transform(
         model, example_inputs=(x,), min_seq_len=0, topk_ratio=1.0, allow_none=True, **fields
     )
