@@ -19,6 +19,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sla2_compile
+from sla2_compile.passes.replace_attention import site_nodes
 from sla2_compile.passes.sites.site import Site
 from tests.models import calls_of_ops
 from tests.zoo.entry import Entry
@@ -179,6 +180,32 @@ def program(entry: Entry) -> Program:
 
     rewritten, y = _quietly(through, model, kwargs)
     return Program(rewritten, _parity(entry, y))
+
+
+@functools.cache
+def backend(entry: Entry) -> Program:
+    """The original under torch.compile(backend="sla2"): calls that become SLA2 in its graphs, and parity."""
+    model, kwargs = entry.make()
+    _SITES.clear()
+    options = {"topk_ratio": 1.0, "min_seq_len": MIN_SEQ_LEN, "inner_backend": "sla2_zoo"}
+
+    def through(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, Tensor]:
+        y = run(torch.compile(model, backend="sla2", options=options), kwargs)
+        return sum(_SITES), y
+
+    rewritten, y = _quietly(through, model, kwargs)
+    return Program(rewritten, _parity(entry, y))
+
+
+_SITES: list[int] = []
+
+
+@torch._dynamo.register_backend(name="sla2_zoo")  # type: ignore[untyped-decorator, unused-ignore]
+def _counted(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """Run a graph as it is, and note how often it calls a site, in blocks of it too."""
+    graphs = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    _SITES.append(sum(1 for graph in graphs for _ in site_nodes(graph)))
+    return gm
 
 
 @functools.cache

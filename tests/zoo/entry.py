@@ -25,7 +25,8 @@ class Entry:
         compiled, exported, strict: sites that are still SLA2 inside torch.compile, and inside torch.export with
             strict=False and strict=True; None means as many as are rewritten. Fewer is a fall-back to full
             attention, which the table says; "model" means that the untransformed model fails there too.
-        program: calls that become SLA2 when the exported original is transformed; None means as many as rewritten.
+        program: calls that become SLA2 when the exported original is transformed, or compiled with backend="sla2";
+            None means as many as rewritten.
         autocast: sites that are SLA2 under bfloat16 autocast; None means all.
         note: what the table says about the entry beyond its numbers.
     """

@@ -20,6 +20,7 @@ COLUMNS = (
     "export",
     "strict export",
     "program",
+    "backend",
 )
 
 HEAD = """# Compatibility: the model zoo
@@ -40,6 +41,7 @@ The zoo has {models} tiny models with random weights (`tests/zoo/`). SLA2 takes 
 | compile | sites that are SLA2 under `torch.compile` (aot_eager), with the same output as in eager mode |
 | export, strict export | the same in `torch.export`, with `strict=False` and `strict=True` |
 | program | calls that become SLA2 when the original is exported first and then the program is transformed, with the same check of parity. The passes also read attention written by hand. They see a mask, but not what it means |
+| backend | the same of the original under `torch.compile(backend="sla2")` |
 
 `restore` gives every model its original output back, bit for bit, and its original state dict. A dash means that SLA2
 takes no call of the model. The model is left alone, and its output is the original's.
@@ -55,13 +57,13 @@ def row(entry: Entry) -> tuple[str, ...]:
     found = (name, str(calls.rewritten + calls.left.total()), str(calls.rewritten), left)
     compiled, exported, strict = check.compiled(entry), check.exported(entry, False), check.exported(entry, True)
     traced = tuple(_traced(x, calls.rewritten) for x in (compiled, exported, strict))
-    program = _program(check.program(entry))
+    graphs = _program(check.program(entry)), _program(check.backend(entry))
     if not calls.rewritten:
-        return (*found, "-", "-", "-", *traced, program)
+        return (*found, "-", "-", "-", *traced, *graphs)
     alphas = check.alphas(entry)
     reached = alphas - len(check.without_gradient(entry))
     autocast = f"{check.under_autocast(entry)} of {calls.rewritten}"
-    return (*found, _parity(check.parity(entry)), f"{reached} of {alphas}", autocast, *traced, program)
+    return (*found, _parity(check.parity(entry)), f"{reached} of {alphas}", autocast, *traced, *graphs)
 
 
 def _parity(parity: check.Parity) -> str:

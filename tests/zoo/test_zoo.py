@@ -69,6 +69,13 @@ def test_exported_program_is_transformed(entry: Entry):
     assert program.parity.error <= program.parity.allowed
 
 
+@EACH
+def test_the_backend_takes_the_same_calls(entry: Entry):
+    backend = check.backend(entry)
+    assert backend.rewritten == (entry.rewritten if entry.program is None else entry.program)
+    assert backend.parity.error <= backend.parity.allowed
+
+
 @REWRITTEN
 def test_autocast_keeps_the_sites(entry: Entry):
     assert check.under_autocast(entry) == (entry.rewritten if entry.autocast is None else entry.autocast)
