@@ -32,7 +32,7 @@ ADVICE = {
     Reason.MULTIHEAD: "transform the nn.Module, before it becomes a graph",
     Reason.HAND_WRITTEN: _SPELT,
     Reason.WEIGHTS_USED: "ask for no attention weights: output_attentions=False",
-    Reason.KERNEL: _SPELT,
+    Reason.OPAQUE: _SPELT,
     Reason.CONTAINER: "put the call into a module of its own",
     Reason.CHECKPOINT: "checkpoint the module that makes the call, from outside",
     Reason.BODY: "transform the nn.Module, or compile it with torch.compile(backend='sla2')",

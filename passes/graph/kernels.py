@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sla2_compile.passes.graph.nodes import Nodes
 from sla2_compile.passes.graph.reader import Reader, known
-from sla2_compile.passes.graph.sdpa import SDPA, SIGNATURE
+from sla2_compile.passes.graph.sdpa import SDPA, SIGNATURE, SPELLINGS
 from sla2_compile.passes.graph.traits import Trait
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.outcome import NoFit
@@ -35,11 +36,11 @@ def kernel_arguments(node: fx.Node) -> dict[str, Any]:
     values = {a.name: a.default_value for a in schema if a.has_default_value()}
     values |= dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
     if values.pop("return_debug_mask", False) or values.pop("dropout_mask", None) is not None:
-        raise NoFit(Reason.KERNEL, "it is given more than scaled_dot_product_attention")
+        raise NoFit(Reason.OPAQUE, "it is given more than scaled_dot_product_attention")
     values.pop("compute_log_sumexp", None)
     values = {NAMES.get(name, name): x for name, x in values.items()}
     if not set(values) <= set(SIGNATURE.parameters):
-        raise NoFit(Reason.KERNEL, "it is given more than scaled_dot_product_attention")
+        raise NoFit(Reason.OPAQUE, "it is given more than scaled_dot_product_attention")
     return values
 
 
@@ -56,13 +57,22 @@ def read_kernel(reader: Reader, node: fx.Node) -> dict[str, Any]:
             raise NoFit(Reason.WEIGHTS_USED, "the kernel's log-sum-exp of the scores is used")
     q, k = reader.shape(values["query"]), reader.shape(values["key"])
     if q is None or k is None or len(q) != 4 or len(k) != 4:
-        raise NoFit(Reason.KERNEL, "shapes are not known")
+        raise NoFit(Reason.OPAQUE, "shapes are not known")
     if values["is_causal"] and not known(q[2] == k[2]):
         # kernels do not agree on which keys the first query sees
-        raise NoFit(Reason.KERNEL, "causal with queries and keys of other numbers")
+        raise NoFit(Reason.OPAQUE, "causal with queries and keys of other numbers")
     if reader.draws(node):
         raise NoFit(Reason.DROPOUT, f"dropout_p {values['dropout_p']}")
     return {**values, "enable_gqa": not known(q[1] == k[1])}
+
+
+def operator_of_attention(reader: Nodes, node: fx.Node) -> str | None:
+    """The name of an operator that computes attention and is no spelling that a function mode sees; else None."""
+    if node.op != "call_function" or node.target is SDPA:
+        return None
+    name = reader.name(node)
+    known_one = node.target in SPELLINGS or reader.has(node, Trait.KERNEL | Trait.ATTENTION)
+    return name if known_one or _is_foreign(reader, node, name) else None
 
 
 def other_attention(reader: Reader, node: fx.Node) -> tuple[AttentionCall | None, NoFit] | None:
@@ -70,7 +80,8 @@ def other_attention(reader: Reader, node: fx.Node) -> tuple[AttentionCall | None
 
     None for any other node.
     """
-    if node.op != "call_function":
+    name = operator_of_attention(reader, node)
+    if name is None or node.target in SPELLINGS:
         return None
     if reader.has(node, Trait.KERNEL):
         try:
@@ -78,15 +89,10 @@ def other_attention(reader: Reader, node: fx.Node) -> tuple[AttentionCall | None
         except NoFit as miss:
             return _call(reader, node.args[:3]), miss
         return None
-    name = reader.name(node)
-    if name == "flex_attention":
-        return _call(reader, node.args[:3]), NoFit(Reason.KERNEL, "flex_attention: score_mod and block_mask are code")
-    if reader.has(node, Trait.ATTENTION) or _is_foreign(reader, node, name):
-        return None, NoFit(Reason.KERNEL, name)
-    return None
+    return (_call(reader, node.args[:3]) if name == "flex_attention" else None), NoFit(Reason.OPAQUE, name)
 
 
-def _is_foreign(reader: Reader, node: fx.Node, name: str) -> bool:
+def _is_foreign(reader: Nodes, node: fx.Node, name: str) -> bool:
     """Whether another library's operator is attention, by its name and by three float tensors that it is given."""
     space, _, own = name.partition("::")
     if not own or space == "sla2" or "backward" in own or not ("attention" in own or "attn" in own):

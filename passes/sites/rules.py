@@ -39,7 +39,6 @@ class Reason(str, Enum):
     HAND_WRITTEN = "softmax written by hand, possibly attention"
     WEIGHTS_USED = "softmax weights or scores are used elsewhere"
     LOOK_ALIKE = "looks like token attention, and is not"
-    KERNEL = "computed by another attention kernel"
     CONTAINER = "owner runs its children one by one (Sequential and the like)"
     CHECKPOINT = "in a checkpoint inside the owner; checkpoint the whole owner instead"
     BODY = "in a block of its own in the graph (checkpoint, gradient or autocast mode, control flow)"

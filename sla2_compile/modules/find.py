@@ -18,6 +18,7 @@ from sla2_compile.modules.written import Written
 from sla2_compile.modules.written_call import call_of
 from sla2_compile.passes.fuse.explain import NoFit, near_attention
 from sla2_compile.passes.fuse.match import Matcher
+from sla2_compile.passes.graph.kernels import operator_of_attention
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
 from sla2_compile.passes.multihead import function as multihead
@@ -30,7 +31,6 @@ from sla2_compile.passes.sites.select import SeenCall
 # owners that run whatever children they have: sites would be one of them
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SDPA = F.scaled_dot_product_attention
-ATEN = ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product")
 ONLY_IN_GRAPHS = (
     "a spelling that only graphs take: compile with backend='sla2', or write scaled_dot_product_attention"
 )
@@ -86,7 +86,7 @@ def _events(recording: Recording) -> Iterator[tuple[int, Event]]:
             given = multihead.arguments(*(_values(recording, x) for x in (node.args, node.kwargs)))
             reason = multihead.why_whole(given)
             yield position, Event(node, frames, None if reason else multihead.inner_call(given), reason)
-        elif (name := _opaque(node)) is not None:
+        elif (name := operator_of_attention(reader, node)) is not None:
             yield position, Event(node, frames, None, Reason.OPAQUE, name)
         elif reader.name(node) in ("softmax", "softmax_"):
             matcher = matcher or Matcher(reader, Writes(reader))
@@ -103,18 +103,6 @@ def _called(recording: Recording, node: fx.Node, frames: tuple[Frame, ...]) -> E
 def _values(recording: Recording, arguments: Any) -> Any:
     """Arguments with fake tensors, masks with real ones where they are known."""
     return fx.node.map_arg(arguments, lambda n: recording.masks.get(n, value_of(n)))
-
-
-def _opaque(node: fx.Node) -> str | None:
-    """The name of an operator that is attention, and that nothing of ours sees into."""
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) and "flex_attention" in str(target):
-        return "flex_attention"
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        name = str(getattr(target, "_qualified_op_name", target.__name__))
-        name = target._schema.name if isinstance(target, torch._ops.OpOverload) else name
-        return name if name.startswith(ATEN) else None
-    return None
 
 
 def _written(recording: Recording, reader: Reader, matcher: Matcher, softmax: fx.Node) -> Event | None:

@@ -110,19 +110,19 @@ LEFT = {
     ),
     "causal, fewer keys": (
         lambda q, k, v: aten._scaled_dot_product_flash_attention_for_cpu(q, k[:, :, :40], v[:, :, :40], 0.0, True)[0],
-        Reason.KERNEL,
+        Reason.OPAQUE,
         "causal with queries and keys of other numbers",
     ),
     "a mask of dropout": (
         lambda q, k, v: aten._scaled_dot_product_attention_math(q, k, v, dropout_mask=torch.ones(B, H, N, N).bool())[
             0
         ],
-        Reason.KERNEL,
+        Reason.OPAQUE,
         "it is given more than scaled_dot_product_attention",
     ),
     "another library's": (
         lambda q, k, v: torch.ops.sla2_other.flash_attn_forward(q, k, v),
-        Reason.KERNEL,
+        Reason.OPAQUE,
         "sla2_other::flash_attn_forward",
     ),
 }
@@ -147,24 +147,45 @@ def test_operators_that_are_named_after_attention_only_are_not_told():
     assert [x.reason for x in sla2_compile.report(ours).misses] == [Reason.BIAS]
 
 
+def banded(q, k, v):
+    """Longformer: each query has the keys around it."""
+    k, v = (F.pad(x, (0, 0, 4, 4)).unfold(2, 9, 1) for x in (k, v))
+    return torch.einsum("bhnw,bhndw->bhnd", torch.einsum("bhnd,bhndw->bhnw", q, k).softmax(-1), v)
+
+
 def flex(q, k, v):
-    return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + (i - j)) + F.scaled_dot_product_attention(
-        q, k, v
-    )
+    return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + (i - j))
 
 
-def test_flex_attention_is_told(caplog):
-    inputs = tensors()
+def test_flex_attention_is_told():
     with torch.no_grad():
-        program = torch.export.export(Call(flex), inputs, strict=True)
-    report = sla2_compile.report(sla2_compile.transform(program, **ALL))
-    (miss,) = report.misses
-    assert (miss.reason, miss.detail) == (Reason.KERNEL, "flex_attention: score_mod and block_mask are code")
+        program = torch.export.export(Call(flex), tensors(), strict=True)
+    (miss,) = sla2_compile.report(sla2_compile.transform(program, allow_none=True, **ALL)).misses
+    assert (miss.reason, miss.detail) == (Reason.OPAQUE, "flex_attention")
     assert miss.where.q_shape == (B, H, N, D)
-    with torch.no_grad():
-        alone = torch.export.export(Call(flex_attention), inputs, strict=True)
     with pytest.raises(ValueError, match=r"flex_attention.*call scaled_dot_product_attention in its place"):
-        sla2_compile.transform(alone, **ALL)
+        sla2_compile.transform(program, **ALL)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [flex, LEFT["another library's"][0], with_sum, lambda q, k, v: torch.tanh(q @ k.mT).softmax(-1) @ v, banded],
+    ids=["flex", "another library's", "log-sum-exp", "softcap", "banded"],
+)
+def test_both_carriers_give_one_reason(function):
+    inputs = tensors()
+    both = lambda q, k, v: function(q, k, v) + F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+    model = sla2_compile.transform(Call(both), example_inputs=inputs, **ALL)
+    with torch.no_grad():
+        program = torch.export.export(Call(both), inputs, strict=function is flex)
+    reports = [sla2_compile.report(x) for x in (model, sla2_compile.transform(program, **ALL))]
+    ours, graphs = ([(x.reason, x.detail) for x in report.misses] for report in reports)
+    assert len(ours) == len(graphs) == 1
+    if function is with_sum:
+        # a graph takes kernels, and says what keeps it from this one
+        assert ours == [(Reason.OPAQUE, "_scaled_dot_product_flash_attention_for_cpu")]
+    else:
+        assert ours == graphs
 
 
 class Masked(nn.Module):
@@ -216,12 +237,6 @@ def test_a_guard_for_hidden_rows_goes_with_the_softmax_only_as_it_is(change):
     outcomes = Pipeline((NormalizeSDPA(), FuseAttention())).run(gm)
     assert (len(calls(gm)), len(outcomes)) == ((0, 1) if change else (1, 0))
     torch.testing.assert_close(gm(*inputs), guard(change)(*inputs))
-
-
-def banded(q, k, v):
-    """Longformer: each query has the keys around it."""
-    k, v = (F.pad(x, (0, 0, 4, 4)).unfold(2, 9, 1) for x in (k, v))
-    return torch.einsum("bhnw,bhndw->bhnd", torch.einsum("bhnd,bhndw->bhnw", q, k).softmax(-1), v)
 
 
 def chunked(q, k, v):
