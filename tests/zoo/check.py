@@ -187,7 +187,7 @@ def backend(entry: Entry) -> Program:
     """The original under torch.compile(backend="sla2"): calls that become SLA2 in its graphs, and parity."""
     model, kwargs = entry.make()
     _SITES.clear()
-    options = {"topk_ratio": 1.0, "min_seq_len": MIN_SEQ_LEN, "inner_backend": "sla2_zoo"}
+    options: dict[str, Any] = {"topk_ratio": 1.0, "min_seq_len": MIN_SEQ_LEN, "inner_backend": "sla2_zoo"}
 
     def through(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, Tensor]:
         y = run(torch.compile(model, backend="sla2", options=options), kwargs)
