@@ -24,8 +24,9 @@ from sla2_compile.passes.graph.reader import Reader, same
 from sla2_compile.passes.graph.sdpa import DECISION, owner_of
 from sla2_compile.passes.graph.traits import Trait
 from sla2_compile.passes.multihead import function as multihead
-from sla2_compile.passes.multihead.masks import MultiheadMasks, NotPlain
+from sla2_compile.passes.multihead.masks import MultiheadMasks
 from sla2_compile.passes.multihead.nodes import NATIVE, encoder_layer, multi_head, native
+from sla2_compile.passes.multihead.parts import NotPlain
 from sla2_compile.passes.sites.outcome import Miss, Where
 from sla2_compile.passes.sites.rules import Reason
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sla2_compile import debug
 from sla2_compile.kernels.checks import DTYPES
-from sla2_compile.libraries.transformers import door_of
+from sla2_compile.libraries.transformers import adapter_of
 from sla2_compile.modules.find import CONTAINERS, Found
 from sla2_compile.modules.pretrained import begin_as_saved
 from sla2_compile.modules.redirect import CHILD, has_attribute, install
@@ -64,10 +64,10 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
         where = rewrite.where
         owners[where.owner][where.index] = (calls[where.owner, where.index], rewrite)
     modules = dict(model.named_modules(remove_duplicate=False))
-    # an owner whose calls all stay must answer them itself if a module around it is an owner, or a door would
+    # an owner whose calls all stay must answer them itself if a module around it is an owner, or an adapter would
     for s in found.seen:
         name, module = s.where.owner, modules[s.where.owner]
-        taken = _inside(name, owners) or door_of(module) is not None
+        taken = _inside(name, owners) or adapter_of(module) is not None
         if s.call is not None and name not in owners and taken and not isinstance(module, CONTAINERS):
             owners[name] = {}
     # nn.TransformerEncoder turns padded batches into nested tensors, unless a function mode is active: be one

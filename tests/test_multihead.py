@@ -128,3 +128,16 @@ def test_a_boolean_padding_mask_is_not_read_as_the_numbers_it_becomes(monkeypatc
     program = torch.export.export(attention, (x, x, x), options)
     assert "_assert_async" not in str(program.graph)
     torch.testing.assert_close(program.module()(x, x, x, **options)[0], expected)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_an_unbatched_input(padded):
+    attention, x = nn.MultiheadAttention(32, 2, batch_first=True), torch.randn(90, 32)
+    padding = {"key_padding_mask": torch.arange(90) >= 70} if padded else {}
+    options = {"need_weights": False, **padding}
+    expected = attention(x, x, x, **options)[0]
+    sla2_compile.transform(attention, example_inputs=(x, x, x), example_kwargs=options, **ANY)
+    torch.testing.assert_close(attention(x, x, x, **options)[0], expected)
+    assert sla2_compile.report(attention).ran == {"sla2.0": 1}
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, x, x, **options)[0], expected)

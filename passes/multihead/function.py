@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sla2_compile.passes.multihead import parts
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.rules import Reason
 
@@ -27,36 +28,31 @@ def arguments(args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def why_whole(a: dict[str, Any]) -> Reason | None:
-    """Why this call cannot be taken apart, or None if it can."""
+    """Why a call on tensors cannot be taken apart, or None if it can.
+
+    Whether anybody will use the weights is not known, and masks are read one at a time. Graphs know more.
+    """
     if a["need_weights"]:
         return Reason.WEIGHTS
-    if a["query"].dim() != 3:
-        return Reason.RANK
-    extra = ("bias_k", "bias_v", "static_k", "static_v")
-    if a["add_zero_attn"] or any(a[name] is not None for name in extra):
-        return Reason.EXTRA_KEYS
     if a["attn_mask"] is not None and a["key_padding_mask"] is not None:
         return Reason.QUERY_MASK
-    return None
+    return parts.why_whole(a, a["query"].dim())
 
 
 def inner_call(a: dict[str, Any]) -> AttentionCall:
-    """The attention call inside: q (B, H, Nq, D), k and v (B, H, Nk, D).
+    """The attention call inside, where `why_whole` is None: q (B, H, Nq, D), k and v (B, H, Nk, D).
 
-    query (Nq, B, E), key and value (Nk, B, E), as nn.MultiheadAttention passes them.
+    query (Nq, B, E) or (Nq, E), key and value likewise, as nn.MultiheadAttention passes them.
     """
-    weights = (a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"])
-    if not a["use_separate_proj_weight"]:
-        weights = a["in_proj_weight"].chunk(3)
-    biases = (None, None, None) if a["in_proj_bias"] is None else a["in_proj_bias"].chunk(3)
-    inputs = (a["query"], a["key"], a["value"])
-    q, k, v = (_heads(F.linear(x, w, b), a["num_heads"]) for x, w, b in zip(inputs, weights, biases, strict=True))
+    rank = a["query"].dim()
+    q, k, v = parts.split(parts.call, a, rank)
     mask = a["attn_mask"]
     # the flag is a hint that the mask is causal; without padding the mask itself is then not needed
     causal = bool(a["is_causal"])
     if a["key_padding_mask"] is not None:
         padding = a["key_padding_mask"]
-        mask = (~padding if padding.dtype == torch.bool else padding)[:, None, None]
+        padding = ~padding if padding.dtype == torch.bool else padding
+        mask = padding[:, None, None] if rank == 3 else padding[None, None, None]
     elif causal:
         mask = None
     elif mask is not None:
@@ -68,9 +64,7 @@ def inner_call(a: dict[str, Any]) -> AttentionCall:
 
 def outer_result(a: dict[str, Any], o: Tensor) -> tuple[Tensor, None]:
     """What the function returns, given the attention's output (B, H, Nq, D)."""
-    B, H, Nq, D = o.shape
-    rows = o.permute(2, 0, 1, 3).reshape(Nq, B, H * D)
-    return F.linear(rows, a["out_proj_weight"], a["out_proj_bias"]), None
+    return parts.merge(parts.call, o, a, a["query"].dim()), None
 
 
 def without_fused_path(args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -99,9 +93,3 @@ def with_padding(a: dict[str, Any], padding: Tensor | None) -> dict[str, Any]:
     made = a["key_padding_mask"]
     fits = padding is not None and made is not None and made.shape == padding.shape
     return {**a, "key_padding_mask": padding} if fits else a
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """(N, B, H * D) -> (B, H, N, D)."""
-    N, B, E = x.shape
-    return x.view(N, B, heads, E // heads).permute(1, 2, 0, 3)

@@ -16,6 +16,7 @@ from torch import fx
 from sla2_compile.passes.graph.builder import Builder
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader, known
+from sla2_compile.passes.multihead.parts import NotPlain
 from sla2_compile.passes.sites.call import causal_keys
 from sla2_compile.passes.sites.rules import Reason
 
@@ -23,14 +24,6 @@ from sla2_compile.passes.sites.rules import Reason
 MAP, PADDING, MAPS = 0, 1, 2
 
 WRONG_HINT = "attn_mask must hide the keys behind each query, as is_causal says; leave is_causal out for this mask"
-
-
-class NotPlain(Exception):
-    """A node does more than its parts can say; `reason` and `detail` are for the user."""
-
-    def __init__(self, reason: Reason, detail: str = "") -> None:
-        super().__init__(reason.value)
-        self.reason, self.detail = reason, detail
 
 
 class MultiheadMasks:

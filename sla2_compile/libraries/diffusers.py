@@ -23,7 +23,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from sla2_compile.libraries.door import Door, forget
+from sla2_compile.libraries.adapter import Adapter, forget
 from sla2_compile.recipes import DEFAULT, Recipe
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def reset_diffusers_backend(model: nn.Module) -> None:
         model: as `set_diffusers_backend`'s.
     """
     for module in model.modules():
-        if door_of(module) is not None:
+        if adapter_of(module) is not None:
             module.processor._attention_backend = None  # type: ignore[union-attr]
         if HOOK in module._forward_pre_hooks:
             _unwatch(module)
@@ -134,11 +134,11 @@ def diffusers_backend(
     text = json.dumps(fields, sort_keys=True)
     with _LOCK:
         if text not in _TAKEN:
-            door = Door(chosen, "diffusers' dispatcher")
+            adapter = Adapter(chosen, "diffusers' dispatcher")
             if not _SPARE:
                 _SPARE.extend(Slot(len(_TAKEN) + i) for i in range(SPARE))
             slot = _SPARE.pop(0)
-            slot.door = door
+            slot.adapter = adapter
             # as the class would pickle it, it could not be found again
             slot.name.__reduce_ex__ = partial(_reduce, fields)
             _TAKEN[text] = slot
@@ -147,21 +147,21 @@ def diffusers_backend(
 
 
 class Slot:
-    """A name in diffusers' registry, and the door behind it once a recipe has taken it."""
+    """A name in diffusers' registry, and the adapter behind it once a recipe has taken it."""
 
     def __init__(self, index: int) -> None:
         from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-        self.door: Door | None = None
+        self.adapter: Adapter | None = None
         native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
         constraints = list(_AttentionBackendRegistry._constraints[AttentionBackendName.NATIVE])
 
         # under native's signature, by which the dispatcher tells which arguments to pass
         @functools.wraps(native)
         def attention(**kwargs: Any) -> Tensor:
-            assert self.door is not None
+            assert self.adapter is not None
             _refuse_parallel(kwargs.get("_parallel_config"))
-            return self.door.call(_running(self.name), native, **kwargs)
+            return self.adapter.call(_running(self.name), native, **kwargs)
 
         self.name: Any = str.__new__(AttentionBackendName, f"sla2_{index}")
         self.name._name_, self.name._value_ = f"SLA2_{index}", f"sla2_{index}"
@@ -210,10 +210,10 @@ def _backend(module: nn.Module) -> Any:
     return getattr(processor, "__dict__", {}).get("_attention_backend")
 
 
-def door_of(module: nn.Module) -> Door | None:
-    """The door that a module's own choice of a backend leads to, as it is now; None if it leads elsewhere."""
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter that a module's own choice of a backend leads to, as it is now; None if it leads elsewhere."""
     backend = _backend(module)
-    return next((slot.door for slot in tuple(_TAKEN.values()) if slot.name is backend), None)
+    return next((slot.adapter for slot in tuple(_TAKEN.values()) if slot.name is backend), None)
 
 
 def _running(name: Any) -> nn.Module | None:
@@ -247,7 +247,7 @@ def _unwatch(module: nn.Module) -> None:
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    if door_of(module) is None:
+    if adapter_of(module) is None:
         # somebody chose anew, by diffusers' own methods
         if "_attention_backend" not in getattr(getattr(module, "processor", None), "__dict__", {}):
             log.warning("no longer SLA2, for its processor was replaced since: %s", type(module).__name__)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sla2_compile.libraries.door import Door
+from sla2_compile.libraries.adapter import Adapter
 from sla2_compile.recipes import DEFAULT, Recipe
 
 # arguments that change what attention computes and that "sdpa" drops: models that pass them do not support it
 BEYOND_SDPA = ("s_aux", "sinks", "indices", "block_indices")
 
-_DOORS: dict[str, Door] = {}
+_ADAPTERS: dict[str, Adapter] = {}
 
 
 def register_transformers(
@@ -53,10 +53,10 @@ def register_transformers(
     except ImportError as error:
         fix = "pip install 'transformers>=5'"
         raise ImportError(f"register_transformers needs transformers 5, got {error}; {fix}") from error
-    door = Door(Recipe.of(recipe, **overrides), f"transformers' attn_implementation={name!r}")
+    adapter = Adapter(Recipe.of(recipe, **overrides), f"transformers' attn_implementation={name!r}")
     taken = name == "eager" or name in AttentionInterface().valid_keys()
     # a name that somebody removed from the library's registry is free again
-    if taken and name in _DOORS and _DOORS[name].recipe == door.recipe:
+    if taken and name in _ADAPTERS and _ADAPTERS[name].recipe == adapter.recipe:
         return
     if taken:
         raise ValueError(f"name must be free in transformers' AttentionInterface, got {name!r}; choose another")
@@ -71,16 +71,16 @@ def register_transformers(
                     f"{argument} must be None under attn_implementation={name!r}, got one from {kind}; "
                     "this model does not run on scaled_dot_product_attention: use 'eager'"
                 )
-        return door.call(module, sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+        return adapter.call(module, sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, attention_mask)
-    _DOORS[name] = door
+    _ADAPTERS[name] = adapter
 
 
-def door_of(module: nn.Module) -> Door | None:
-    """The door that transformers sends this module's calls to, by what its config says now; None if none."""
-    if not _DOORS:
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter that transformers sends this module's calls to, by what its config says now; None if none."""
+    if not _ADAPTERS:
         return None
     from transformers import PreTrainedConfig
 
@@ -88,7 +88,7 @@ def door_of(module: nn.Module) -> Door | None:
     # whose modules hold theirs as plain attributes
     config = vars(module).get("config")
     name = config._attn_implementation if isinstance(config, PreTrainedConfig) else None
-    return _DOORS.get(name) if isinstance(name, str) else None
+    return _ADAPTERS.get(name) if isinstance(name, str) else None
 
 
 def attention_mask(**kwargs: Any) -> Tensor | None:

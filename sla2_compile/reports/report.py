@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from sla2_compile.libraries.behind_doors import door_sites, doors_of
+from sla2_compile.libraries.adapted import adapter_sites, adapters_of
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.plan import plans
 from sla2_compile.reports import runtime
@@ -28,14 +28,14 @@ class Report:
     Attributes:
         outcomes: a `Rewrite` or a `Miss` for each attention call, in the order of a forward.
         recipe: the recipe, or None for a model that was not transformed.
-        discovery: how the calls were found: fake, real, graph, pending (before a lazy first forward), or door (eager
-            calls made so far behind a library's own name for SLA2, and nothing else).
+        discovery: how the calls were found: fake, real, graph, pending (before the first forward), or adapter (only
+            calls under a library's own name for SLA2, made so far in eager mode).
         fallbacks: per site name, eager calls that kept full attention at run time, by reason.
         recipes: per transformed part, by its name, its recipe; empty where there is one part only.
         device: type of the device that the model is on; empty where it has no parameters.
         ran: per site name, how many eager calls SLA2 answered; compiled code counts none.
         gone: per owner whose planned calls no longer come to its sites, why.
-        behind_door: whether modules go by a library's own name for SLA2: of these the eager calls so far are listed.
+        by_adapter: whether modules use a library's own name for SLA2; their eager calls so far are listed.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -44,7 +44,7 @@ class Report:
     fallbacks: dict[str, dict[str, int]]
     recipes: dict[str, Recipe] = field(default_factory=dict)
     device: str = ""
-    behind_door: bool = False
+    by_adapter: bool = False
     ran: dict[str, int] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data.
 
-        Keys: recipe, recipes, discovery, behind_door, flops_saved, calls, fallbacks, ran, gone.
+        Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone.
 
         A replaced call has low_bit: what was asked for, what runs (nothing where that depends on the length), and why
         if that is less; and portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or nothing.
@@ -86,7 +86,7 @@ class Report:
             "recipe": None if self.recipe is None else self.recipe.model_dump(mode="json"),
             "recipes": {name: recipe.model_dump(mode="json") for name, recipe in self.recipes.items()},
             "discovery": self.discovery,
-            "behind_door": self.behind_door,
+            "by_adapter": self.by_adapter,
             "flops_saved": self.flops_saved,
             "calls": calls,
             "fallbacks": self.fallbacks,
@@ -127,9 +127,9 @@ class Report:
         lines = []
         if self.discovery == "pending":
             lines.append("the first forward will find the attention calls")
-        if self.behind_door:
-            # what a plan lists beside them is whole
-            whose = "" if self.discovery == "door" else "behind a library's name for SLA2: "
+        if self.by_adapter:
+            # the calls of a plan beside them are listed in full
+            whose = "" if self.discovery == "adapter" else "under a library's name for SLA2: "
             lines.append(f"{whose}eager calls so far; compiled code records none")
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
@@ -154,7 +154,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     """Return what `transform` did with each attention call of model, a module or an exported program.
 
     A model that holds several transformed parts gets one report with the parts' names before the owners'.
-    Calls behind a library's own name for SLA2 (`register_transformers`, `set_diffusers_backend`) are listed as they
+    Calls under a library's own name for SLA2 (`register_transformers`, `set_diffusers_backend`) are listed as they
     were made so far (none before a first forward), and no longer once the model goes by another name.
     A model that was never transformed gets an empty one; `inspect` says what would be done.
     """
@@ -164,27 +164,27 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     model = model.graph_module if isinstance(model, ExportedProgram) else model
     outcomes: list[Rewrite | Miss] = []
     recipes: dict[str, Recipe] = {}
-    discovery, behind_door = "", False
+    discovery, by_adapter = "", False
     for name, root, plan in plans(model):
         outcomes += [_prefixed(x, name) for x in as_exported(root, plan.outcomes)]
         recipes[name] = plan.recipe
         discovery = discovery or plan.discovery
-    for name, site in door_sites(model):
+    for name, site in adapter_sites(model):
         outcomes += [_prefixed(x, name) for x in site.outcomes.values()]
         recipes[name] = site.recipe
-        behind_door = True
-    for use in doors_of(model):
-        behind_door = True
+        by_adapter = True
+    for use in adapters_of(model):
+        by_adapter = True
         if not use.replaced and not use.left_alone:
-            recipes[use.part] = use.door.recipe
-    discovery = discovery or ("door" if behind_door else "")
+            recipes[use.part] = use.adapter.recipe
+    discovery = discovery or ("adapter" if by_adapter else "")
     if not recipes:
         return Report((), None, "not transformed", {})
     first = next(iter(recipes.values()))
-    several = len(recipes) > 1 and (discovery != "door" or any(recipe != first for recipe in recipes.values()))
+    several = len(recipes) > 1 and (discovery != "adapter" or any(recipe != first for recipe in recipes.values()))
     named, device = recipes if several else {}, _device(model)
     ran, lost = runtime.counts(model), runtime.gone(model)
-    return Report(tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, behind_door, ran, lost)
+    return Report(tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, by_adapter, ran, lost)
 
 
 def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:

@@ -10,22 +10,22 @@ import torch
 from torch import nn
 
 from sla2_compile.kernels.functional import Routing
-from sla2_compile.libraries.behind_doors import door_sites, doors_of
+from sla2_compile.libraries.adapted import adapter_sites, adapters_of
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import plans
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
 
-ELSE_A_DOOR = "or send it through register_transformers or set_diffusers_backend"
+OR_BY_NAME = "or send it through register_transformers or set_diffusers_backend"
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Yield (name, site) for each site of model, names as in its state dict; a door's by the module that calls."""
+    """Yield (name, site) for each site, named as in the state dict; an adapter's is named by the calling module."""
     for name, module in model.named_modules():
         if isinstance(module, Site):
             yield name.removeprefix("_orig_mod").lstrip("."), module
-    yield from door_sites(model)
+    yield from adapter_sites(model)
 
 
 def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
@@ -38,14 +38,14 @@ def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
         router_entropy: of the router's distribution over key blocks, in nats, mean over heads and query blocks.
 
     Raises:
-        ValueError: model has no site and goes by no door; no site has run in eager mode yet (compiled graphs record
+        ValueError: model has no site and uses no adapter; no site has run in eager mode yet (compiled graphs record
             nothing); every site's last call kept full attention.
     """
     all_sites = list(sites(model))
-    if not all_sites and not doors_of(model):
+    if not all_sites and not adapters_of(model):
         raise ValueError(
             "model must be transformed, got no SLA2 site; call sla2_compile.transform first "
-            f"(and run one forward if it was given no example_inputs), {ELSE_A_DOOR}"
+            f"(and run one forward if it was given no example_inputs), {OR_BY_NAME}"
         )
     ran = [(name, site, site.last_routing) for name, site in all_sites if site.last_routing is not None]
     if not ran:
@@ -70,7 +70,7 @@ def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
         )
     got = f"{len(all_sites)} sites with none recorded"
     if not all_sites:
-        got = "no call yet through " + ", ".join(sorted({use.door.name for use in doors_of(model)}))
+        got = "no call yet through " + ", ".join(sorted({use.adapter.name for use in adapters_of(model)}))
     return ValueError(
         f"model must have run a forward in eager mode, got {got}; "
         "run one forward outside torch.compile (torch.compiler.set_stance('force_eager'))"
@@ -109,10 +109,10 @@ def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> N
     Raises:
         ValueError: model is not transformed, and goes by no such name.
     """
-    found, uses = list(plans(model)), doors_of(model)
+    found, uses = list(plans(model)), adapters_of(model)
     if not found and not uses:
         raise ValueError(
-            f"model must be transformed, got one that is not; call sla2_compile.transform first, {ELSE_A_DOOR}"
+            f"model must be transformed, got one that is not; call sla2_compile.transform first, {OR_BY_NAME}"
         )
     for name, root, plan in found:
         where = name or type(root).__name__
@@ -121,9 +121,9 @@ def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> N
     for use in uses:
         # torch.compile's wrapper is not what a user built
         where = use.part or type(getattr(model, "_orig_mod", model)).__name__
-        log(f"SLA2 in {where}: recipe {use.door.recipe.name}, behind {use.door.name}")
+        log(f"SLA2 in {where}: recipe {use.adapter.recipe.name}, behind {use.adapter.name}")
         log(f"  eager calls so far: {use.replaced} replaced, {use.left_alone} left alone")
-        _log_recipe(use.door.recipe, log)
+        _log_recipe(use.adapter.recipe, log)
     learned = sum(p.numel() for _, site in sites(model) for p in site.parameters())
     log(f"  parameters added: {learned}")
 

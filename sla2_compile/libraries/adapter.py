@@ -1,8 +1,8 @@
-"""`Door`: SLA2 without learned parameters, behind the name that a library's own attention registry gives it.
+"""`Adapter`: SLA2 without learned parameters, under a name in a library's own attention registry.
 
 A library that calls a function of ours for each attention call needs no `transform`. The call still runs through
 the library's own code around `F.scaled_dot_product_attention`, under a mode that hands that one function to a site.
-Modules that `transform` planned, and trial runs of `transform`, go past the door as if it were not there.
+Modules that `transform` planned bypass the adapter, and so do the forwards that planning runs.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sla2_compile")
 
-# what the recipe says of single sites needs their names, which no registry passes on
+# recipe fields that select sites by name; registries do not pass names on
 BY_NAME = ("include", "exclude", "overrides", "start_layer", "end_layer")
 
 
-class DoorSite(Site):
-    """The site of one module behind a door: learns nothing, and remembers what became of each call.
+class AdapterSite(Site):
+    """The site of one module that uses an adapter: learns nothing, and records the outcome of each call.
 
     Attributes:
-        door: whose calls these are.
-        recipe: the door's.
-        outcomes: a `Rewrite` for each kind of call (`_kind`), and a `Miss` for each reason met; the longest call of
-            each, and how many. A kind has one number of blocks, so what is said of its longest call holds of all.
+        adapter: whose calls these are.
+        recipe: the adapter's.
+        outcomes: a `Rewrite` for each kind of call (`_kind`) and a `Miss` for each reason; each describes the longest
+            such call and counts all. Calls of one kind have the same number of blocks, so the description fits all.
     """
 
-    def __init__(self, door: Door) -> None:
-        super().__init__(SiteSettings.of(door.recipe, ""))
-        self.door, self.recipe = door, door.recipe
-        # Dynamo calls such a function while it traces, and leaves nothing of it in the graph
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__(SiteSettings.of(adapter.recipe, ""))
+        self.adapter, self.recipe = adapter, adapter.recipe
+        # Dynamo calls such a function while it traces and puts nothing into the graph
         self.tell = torch.compiler.assume_constant_result(_tell)
         self.outcomes: dict[Hashable, Rewrite | Miss] = {}
 
@@ -64,10 +64,10 @@ class DoorSite(Site):
         return mask, reason
 
     def _remember(self, call: AttentionCall, mask: MaskView | None, reason: Reason | None) -> None:
-        # what make_fx traces with symbolic sizes is no call either
+        # a make_fx trace with symbolic sizes is not a real call; do not record it
         if not isinstance(call.q.numel(), int) or not isinstance(call.k.numel(), int):
             return
-        # by reason alone: each token that is decoded meets another length
+        # keyed by the reason alone: in decoding every token has another length
         key = self._kind(call, mask) if reason is None else reason
         old = self.outcomes.get(key)
         times = 1 if old is None else old.where.times + 1
@@ -83,7 +83,7 @@ class DoorSite(Site):
             self.outcomes[key] = Rewrite.of(where, call, self.settings, mask)
 
     def _kind(self, call: AttentionCall, mask: MaskView | None) -> Hashable:
-        """All that blocks kept, low bit and, within a block's length, FLOPs of a call follow from."""
+        """What determines a call's kept blocks, low bit and FLOPs (up to less than one block)."""
         assert mask is not None
         B, H, Nq, D = call.q.shape
         Nk, Dv = call.v.shape[2:]
@@ -95,13 +95,13 @@ class DoorSite(Site):
 
 
 def _tell(reason: str) -> bool:
-    """Log why a call keeps full attention in compiled code, which records nothing."""
+    """Log why a call in compiled code, which records nothing, keeps full attention."""
     log.info("left alone in compiled code: %s", reason)
     return True
 
 
-# eager calls only; a module that goes away takes its record along
-_SITES: WeakKeyDictionary[nn.Module, DoorSite] = WeakKeyDictionary()
+# eager calls only; a record lives as long as its module
+_SITES: WeakKeyDictionary[nn.Module, AdapterSite] = WeakKeyDictionary()
 
 
 def forget(module: nn.Module) -> None:
@@ -110,47 +110,47 @@ def forget(module: nn.Module) -> None:
 
 
 def let_go(module: nn.Module) -> None:
-    """Drop the tensors of a module's last call behind a door that it no longer goes by; the counts stay.
+    """Free the tensors of the last call of a module that no longer uses an adapter; keep its counts.
 
-    A library does not say when a module leaves, so this is done where somebody asks about the model.
+    A library does not tell when a module changes its backend, so reports call this.
     """
     if (site := _SITES.get(module)) is not None:
         site.last_routing = None
 
 
-class Door:
-    """One recipe behind one name.
+class Adapter:
+    """One recipe under one name.
 
     Attributes:
         recipe, name: as given.
-        nameless: the site of traced calls, for compiled graphs record nothing, and of calls from nowhere known.
+        nameless: the site of traced calls, which record nothing, and of calls whose module is unknown.
     """
 
     def __init__(self, recipe: Recipe, name: str) -> None:
-        """Build a door.
+        """Build an adapter.
 
         Args:
-            recipe: of all calls.
-            name: what a user calls it, for messages.
+            recipe: for all calls.
+            name: how messages call the adapter.
 
         Raises:
-            ValueError: the recipe speaks of single sites.
+            ValueError: the recipe selects sites by name.
         """
         for field in BY_NAME:
             if getattr(recipe, field) != type(recipe).model_fields[field].get_default(call_default_factory=True):
                 raise ValueError(
-                    f"{field} must be its default behind a library's registry, which names no modules, got "
-                    f"{getattr(recipe, field)!r}; use sla2_compile.transform for recipes that tell sites apart"
+                    f"{field} must be its default under a name in a library's registry, which names no modules, got "
+                    f"{getattr(recipe, field)!r}; use sla2_compile.transform for recipes that select sites"
                 )
         self.recipe = recipe
         self.name = name
-        self.nameless = DoorSite(self)
+        self.nameless = AdapterSite(self)
 
     def call(self, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run function, in which an attention call stands, with SLA2 in the place of that call.
+        """Run a function that makes one attention call, with SLA2 in place of that call.
 
         Args:
-            module: whose call it is, or None where the library does not say.
+            module: the module that calls, or None if the library does not tell.
             function, *args, **kwargs: the library's own code around `F.scaled_dot_product_attention`.
         """
         if under_plan() or (module is not None and is_owner(module)) or recording():
@@ -159,22 +159,22 @@ class Door:
         with Redirect(site, training=module is not None and module.training):
             return function(*args, **kwargs)
 
-    def record(self, module: nn.Module) -> DoorSite | None:
-        """What became of a module's eager calls through this door; None if none came."""
+    def record(self, module: nn.Module) -> AdapterSite | None:
+        """The outcomes of a module's eager calls through this adapter; None before the first."""
         site = _SITES.get(module)
-        return site if site is not None and site.door is self else None
+        return site if site is not None and site.adapter is self else None
 
-    def _site(self, module: nn.Module) -> DoorSite:
+    def _site(self, module: nn.Module) -> AdapterSite:
         site = self.record(module)
         if site is None:
-            site = _SITES[module] = DoorSite(self)
+            site = _SITES[module] = AdapterSite(self)
         return site
 
 
 class Redirect(TorchFunctionMode):
     """Sends attention calls under it to one site, as training steps or not."""
 
-    def __init__(self, site: DoorSite, training: bool) -> None:
+    def __init__(self, site: AdapterSite, training: bool) -> None:
         super().__init__()
         self.site, self.training = site, training
 

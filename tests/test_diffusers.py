@@ -19,7 +19,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import sla2_compile
-from sla2_compile.libraries import diffusers as diffusers_door
+from sla2_compile.libraries import diffusers as adapter
 from sla2_compile.passes.sites.rules import Reason
 from tests import models
 from tests.versions import needs_newer_torch
@@ -116,7 +116,7 @@ def test_parity_report_and_the_way_back(build, inputs, replaced):
     report = sla2_compile.report(model)
     assert len(report.rewrites) == len(report.outcomes) == replaced
     assert all(isinstance(model.get_submodule(x.where.owner), torch.nn.Module) for x in report.rewrites)
-    assert (report.discovery, list(model.state_dict())) == ("door", keys)
+    assert (report.discovery, list(model.state_dict())) == ("adapter", keys)
     sla2_compile.set_diffusers_backend(model, **FEW)
     sparse = output(model, inputs())
     assert (sparse - expected).abs().max() > 1e-4
@@ -358,7 +358,7 @@ def test_naming_recipes_leaves_what_is_compiled_alone():
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
-        for i in range(diffusers_door.SPARE):
+        for i in range(adapter.SPARE):
             assert torch.equal(compiled(**flux_inputs())[0], expected)
             sla2_compile.diffusers_backend(topk_ratio=0.31 + 0.01 * i)
     # once more where the names in store ran out
@@ -475,7 +475,7 @@ def test_exported():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_transform_goes_first(compiled):
-    """Planned calls run on their own sites; the rest of the model behind the door."""
+    """Planned calls run on their own sites; the rest of the model behind the adapter."""
     plan = {"example_kwargs": flux_inputs(), "exclude": "single*", "topk_ratio": 0.25, "min_seq_len": 0}
     plain, model = sla2_compile.transform(flux(), **plan), flux()
     sla2_compile.set_diffusers_backend(model, **ALL)
@@ -483,7 +483,7 @@ def test_transform_goes_first(compiled):
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     torch.testing.assert_close(output(run, flux_inputs()), output(plain, flux_inputs()), rtol=1e-4, atol=1e-5)
     report = sla2_compile.report(model)
-    assert report.discovery != "door"
+    assert report.discovery != "adapter"
     planned = [x.where.owner for x in report.rewrites if x.settings.options.topk_ratio == 0.25]
     assert planned == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
     sla2_compile.restore(model)

@@ -1,4 +1,4 @@
-"""Which door each module of a model goes by now, and what became of the calls that it made there."""
+"""For each module: the adapter that currently routes its attention to SLA2, and the outcome of its calls so far."""
 
 from __future__ import annotations
 
@@ -9,42 +9,41 @@ from itertools import takewhile
 
 from torch import nn
 
-from sla2_compile.libraries import diffusers as diffusers_door
-from sla2_compile.libraries import transformers as transformers_door
-from sla2_compile.libraries.door import Door, DoorSite, let_go
+from sla2_compile.libraries import diffusers, transformers
+from sla2_compile.libraries.adapter import Adapter, AdapterSite, let_go
 from sla2_compile.modules.redirect import is_owner
 from sla2_compile.passes.sites.outcome import Rewrite
 from sla2_compile.plan import plans
 
 
-def door_of(module: nn.Module) -> Door | None:
-    """The door that a module's attention calls go by now; None if none, or if a plan comes before it."""
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter that routes a module's attention calls now; None if there is none, or if a plan comes first."""
     if is_owner(module):
         return None
-    return transformers_door.door_of(module) or diffusers_door.door_of(module)
+    return transformers.adapter_of(module) or diffusers.adapter_of(module)
 
 
-def door_sites(model: nn.Module) -> Iterator[tuple[str, DoorSite]]:
-    """Yield (name, site) for each module of model whose calls came through the door that it still goes by."""
+def adapter_sites(model: nn.Module) -> Iterator[tuple[str, AdapterSite]]:
+    """Yield (name, site) for each module of model that has called attention through its current adapter."""
     for name, module in model.named_modules():
-        door = door_of(module)
-        if door is not None and (site := door.record(module)) is not None:
+        adapter = adapter_of(module)
+        if adapter is not None and (site := adapter.record(module)) is not None:
             yield _plain(name), site
         else:
             let_go(module)
 
 
 @dataclass(frozen=True)
-class DoorUse:
-    """What one door is to a part of a model.
+class AdapterUse:
+    """One adapter and the part of a model that uses it.
 
     Attributes:
-        door: the door.
-        part: name of the innermost part of the model around the modules that go by the door; "" is the model itself.
+        adapter: the adapter.
+        part: name of the innermost module around all that use the adapter; "" is the model itself.
         replaced, left_alone: eager calls of these modules so far.
     """
 
-    door: Door
+    adapter: Adapter
     part: str
     replaced: int
     left_alone: int
@@ -52,13 +51,13 @@ class DoorUse:
 
 @dataclass
 class _Group:
-    """Modules that go by one door: their names, and the record of each that made calls."""
+    """Modules that use one adapter: their names, and the record of each that made calls."""
 
-    door: Door
+    adapter: Adapter
     names: list[str] = field(default_factory=list)
-    sites: list[DoorSite | None] = field(default_factory=list)
+    sites: list[AdapterSite | None] = field(default_factory=list)
 
-    def add(self, name: str, site: DoorSite | None) -> None:
+    def add(self, name: str, site: AdapterSite | None) -> None:
         self.names.append(name)
         self.sites.append(site)
 
@@ -71,35 +70,35 @@ class _Group:
         """A group for each child of that part."""
         depth, groups = len(_levels(self.part())), dict[str, _Group]()
         for name, site in zip(self.names, self.sites, strict=True):
-            groups.setdefault(_levels(name)[depth], _Group(self.door)).add(name, site)
+            groups.setdefault(_levels(name)[depth], _Group(self.adapter)).add(name, site)
         return list(groups.values())
 
-    def use(self) -> DoorUse:
+    def use(self) -> AdapterUse:
         outcomes = [x for site in self.sites if site is not None for x in site.outcomes.values()]
         replaced = sum(x.where.times for x in outcomes if isinstance(x, Rewrite))
-        return DoorUse(self.door, self.part(), replaced, sum(x.where.times for x in outcomes) - replaced)
+        return AdapterUse(self.adapter, self.part(), replaced, sum(x.where.times for x in outcomes) - replaced)
 
 
-def doors_of(model: nn.Module) -> list[DoorUse]:
-    """The doors that modules of model go by now, whether or not a call was made yet; no two have the same part.
+def adapters_of(model: nn.Module) -> list[AdapterUse]:
+    """The adapters that modules of model currently use, whether or not a call was made yet; no two have one part.
 
-    Of parts that `transform` planned, those only through which a call came: the library's choice still stands on
-    every module there, and says nothing of the calls that the plan has taken.
+    A part that `transform` planned counts only if a call came through the adapter: the library's setting is still on
+    every module there, and says nothing about the calls that the plan answers.
     """
     planned = {module for _, root, _ in plans(model) for module in root.modules()}
     groups: dict[int, _Group] = {}
     for name, module in model.named_modules():
-        door = door_of(module)
-        if door is None:
+        adapter = adapter_of(module)
+        if adapter is None:
             continue
-        site = door.record(module)
+        site = adapter.record(module)
         if site is not None or module not in planned:
-            groups.setdefault(id(door), _Group(door)).add(_plain(name), site)
+            groups.setdefault(id(adapter), _Group(adapter)).add(_plain(name), site)
     return [group.use() for group in _apart(list(groups.values()))]
 
 
 def _apart(groups: list[_Group]) -> list[_Group]:
-    """Split groups around which the same part is, until none are; not that of the part's own module."""
+    """Split groups that share a part until none do; a group that holds the part's own module stays whole."""
     around = Counter(group.part() for group in groups)
     finer = []
     for group in groups:
@@ -109,7 +108,7 @@ def _apart(groups: list[_Group]) -> list[_Group]:
 
 
 def _plain(name: str) -> str:
-    # torch.compile's wrapper adds a level that users do not know
+    # torch.compile's wrapper adds a level to the names
     return name.removeprefix("_orig_mod").lstrip(".")
 
 

@@ -1,4 +1,4 @@
-"""What is recorded and said of modules behind doors: whose call it was, which recipe holds where, what is kept."""
+"""What is recorded and said of modules behind adapters: whose call it was, which recipe holds where, what is kept."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import sla2_compile
-from sla2_compile.libraries.door import _SITES
+from sla2_compile.libraries.adapter import _SITES
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from tests import models
-from tests.test_transformers_door import configuration, inputs, llama, output, replaced
+from tests.test_transformers import configuration, inputs, llama, output, replaced
 
 ONE: dict[str, Any] = {"topk_ratio": 0.5, "min_seq_len": 64}
 FEW: dict[str, Any] = {"topk_ratio": 0.25, "min_seq_len": 64}
@@ -43,7 +43,7 @@ def test_two_names_of_one_recipe_have_records_of_their_own():
 
 
 def test_parts_in_turn_lose_no_recipe():
-    """Two doors around the whole model: neither is the model's, so each part is named."""
+    """Two adapters around the whole model: neither is the model's, so each part is named."""
     parts = torch.nn.ModuleDict({"a": llama("one"), "b": llama("few"), "c": llama("one"), "d": llama("few")})
     expected = {"a": 0.5, "b": 0.25, "c": 0.5, "d": 0.25}
     assert ratios(parts) == expected
@@ -63,7 +63,7 @@ def test_parts_in_turn_lose_no_recipe():
 
 
 def test_a_part_inside_another():
-    """The model's own choice is the model's; two parts beside each other within it are named, whatever their door."""
+    """The model's own choice is the model's; two parts beside each other in it are named, whatever they use."""
     whole = llama("one")
     whole.speech, whole.pictures = llama("few"), llama("few")
     assert ratios(whole) == {"": 0.5, "speech": 0.25, "pictures": 0.25}
@@ -109,11 +109,11 @@ def test_calls_under_autocast_are_apart_from_those_outside():
 def test_calls_of_which_low_bit_makes_another_thing_are_apart():
     """Nine short calls, and three that are not plain, beside a long one."""
     from sla2_compile.kernels.support import MOST_KEPT, Chip, Facts, support
-    from sla2_compile.libraries.door import Door
+    from sla2_compile.libraries.adapter import Adapter
     from sla2_compile.passes.sites.call import AttentionCall
     from sla2_compile.recipes import Recipe
 
-    site = Door(Recipe.of("max_speedup", min_seq_len=0), "a door").nameless
+    site = Adapter(Recipe.of("max_speedup", min_seq_len=0), "an adapter").nameless
     for n, times, is_causal in ((65536, 1, False), (2048, 9, False), (65536, 3, True)):
         q = torch.empty(1, 1, n, 128, dtype=torch.bfloat16, device="meta")
         for _ in range(times):
@@ -141,9 +141,9 @@ def test_calls_of_which_low_bit_makes_another_thing_are_apart():
     assert refused == [False, True, True]
 
 
-def test_a_plan_beside_a_door_says_what_the_door_lists():
+def test_a_plan_beside_an_adapter_says_what_the_adapter_lists():
     """A report of one planned layer of two is whole only once the other was called."""
-    said = "behind a library's name for SLA2: eager calls so far; compiled code records none"
+    said = "under a library's name for SLA2: eager calls so far; compiled code records none"
     model = llama("one")
     seen = []
     model.model.layers[0].register_forward_pre_hook(
@@ -154,13 +154,13 @@ def test_a_plan_beside_a_door_says_what_the_door_lists():
     model = llama("one")
     sla2_compile.transform(model.model.layers[0], example_inputs=args, example_kwargs=kwargs, **ONE)
     report = sla2_compile.report(model)
-    assert (len(report.outcomes), report.discovery, report.behind_door) == (1, "real", True)
+    assert (len(report.outcomes), report.discovery, report.by_adapter) == (1, "real", True)
     assert said in " ".join(str(report).split())
-    assert report.to_dict()["behind_door"]
+    assert report.to_dict()["by_adapter"]
     output(model, **inputs())
     assert len(sla2_compile.report(model).rewrites) == 2
     alone = sla2_compile.report(model.model.layers[0])
-    assert not alone.behind_door
+    assert not alone.by_adapter
     assert "so far" not in str(alone)
 
 
@@ -168,19 +168,19 @@ def test_a_trace_with_symbolic_sizes_records_nothing():
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.nn import functional as F
 
-    from sla2_compile.libraries.door import Door
+    from sla2_compile.libraries.adapter import Adapter
     from sla2_compile.recipes import Recipe
 
-    door, module = Door(Recipe.of("balanced", min_seq_len=0), "a door"), torch.nn.Identity()
+    adapter, module = Adapter(Recipe.of("balanced", min_seq_len=0), "an adapter"), torch.nn.Identity()
 
     def twice(q):
         for _ in range(2):
-            q = door.call(module, F.scaled_dot_product_attention, q, q, q)
+            q = adapter.call(module, F.scaled_dot_product_attention, q, q, q)
         return q
 
     gm = make_fx(twice, tracing_mode="symbolic")(torch.randn(2, 2, 300, 32))
     assert models.calls_of_ops(gm.graph) == 2
-    assert door.record(module).outcomes == {}
+    assert adapter.record(module).outcomes == {}
 
 
 def test_calls_left_alone_stay_one_row_a_reason():
@@ -208,7 +208,7 @@ def test_a_module_that_left_keeps_counts_and_no_tensors():
     assert sla2_compile.get_sla2_statistics(other)
     output(model, **inputs())
     assert sla2_compile.get_sla2_statistics(model)
-    # nor are those of a plan the door's
+    # nor are those of a plan the adapter's
     sla2_compile.transform(model, example_kwargs=inputs(), **FEW)
     sla2_compile.report(model)
     assert [site.last_routing for site in kept] == [None, None]

@@ -90,7 +90,7 @@ def test_generate_keeps_the_cache_and_counts_decoding():
     # the prompt in both layers; then four tokens in both
     assert replaced(ours) == (2, {Reason.FEW_QUERIES: 8})
     assert "decoding" in str(sla2_compile.report(ours))
-    assert sla2_compile.report(ours).discovery == "door"
+    assert sla2_compile.report(ours).discovery == "adapter"
 
 
 def test_generate_with_a_static_cache():
@@ -132,7 +132,7 @@ def test_statistics_and_two_recipes_in_one_process():
 def test_a_report_before_the_first_call_names_the_recipe():
     model = llama("sla2-sparse")
     report = sla2_compile.report(model)
-    assert (report.discovery, report.outcomes) == ("door", ())
+    assert (report.discovery, report.outcomes) == ("adapter", ())
     assert report.recipe.topk_ratio == 0.25
     assert "0 of 0 attention calls replaced, recipe" in str(report)
     assert "eager calls so far; compiled code records none" in str(report)
@@ -194,7 +194,7 @@ def test_the_configuration_of_parts():
     parts = torch.nn.ModuleDict({"dense": llama("sla2"), "sparse": llama("sla2-sparse"), "full": llama("sdpa")})
     heads = [line.split(":")[0] for line in configuration(parts) if line.startswith("SLA2")]
     assert heads == ["SLA2 in dense", "SLA2 in sparse"]
-    # what is planned does not go by the door, whatever its config says
+    # what is planned does not go by the adapter, whatever its config says
     sla2_compile.transform(parts["dense"], example_kwargs=inputs(), topk_ratio=0.5, min_seq_len=64)
     lines = configuration(parts)
     assert [line for line in lines if line.startswith("SLA2")] == [
@@ -266,7 +266,7 @@ def test_transform_plans_such_a_model_and_its_plan_holds():
     torch.testing.assert_close(output(model, **inputs()), output(plain, **inputs()))
     twin = copy.deepcopy(model)
     torch.testing.assert_close(output(twin, **inputs()), output(plain, **inputs()))
-    # nothing went through the door
+    # nothing went through the adapter
     assert len(sla2_compile.report(model).outcomes) == 2
     sla2_compile.restore(model)
     assert list(model.state_dict()) == keys
