@@ -4,7 +4,7 @@
     found.kernel, found.low_bit, found.why.triton, found.why.low_bit
 
 Dispatch, the choice of a call's format, reports and documentation all read the rows below: each is a rule, what it
-needs (for documentation) and why a call fails it (for reports). `python -m sla2_compile.kernels.support` prints them.
+needs (for documentation) and why a call fails it (for reports). `sla2 support` prints them.
 Nothing here needs a GPU or Triton unless a call is on a GPU.
 """
 
@@ -295,7 +295,3 @@ def table() -> str:
         row("none", "the input's dtype", "nothing", ""),
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -1,4 +1,4 @@
-"""The command `sla2`: recipes, inspect, demo."""
+"""The command `sla2`: recipes, inspect, support, demo."""
 
 from __future__ import annotations
 
@@ -66,6 +66,14 @@ def inspect(
         console.print_json(data=found.to_dict())
     else:
         show(console, found.__rich__())
+
+
+@app.command()
+def support() -> None:
+    """Print which kernels and number formats run a call, and what each needs, as Markdown."""
+    from sla2_compile.kernels.support import table
+
+    typer.echo(table())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

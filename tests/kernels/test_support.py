@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from sla2_compile.cli import app
 from sla2_compile.kernels import support as table
 from sla2_compile.kernels.precision import size_class
 from sla2_compile.kernels.support import AUTO, FP8, FUSED, TRITON, Chip, Facts, Rule, support
@@ -113,19 +113,14 @@ def test_a_size_class_stands_for_its_sizes(low_bit: str) -> None:
 
 
 def test_the_command_prints_every_row() -> None:
-    command = [sys.executable, "-m", "sla2_compile.kernels.support"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert printed.rstrip("\n") == table.table()
+    result = CliRunner().invoke(app, ["support"])
+    assert (result.exit_code, result.stdout.rstrip("\n")) == (0, table.table())
     for rule in (*TRITON, *FUSED, *FP8, *AUTO):
-        assert rule.needs in printed
+        assert rule.needs in result.stdout
 
 
-def test_docs_show_what_the_command_prints() -> None:
-    """A page that names the command has its tables as they are now."""
-    named = "python -m sla2_compile.kernels.support"
-    pages = [page for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if named in page.read_text()]
-    if not pages:
-        pytest.skip(f"no page of docs/ names `{named}` yet")
-    for page in pages:
-        for part in table.table().split("\n\n"):
-            assert part in page.read_text(), f"{page.name} must show what {named} prints"
+def test_the_page_shows_what_the_command_prints() -> None:
+    page = (ROOT / "docs" / "support.md").read_text()
+    assert "`sla2 support`" in page
+    for part in table.table().split("\n\n"):
+        assert part in page
