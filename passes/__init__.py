@@ -1,1 +1,1 @@
-"""The rewrite: what a call is, which calls are taken, what takes their place, and the passes over fx graphs."""
+"""The rewrite of attention to SLA2: attention calls, the rules that select them, and the passes over fx graphs."""

@@ -34,8 +34,8 @@ class Pass:
     """One rewrite of a graph. Running it twice changes nothing the second time.
 
     Class attributes:
-        name: its text form's first word.
-        in_bodies: whether the pipeline runs it on graphs inside the graph too; otherwise it looks after them itself.
+        name: the first word of its text form.
+        in_bodies: whether the pipeline also runs it on nested graphs. If not, the pass handles them itself.
     """
 
     name: ClassVar[str] = ""
@@ -49,7 +49,7 @@ class Pass:
         raise NotImplementedError(f"{type(self).__name__} must define run")
 
     def ensures(self, gm: fx.GraphModule) -> None:
-        """Raise if the result is not what this pass promises; checked on the result."""
+        """Raise if gm, after `run`, is not what this pass promises."""
 
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults."""
@@ -85,7 +85,7 @@ def parse_pass(text: str) -> Pass:
 
 
 def split_top(text: str) -> list[str]:
-    """Split at the commas that stand outside brackets and quotes."""
+    """Split at the commas outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for char in text:
         if quote:

@@ -1,4 +1,4 @@
-"""clean-up: drops what no longer reaches an output."""
+"""clean-up: removes nodes that neither an output nor an effect needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sla2_compile.passes.graph.sweep import sweep
 
 @dataclass(frozen=True)
 class CleanUp(Pass):
-    """Removes what nobody needs, such as masks that only a replaced call read; never an effect (`sweep`)."""
+    """Removes unneeded nodes, such as masks that only a replaced call read. Keeps needed effects (`sweep`)."""
 
     name: ClassVar[str] = "clean-up"
 

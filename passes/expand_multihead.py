@@ -1,9 +1,9 @@
-"""expand-multihead: nn.MultiheadAttention, and layers fused into one operator, become what they are made of.
+"""expand-multihead: decomposes nn.MultiheadAttention, and layers fused into one operator, into their parts.
 
-Dynamo puts `F.multi_head_attention_forward` into its graphs as one node, and in inference whole encoder layers; no
-other pass sees the attention inside. Each becomes projections, one scaled_dot_product_attention in the normal form,
-and what comes behind it, with the same values up to rounding. One exception: a fused operator gives nan to a query
-all of whose keys are hidden, and scaled_dot_product_attention gives it zeros.
+Dynamo writes `F.multi_head_attention_forward`, and in inference a whole encoder layer, as one node. No other pass
+sees the attention inside. Each such node becomes projections, one scaled_dot_product_attention in the normal form,
+and the operations after it. Values stay the same up to rounding, with one exception: for a query whose keys are all
+hidden, a fused operator gives nan and scaled_dot_product_attention gives zeros.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class ExpandMultihead(Pass):
 
 
 def _expand(node: fx.Node, reader: Reader, writes: Writes, masks: MultiheadMasks) -> None:
-    """Write a node's parts before it and remove it.
+    """Insert a node's parts before it, and erase the node.
 
     Raises:
-        NotPlain: the node must stay, and does; nothing was written.
+        NotPlain: the node cannot be decomposed. The graph is unchanged.
     """
     if node.target is F.multi_head_attention_forward:
         arguments = multihead.arguments(node.args, node.kwargs)
@@ -100,7 +100,7 @@ def _expand(node: fx.Node, reader: Reader, writes: Writes, masks: MultiheadMasks
         build.discard()
         raise
     for pick in picks:
-        # where no weights were asked for there are none
+        # without need_weights the second result is None
         _replace(pick, new if pick.args[1] == 0 else None)
         node.graph.erase_node(pick)
     if whole:
@@ -109,14 +109,18 @@ def _expand(node: fx.Node, reader: Reader, writes: Writes, masks: MultiheadMasks
 
 
 def _by_name(schema: Any, node: fx.Node) -> dict[str, Any]:
-    """All arguments of an operator's call by name."""
+    """Return all arguments of an operator's call, by name."""
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     return {**defaults, **given, **node.kwargs}
 
 
 def _picks(node: fx.Node, need_weights: bool) -> list[fx.Node]:
-    """The nodes that read the two results, the second of which, the weights, nothing may use."""
+    """Return the nodes that read the two results, the output and the weights.
+
+    Raises:
+        NotPlain: the weights that were asked for, or the pair as a whole, are used.
+    """
     for pick in node.users:
         if pick.target is not operator.getitem or pick.args[1] not in (0, 1):
             raise NotPlain(Reason.WEIGHTS if need_weights else Reason.MULTIHEAD, "the pair of results is used")
@@ -126,13 +130,13 @@ def _picks(node: fx.Node, need_weights: bool) -> list[fx.Node]:
 
 
 def _replace(node: fx.Node, value: fx.Node | None) -> None:
-    """Put a value in a node's place wherever that is used."""
+    """Replace a node by a value in all of its users."""
     for user in list(node.users):
         arguments: Any = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
         user.args, user.kwargs = arguments
 
 
 def _check(old: Tensor, new: Tensor) -> None:
-    """Compare the result with what the node gave: a last line of defence."""
+    """Compare the new result's shape and dtype with the node's, as a last line of defence."""
     if not same(old.shape, new.shape) or old.dtype != new.dtype:
         raise NotPlain(Reason.MULTIHEAD, f"its parts give {tuple(new.shape)} in {new.dtype}")

@@ -1,11 +1,11 @@
-"""fuse-attention: attention written by hand becomes one call of scaled_dot_product_attention.
+"""fuse-attention: turns hand-written attention into one call of scaled_dot_product_attention.
 
     softmax(scale * q k^T + mask) v        q (B, H, Nq, D), k (B, H, Nk, D), v (B, H, Nk, Dv)
 
-Each softmax is matched against one pattern (`fuse_match`), on the graph's data flow and fake shapes: whatever
-cannot be proven stays as it is, with the part that did not fit as its reason. The rewrite (`fuse_emit`) gives the
-same values up to rounding, with one exception: a query whose keys are all filled with -inf gets zeros, as
-scaled_dot_product_attention has it, and not nan.
+Each softmax is matched against one pattern (`fuse/match.py`), using the graph's data flow and fake shapes. If a
+match cannot be proven, the graph stays as it is, and the part that did not fit is the reason. The rewrite
+(`fuse/emit.py`) gives the same values up to rounding, with one exception: a query whose keys are all filled with
+-inf gets zeros, as in scaled_dot_product_attention, instead of nan.
 """
 
 from __future__ import annotations

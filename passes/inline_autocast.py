@@ -1,4 +1,4 @@
-"""inline-autocast: what torch.export wraps because a model turns autocast off becomes part of the graph again."""
+"""inline-autocast: inlines the submodules that torch.export creates where a model turns autocast off."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ WRAP = torch.ops.higher_order.wrap_with_autocast
 class InlineAutocast(Pass):
     """wrap_with_autocast(enabled=False) of a submodule -> the submodule's nodes.
 
-    Exact where autocast is off around the graph. Where it is on, products that the model kept in float32 take
-    autocast's dtype; attention, which is what this is for, still accumulates them in float32.
+    Exact if autocast is off around the graph. If it is on, products that the model kept in float32 use autocast's
+    dtype instead. Attention, which this pass is for, still accumulates them in float32.
     """
 
     name: ClassVar[str] = "inline-autocast"
@@ -31,10 +31,10 @@ class InlineAutocast(Pass):
                 continue
             body = gm.get_submodule(str(node.args[4].target))
             picks = list(node.users)
-            # results come as a tuple, read by getitem; anything else is not what torch.export writes
+            # torch.export returns a tuple that getitem reads; leave any other form alone
             if not isinstance(body, fx.GraphModule) or any(pick.target is not operator.getitem for pick in picks):
                 continue
-            # what the body holds itself has no place in the graph around it
+            # tensors and modules that the body holds cannot move to the outer graph
             if any(n.op in ("get_attr", "call_module") for n in body.graph.nodes):
                 continue
             inputs = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[5:], strict=True))

@@ -1,4 +1,4 @@
-"""normalize-sdpa: every spelling of scaled_dot_product_attention becomes one."""
+"""normalize-sdpa: rewrites every spelling of scaled_dot_product_attention in one normal form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSORS = ("query", "key", "value")
 class NormalizeSDPA(Pass):
     """Any spelling of SDPA -> F.scaled_dot_product_attention(q, k, v, attn_mask=, dropout_p=, is_causal=, ...).
 
-    One of aten's kernels behind it, of which nothing but the first result is used, is a spelling too.
+    An aten kernel that SDPA dispatches to is also a spelling, if only its first result is used.
     """
 
     name: ClassVar[str] = "normalize-sdpa"
@@ -48,7 +48,7 @@ class NormalizeSDPA(Pass):
             try:
                 new = spelt_out(reader, node)
             except NoFit:
-                # select-attention tells
+                # select-attention reports the reason
                 continue
             _take_over(node, new)
             result.changed += 1
@@ -61,7 +61,7 @@ class NormalizeSDPA(Pass):
 
 
 def _take_over(kernel: fx.Node, new: fx.Node) -> None:
-    """Put a call in the place of a kernel's first result, and erase the kernel with what nobody reads of it."""
+    """Replace a kernel's first result by a call, and erase the kernel and its unused results."""
     for pick in list(kernel.users):
         if pick.target is operator.getitem and pick.args[1] == 0:
             pick.replace_all_uses_with(new)

@@ -1,4 +1,4 @@
-"""The pipeline: passes in order, each checked on its result, each failure named. Reads top to bottom."""
+"""The pipeline: runs passes in order, checks the result of each, and names the pass that fails."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Pipeline:
 
     @classmethod
     def standard(cls, recipe: Recipe, learned: bool = True) -> Pipeline:
-        """The passes of `transform` on a graph, in order.
+        """Return the passes that `transform` runs on a graph, in order.
 
-        learned: sites have parameters. Graphs inside the graph, which cannot hold any, are then left alone.
+        learned: whether sites have parameters. Nested graphs cannot hold parameters, and are then left alone.
         """
         return cls(
             (
@@ -77,7 +77,7 @@ class Pipeline:
         return ",".join(map(str, self.passes))
 
     def run(self, gm: fx.GraphModule, observers: Sequence[Observer] = ()) -> list[Rewrite | Miss]:
-        """Run every pass on gm, in place, and return what became of each attention call.
+        """Run every pass on gm, in place, and return the outcome of each attention call.
 
         Raises:
             PassError: a pass raised, broke the graph, or did not do what it promises.
@@ -109,10 +109,10 @@ class Pipeline:
 
 
 def _kept(before: SideEffects, gm: fx.GraphModule) -> SideEffects:
-    """What gm does now besides giving its results.
+    """Return the side effects that gm has now.
 
     Raises:
-        ValueError: it does not do all that it did.
+        ValueError: an effect that it had before is lost.
     """
     now = SideEffects.after(before, gm)
     lost = before.lost(now)

@@ -1,8 +1,8 @@
-"""read-masks: masks that the graph shows to be causality, or keys that nobody sees, or nothing at all.
+"""read-masks: simplifies masks that are provably causal, hide the same keys from every query, or hide nothing.
 
-Libraries write such masks as full maps into the graphs they are traced to, where eager code passed `is_causal`, or no
-mask. One made of constants alone is evaluated, once, here. One that depends on inputs is replaced where the graph
-proves what it is (`mask_proof`): the same mask over keys, (B, 1, 1, Nk), or `causal_keys` of one.
+Where eager code passes `is_causal` or no mask, libraries write such masks into traced graphs as full maps. A mask
+made of constants alone is evaluated here, ahead of time. A mask that depends on inputs is replaced where the graph
+proves its structure (`masks/proof.py`): by a mask over keys, (B, 1, 1, Nk), or by `causal_keys` of one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sla2_compile.passes.sites.masks import Structure, read_mask
 
 @dataclass(frozen=True)
 class ReadMasks(Pass):
-    """attn_mask -> none, is_causal, a mask over keys, or `causal_keys`, where it says just that."""
+    """attn_mask -> none, is_causal, a mask over keys, or `causal_keys`, where that is equivalent."""
 
     name: ClassVar[str] = "read-masks"
 
@@ -44,7 +44,7 @@ class ReadMasks(Pass):
 
 
 def _is_open(node: fx.Node) -> bool:
-    """Whether a node is an attention call on which nothing is decided, and whose mask may say less than it seems."""
+    """Whether a node is an attention call that is still undecided, and whose mask may have a simpler form."""
     return is_normal(node) and not node.kwargs["is_causal"] and DECISION not in node.meta
 
 
@@ -56,7 +56,7 @@ def _replace(node: fx.Node, found: tuple[fx.Node | None, bool] | None) -> int:
 
 
 def _read_operands(masks: Masks, block: fx.Node, body: fx.GraphModule) -> int:
-    """Read masks that a graph inside the graph is given from outside; what it needs instead becomes an operand."""
+    """Simplify masks that a nested graph gets from outside. A new mask over keys becomes an operand of the block."""
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     first = len(block.args) - len(placeholders)
     operands = dict(zip(placeholders, block.args[first:], strict=True))
@@ -86,7 +86,7 @@ def _read_operands(masks: Masks, block: fx.Node, body: fx.GraphModule) -> int:
 
 
 class Masks:
-    """The masks of one graph, read once for all the calls that share them."""
+    """Reads the masks of one graph. Calls that share a mask also share its replacement."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.graph = gm.graph
@@ -95,9 +95,9 @@ class Masks:
         self.written: dict[tuple[fx.Node, Structure], fx.Node] = {}
 
     def read(self, source: fx.Node, call: AttentionCall, before: fx.Node) -> tuple[fx.Node | None, bool] | None:
-        """Return what says the same as a mask: (attn_mask, is_causal); None if it is to stay.
+        """Return an equivalent (attn_mask, is_causal) for a mask, or None if the mask must stay.
 
-        before: where a new mask is written.
+        before: the node before which a new mask is inserted.
         """
         if source.target is causal_keys:
             return None
@@ -111,7 +111,7 @@ class Masks:
         if proof is None or structure is None:
             return None
         if proof.keys is (low.mask if low else source) and not proof.negated:
-            # it is one over keys as it stands
+            # it already is a mask over keys
             return None
         if (source, structure) not in self.written:
             with self.graph.inserting_before(before):
@@ -123,14 +123,14 @@ class Masks:
 
 
 def _structure(call: AttentionCall, constant: Tensor) -> Structure | None:
-    """The structure of a mask of constants, or of the constant part of one, if it hides no key altogether."""
+    """Return the structure of a constant mask, or of a mask's constant part; None if it hides a key entirely."""
     if call.q.dim() != 4 or call.k.dim() != 4 or not 2 <= constant.dim() <= 4:
         return None
     B, Nq, Nk = call.q.shape[0], call.q.shape[2], call.k.shape[2]
     batch = constant.shape[0] if constant.dim() == 4 else 1
     if not isinstance(Nq, int) or not isinstance(Nk, int) or not (batch == 1 or (isinstance(B, int) and batch == B)):
         return None
-    # the call's own batch may be a symbol
+    # the call's own batch size may be symbolic
     q, k = (torch.empty(batch, 1, n, 1, device="meta") for n in (Nq, Nk))
     whole = constant.expand(*constant.shape[:-2], Nq, Nk)
     view = read_mask(AttentionCall(q, k, k, whole), constant=True)
@@ -138,14 +138,14 @@ def _structure(call: AttentionCall, constant: Tensor) -> Structure | None:
 
 
 def _write(graph: fx.Graph, proof: Proof, structure: Structure) -> fx.Node:
-    """Write the mask into the graph as SLA2 knows it."""
+    """Insert the mask in a form that SLA2 takes: a mask over keys, or `causal_keys` of one."""
     (B, Nk), keys = proof.sizes, proof.keys
     if proof.negated:
         keys = _call(graph, torch.ops.aten.logical_not.default, keys)
     keys = _call(graph, torch.ops.aten.reshape.default, keys, [B, 1, 1, Nk])
     if structure is Structure.SAME:
         return keys
-    # causal_keys takes the number of tokens from it
+    # causal_keys reads the number of tokens from the last axis
     keys = _call(graph, torch.ops.aten.expand.default, keys, [B, 1, 1, proof.constant.shape[-1]])
     return _call(graph, causal_keys, keys)
 

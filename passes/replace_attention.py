@@ -1,4 +1,4 @@
-"""replace-attention: each selected call becomes a `Site` in the graph."""
+"""replace-attention: replaces each selected call by a `Site` in the graph."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def site_nodes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site]]:
 class ReplaceAttention(Pass):
     """Nodes that select-attention gave a `Rewrite` -> call_module of a `Site`, with the same arguments.
 
-    learned: give sites their parameters. Off under torch.compile: Dynamo may share one graph between layers,
-    and parameters that hang on the graph would then be shared too.
+    learned: whether sites have parameters. Off under torch.compile: Dynamo may share one graph between layers, and
+    parameters that belong to the graph would then be shared too.
     """
 
     name: ClassVar[str] = "replace-attention"
@@ -57,12 +57,12 @@ class ReplaceAttention(Pass):
 
 
 def in_training(gm: fx.GraphModule) -> bool:
-    """Whether the sites of a graph are for training: as its module's flag says, where that says anything.
+    """Whether the sites of a graph are for training, according to its module's flag if that is meaningful.
 
-    The flag of an fx trace is the traced model's; `gm.train()` and `gm.eval()` set it and its sites'. A program
-    of torch.export does not say in which mode it was exported: the flag of its module is always True, and `train` and
-    `eval` refuse. It counts as an inference. A gradient through it is right all the same; its backward computes the
-    branches again. Dynamo's graphs do not say it either; `torch.compile(..., options={"training": True})` does.
+    An fx trace has the flag of the traced model; `gm.train()` and `gm.eval()` set it, together with its sites' flags.
+    A program of torch.export does not record its mode: the flag is always True, and `train` and `eval` raise. It
+    counts as inference. Gradients through it are still correct; its backward recomputes the branches. Dynamo's graphs
+    do not record the mode either, but `torch.compile(..., options={"training": True})` states it.
     """
     return gm.training and "train" not in vars(gm)
 
@@ -72,7 +72,7 @@ def _parameter_dtype(gm: fx.GraphModule, call: AttentionCall) -> torch.dtype:
 
 
 def _site_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call for its site, which takes causality and keys apart."""
+    """Return a call's arguments for its site, which takes causality and the key mask separately."""
     arguments, mask = dict(node.kwargs), node.kwargs["attn_mask"]
     if isinstance(mask, fx.Node) and mask.target is causal_keys:
         arguments |= {"attn_mask": None, "is_causal": True, "key_mask": mask.args[0]}

@@ -27,7 +27,7 @@ from sla2_compile.recipes import DEFAULT, Recipe, recipe_names
 class SelectAttention(Pass):
     """Writes `node.meta["sla2"]`, a `Rewrite` or a `Miss`, on each normalised SDPA; changes no node.
 
-    bodies: take calls in graphs inside the graph too, such as checkpoints; the pipeline then runs there.
+    bodies: whether to take calls in nested graphs too, such as checkpoints. The pipeline then also runs on those.
     """
 
     name: ClassVar[str] = "select-attention"
@@ -37,7 +37,7 @@ class SelectAttention(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         found = list(_attention(gm, Counter(), self.bodies, inside=False))
-        # what was decided before, as fuse-attention does, still counts as a layer
+        # calls decided by earlier passes, such as fuse-attention, still count as layers
         decided = select([seen for _, seen in found], self.recipe)
         outcomes = []
         for (node, _), outcome in zip(found, decided, strict=True):
@@ -64,7 +64,10 @@ class SelectAttention(Pass):
 def _attention(
     gm: fx.GraphModule, positions: Counter[str], bodies: bool, inside: bool
 ) -> Iterator[tuple[fx.Node, SeenCall]]:
-    """Yield attention calls in order, with those of graphs inside; inside: of a graph that cannot be rewritten."""
+    """Yield attention calls in order, including those of nested graphs.
+
+    inside: whether gm is a nested graph that cannot be rewritten.
+    """
     reader = Reader(gm)
     for node in gm.graph.nodes:
         if node.op == "call_module" and _holds_multihead(gm.get_submodule(str(node.target))):
@@ -72,7 +75,7 @@ def _attention(
         if node.op != "call_function":
             continue
         for _, body in bodies_of(gm, node):
-            # what a pass has not normalised stays as it is
+            # calls in a nested graph stay as they are unless the passes run on it
             yield from _attention(body, positions, bodies, inside or not bodies or node.target not in TRANSPARENT)
         owner = owner_of(node)
         if is_normal(node) or (inside and node.target in SPELLINGS):
@@ -94,12 +97,12 @@ def _spelt_call(node: fx.Node) -> AttentionCall:
 
 
 def _holds_multihead(module: nn.Module) -> bool:
-    """Whether a plain fx trace left attention of torch.nn whole, which cannot be seen into."""
+    """Whether a module holds an nn.MultiheadAttention, which a plain fx trace leaves as one opaque call."""
     return any(isinstance(m, nn.MultiheadAttention) for m in module.modules())
 
 
 def _hint(reader: Reader, node: fx.Node) -> Reason | None:
-    """Why a node that is no attention call by itself may be one, and stays; None for most nodes."""
+    """Return the reason for a node that may be part of attention but stays as it is; None for most nodes."""
     traits = traits_of(reader.base(node))
     if traits & Trait.MULTIHEAD:
         return Reason.MULTIHEAD

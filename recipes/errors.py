@@ -1,4 +1,4 @@
-"""Turn pydantic's errors into the one form of error of this project: rule, value, fix."""
+"""Turn pydantic's errors into the form of this project's errors: rule, value, fix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def explain(error: ValidationError, fields: Iterable[str]) -> RecipeError:
 
 
 def _line(detail: ErrorDetails, known: list[str]) -> str:
-    # a union reports each branch it tried as ("block_q", "int"): the field is the first part
+    # a union reports each branch that it tried, as ("block_q", "int"); the first part is the field
     where = str(detail["loc"][0]) if detail["loc"] else "recipe"
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "value_error":

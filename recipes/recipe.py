@@ -36,14 +36,14 @@ class Recipe(BaseModel):
             learned value per head) or block (one per query block, the paper's; for one sequence length only).
         linear_scope: keys of the linear branch: complement (those that the sparse branch skips, the paper's) or all.
         low_bit: number format of the sparse branch in inference: none, int8 (INT8 QK), int8_fp8 (INT8 QK and FP8 PV),
-            or auto (int8 where that was measured to be faster and close to bf16). A chip without FP8 runs int8.
-            Training and CPUs run the input's dtype. The report says what runs.
-        qat: have training imitate low_bit. It is not built yet, and the report says so. Nothing where low_bit is
+            or auto (int8 where that was measured to be faster and close to bf16). A GPU without FP8 runs int8.
+            Training and CPUs use the input's dtype. The report says what runs.
+        qat: whether training imitates low_bit. It is not built yet, and the report says so. No effect if low_bit is
             none.
-        start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; end_layer None means to the
-            last. Layers are counted in the order in which a forward reaches them.
+        start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; end_layer None means up to
+            the last. Layers are counted in the order in which a forward reaches them.
         include, exclude: patterns of owner names, such as "blocks.*.attn", with shell wildcards. exclude wins.
-        overrides: values for single sites, by patterns of owner names. Later patterns win.
+        overrides: field values for some sites, by patterns of owner names. Later patterns win.
         min_seq_len: calls with fewer queries or keys keep full attention. "auto" is the length from which SLA2 was
             measured to be faster on the device.
 

@@ -1,4 +1,4 @@
-"""Writing a match down: q, k, v as (B, H, N, D), one call of scaled_dot_product_attention, the result as it was."""
+"""Emits a match: q, k, v as (B, H, N, D), one scaled_dot_product_attention, and the result in its old form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sla2_compile.passes.sites.rules import Reason
 
 @dataclass
 class Source:
-    """An operand after the walk back to where it comes from: axes in order, batch of these sizes (broadcast)."""
+    """An operand after the walk back to its source: its axes in order, and the batch sizes that it broadcasts to."""
 
     node: fx.Node
     axes: tuple[str, ...]
@@ -38,10 +38,10 @@ class Emitter:
         self.build = Builder(reader, writes, match.values, [match.q.node, match.k.node, match.v.node, *terms])
 
     def emit(self) -> fx.Node:
-        """Insert the call and return the node that takes the place of the values product; nothing is removed.
+        """Insert the call and return the node that replaces the values product. Nothing is erased.
 
         Raises:
-            NoFit: something is written in place meanwhile, or a symbolic size cannot be read.
+            NoFit: an operand is written in place before the call, or a symbolic size cannot be read.
         """
         try:
             return self._emit()
@@ -85,13 +85,13 @@ class Emitter:
         reader, node, axes, at = self.reader, operand.node, operand.axes, operand.reader
         factors: list[Factor] = []
         batch = tuple(full)
-        # a step may be left out if nothing writes into its result
+        # a step may be skipped if nothing writes into its result
         while reader.writes(node) is None and self._unwritten(node, node):
             wanted = tuple(sorted(axes, key=_rank))
             under = reader.casts(node)
             if under is not None:
                 old, new = reader.value(under).dtype, reader.value(node).dtype
-                # an upcast of q and k to more than v has is what the kernels do anyway
+                # an upcast of q and k beyond v's dtype may be dropped, because the kernels do it anyway
                 if old != new and not (scaled and old == dtype):
                     break
                 at, node = node, under
@@ -108,7 +108,7 @@ class Emitter:
                 at, node = node, split
             else:
                 break
-        # the later steps read what the earlier ones read
+        # the skipped steps read the source at `at`; the call reads it later
         self._steady(node, at)
         sizes = dict(zip(axes, self.build.shape(node), strict=True))
         if not all(
@@ -118,7 +118,7 @@ class Emitter:
         return Source(node, axes, batch, factors)
 
     def _steady(self, node: fx.Node, at: fx.Node) -> fx.Node:
-        """Refuse a tensor that is written between its reading and the new call."""
+        """Return a tensor, but refuse one that is written between its read at `at` and the new call."""
         if not self._unwritten(node, at):
             raise NoFit(Reason.HAND_WRITTEN, f"{node.name} is written in place before the values")
         return node
@@ -127,7 +127,7 @@ class Emitter:
         return all(w in self.match.nodes for w in self.writes.between(node, at, self.match.values))
 
     def _scale_of(self, node: fx.Node) -> tuple[fx.Node, Factor] | None:
-        """The tensor and the number of x * c, c * x or x / c."""
+        """Return the tensor and the factor of x * c, c * x or x / c; None for any other node."""
         reader, name = self.reader, self.reader.name(node)
         if name not in ("mul", "div"):
             return None
@@ -144,7 +144,7 @@ class Emitter:
         return None
 
     def _split(self, node: fx.Node) -> fx.Node | None:
-        """x (B, H, a, b) of a node that is x as (B * H, a, b)."""
+        """Return x (B, H, a, b) if node is x reshaped to (B * H, a, b), else None."""
         x = self.reader.regroups(node)
         old, new = self.reader.shape(x) or (), self.reader.shape(node) or ()
         return x if x is not None and len(old) == 4 and len(new) == 3 and same(old[2:], new[1:]) else None
@@ -154,7 +154,7 @@ class Emitter:
         return [s for s in self.match.trail.shapes if same(s[-2:], tail)]
 
     def _batch(self, groups: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
-        """Batch and heads: the first way of writing the batch axes that has two of them."""
+        """Return batch and heads: the first group of batch axes that has exactly two."""
         total = product(self.match.scores[:-2])
         for group in groups:
             if len(group) == 2 and known(product(group) == total):
@@ -163,9 +163,9 @@ class Emitter:
         return (first[0], 1) if len(first) == 1 else (product(first[:-1]), first[-1])
 
     def _fewer_heads(self, x: Source, batch: Sequence[Any]) -> tuple[fx.Node | None, Any] | None:
-        """Keys or values for fewer heads than there are queries: (x (B, Hkv, N, D), Hkv).
+        """Return (x (B, Hkv, N, D), Hkv) if keys or values have fewer heads than the queries, else None.
 
-        None instead of x if the operand itself has one head or no axis of heads; None if it has all heads.
+        x is None if the operand itself has one head or no axis of heads.
         """
         reader, node = self.reader, x.node
         shape = reader.shape(node) or ()
@@ -196,7 +196,7 @@ class Emitter:
         return (source, size[1]) if self._unwritten(source, source) and self._unwritten(node, node) else None
 
     def _four(self, x: Source, batch: Sequence[Any], heads: fx.Node | None = None) -> fx.Node:
-        """The operand as (B, H, N, D); `heads` holds it already."""
+        """Return the operand as (B, H, N, D). If `heads` is given, it already is that."""
         if heads is not None:
             return heads
         wanted = tuple(sorted(x.axes, key=_rank))
@@ -209,7 +209,7 @@ class Emitter:
         return self.build.batch(node, x.batch, batch)
 
     def _number(self, factors: Sequence[Factor]) -> Any:
-        """The product of all factors that are numbers, symbolic ones as nodes."""
+        """Return the product of all numeric factors: a number, or a node if a factor is symbolic."""
         total: Any = 1.0
         for f in factors:
             if not isinstance(f.value, fx.Node):
@@ -220,7 +220,7 @@ class Emitter:
         return total
 
     def _mask(self, whole: Sequence[Any], dtype: torch.dtype) -> fx.Node | None:
-        """All masks and biases as one attn_mask: boolean if hidden scores are -inf, else numbers to add."""
+        """Merge all masks and biases into one attn_mask: boolean if it only hides by -inf, else additive."""
         build, reader, bias = self.build, self.reader, None
         keeps: dict[bool, fx.Node] = {}
         for term in reversed(self.match.trail.terms):
@@ -233,7 +233,7 @@ class Emitter:
         if bias is not None and reader.value(bias).dtype != dtype:
             bias = build("to", bias, dtype)
         if True in keeps:
-            # a query whose keys are all set to one number attends to all of them alike: a boolean cannot say so
+            # a query whose scores are all one finite number attends to all keys equally; a boolean cannot say so
             if bias is None:
                 bias = build(torch.zeros, (), dtype=dtype, device=reader.value(keeps[True]).device)
             bias = build(torch.where, keeps[True], bias, torch.finfo(dtype).min)
@@ -241,13 +241,13 @@ class Emitter:
         return keep if bias is None else bias if keep is None else build(torch.where, keep, bias, -torch.inf)
 
     def _factor(self, factor: Factor, whole: Sequence[Any]) -> fx.Node:
-        """A tensor that scales the scores."""
+        """Return a tensor that scales the scores, broadcastable to them."""
         assert factor.reader is not None
         assert factor.shape is not None
         return self.build.overlay(self._steady(factor.value, factor.reader), factor.shape, whole)
 
     def _kept(self, term: Term, whole: Sequence[Any]) -> fx.Node:
-        """A boolean mask, True where a score is kept."""
+        """Return a boolean mask, True where a score is kept."""
         build, reader, node = self.build, self.reader, self._steady(term.node, term.reader)
         if term.keep:
             return build.overlay(node, term.shape, whole)
@@ -258,7 +258,7 @@ class Emitter:
         return build(torch.logical_not, build.overlay(node, term.shape, whole))
 
     def _added(self, term: Term, whole: Sequence[Any]) -> fx.Node:
-        """A bias, times what its sum with the scores is multiplied with."""
+        """Return a bias, multiplied by the factors that scale its sum with the scores."""
         build, reader, node = self.build, self.reader, self._steady(term.node, term.reader)
         source = reader.first(node)
         if reader.name(node) in ("reshape_as", "view_as") and reader.arg(node, 1, "other") in self.match.nodes:
@@ -274,7 +274,7 @@ class Emitter:
         return node
 
     def _result(self, out: fx.Node, batch: Sequence[Any], weights: Sequence[Any]) -> fx.Node:
-        """The call's result (B, H, Nq, Dv) in the values product's axes and dtype, and layout where it matters."""
+        """Return the call's result (B, H, Nq, Dv) in the old result's axes, dtype and, where it matters, layout."""
         build, reader, old = self.build, self.reader, self.match.values
         out = build.batch(out, batch, weights)
         names = (*(f"b{i}" for i in range(len(weights))), "n", "d")
@@ -282,11 +282,11 @@ class Emitter:
         if reader.value(out).dtype != reader.value(old).dtype:
             out = build("to", out, reader.value(old).dtype)
         if self.writes.writers(old):
-            # the call keeps its result for the backward pass: who writes into it gets a copy
+            # the call saves its result for the backward pass, so a graph that writes into it gets a copy
             return build(torch.clone, out, memory_format=torch.contiguous_format)
         return build("contiguous", out) if self.writes.viewed(old) else out
 
 
 def _rank(axis: str) -> int:
-    """Batch axes in order, then n, then d."""
+    """Return the sort key of an axis: batch axes in order, then n, then d."""
     return {"n": 1000, "d": 1001}.get(axis, int(axis[1:]) if axis[1:] else 0)

@@ -1,4 +1,4 @@
-"""What did not fit, in words: the nearest miss of a softmax that looks like attention and is not taken."""
+"""Explains what did not fit: the nearest miss of a softmax that looks like attention and is not fused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
 
 MANY = 16
-"""As many queries and keys make a softmax a map of tokens by tokens, whatever else is known of it."""
+"""From this many queries and keys on, every softmax counts as a map of tokens by tokens."""
 
 HEADS = "mixes heads between {} (talking heads)"
 
@@ -58,7 +58,7 @@ def explain_weights(reader: Reader, node: fx.Node) -> NoFit:
 
 
 def explain_write(reader: Reader, writer: fx.Node) -> NoFit:
-    """Say why the scores cannot come from what a node wrote into them."""
+    """Say why scores that a node has written into cannot be traced further."""
     band = _reached(reader, writer, lambda n: reader.has(n, Trait.BAND))
     if band is not None:
         return NoFit(Reason.LOOK_ALIKE, f"banded scores ({reader.name(band)}), put together in place")
@@ -66,7 +66,7 @@ def explain_write(reader: Reader, writer: fx.Node) -> NoFit:
 
 
 def near_attention(reader: Reader, softmax: fx.Node) -> bool:
-    """Whether a softmax is worth a report: a product of two tensors close by, or a map of tokens by tokens."""
+    """Whether a softmax is worth a report: a product of two tensors is near, or it is a map of tokens by tokens."""
     shape = reader.shape(softmax) or ()
     if len(shape) < 3:
         return False
@@ -81,7 +81,7 @@ def _reaches(reader: Reader, start: fx.Node, back: bool) -> bool:
 
 
 def _reached(reader: Reader, start: fx.Node, wanted: Callable[[fx.Node], bool], back: bool = True) -> fx.Node | None:
-    """The first node of a kind within a few steps, with no layer in between."""
+    """Return the first wanted node within a few steps, with no layer in between, or None."""
     todo, seen = [(start, 8)], {start}
     while todo:
         node, left = todo.pop(0)
@@ -97,13 +97,13 @@ def _reached(reader: Reader, start: fx.Node, wanted: Callable[[fx.Node], bool], 
 
 
 def _writers(reader: Reader, node: fx.Node) -> list[fx.Node]:
-    """Nodes that write into a tensor, or into a part of it."""
+    """Return the nodes that write into a tensor or into a part of it."""
     parts = [node, *(user for user in node.users if reader.has(user, Trait.VIEW))]
     return [user for x in parts for user in x.users if x in (reader.writes(user) or ())]
 
 
 def _mixes(reader: Reader, node: fx.Node) -> bool:
-    """Whether a layer over the heads lies under a few permutations and copies."""
+    """Whether a layer that may mix heads lies within four steps before node."""
     for _ in range(4):
         under = reader.first(node)
         if under is None:

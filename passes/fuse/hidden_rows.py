@@ -1,8 +1,8 @@
-"""Zeros for queries that see no key: what a decomposed scaled_dot_product_attention adds to its softmax.
+"""Zeros for queries that see no key, which a decomposed scaled_dot_product_attention adds after its softmax.
 
     where(all(s == -inf, -1), 0, softmax(s))
 
-It is what scaled_dot_product_attention does with such a query anyway, so it goes with the softmax.
+scaled_dot_product_attention itself gives zeros to such queries, so these nodes are fused with the softmax.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sla2_compile.passes.graph.reader import Reader
 
 @dataclass(frozen=True)
 class HiddenRows:
-    """What gives zeros to hidden rows.
+    """The nodes that give zeros to hidden rows.
 
     Attributes:
         result: the `where` that gives the weights.
-        nodes: it, and all that stands between it and the softmax.
+        nodes: the `where`, and the nodes of its condition and of its zeros.
     """
 
     result: fx.Node
@@ -30,7 +30,7 @@ class HiddenRows:
 
 
 def hidden_rows(reader: Reader, softmax: fx.Node) -> HiddenRows | None:
-    """Return what gives zeros to hidden rows behind a softmax, if that is there and nothing else reads any of it."""
+    """Return the nodes that zero hidden rows after a softmax; None if there are none or others read them."""
     found = [user for user in reader.users(softmax) if reader.name(user) == "where"]
     if len(found) != 1:
         return None
@@ -57,7 +57,7 @@ def _is_zero(reader: Reader, x: Any) -> bool:
 
 
 def _all_hidden(reader: Reader, node: Any, scores: fx.Node | None) -> list[fx.Node] | None:
-    """The nodes of all(scores == -inf, -1, keepdim), or of not any(not scores == -inf, -1, keepdim); else None."""
+    """Return the nodes of all(scores == -inf, -1, keepdim), or not any(not scores == -inf, -1, keepdim)."""
     found: list[fx.Node] = []
     wanted = {"all": ("all", "eq"), "logical_not": ("logical_not", "any", "logical_not", "eq")}
     if not isinstance(node, fx.Node):

@@ -1,7 +1,7 @@
-"""Matching attention around one softmax: back through the scores to q k^T, forward through the weights to p v.
+"""Matches attention around one softmax: back through the scores to q k^T, forward through the weights to p v.
 
-One pattern. Each walk steps through what cannot change the meaning (casts, shapes) and collects what can be said
-to scaled_dot_product_attention (scale, masks); anything else raises `NoFit` with the part that did not fit.
+There is one pattern. Each walk passes nodes that keep the meaning (casts, shapes), and collects those that
+scaled_dot_product_attention can express (scale, masks). Any other node raises `NoFit`, which names it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Matcher:
         """Return the attention around softmax.
 
         Raises:
-            NoFit: it is not attention, or not certainly.
+            NoFit: it is not attention, or that cannot be proven.
         """
         reader = self.reader
         shape = reader.shape(softmax)
@@ -70,7 +70,7 @@ class Matcher:
                 raise NoFit(Reason.WEIGHTS_USED, f"scores are also {_used_by(reader, user)}")
 
     def _asks_shape(self, user: fx.Node, node: fx.Node, inside: frozenset[fx.Node]) -> bool:
-        """Whether a mask that the match takes over asks the scores for their shape."""
+        """Whether user reads only the shape of the scores, for a mask that the match takes over."""
         reader = self.reader
         asks = reader.name(user) in ("reshape_as", "view_as") and reader.first(user) is not node
         return asks and all(u in inside for u in reader.users(user))
@@ -119,7 +119,11 @@ class Matcher:
             node = user
 
     def _value(self, product: Product, weights: fx.Node, axes: tuple[str, ...]) -> tuple[Operand, tuple[str, ...]]:
-        """Tell v in the product of the weights, and the axes of the result."""
+        """Return v in the product of the weights, and the axes of the result.
+
+        Raises:
+            NoFit: it is not the product of attention weights with values.
+        """
         if product.left is product.right:
             raise NoFit(Reason.HAND_WRITTEN, "the weights are multiplied with themselves")
         mine, (v, v_axes) = product.left_axes, (product.right, product.right_axes)

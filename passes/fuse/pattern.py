@@ -1,4 +1,4 @@
-"""What a match is made of: the pattern softmax(scale * q k^T + terms) v, as found in one graph."""
+"""The parts of a match: softmax(scale * q k^T + terms) v, as found in one graph."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Factor:
-    """The scores times value, or divided by it: a number, a symbolic number's node, or a tensor.
+    """A factor of the scores: a number, the node of a symbolic number, or a tensor.
 
     Attributes:
-        shape, reader: of a tensor: how the scores are written there, and the node that reads it.
+        divides: whether the scores are divided by it.
+        shape, reader: for a tensor, the shape of the scores at that point, and the node that reads the tensor.
     """
 
     value: Any
@@ -24,14 +25,15 @@ class Factor:
 
 @dataclass(frozen=True)
 class Term:
-    """What is laid over the scores, where they are written with `shape`.
+    """A bias or mask on the scores.
 
     Attributes:
         node: a float tensor to add, or a bool tensor.
-        keep: for a bool tensor, the value that keeps a score; None for one to add.
-        finite: for a bool tensor, whether hidden scores are set to a finite number, and not to -inf.
-        factors: what the sum is multiplied with afterwards.
-        reader: the node that reads it.
+        shape: the shape of the scores at that point.
+        keep: for a bool tensor, the value that keeps a score; None for a float tensor.
+        factors: factors by which the sum is multiplied afterwards.
+        reader: the node that reads the tensor.
+        finite: for a bool tensor, whether hidden scores are set to a finite number instead of -inf.
     """
 
     node: fx.Node
@@ -44,7 +46,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Operand:
-    """One of q, k, v as a product has it: `axes` names the batch axes b0, b1, ..., and n, d."""
+    """One of q, k, v as the product `reader` reads it; `axes` names the batch axes b0, b1, ..., and n, d."""
 
     node: fx.Node
     axes: tuple[str, ...]
@@ -53,7 +55,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Trail:
-    """What the walk over the scores has met so far, from the softmax on."""
+    """What the walk over the scores has collected so far, from the softmax backwards."""
 
     chain: tuple[fx.Node, ...] = ()
     factors: tuple[Factor, ...] = ()

@@ -29,7 +29,11 @@ class Scores:
         self.reader = reader
 
     def walk(self, x: fx.Node, at: fx.Node, trail: Trail) -> tuple[Product, Trail]:
-        """Walk back from the value of x as `at` reads it."""
+        """Walk back from the value of x that `at` reads; return the score product and the trail to it.
+
+        Raises:
+            NoFit: the walk meets a node that an attention call cannot express.
+        """
         reader = self.reader
         node = self._current(x, at)
         trail = replace(trail, chain=(*trail.chain, node))
@@ -51,7 +55,7 @@ class Scores:
         raise explain_scores(reader, node, len(trail.chain))
 
     def _current(self, x: fx.Node, at: fx.Node) -> fx.Node:
-        """The node that made the value which `at` reads in x: x, or the last in-place operation on it before."""
+        """Return the node that made the value of x that `at` reads: x, or the last in-place operation before `at`."""
         reader = self.reader
         before = [u for u in x.users if reader.position[u] < reader.position[at] and x in (reader.writes(u) or ())]
         if not before:
@@ -62,7 +66,7 @@ class Scores:
         return last
 
     def _first_that_fits(self, node: fx.Node, tries: list[tuple[fx.Node, Trail]]) -> tuple[Product, Trail]:
-        """Walk on through the first operand that leads to a product; else say what the farthest one met."""
+        """Walk on through the first operand that leads to q k^T; else raise the miss that came farthest."""
         misses = []
         for x, trail in tries:
             if not same(self.reader.shape(x) or (), self.reader.shape(node) or ()):
@@ -113,7 +117,7 @@ class Scores:
             if not isinstance(x, fx.Node) or alpha is None or (x is not reader.first(node) and alpha != 1):
                 continue
             if reader.number(m) is not None:
-                # softmax does not see a constant added to all scores
+                # softmax ignores a constant that is added to all scores
                 tries.append((x, trail))
             elif floating(reader.value(m)):
                 own = tuple(Factor(f) for f in (alpha, -1 if name == "sub" else 1) if f != 1)
@@ -149,7 +153,7 @@ class Scores:
         return tries
 
     def _own(self, product: Product, trail: Trail) -> Trail:
-        """Take over the scale and the bias that the product brings itself."""
+        """Add the scale and the bias of the product itself to the trail."""
         shape = self.reader.shape(product.node) or ()
         terms, factors = trail.terms, trail.factors
         if product.bias is not None:
@@ -162,7 +166,11 @@ class Scores:
         return replace(trail, terms=terms, factors=factors, shapes=(*trail.shapes, shape))
 
     def query_key(self, product: Product) -> tuple[Operand, Operand]:
-        """Tell q and k in the score product, and prove that it contracts features and keeps tokens."""
+        """Return q and k of the score product, after proving that it contracts features and keeps tokens.
+
+        Raises:
+            NoFit: that cannot be proven.
+        """
         reader, out, far = self.reader, product.out, 1000
         if len(out) < 3 or len(product.contracted) != 1 or product.lost:
             heads = "a router or a codebook" if len(out) < 3 else "more than the head dim is contracted"
@@ -193,5 +201,5 @@ class Scores:
 
 
 def _chain_of(tries: list[tuple[fx.Node, Trail]]) -> tuple[fx.Node, ...]:
-    """How far the walk had come."""
+    """Return the nodes that the walk has passed."""
     return tries[0][1].chain if tries else ()

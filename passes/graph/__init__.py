@@ -1,1 +1,1 @@
-"""Reading and writing graphs, whatever traced them."""
+"""Reading and writing fx graphs from any tracer."""

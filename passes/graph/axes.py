@@ -1,7 +1,7 @@
 """Where an axis comes from: the features that a layer writes, or the positions that it is applied to.
 
-softmax(q k^T) v over channels (XCiT, DaViT) reads exactly like attention over tokens. What tells them apart is
-where the contracted axis comes from: in token attention it is an axis of features.
+softmax(q k^T) v over channels (XCiT, DaViT) has the same form as attention over tokens. They differ in where the
+contracted axis comes from: in token attention it is an axis of features.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Role(Enum):
 
 
 def role(reader: Reader, node: fx.Node, axis: int) -> Role:
-    """Trace one axis of a tensor back to what made it.
+    """Return what one axis of a tensor counts, by tracing it back to its origin.
 
-    The last axis of an input or a parameter counts as features, as PyTorch's layers have it; any other axis of
-    it as positions.
+    The last axis of an input or a parameter counts as features, by the convention of PyTorch's layers. Its other axes
+    count as positions.
     """
     seen: set[tuple[fx.Node, int]] = set()
     todo: list[tuple[fx.Node, int]] = [(node, axis)]
@@ -47,7 +47,7 @@ def role(reader: Reader, node: fx.Node, axis: int) -> Role:
 
 
 def _step(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.Node, int]]:
-    """The role of an axis, or the axes that it is made of."""
+    """Return the role of an axis, or the axes from which it is made."""
     shape, name = reader.shape(node), reader.base(node)
     traits = traits_of(name)
     if shape is None:
@@ -87,7 +87,7 @@ def _step(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.Node
 
 
 def _of_item(reader: Reader, node: fx.Node, x: fx.Node, axis: int) -> Role | list[tuple[fx.Node, int]]:
-    """An axis of one item of a tuple of tensors, or of an indexed tensor."""
+    """Trace an axis of one item of a tuple of tensors, or of an indexed tensor."""
     index = reader.arg(node, 1)
     if reader.shape(x) is None:
         source = reader.first(x)
@@ -127,14 +127,14 @@ def _of_regrouped(reader: Reader, node: fx.Node, x: fx.Node, axis: int) -> Role 
     for old, new in match_groups(sizes, new_sizes) or ():
         if axis in new:
             low, high = _extent(new_sizes, new, axis)
-            # axes of one are made of nothing
+            # axes of size 1 do not contribute
             parts = [(a, *_extent(sizes, old, a)) for a in old if not known(sizes[a] == 1)]
             return [(x, a) for a, start, end in parts if start < high and low < end] or Role.UNKNOWN
     return Role.UNKNOWN
 
 
 def _extent(shape: tuple, run: range, axis: int) -> tuple[float, float]:
-    """The offsets, in elements of its run of axes, between which an axis steps; wide where sizes are symbolic."""
+    """Return an axis's stride within its run of axes, and stride times size; a wider range if sizes are symbolic."""
     low, high = 1.0, 1.0
     for a in reversed(run):
         if a < axis:
@@ -145,7 +145,7 @@ def _extent(shape: tuple, run: range, axis: int) -> tuple[float, float]:
 
 
 def _of_same(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.Node, int]]:
-    """An operation element by element, or a layer that keeps its input's shape: the axis of its operand."""
+    """Trace an axis of a pointwise operation, or of a layer that keeps its input's shape, to an operand."""
     shape = reader.shape(node) or ()
     for operand in node.all_input_nodes:
         size = reader.shape(operand)
@@ -156,12 +156,12 @@ def _of_same(reader: Reader, node: fx.Node, axis: int) -> Role | list[tuple[fx.N
 
 
 def _shrinks(reader: Reader, node: fx.Node, operand: fx.Node) -> bool:
-    """Whether node is a part of its operand, or adds to it, along an axis that keeps its meaning."""
+    """Whether node cuts or extends its operand along an axis that keeps its meaning."""
     return reader.has(node, Trait.PART) and len(reader.shape(operand) or ()) == len(reader.shape(node) or ())
 
 
 def match_groups(old: tuple, new: tuple) -> list[tuple[range, range]] | None:
-    """Split two shapes of the same elements into the smallest runs of axes with the same product."""
+    """Split two shapes of equal size into the smallest runs of axes with equal products; None if that fails."""
     pairs: list[tuple[range, range]] = []
     i = j = 0
     while i < len(old) and j < len(new):
@@ -172,7 +172,7 @@ def match_groups(old: tuple, new: tuple) -> list[tuple[range, range]] | None:
         a, b = min(fits, key=lambda ab: (sum(ab), abs(ab[0] - i - ab[1] + j)))
         pairs.append((range(i, a), range(j, b)))
         i, j = a, b
-    # what is left are axes of one
+    # only axes of size 1 may be left
     rest = [*old[i:], *new[j:]]
     if not pairs or not all(known(n == 1) for n in rest):
         return None if rest else pairs

@@ -1,4 +1,4 @@
-"""`Builder`: new nodes with fake values, and the shapes that they need, at one place of a graph."""
+"""`Builder`: inserts nodes with fake values, and changes of shape, at one place of a graph."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ KEPT = ("nn_module_stack", "stack_trace", "custom")
 
 
 class Builder:
-    """Inserts nodes before `place`, whose owner they get.
+    """Inserts nodes before `place`, with the owner of `place`.
 
     Attributes:
         made: the new nodes, in order.
-        sizes: nodes whose shapes may be asked for a symbolic size.
+        sizes: nodes from whose shapes a symbolic size may be read.
     """
 
     def __init__(self, reader: Reader, writes: Writes, place: fx.Node, sizes: Sequence[fx.Node]) -> None:
@@ -33,7 +33,7 @@ class Builder:
         self.made: list[fx.Node] = []
         self.graph = place.graph
         self.key = "example_value" if "example_value" in place.meta else "val"
-        # not the mode of the trace that is going on: a back end may be handed fakes of another one
+        # the fakes' own mode, not the running trace's: a torch.compile backend may get fakes of another mode
         fakes = [x for n in (place, *sizes) if isinstance(x := reader.value(n), FakeTensor)]
         self.mode = fakes[0].fake_mode if fakes else None
         self.autocasts = _autocasts(self.graph, place)
@@ -57,18 +57,22 @@ class Builder:
         return node
 
     def discard(self) -> None:
-        """Take the new nodes back out."""
+        """Erase the new nodes."""
         for node in reversed(self.made):
             self.graph.erase_node(node)
 
     def shape(self, node: fx.Node) -> tuple[Any, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         shape = self.reader.shape(node)
         assert shape is not None
         return shape
 
     def size(self, n: Any) -> Any:
-        """A size as an argument: a number, or a node that reads it off a tensor."""
+        """Return a size as an argument: a number, or a node that holds it.
+
+        Raises:
+            NoFit: a symbolic size cannot be read.
+        """
         if isinstance(n, int):
             return n
         for node in self.sizes:
@@ -84,7 +88,7 @@ class Builder:
         raise NoFit(Reason.HAND_WRITTEN, f"no tensor has the symbolic size {n}")
 
     def reshape(self, x: fx.Node, shape: Sequence[Any]) -> fx.Node:
-        """x in another shape, elements in the same order; at most one symbolic size needs no reading."""
+        """Reshape x. If only one size is symbolic, it is written as -1 and need not be read."""
         if same(self.shape(x), shape):
             return x
         symbolic = [i for i, n in enumerate(shape) if not isinstance(n, int)]
@@ -93,7 +97,7 @@ class Builder:
         return self(torch.reshape, x, tuple(self.size(n) for n in shape))
 
     def permute(self, x: fx.Node, order: Sequence[int]) -> fx.Node:
-        """x with its axes in another order, as one transpose where that will do."""
+        """Permute the axes of x, by a transpose if one is enough."""
         moved = [i for i, axis in enumerate(order) if i != axis]
         if not moved:
             return x
@@ -102,7 +106,7 @@ class Builder:
         return self(torch.permute, x, tuple(order))
 
     def batch(self, x: fx.Node, old: Sequence[Any], new: Sequence[Any]) -> fx.Node:
-        """x (old, a, b), where an axis of `old` may be one and repeat, as (new, a, b); both hold the same batch."""
+        """Expand x to (*old, a, b), and reshape it to (*new, a, b). `old` and `new` hold the same batch."""
         tail = self.shape(x)[-2:]
         if not same(self.shape(x)[:-2], old):
             x = self("expand", x, *(self.size(n) for n in old), -1, -1)
@@ -121,7 +125,7 @@ class Builder:
         return self.reshape(x, (*new, *tail))
 
     def overlay(self, x: fx.Node, old: Sequence[Any], new: Sequence[Any]) -> fx.Node:
-        """x, which broadcasts to `old`, as a tensor of 2 or 4 axes that broadcasts to `new`: (B, H, Nq, Nk).
+        """Return x, which broadcasts to `old`, with 2 or 4 axes, so that it broadcasts to `new` (B, H, Nq, Nk).
 
         Raises:
             NoFit: the shapes do not hold the same elements, or a symbolic size cannot be read.
@@ -149,7 +153,7 @@ class Builder:
 
 
 def _autocasts(graph: fx.Graph, place: fx.Node) -> list[tuple[str, Any, bool]]:
-    """The autocast regions that the graph has entered and not left at this place."""
+    """Return the autocast regions that are open at this place of the graph."""
     active: dict[fx.Node, tuple[str, Any, bool]] = {}
     for node in graph.nodes:
         if node is place:

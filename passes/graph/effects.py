@@ -1,7 +1,8 @@
-"""`Effects`: what a node does besides giving its result, and so whether it may be erased when nobody reads that.
+"""`Effects`: the side effects of nodes, which decide whether an unused node may be erased.
 
-One rule: a node may go if it is known to be pure, by the schemas of the aten operators that it may run or as an
-operation of Python's own; everything else stays. Writes into memory that has gone are the exception (`sweep.py`).
+There is one rule. A node may be erased if it is known to be pure, either by the schemas of the aten operators that
+it may run, or as one of Python's own operations. All other nodes stay, except writes into unneeded memory
+(`sweep.py`).
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from sla2_compile.passes.graph.operators import Operator
 from sla2_compile.passes.graph.traits import Trait, traits_of
 
 PLAIN = (Tensor, torch.Size, torch.SymInt, torch.SymFloat)
-"""Values whose methods and properties are PyTorch's."""
+"""Types whose methods and properties are PyTorch's."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a node does besides giving its result.
+    """A side effect of a node.
 
     Attributes:
-        what: for people.
-        on: the tensors that all of it is about, without which it means nothing; None if it is about more.
-        shared: whether it is about all tensors that share memory with these.
-        alike: whether one operator may do it in the place of another.
+        what: its description in messages.
+        on: the only tensors that it concerns. Without them it has no meaning. None if it concerns anything else.
+        shared: whether it also concerns all tensors that share memory with `on`.
+        alike: whether a different operator may have it instead.
     """
 
     what: str
@@ -41,7 +42,7 @@ class Effect:
 
 
 class Effects(Nodes):
-    """Answers what nodes do besides giving their results."""
+    """Finds the side effects of a graph's nodes."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -49,7 +50,7 @@ class Effects(Nodes):
         self._inside: dict[fx.Node, list[Effects]] = {}
 
     def effect(self, node: fx.Node) -> Effect | None:
-        """What a node does besides giving its result; None for one that may go once nobody reads that."""
+        """Return the side effect of a node, or None if the node may be erased once its result is unused."""
         if node not in self._known:
             self._known[node] = self._effect(node)
         return self._known[node]
@@ -71,9 +72,9 @@ class Effects(Nodes):
         return Effect("writes into memory", tuple(written) if tensors and called.known else None, shared=True)
 
     def draws(self, node: fx.Node) -> bool:
-        """Whether a node draws random numbers, and so changes what the next draw gives.
+        """Whether a node draws random numbers, which changes the result of later draws.
 
-        A symbolic probability is guarded to be zero, or not to be.
+        A symbolic dropout probability adds a guard on whether it is zero.
         """
         called = self.operator(node)
         name = called.name.removesuffix("_")
@@ -87,25 +88,25 @@ class Effects(Nodes):
         value = self.value(probability)
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
             return guard_or_true(value > 0)
-        # an argument that is not given drops nothing
+        # without the argument nothing is dropped
         return probability is not None
 
     def dropout(self, node: fx.Node) -> Any:
-        """The probability with which a dropout node drops; 0 outside training."""
+        """Return the probability of a dropout node; 0 outside training."""
         if node.op == "call_module":
             return float(self.named(node, "p") or 0.0) if self.named(node, "training") else 0.0
         p, train = self.arg(node, 1, "p", default=0.5), self.arg(node, 2, "training", "train", default=True)
         return p if train is not False else 0.0
 
     def _pure(self, node: fx.Node, called: Operator) -> bool:
-        """Whether a node that neither writes nor draws is known to do nothing else."""
+        """Whether a node that neither writes nor draws is known to have no other effect."""
         if blocks := self.blocks(node):
             return all(inside.effect(n) is None for inside in blocks for n in inside.position)
         if not called.known or traits_of(called.name) & Trait.TOKEN:
             return False
         method = called.reads_property or node.op == "call_method"
         if method and not isinstance(self.value(self.first(node)), PLAIN):
-            # it might be a method of anything
+            # the method may belong to any class
             return False
         if called.reads_property or called.pythons or traits_of(called.name) & Trait.PURE:
             return True
@@ -113,7 +114,7 @@ class Effects(Nodes):
         return bool(plain) and all(o._schema.returns and not o._schema.is_mutable for o in plain)
 
     def blocks(self, node: fx.Node) -> list[Effects]:
-        """The graphs that a block of code only runs, once, as it is; none for any other node."""
+        """Return the graphs of a transparent block; none for any other node."""
         if node.target not in TRANSPARENT:
             return []
         if node not in self._inside:
@@ -121,7 +122,7 @@ class Effects(Nodes):
         return self._inside[node]
 
     def writes(self, node: fx.Node) -> list[fx.Node] | None:
-        """Tensors that node writes into, or None if it writes nothing."""
+        """Return the tensors that node writes into, or None if it writes nothing."""
         if node.op in ("placeholder", "get_attr", "output"):
             return None
         called = self.operator(node)
@@ -138,7 +139,7 @@ class Effects(Nodes):
         return self._statistics(node, called)
 
     def _statistics(self, node: fx.Node, called: Operator) -> list[fx.Node] | None:
-        """What operators that seem to work on their input alone also write into."""
+        """Return the statistics or weights that an operator updates although its schema does not say so, or None."""
         names: tuple[str, ...] = ()
         if traits_of(called.name) & Trait.STATISTICS:
             off = [self.named(node, flag) is False for flag in ("training", "train", "use_input_stats")]
@@ -149,7 +150,7 @@ class Effects(Nodes):
         return found or None
 
     def _unknown(self, node: fx.Node, called: Operator) -> bool:
-        """Whether node runs code that is not PyTorch's, and so may write into anything that it is given."""
+        """Whether node runs code that is not PyTorch's, which may write into any of its inputs."""
         if node.op == "call_module":
             module = self.modules.get(str(node.target))
             # our sites, and export's own checks
@@ -161,11 +162,11 @@ class Effects(Nodes):
         return node.op == "call_function" and not called.known and not functional
 
     def storages(self, nodes: Iterable[fx.Node]) -> set[int]:
-        """Identities of the memory behind the fake values of these nodes."""
+        """Return the identities of the memory behind the fake values of these nodes."""
         return {memory for n in nodes if (memory := memory_of(self.value(n))) is not None}
 
     def hands_out(self) -> bool:
-        """Whether a block's graph writes into anything, or hands out memory that it was given to be written into."""
+        """Whether a block's graph writes into memory, or returns memory of its inputs, which may then be written."""
         given = self.storages(n for n in self.position if n.op == "placeholder")
         if given & self.storages(self.gm.graph.output_node().all_input_nodes):
             return True
@@ -173,13 +174,13 @@ class Effects(Nodes):
 
 
 def _takes_out(overload: torch._ops.OpOverload) -> bool:
-    """Whether an overload writes into nothing but the tensors that it is given as `out`."""
+    """Whether an overload writes, and only into the tensors given as `out`."""
     written = [a for a in overload._schema.arguments if a.alias_info and a.alias_info.is_write]
     return bool(written) and all(a.kwarg_only for a in written)
 
 
 def _written(node: fx.Node, overload: torch._ops.OpOverload) -> list[fx.Node]:
-    """What an overload writes into, by its schema."""
+    """Return the nodes that an overload writes into, by its schema."""
     order = overload._schema.arguments
     values = [*node.args, *[None] * (len(order) - len(node.args))]
     into = [
@@ -187,6 +188,6 @@ def _written(node: fx.Node, overload: torch._ops.OpOverload) -> list[fx.Node]:
         for x, a in zip(values, order, strict=True)
         if a.alias_info and a.alias_info.is_write
     ]
-    # an operator on lists, such as _foreach_zero_, writes into all tensors of one
+    # an operator on lists, such as _foreach_zero_, writes into every tensor of a list
     items = [x for w in into for x in (w if isinstance(w, (list, tuple)) else (w,))]
     return [x for x in items if isinstance(x, fx.Node)]

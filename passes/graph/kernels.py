@@ -1,8 +1,8 @@
-"""Attention calls in a graph that are not scaled_dot_product_attention: aten's kernels behind it, and others'.
+"""Attention in a graph other than scaled_dot_product_attention: aten's kernels for it, and other operators.
 
-A decomposed program holds the kernel that scaled_dot_product_attention was dispatched to. As long as nothing but its
-first result is used it says the same, and is one of its spellings. flex_attention takes code in the place of a mask,
-and kernels of other libraries have layouts of their own: these are told, and stay.
+A decomposed program holds the kernel that scaled_dot_product_attention was dispatched to. If only the kernel's first
+result is used, the two are equivalent, and the kernel counts as a spelling. flex_attention takes code instead of a
+mask, and kernels of other libraries have layouts of their own. These are reported and stay as they are.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
 
-# names of a kernel's arguments that scaled_dot_product_attention calls otherwise
+# arguments of a kernel that have another name in scaled_dot_product_attention
 NAMES = {"attn_bias": "attn_mask"}
 
 
 def kernel_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of one of aten's kernels as scaled_dot_product_attention has them, enable_gqa aside.
+    """Return an aten kernel's arguments by their names in scaled_dot_product_attention, without enable_gqa.
 
     Raises:
-        NoFit: it has others.
+        NoFit: it has arguments that scaled_dot_product_attention lacks.
     """
     target: Any = node.target
     schema = (target if isinstance(target, torch._ops.OpOverload) else target.default)._schema.arguments
@@ -45,10 +45,10 @@ def kernel_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def read_kernel(reader: Reader, node: fx.Node) -> dict[str, Any]:
-    """The arguments of the scaled_dot_product_attention that one of aten's kernels computes.
+    """Return the arguments of the scaled_dot_product_attention that an aten kernel computes.
 
     Raises:
-        NoFit: it does more, or is asked for more.
+        NoFit: it computes anything else, more of its results is used, or its shapes are not known.
     """
     values = kernel_arguments(node)
     for user in node.users:
@@ -67,7 +67,7 @@ def read_kernel(reader: Reader, node: fx.Node) -> dict[str, Any]:
 
 
 def operator_of_attention(reader: Nodes, node: fx.Node) -> str | None:
-    """The name of an operator that computes attention and is no spelling that a function mode sees; else None."""
+    """Return the name of an attention operator other than F.scaled_dot_product_attention; None for other nodes."""
     if node.op != "call_function" or node.target is SDPA:
         return None
     name = reader.name(node)
@@ -76,9 +76,9 @@ def operator_of_attention(reader: Nodes, node: fx.Node) -> str | None:
 
 
 def other_attention(reader: Reader, node: fx.Node) -> tuple[AttentionCall | None, NoFit] | None:
-    """Tell an attention call that no pass takes: its tensors if they are in SDPA's layout, and why it stays.
+    """Return an attention call that no pass takes (None unless it has SDPA's layout), and why it stays.
 
-    None for any other node.
+    Return None for any other node.
     """
     name = operator_of_attention(reader, node)
     if name is None or node.target in SPELLINGS:
@@ -93,7 +93,7 @@ def other_attention(reader: Reader, node: fx.Node) -> tuple[AttentionCall | None
 
 
 def _is_foreign(reader: Nodes, node: fx.Node, name: str) -> bool:
-    """Whether another library's operator is attention, by its name and by three float tensors that it is given."""
+    """Whether another library's operator is attention: it has such a name, and takes three float tensors."""
     space, _, own = name.partition("::")
     if not own or space == "sla2" or "backward" in own or not ("attention" in own or "attn" in own):
         return False
@@ -109,7 +109,7 @@ def _call(reader: Reader, args: Any) -> AttentionCall | None:
 
 
 def spelt_out(reader: Reader, node: fx.Node) -> fx.Node:
-    """Write the scaled_dot_product_attention that a kernel computes before it, in the normal form.
+    """Insert, before a kernel, the scaled_dot_product_attention that it computes, in the normal form.
 
     Raises:
         NoFit: see `read_kernel`.

@@ -1,4 +1,4 @@
-"""`Writes`: which tensors share memory, and who writes into them when. A data-flow walk alone does not see it."""
+"""`Writes`: which tensors share memory, and which nodes write into them. Data flow alone shows neither."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sla2_compile.passes.graph.traits import Trait, traits_of
 
 @functools.cache
 def _hands_on(overload: torch._ops.OpOverload) -> bool:
-    """Whether the schema of an operator says that its result may be memory of its input."""
+    """Whether the schema of an operator says that its result may share memory with its input."""
     out = any(a.kwarg_only and a.alias_info and a.alias_info.is_write for a in overload._schema.arguments)
     return not out and any(r.alias_info for r in overload._schema.returns)
 
@@ -26,7 +26,7 @@ class Writes:
     def __init__(self, reader: Effects) -> None:
         self.reader = reader
         self.parent: dict[Hashable, Hashable] = {}
-        # nodes that share memory in one class: by what the operation may do, and by the fakes' storage
+        # nodes that share memory form one class, judged by the operator and by the fakes' storage
         for node in reader.gm.graph.nodes:
             self.add(node)
         self.writes = [
@@ -36,7 +36,7 @@ class Writes:
         ]
 
     def add(self, node: fx.Node) -> None:
-        """Take in one node."""
+        """Register one node."""
         for other in self._shares(node):
             self._join(node, other)
         memory = memory_of(self.reader.value(node))
@@ -44,7 +44,7 @@ class Writes:
             self._join(node, memory)
 
     def root(self, key: Hashable) -> Hashable:
-        """What stands for all nodes that share memory with this one."""
+        """Return the representative of all nodes that share memory with this one."""
         while (up := self.parent.get(key, key)) != key:
             key = up
         return key
@@ -55,18 +55,18 @@ class Writes:
             self.parent[a] = b
 
     def _shares(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes whose memory a node's result may be."""
+        """Return the nodes with which a node's result may share memory."""
         name, written = self.reader.name(node), self.reader.writes(node)
         if written is not None and not traits_of(self.reader.base(node)) & Trait.TAKES:
             return written
         called = self.reader.operator(node)
         may = bool(traits_of(name) & Trait.VIEW) or any(map(_hands_on, called.overloads))
         if self.reader.value(node) is None and not called.overloads:
-            # neither a schema nor a fake value tells
+            # without a schema and a fake value, assume that memory is shared
             may = True
         if name.endswith("_as"):
             return [x for x in (self.reader.first(node),) if x is not None]
-        # sizes and indices belong to no memory
+        # sizes and indices share no memory
         return [x for x in node.all_input_nodes if may and self._may_hold_tensors(x)]
 
     def _may_hold_tensors(self, node: fx.Node) -> bool:
@@ -75,17 +75,17 @@ class Writes:
         return value is None or any(isinstance(x, Tensor) for x in items)
 
     def between(self, node: fx.Node, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """The nodes after `start` and before `end` that write into node's memory."""
+        """Return the nodes after `start` and before `end` that write into node's memory."""
         first, last, root = self.reader.position[start], self.reader.position[end], self.root(node)
         return [n for i, n, roots in self.writes if first < i < last and root in roots]
 
     def writers(self, node: fx.Node) -> list[fx.Node]:
-        """All nodes that write into node's memory."""
+        """Return all nodes that write into node's memory."""
         root = self.root(node)
         return [n for _, n, roots in self.writes if root in roots]
 
     def classes(self) -> dict[fx.Node, list[fx.Node]]:
-        """For each node, those that share memory with it, itself among them."""
+        """Return, for each node, all nodes that share memory with it, itself included."""
         found: dict[Hashable, list[fx.Node]] = {}
         for node in self.reader.gm.graph.nodes:
             found.setdefault(self.root(node), []).append(node)

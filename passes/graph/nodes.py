@@ -1,4 +1,4 @@
-"""`Nodes`: what the nodes of one graph call, take and give, whatever traced it."""
+"""`Nodes`: the operators, arguments and fake values of the nodes of one graph, from any tracer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sla2_compile.passes.graph.traits import Trait, traits_of
 
 
 class Nodes:
-    """Answers what a node calls, with which arguments, and what its fake value is.
+    """Looks up what a node calls, its arguments, and its fake value.
 
     Attributes:
         gm: the graph module.
-        modules: those in it, by name.
-        position: of each node in the graph.
+        modules: its submodules, by name.
+        position: the position of each node in the graph.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -30,27 +30,27 @@ class Nodes:
         self._operators: dict[fx.Node, Operator] = {}
 
     def operator(self, node: fx.Node) -> Operator:
-        """What a node calls, as it was when this was first asked."""
+        """Return what a node calls. The first answer is kept, even if the node changes later."""
         if node not in self._operators:
             self._operators[node] = operator_of(node, self.modules)
         return self._operators[node]
 
     def name(self, node: fx.Node) -> str:
-        """Name of the operation in one spelling; an in-place one ends in an underscore."""
+        """Return the canonical name of a node's operator, with a trailing underscore if it works in place."""
         called = self.operator(node)
         in_place = called.known and node.op == "call_function" and _given(node, "inplace")
         return f"{called.name}_" if in_place else called.name
 
     def has(self, node: fx.Node, trait: Trait) -> bool:
-        """Whether an operator has one of these traits; one that works in place has none."""
+        """Whether a node's operator has one of these traits. An in-place operator has none."""
         return bool(traits_of(self.name(node)) & trait)
 
     def base(self, node: fx.Node) -> str:
-        """Name of the operation, whether it works in place or not."""
+        """Return the canonical name of a node's operator without the underscore of an in-place one."""
         return self.name(node).removesuffix("_")
 
     def arg(self, node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
-        """An argument by position or by any of its names."""
+        """Return an argument by position or by any of its names."""
         if index < 2 and len(node.args) > 1 and self.operator(node).reflected:
             index = 1 - index
         if index < len(node.args):
@@ -58,14 +58,14 @@ class Nodes:
         return next((node.kwargs[name] for name in names if name in node.kwargs), default)
 
     def first(self, node: fx.Node) -> fx.Node | None:
-        """The tensor that a node works on, or None."""
+        """Return the first argument, on which a node works; None if it is not a node."""
         x = self.arg(node, 0, "input", "self")
         return x if isinstance(x, fx.Node) else None
 
     def named(self, node: fx.Node, name: str) -> Any:
-        """An argument by the name that its operator gives it, wherever it stands; None if it is not given.
+        """Return an argument by its name in the operator's signature, positional or not; None if it is not given.
 
-        A module's attribute counts as its argument.
+        An attribute of a module counts as its argument.
         """
         if node.op == "call_module":
             return getattr(self.modules.get(str(node.target)), name, None)
@@ -79,19 +79,19 @@ class Nodes:
         return None
 
     def value(self, x: Any) -> Any:
-        """The fake value of an argument: a tensor, a SymInt, a constant; None where the graph does not tell."""
+        """Return the fake value of an argument: a tensor, a SymInt, a constant; None if the graph holds none."""
         if not isinstance(x, fx.Node):
             return x
         return x.meta.get("example_value", x.meta.get("val"))
 
     def shape(self, x: Any) -> tuple[Any, ...] | None:
-        """The shape of a tensor argument, or None."""
+        """Return the shape of a tensor argument, or None."""
         value = self.value(x)
         return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _given(node: fx.Node, name: str) -> Any:
-    """An argument of a function written in Python, by its name; None if it is not given."""
+    """Return an argument of a Python function by its name; None if it is not given."""
     if name in node.kwargs or not inspect.isfunction(node.target):
         return node.kwargs.get(name)
     order = _parameters(node.target)
@@ -100,14 +100,14 @@ def _given(node: fx.Node, name: str) -> Any:
 
 @functools.cache
 def _parameters(function: types.FunctionType) -> tuple[str, ...]:
-    """Names of the parameters of one of PyTorch's functions, in order."""
+    """Return the names of the parameters of a PyTorch function, in order."""
     return tuple(inspect.signature(function).parameters)
 
 
 def memory_of(value: Any) -> int | None:
-    """The identity of the memory behind a fake value, if it is a tensor in memory.
+    """Return the identity of the memory behind a fake value, or None if it is not a strided tensor.
 
-    What torch.func wraps (vmap, grad) does not tell; all of that counts as one memory.
+    Tensors that torch.func wraps (vmap, grad) hide their memory; all of them count as sharing one.
     """
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return None

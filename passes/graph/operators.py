@@ -1,8 +1,7 @@
 """What a node calls: one name for all spellings of an operator, and PyTorch's own schemas for it.
 
 A graph may hold functions, methods (by name, or as functions), getters of properties, Python's operators, aten
-overloads and packets of them, and modules. A user's function that happens to be called `softmax` is not
-PyTorch's.
+overloads and their packets, and modules. A user's function that happens to be called `softmax` is not PyTorch's.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ IN_PLACE = frozenset({
 })  # fmt: skip
 REFLECTED = frozenset({f"r{name}" for name in IN_PLACE} | {"rdiv", "rdivmod"})
 
-# the methods of a property, by what they do to a tensor; reading one is named like the property
+# methods of a property, and the function that each stands for; a read has the name of the property
 DESCRIPTORS = {"__get__": "", "__set__": "setattr", "__delete__": "delattr"}
 
 _PYTHON = ("_operator", "operator", "math")
@@ -38,13 +37,13 @@ class Operator:
     """What a node calls.
 
     Attributes:
-        name: in one spelling; of an operator that works in place it ends in an underscore. What is not PyTorch's has
-            the name of its namespace or module before it.
-        known: PyTorch's own or Python's, which tell by their names and arguments what they write into.
-        pythons: one of Python's `operator` or `math`.
-        reads_property: the getter of a property of tensors.
-        reflected: its first two arguments stand in the other order, as in `__rsub__`.
-        overloads: the aten operators that it may run, so far as its name tells.
+        name: canonical name, with a trailing underscore if it works in place. If the operator is not PyTorch's, its
+            namespace or module comes first.
+        known: whether it is PyTorch's or Python's. Its name and arguments then show what it writes into.
+        pythons: whether it is from Python's `operator` or `math`.
+        reads_property: whether it is the getter of a property of tensors.
+        reflected: whether its first two arguments are swapped, as in `__rsub__`.
+        overloads: the aten operators that it may run, as far as its name shows them.
     """
 
     name: str = ""
@@ -56,7 +55,7 @@ class Operator:
 
 
 def operator_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operator:
-    """What a node calls; modules are those of the graph, by name."""
+    """Return what a node calls; modules are those of the graph, by name."""
     if node.op == "call_method":
         return _named(str(node.target))
     if node.op == "call_module":
@@ -70,9 +69,9 @@ def operator_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operator:
 
 
 def written(function: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Return a function and its arguments as a graph can write them down.
+    """Return a function and its arguments in a form that generated code can call.
 
-    A function mode sees Tensor.mT.__get__(x), which has no name that code could call it by: getattr(x, "mT") has.
+    A function mode sees Tensor.mT.__get__(x), which code cannot call by name. It becomes getattr(x, "mT").
     """
     if isinstance(function, types.MethodWrapperType) and function.__name__ in DESCRIPTORS:
         name = _property_of(function).__name__
@@ -82,7 +81,7 @@ def written(function: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]
 
 
 def _property_of(method: Any) -> Any:
-    """The property whose method this is, or the function that computes it."""
+    """Return the property that has this method, or the function behind that property."""
     owner = method.__self__
     return getattr(owner, "fget", owner)
 
@@ -100,7 +99,7 @@ def _of_function(target: Any) -> Operator:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return Operator(name)
     if not _is_known(target):
-        # it may be called like one of PyTorch's
+        # it may have the same name as a PyTorch function
         return Operator(f"{getattr(target, '__module__', None)}.{name}")
     if getattr(target, "__module__", None) in _PYTHON:
         return _named(name, pythons=True)
@@ -121,7 +120,7 @@ def _of_aten(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Ope
 
 
 def _of_module(module: nn.Module | None) -> Operator:
-    """A layer of torch.nn is named like its class; anything else may run any code."""
+    """Name a layer of torch.nn like its class. Any other module may run any code."""
     # an embedding with max_norm writes into its weights
     if module is None or getattr(module, "max_norm", None) is not None or not all(map(_is_plain, module.modules())):
         return Operator("module")
@@ -131,7 +130,7 @@ def _of_module(module: nn.Module | None) -> Operator:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is PyTorch's own, and runs nothing of anybody else's."""
+    """Whether a module is PyTorch's own, and runs no user code, such as hooks."""
     kind = type(module)
     own = kind.__module__.startswith("torch.nn.modules.")
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -144,7 +143,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_known(target: Any) -> bool:
-    """Whether a function is PyTorch's, Python's or ours, and runs nobody else's."""
+    """Whether a function is PyTorch's, Python's or ours, and runs no user code."""
     if isinstance(target, torch.jit.ScriptFunction) or target is getattr(operator, "call", None):
         return False
     place = getattr(target, "__module__", None)
@@ -156,7 +155,7 @@ def _is_known(target: Any) -> bool:
 
 @functools.cache
 def _named(name: str, pythons: bool = False) -> Operator:
-    """An operator of PyTorch's or Python's by its name; there are only so many of those."""
+    """Return PyTorch's or Python's operator of this name. There are few enough names to cache them all."""
     inner, reflected, in_place = name, False, False
     special = len(name) > 4 and name.startswith("__") and name.endswith("__")
     if special:
@@ -177,7 +176,7 @@ def _named(name: str, pythons: bool = False) -> Operator:
 
 
 def _overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
-    """aten's operators of a name that work on tensors: TorchScript keeps its own for lists and strings there too."""
+    """Return the aten operators of a name that work on tensors. TorchScript adds others, for lists and strings."""
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return ()

@@ -6,5 +6,5 @@ from torch import fx
 
 
 def graph_text(gm: fx.GraphModule) -> str:
-    """The graph, a node a line, without trailing blanks."""
+    """Return the graph as text, one node per line, without trailing blanks."""
     return "\n".join(line.rstrip() for line in str(gm.graph).strip().splitlines())

@@ -13,10 +13,10 @@ from sla2_compile.passes.graph.traits import Trait
 
 @dataclass(frozen=True)
 class Product:
-    """left and right, contracted over the axes that out does not have; one letter an axis.
+    """left and right, contracted over the axes that out lacks; one letter per axis.
 
     Attributes:
-        bias, beta, alpha: beta * bias + alpha * product, as baddbmm has them.
+        bias, beta, alpha: beta * bias + alpha * product, as in baddbmm.
     """
 
     node: fx.Node
@@ -34,12 +34,12 @@ class Product:
 
     @property
     def contracted(self) -> str:
-        """Axes that both operands have and the result has not."""
+        """Axes of both operands that the result lacks."""
         return "".join(a for a in self.left_axes if a in self.right_axes and a not in self.out)
 
     @property
     def lost(self) -> str:
-        """Axes that only one operand has and the result has not: summed away."""
+        """Axes of only one operand that the result lacks: they are summed over."""
         return "".join(a for a in self.left_axes + self.right_axes if a not in self.out and a not in self.contracted)
 
 
@@ -59,7 +59,7 @@ def read_product(reader: Reader, node: fx.Node) -> Product | None:
         bias = reader.first(node)
         if made is None or bias is None or beta is None or alpha is None:
             return None
-        # beta = 0 means that the first argument is not read, even where it holds nan
+        # with beta = 0 the first argument is not read, even if it holds nan
         ignored = isinstance(beta, (int, float)) and beta == 0
         return Product(
             node,
@@ -97,7 +97,7 @@ def _einsum(reader: Reader, node: fx.Node) -> Product | None:
     if len(axes) != 2 or None in shapes:
         return None
     if "..." in equation:
-        # the axes of an ellipsis align at its end
+        # the axes of an ellipsis are aligned from the right
         free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
         counts = [
             len(s or ()) - len(a.replace("...", "")) if "..." in a else 0 for a, s in zip(axes, shapes, strict=True)
@@ -106,7 +106,7 @@ def _einsum(reader: Reader, node: fx.Node) -> Product | None:
         axes = [a.replace("...", dots[len(dots) - n :]) for a, n in zip(axes, counts, strict=True)]
         out = out.replace("...", dots)
     repeated = any(len(set(a)) != len(a) for a in (*axes, out))
-    # einsum repeats an axis of one, also one that it sums over
+    # einsum broadcasts axes of size 1, even axes that it sums over
     both = [(a, n) for a, n in zip(axes[0], shapes[0] or (), strict=False) if a in axes[1] and a not in out]
     if not all(
         known(n == (shapes[1] or ())[axes[1].index(a)]) for a, n in both if len(axes[1]) == len(shapes[1] or ())

@@ -1,4 +1,4 @@
-"""`Reader`: one way to read a graph's nodes, whatever traced it: functions, methods, aten overloads, modules."""
+"""`Reader`: one way to read nodes from any tracer: functions, methods, aten overloads, modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def product(sizes: Any) -> Any:
-    """The number of elements of these axes."""
+    """Return the number of elements of these axes."""
     total: Any = 1
     for n in sizes:
         total = total * n
@@ -32,11 +32,11 @@ def product(sizes: Any) -> Any:
 
 
 class Reader(Effects):
-    """Answers what a node does, reads and holds.
+    """Reads what nodes compute, which values they hold, and which of them matter.
 
     Attributes:
         live: nodes that reach an output or have an effect.
-        switches: where the graph turns gradients on or off.
+        switches: positions at which the graph turns gradients on or off.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -51,16 +51,16 @@ class Reader(Effects):
                 todo += node.all_input_nodes
 
     def add(self, node: fx.Node, at: fx.Node) -> None:
-        """Take in a node that was inserted right before `at`."""
+        """Register a node that was inserted right before `at`."""
         self.position[node] = self.position[at]
         self.live.add(node)
 
     def _matters(self, node: fx.Node) -> bool:
-        # an assertion about metadata is no use of a tensor
+        # an assertion about metadata does not count as a use of its tensor
         return self.effect(node) is not None and not self.has(node, Trait.METADATA)
 
     def number(self, x: Any) -> Any:
-        """x as a factor: a number, or the node of a symbolic number; None for a tensor that may vary."""
+        """Return x as a factor: a number, or the node of a symbolic number; None if x is no known constant."""
         if isinstance(x, (int, float)) and not isinstance(x, bool):
             return x
         if not isinstance(x, fx.Node):
@@ -70,7 +70,7 @@ class Reader(Effects):
         return self._constant(x)
 
     def _constant(self, node: fx.Node) -> float | None:
-        """The value of a 0-d tensor that the graph makes from a constant."""
+        """Return the value of a 0-d tensor that the graph makes from a constant, else None."""
         name = self.name(node)
         if self.shape(node) != ():
             return None
@@ -87,19 +87,19 @@ class Reader(Effects):
         return None
 
     def where(self, node: fx.Node) -> tuple[Any, Any, Any]:
-        """Condition, value where it holds, and value elsewhere, of a `where`."""
+        """Return the condition, the value where it is true, and the value elsewhere, of a `where`."""
         if node.op == "call_method" or node.target is Tensor.where:
             # x.where(condition, other)
             return self.arg(node, 1, "condition"), self.first(node), self.arg(node, 2, "other")
         return self.arg(node, 0, "condition"), self.arg(node, 1, "input", "self"), self.arg(node, 2, "other")
 
     def axis(self, node: fx.Node, axis: int) -> int:
-        """An axis counted from the front."""
+        """Return an axis counted from the front."""
         shape = self.shape(node)
         return axis % len(shape) if shape else axis
 
     def order(self, node: fx.Node) -> tuple[int, ...] | None:
-        """Where each axis of a permuting node comes from, or None if the node permutes nothing."""
+        """Return the source axis of each axis of a permuting node; None for any other node."""
         name, x = self.name(node), self.first(node)
         shape = self.shape(x)
         if not self.has(node, Trait.PERMUTE) or x is None or shape is None:
@@ -125,7 +125,7 @@ class Reader(Effects):
         return tuple(axes)
 
     def regroups(self, node: fx.Node) -> fx.Node | None:
-        """The tensor that node writes in another shape, elements in the same order; None for any other node."""
+        """Return the tensor that node only reshapes, elements in the same order; None for any other node."""
         name, x = self.name(node), self.first(node)
         old, new = self.shape(x), self.shape(node)
         if x is None or old is None or new is None:
@@ -141,7 +141,7 @@ class Reader(Effects):
         return None
 
     def casts(self, node: fx.Node) -> fx.Node | None:
-        """The tensor whose values node holds in another floating dtype or layout; None for any other node."""
+        """Return the tensor that node only casts to another floating dtype or layout; None for any other node."""
         x = self.first(node)
         a, b = self.value(x), self.value(node)
         if not self.has(node, Trait.CAST) or x is None or not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -150,12 +150,12 @@ class Reader(Effects):
         return x if kept and a.is_floating_point() and b.is_floating_point() else None
 
     def users(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Nodes that use a node's values and matter."""
+        """Return the live nodes that use a node's values."""
         return (user for user in node.users if user in self.live)
 
 
 def module_of(reader: Reader, node: fx.Node) -> nn.Module | None:
-    """The module that a call_module node calls."""
+    """Return the module that a call_module node calls; None for any other node."""
     return reader.modules.get(str(node.target)) if node.op == "call_module" else None
 
 

@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention in a graph: its spellings, its normal form, and what is decided about each call."""
+"""scaled_dot_product_attention in a graph: its spellings, its normal form, and where each decision is stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPELLINGS = (
 SIGNATURE = inspect.signature(bind)
 
 DECISION = "sla2"
-"""Key of node.meta under which a call's `Rewrite` or `Miss` stands."""
+"""Key of node.meta under which a call's `Rewrite` or `Miss` is stored."""
 
 
 def is_normal(node: fx.Node) -> bool:
@@ -32,7 +32,11 @@ def is_normal(node: fx.Node) -> bool:
 
 
 def value_of(argument: Any) -> Any:
-    """The fake value of a node's argument: a FakeTensor, a SymInt, or the constant itself."""
+    """Return the fake value of a node's argument: a FakeTensor, a SymInt, or the constant itself.
+
+    Raises:
+        ValueError: the graph holds no value.
+    """
     if not isinstance(argument, fx.Node):
         return argument
     meta = argument.meta
@@ -46,7 +50,7 @@ def value_of(argument: Any) -> Any:
 
 
 def call_of(node: fx.Node) -> AttentionCall:
-    """The attention call of a node in the normal form, or of a site, with fake values."""
+    """Return the attention call of a node in the normal form, or of a site, with fake values."""
     arguments = {name: value_of(x) for name, x in node.kwargs.items()}
     call = AttentionCall(*(value_of(x) for x in node.args), **arguments)
     mask = node.kwargs.get("attn_mask")
@@ -56,7 +60,7 @@ def call_of(node: fx.Node) -> AttentionCall:
 
 
 def owner_of(node: fx.Node) -> str:
-    """Qualified name of the module whose code made this node, as far as the graph tells; "" if it does not."""
+    """Return the qualified name of the module whose code made this node; "" if the graph does not record it."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

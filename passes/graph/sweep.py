@@ -1,7 +1,7 @@
-"""Erasing what nobody needs, and telling what was lost if anything else was erased.
+"""Erases unneeded nodes, and finds side effects that were lost.
 
-A node is needed if it reaches an output or does more than give its result (`effects.py`). A write is needed if its
-memory is: memory of an input or of the model, memory that unknown code has seen, or memory that a needed node shares.
+A node is needed if it reaches an output or has a side effect (`effects.py`). A write is needed if its memory is
+needed: memory of an input or of the model, memory that unknown code has seen, or memory that a needed node shares.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
 
 Place = tuple[fx.Node, ...]
-"""A node, behind the blocks that it stands in."""
+"""A node, preceded by the blocks that contain it."""
 
 
 def needed(reader: Reader, writes: Writes) -> set[fx.Node]:
-    """Return the nodes of a graph that must stay, as the graph is now."""
+    """Return the nodes of a graph that must stay."""
     nodes = list(reader.gm.graph.nodes)
     found: set[fx.Node] = set()
-    # effects that are needed once one of these is: a tensor, or the root of its memory
+    # effects that become needed together with their key: a tensor, or the root of its memory
     waiting: dict[object, list[fx.Node]] = {}
     todo: list[fx.Node] = []
     seen_outside: set[object] = set()
@@ -49,10 +49,10 @@ def needed(reader: Reader, writes: Writes) -> set[fx.Node]:
 
 
 def sweep(reader: Reader, writes: Writes, among: Iterable[fx.Node] | None = None) -> int:
-    """Erase what is not needed, and return how many nodes that were.
+    """Erase unneeded nodes, and return how many there were.
 
     Args:
-        among: erase only these, and what uses them.
+        among: erase only these nodes and their users; None for all.
     """
     graph = reader.gm.graph
     keep = needed(reader, writes)
@@ -68,12 +68,12 @@ def sweep(reader: Reader, writes: Writes, among: Iterable[fx.Node] | None = None
 
 @dataclass(frozen=True)
 class Standing:
-    """One effect of a graph, which no pass may lose.
+    """One side effect of a graph, which passes must keep.
 
     Attributes:
-        text: the node, and what it does.
-        kind: effects of one kind may stand for each other: a block's own, once it is inlined.
-        about: the nodes without all of which it means nothing; None if it always means something.
+        text: the node and its effect, for messages.
+        kind: effects of the same kind may replace one another, as when a block is inlined.
+        about: nodes that it concerns. It may be lost once all of them are erased. None if it may never be lost.
     """
 
     text: str
@@ -82,7 +82,7 @@ class Standing:
 
 
 class SideEffects:
-    """What a graph, and each block in it, does besides giving its results.
+    """The side effects of a graph and of each block in it.
 
     Attributes:
         effects: each effect, by the node that has it.
@@ -97,7 +97,7 @@ class SideEffects:
 
     @staticmethod
     def after(before: SideEffects, gm: fx.GraphModule) -> SideEffects:
-        """The effects of a graph now, given what they were; these are the same if no node is another."""
+        """Return the effects that a graph has now; `before` itself if the nodes are still the same."""
         return before if before.nodes == _nodes_of(Effects(gm), ()) else SideEffects(gm)
 
     def _collect(self, graph: Effects, block: Place) -> None:
@@ -117,7 +117,7 @@ class SideEffects:
             self.effects[(*block, node)] = Standing(f"{node.format_node()}, which {effect.what}", kind, about)
 
     def lost(self, now: SideEffects) -> str | None:
-        """Say which of these effects is not among those of now, and should be; None if all are."""
+        """Return the text of an effect that `now` lacks and must have; None if there is none."""
         left = {node for *_, node in now.nodes}
         moved = Counter(now.effects[place].kind for place in now.effects.keys() - self.effects.keys())
         for place, effect in self.effects.items():
@@ -131,7 +131,7 @@ class SideEffects:
 
 
 def _nodes_of(graph: Effects, block: Place) -> dict[Place, object]:
-    """Every node of a graph and of the blocks in it, with what it calls."""
+    """Return every node of a graph and of the blocks in it, with what it calls."""
     found: dict[Place, object] = {}
     for node in graph.position:
         found[(*block, node)] = node.target

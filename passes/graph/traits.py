@@ -1,8 +1,7 @@
-"""What the passes know of PyTorch's operators: one line each, `name [other spellings]: traits`.
+"""What the passes know about PyTorch's operators: one line each, `name [other spellings]: traits`.
 
-A new operator, or a new spelling of one, is a line in `OPERATORS`; no other file holds a table of operators. What a
-node does to memory comes from PyTorch's own schemas (`effects.py`) wherever they tell; the traits fill in what they
-do not.
+A new operator, or a new spelling of one, is a line in `OPERATORS`; no other file holds a table of operators. Effects
+on memory come from PyTorch's own schemas (`effects.py`) where possible; traits add what the schemas lack.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from enum import Flag, auto
 
 
 class Trait(Flag):
-    """One thing that holds of an operator."""
+    """One property of an operator."""
 
     VIEW = auto()
-    """Its result may share memory with what it is given."""
+    """Its result may share memory with its inputs."""
     REGROUP = auto()
-    """It keeps the row-major order of all elements and only writes the shape differently."""
+    """It only changes the shape, and keeps the row-major order of all elements."""
     CAST = auto()
     """It gives the same values in another dtype or memory layout."""
     PERMUTE = auto()
@@ -24,55 +23,55 @@ class Trait(Flag):
     EXPAND = auto()
     """It repeats axes of size one."""
     PART = auto()
-    """It gives a part of its input, or adds to it, along an axis that keeps its meaning."""
+    """It cuts or extends its input along an axis that keeps its meaning."""
     LAYOUT = auto()
     """Its result may be laid out in memory like its input."""
     STRIDED = auto()
-    """What it does depends on its input's layout in memory."""
+    """Its behaviour depends on its input's layout in memory."""
 
     PRODUCT = auto()
     """It contracts two tensors."""
     SOFTMAX = auto()
     """It is a softmax."""
     SCORES = auto()
-    """One of the steps between a score product and its softmax that can be told to an attention call."""
+    """It may stand between a score product and its softmax, because an attention call can express it."""
     KERNEL = auto()
-    """It is a kernel that scaled_dot_product_attention is dispatched to, and computes the same."""
+    """It is a kernel to which scaled_dot_product_attention dispatches."""
     ATTENTION = auto()
-    """It is attention in a layout of its own, or with code in the place of a mask."""
+    """It is attention in a layout of its own, or with code instead of a mask."""
     MULTIHEAD = auto()
     """It is multi-head attention with its projections, or a layer around it, in one operator."""
 
     FEATURES = auto()
-    """The last axis of its result is one of features, which it writes."""
+    """It writes features into the last axis of its result."""
     CONVOLUTION = auto()
-    """The axis of its channels is one of features, which it writes."""
+    """It writes features into the channel axis of its result."""
     MIXER = auto()
-    """It mixes channels, or heads where they stand last."""
+    """It mixes channels, or heads if they are the last axis."""
     LAYER = auto()
-    """It is a layer of a network: no step between a product and a softmax."""
+    """It is a layer of a network, and so no step between a product and a softmax."""
     BAND = auto()
     """It makes or reads a band of a matrix."""
 
     POINTWISE = auto()
-    """It works element by element, and PyTorch's tags do not say so."""
+    """It works element by element, although PyTorch's tags do not say so."""
     LIKE = auto()
-    """It makes a tensor out of another one's metadata."""
+    """It makes a tensor from the metadata of another."""
     FRESH = auto()
-    """Its result is always memory of its own."""
+    """Its result always has its own memory."""
 
     PURE = auto()
-    """It only gives its result, and has no schema that says so."""
+    """It has no side effects, although no schema says so."""
     SETTER = auto()
-    """It writes into its first argument, and its name does not say so."""
+    """It writes into its first argument, although its name does not say so."""
     TAKES = auto()
-    """It puts one tensor's memory under another."""
+    """It makes one tensor use the memory of another."""
     STATISTICS = auto()
-    """In training it writes into running_mean and running_var, and its schema does not say so."""
+    """In training it writes into running_mean and running_var, although its schema does not say so."""
     TOKEN = auto()
-    """It is an assertion, and its result a token that orders it."""
+    """It is an assertion. Its result is a token that only orders it."""
     METADATA = auto()
-    """It asserts a tensor's metadata: no use of its values, and nothing without the tensor."""
+    """It asserts a tensor's metadata. It does not use the values, and means nothing without the tensor."""
 
 
 _T = Trait
@@ -260,13 +259,13 @@ OPERATORS: dict[str, Trait] = {
     "_functional_sym_constrain_range": _T.TOKEN,
     "_functional_sym_constrain_range_for_size": _T.TOKEN,
 }
-"""Traits by the operator's name and its other spellings; that of an in-place one is the name without underscore."""
+"""Traits by the operator's name, then its other spellings. In-place operators stand without their underscore."""
 
 _NONE = Trait(0)
 _SHARES = Trait.REGROUP | Trait.CAST | Trait.PERMUTE
 
 SPELLINGS: dict[str, str] = {}
-"""For each other spelling, the name."""
+"""The canonical name of each other spelling."""
 
 _TRAITS: dict[str, Trait] = {}
 for _names, _traits in OPERATORS.items():
@@ -276,5 +275,5 @@ for _names, _traits in OPERATORS.items():
 
 
 def traits_of(name: str) -> Trait:
-    """The traits of an operator, by its name; none if nothing is known of it."""
+    """Return the traits of an operator by its name; none if it is not listed."""
     return _TRAITS.get(name, _NONE)

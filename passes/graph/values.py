@@ -1,4 +1,4 @@
-"""The value of a graph's node that follows from constants alone."""
+"""Constant folding: the value of a node that follows from constants alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sla2_compile.passes.graph.memory import Writes
 
 
 def runs(node: fx.Node, reader: Effects) -> bool:
-    """Whether a node is a function that may be run ahead of time: it gives its result, and at most writes."""
+    """Whether a node is a function that may run ahead of time: its only effect, if any, is a write into tensors."""
     if node.op != "call_function":
         return False
     effect = reader.effect(node)
@@ -20,13 +20,13 @@ def runs(node: fx.Node, reader: Effects) -> bool:
 
 
 def evaluate(node: fx.Node, buffers: Mapping[str, Tensor], writes: Writes | None = None) -> Tensor | None:
-    """The value of a node that follows from constants and these buffers; None if it does not.
+    """Return the value of a node if it follows from constants and these buffers, else None.
 
-    Anything that an input reaches, that draws random numbers, that has a symbolic size, or whose memory another node
-    writes to, does not.
+    It does not if the node depends on an input, random numbers or a symbolic size, or if a node that it does not
+    depend on writes into its memory.
 
     Args:
-        writes: those of the graph, if they are known already.
+        writes: the writes of the graph, if they are known already.
     """
     owner = node.graph.owning_module
     if writes is None and owner is not None:

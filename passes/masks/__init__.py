@@ -1,1 +1,1 @@
-"""What a graph proves of a mask."""
+"""What a graph proves about a mask."""

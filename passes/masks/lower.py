@@ -1,7 +1,7 @@
-"""A mask of a graph at torch's level, as Dynamo traces it, brought down to aten, where it can be read.
+"""Lowers a mask from a graph of torch functions, as Dynamo traces them, to aten, where it can be read.
 
-Functions, methods and operators of Python have many spellings; aten has one of each. Only what leads to the mask is
-traced again, on the graph's fake values, and only what turns out to be needed is copied back.
+Functions, methods and operators of Python have many spellings; aten has one of each. Only the nodes behind the mask
+are traced again, on the graph's fake values, and only the nodes that are needed are copied back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.operators import written
 from sla2_compile.passes.graph.reader import Reader
 
-# a mask with more behind it is no mask of positions and padding, but a bias that layers compute
+# a mask with more nodes behind it is a bias that layers compute, and no mask of positions and padding
 LARGEST = 300
 
 log = logging.getLogger("sla2_compile")
@@ -27,7 +27,12 @@ log = logging.getLogger("sla2_compile")
 
 @dataclass(frozen=True)
 class Lowered:
-    """mask: the mask in a graph of its own; inputs: that graph's placeholders, and what they are in the first one."""
+    """A mask, lowered in a graph of its own.
+
+    Attributes:
+        mask: the mask in that graph.
+        inputs: for each placeholder of that graph, its node in the original graph.
+    """
 
     mask: fx.Node
     inputs: dict[fx.Node, fx.Node]
@@ -35,7 +40,7 @@ class Lowered:
     writes: Writes
 
     def copy_back(self, node: fx.Node, graph: fx.Graph) -> fx.Node | None:
-        """Copy a node and what it needs to where graph inserts; None if doing that twice is not doing it once."""
+        """Copy a node and all that it needs to where graph inserts; None if any has an effect, or if too many."""
         needed = _ancestors(node)
         if needed is None or not all(n.op == "placeholder" or self.reader.effect(n) is None for n in needed):
             return None
@@ -52,7 +57,7 @@ def is_aten(node: fx.Node) -> bool:
 
 
 def lower(mask: fx.Node, reader: Reader, writes: Writes) -> Lowered | None:
-    """Trace a mask down to aten; None where that would not be the same."""
+    """Trace a mask down to aten; None if that fails or might change it."""
     needed = _ancestors(mask)
     mode = next((v.fake_mode for n in mask.graph.nodes if isinstance(v := reader.value(n), FakeTensor)), None)
     if needed is None or mode is None:
@@ -93,7 +98,7 @@ def lower(mask: fx.Node, reader: Reader, writes: Writes) -> Lowered | None:
 
 
 def _is_static(value: Any) -> bool:
-    """Whether a node's value has no symbol in it: one made by tracing again would be another."""
+    """Whether a node's value holds no symbol. Tracing again would make a different one."""
     if isinstance(value, FakeTensor):
         return all(isinstance(n, int) for n in value.shape)
     if isinstance(value, (tuple, list)):
@@ -102,7 +107,7 @@ def _is_static(value: Any) -> bool:
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node] | None:
-    """A node and all that it needs; None if that is too much."""
+    """Return a node and all that it needs; None if these are more than LARGEST."""
     needed, todo = {node}, [node]
     while todo:
         for other in todo.pop().all_input_nodes:

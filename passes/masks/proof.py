@@ -1,11 +1,11 @@
-"""What a graph proves of a mask that depends on inputs: a constant map over tokens, and a mask over keys.
+"""Proves that a mask that depends on inputs is a constant map over tokens, combined with a mask over keys.
 
     mask[b, h, i, j]  =  constant[b, i, j] and keys[b, j]
 
-The chain behind a mask is followed down to one boolean tensor with no extent over heads and queries, by pointwise
-operators and changes of shape that say where each axis goes. Every element of the mask is then a function of one
-boolean, so that putting True and then False in its place shows all there is to know of it. Whatever is not such
-a chain proves nothing: numbers that only should be 0 or 1, two masks over keys, symbolic sizes, memory written to.
+The chain behind a mask is followed back to one boolean tensor that has size 1 over heads and queries. It may hold
+pointwise operators, and changes of shape that show where each axis goes. Every element of the mask is then a function
+of one boolean, so evaluating the mask for True and for False shows everything about it. Other chains prove nothing:
+numbers that are only meant to be 0 or 1, two masks over keys, symbolic sizes, memory that is written to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sla2_compile.passes.graph.values import evaluate, runs
 
 AXES = ("batch", "heads", "queries", "keys")
 
-# the value of a node over AXES (axes of no extent have size 1), given that of the boolean at the chain's end
+# the value of a node over AXES (size 1 where it lacks an axis), given the value of the boolean at the chain's end
 Value = Callable[[bool], Tensor]
 
 
@@ -35,8 +35,8 @@ class Proof:
 
     Attributes:
         keys: a boolean node whose axes are batch and keys, in this order, with axes of size 1 around them.
-        sizes: of keys over the batch and over the keys; 1 where it has no extent.
-        negated: keys is True where the key does not take part.
+        sizes: sizes of `keys` over batch and keys; 1 where it lacks an axis.
+        negated: whether `keys` is True where a key is hidden.
         constant: bool, broadcastable to (B, 1, Nq, Nk).
     """
 
@@ -47,11 +47,11 @@ class Proof:
 
 
 class Unproven(Exception):
-    """The chain holds something that tells nothing."""
+    """The chain holds a node that proves nothing."""
 
 
 def prove(mask: fx.Node, reader: Reader, writes: Writes) -> Proof | None:
-    """Return what the graph proves of a mask in an aten graph, or None."""
+    """Return what an aten graph proves about a mask, or None."""
     shape = reader.shape(mask)
     if shape is None or not 2 <= len(shape) <= 4:
         return None
@@ -70,12 +70,16 @@ def prove(mask: fx.Node, reader: Reader, writes: Writes) -> Proof | None:
 
 
 def _keeps(mask: Tensor) -> Tensor:
-    """A mask's values as booleans; additive ones must keep (0) or hide (-inf)."""
+    """Return a mask's values as booleans.
+
+    Raises:
+        Unproven: an additive value neither keeps (0) nor hides (-inf).
+    """
     if mask.dtype == torch.bool:
         return mask
     keep = mask == 0
     if not bool((keep | mask.isneginf()).all()):
-        # the lowest finite number hides a key too, unless it hides all: then softmax averages them
+        # the lowest finite number hides a key too, but not if it stands at all keys: softmax then averages them
         raise Unproven
     return keep
 
@@ -84,7 +88,8 @@ class Chain:
     """The nodes between a mask and the one boolean node over keys behind it.
 
     Attributes:
-        keys: that node, once it was reached; axes: the names of its axes, "" for those of size 1.
+        keys: that node, once it is reached.
+        axes: the names of its axes, "" for those of size 1.
     """
 
     def __init__(self, reader: Reader, writes: Writes) -> None:
@@ -92,13 +97,13 @@ class Chain:
         self.keys: fx.Node | None = None
         self.axes: tuple[str, ...] = ()
         self.known: dict[tuple[fx.Node, tuple[str, ...]], Value] = {}
-        # nodes between those that are known
+        # nodes passed on the way between known ones
         self.passed: set[fx.Node] = set()
         # operators that write into tensors that nothing else reads
         self.own_writes: set[fx.Node] = set()
 
     def sizes(self) -> tuple[int, int]:
-        """Sizes of the boolean over batch and keys, which must come in this order."""
+        """Return the sizes of the boolean over batch and keys, which must be in this order."""
         shape = self._shape(self.keys) if self.keys is not None else ()
         named = {axis: n for axis, n in zip(self.axes, shape, strict=True) if axis}
         if list(named) != [axis for axis in AXES if axis in named]:
@@ -106,13 +111,13 @@ class Chain:
         return named.get("batch", 1), named.get("keys", 1)
 
     def check_memory(self) -> None:
-        """Refuse a chain whose memory anything else writes to."""
+        """Refuse a chain if a node outside it writes to its memory."""
         for node in self.passed.union(node for node, _ in self.known):
             if not self.own_writes.issuperset(self.writes.writers(node)):
                 raise Unproven
 
     def follow(self, node: fx.Node, axes: tuple[str, ...]) -> Value:
-        """Return the value of a node whose axes are the named ones of the mask."""
+        """Return the value of a node; `axes` gives, for each axis of the node, its axis in the mask."""
         shape = self._shape(node)
         axes = tuple("" if n == 1 else axis for axis, n in zip(axes, shape, strict=True))
         if (node, axes) not in self.known:
@@ -123,7 +128,7 @@ class Chain:
         return self.known[node, axes]
 
     def _ends(self, node: fx.Node, axes: tuple[str, ...]) -> Value | None:
-        """The chain's end: a boolean with no extent over heads and queries. There may be one only."""
+        """End the chain at a boolean of size 1 over heads and queries, of which there may be only one."""
         value = self.reader.value(node)
         if value.dtype != torch.bool or not axes or {"heads", "queries"} & set(axes):
             return None
@@ -133,18 +138,18 @@ class Chain:
         return lambda keep: torch.full((1, 1, 1, 1), keep, device=value.device)
 
     def _step(self, node: fx.Node, axes: tuple[str, ...]) -> Value:
-        """Go through one operator."""
+        """Follow the chain through one operator."""
         target, name, source = node.target, self.reader.name(node), self.reader.first(node)
         traits = traits_of(name)
         if not runs(node, self.reader):
             raise Unproven
         if source is None:
-            # a number comes first
+            # the first argument is a number
             return self._pointwise(node, name, axes)
         before, after = self._shape(source), self._shape(node)
         dtype = self.reader.value(node).dtype
         if traits & Trait.LIKE:
-            # a blank in the place of the tensor whose metadata counts
+            # only the metadata of the source counts, so a blank replaces it
             blank = torch.empty(
                 before, dtype=self.reader.value(source).dtype, device=self.reader.value(source).device
             )
@@ -153,7 +158,7 @@ class Chain:
             value = self.follow(source, axes)
             return lambda keep: value(keep).to(dtype)
         if traits & Trait.VIEW and self.reader.value(source).dtype != dtype:
-            # the same memory, read as something else
+            # the same memory, read as another dtype
             raise Unproven
         if traits & Trait.EXPAND:
             return self.follow(source, axes[len(axes) - len(before) :])
@@ -167,7 +172,7 @@ class Chain:
         return self._pointwise(node, name, axes)
 
     def _regrouped(self, source: fx.Node, after: tuple[int, ...], axes: tuple[str, ...]) -> Value:
-        """Go through an operator that only adds or drops axes of size 1, or several that do so together."""
+        """Follow the chain through one or several operators that together only add or drop axes of size 1."""
         kept = [n for n in after if n != 1]
         while [n for n in self._shape(source) if n != 1] != kept:
             under = self.reader.first(source)
@@ -192,7 +197,7 @@ class Chain:
         return lambda keep: _run(node, target, lambda n: inputs[n](keep)).to(dtype)
 
     def _without_write(self, node: fx.Node, name: str) -> torch._ops.OpOverload:
-        """The operator that gives what this one writes, where it writes into a tensor that nothing else reads."""
+        """Return the out-of-place form of an operator that writes into a tensor that nothing else reads."""
         source = self.reader.first(node)
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
         if source is None or not isinstance(node.target, torch._ops.OpOverload):
@@ -206,7 +211,7 @@ class Chain:
         return plain
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        # what torch.func wraps has the shape of one sample, or a gradient of its own
+        # a tensor that torch.func wraps has the shape of one sample, or a gradient of its own
         shape = self.reader.shape(node) if isinstance(self.reader.value(node), FakeTensor) else None
         if shape is None or not all(isinstance(n, int) for n in shape):
             raise Unproven
@@ -229,7 +234,7 @@ def _refuse() -> Tensor:
 
 
 def _aligned(value: Tensor, axes: tuple[str, ...]) -> Tensor:
-    """Write a tensor over these axes over AXES. One without axes stays so: torch promotes its dtype differently."""
+    """Permute and reshape a tensor to AXES. A 0-d tensor stays 0-d, because torch promotes its dtype differently."""
     if value.dim() == 0:
         return value
     named = {axis: n for axis, n in zip(axes, value.shape, strict=True) if axis}

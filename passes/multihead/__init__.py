@@ -1,1 +1,1 @@
-"""nn.MultiheadAttention taken apart: its projections around one attention call."""
+"""Decomposition of nn.MultiheadAttention: its projections around one attention call."""

@@ -1,7 +1,7 @@
-"""`F.multi_head_attention_forward`, what nn.MultiheadAttention calls: its projections around one attention call.
+"""Decomposes `F.multi_head_attention_forward`, which nn.MultiheadAttention calls, around its one attention call.
 
-No function mode sees the attention inside it, so it is taken apart here: q, k, v out of the input projections,
-the attention itself as an `AttentionCall`, and the output projection behind it.
+A function mode does not see the attention inside it. So it is split into three parts: the input projections that
+give q, k and v, the attention itself as an `AttentionCall`, and the output projection.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
 def arguments(args: Any, kwargs: Any) -> dict[str, Any]:
-    """All arguments of a call of `F.multi_head_attention_forward` by name."""
+    """Return all arguments of a call of `F.multi_head_attention_forward` by name."""
     bound = SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
 
 
 def why_whole(a: dict[str, Any]) -> Reason | None:
-    """Why a call on tensors cannot be taken apart, or None if it can.
+    """Return why a call on tensors cannot be decomposed, or None if it can.
 
-    Whether anybody will use the weights is not known, and masks are read one at a time. Graphs know more.
+    This is stricter than for graphs: it is not known whether the weights will be used, and only one mask can be read.
     """
     if a["need_weights"]:
         return Reason.WEIGHTS
@@ -40,14 +40,14 @@ def why_whole(a: dict[str, Any]) -> Reason | None:
 
 
 def inner_call(a: dict[str, Any]) -> AttentionCall:
-    """The attention call inside, where `why_whole` is None: q (B, H, Nq, D), k and v (B, H, Nk, D).
+    """Return the attention call inside: q (B, H, Nq, D), k and v (B, H, Nk, D). `why_whole` must be None.
 
-    query (Nq, B, E) or (Nq, E), key and value likewise, as nn.MultiheadAttention passes them.
+    query is (Nq, B, E) or (Nq, E), key and value likewise, as nn.MultiheadAttention passes them.
     """
     rank = a["query"].dim()
     q, k, v = parts.split(parts.call, a, rank)
     mask = a["attn_mask"]
-    # the flag is a hint that the mask is causal; without padding the mask itself is then not needed
+    # the flag says that the mask is causal; without padding the mask itself is then not needed
     causal = bool(a["is_causal"])
     if a["key_padding_mask"] is not None:
         padding = a["key_padding_mask"]
@@ -63,14 +63,14 @@ def inner_call(a: dict[str, Any]) -> AttentionCall:
 
 
 def outer_result(a: dict[str, Any], o: Tensor) -> tuple[Tensor, None]:
-    """What the function returns, given the attention's output (B, H, Nq, D)."""
+    """Return the function's result, given the attention's output (B, H, Nq, D)."""
     return parts.merge(parts.call, o, a, a["query"].dim()), None
 
 
 def without_fused_path(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Arguments of nn.MultiheadAttention.forward with value as a tensor object of its own.
+    """Return arguments of nn.MultiheadAttention.forward, with value as a separate tensor object.
 
-    Its fused path, in which no call can be seen, is for query, key and value that are one and the same object.
+    Its fused path hides the call, and requires query, key and value to be one object.
     """
     if len(args) > 2:
         return (*args[:2], args[2].view_as(args[2]), *args[3:]), kwargs
@@ -80,16 +80,16 @@ def without_fused_path(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def padding_of(args: Any, kwargs: Any) -> Tensor | None:
-    """The key_padding_mask of a call of nn.MultiheadAttention.forward, if it is boolean.
+    """Return the key_padding_mask of a call of nn.MultiheadAttention.forward if it is boolean, else None.
 
-    The module turns it into numbers to add, a new tensor in each layer, whose values would then have to be read.
+    The module turns it into an additive mask, a new tensor in each layer, whose values would then have to be read.
     """
     padding = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
     return padding if isinstance(padding, Tensor) and padding.dtype == torch.bool else None
 
 
 def with_padding(a: dict[str, Any], padding: Tensor | None) -> dict[str, Any]:
-    """Arguments of a call with the boolean mask that its key_padding_mask was made of."""
+    """Return a call's arguments with the boolean mask from which its key_padding_mask was made."""
     made = a["key_padding_mask"]
     fits = padding is not None and made is not None and made.shape == padding.shape
     return {**a, "key_padding_mask": padding} if fits else a

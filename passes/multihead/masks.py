@@ -1,7 +1,7 @@
-"""The masks of nn.MultiheadAttention as one mask of scaled_dot_product_attention, over keys wherever they say that.
+"""Merges the masks of nn.MultiheadAttention into one mask of scaled_dot_product_attention, over keys if possible.
 
-Its modules turn boolean masks, in which True hides, into numbers to add before they reach the node. The booleans are
-taken back from there: a mask over keys stays boolean and (B, 1, 1, Nk), whatever its length.
+PyTorch's modules turn boolean masks, in which True hides, into additive ones before they reach the node. The booleans
+are recovered from there, so that a mask over keys stays boolean and (B, 1, 1, Nk) at any length.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class MultiheadMasks:
 
         Args:
             attn: (Nq, Nk) or (B * H, Nq, Nk); padding: (B, Nk), or (Nk) if not batched.
-            hint: its is_causal, which says what attn is; believed: the function takes it for attn. Where the function
-                reads attn all the same, the graph asserts that the hint is true, and takes it.
+            hint: its is_causal, which says that attn is causal.
+            believed: whether the function uses the hint instead of attn. If it reads attn, the hint is still used
+                here, with an assertion in the graph that it is true.
         """
         self.seen.update((x, None) for x in (attn, padding) if x is not None)
         if believed:
@@ -59,7 +60,7 @@ class MultiheadMasks:
     def _causal(
         self, build: Builder, attn: fx.Node, padding: fx.Node | None, batched: bool
     ) -> tuple[fx.Node | None, bool] | None:
-        """A causal mask and padding, with an assertion that the mask is causal; None for what cannot be."""
+        """Return `of_module`'s result for a causal mask, and assert that it is causal; None if it cannot be."""
         hidden = None if padding is None else self._hidden(padding)
         square = known(build.shape(attn)[-1] == build.shape(attn)[-2])
         if not square or (padding is not None and hidden is None):
@@ -72,7 +73,7 @@ class MultiheadMasks:
     def _merged(
         self, build: Builder, attn: fx.Node | None, padding: fx.Node | None, heads: int, batched: bool
     ) -> fx.Node | None:
-        """What a mask and padding hide together, as booleans if both are."""
+        """Merge a mask and padding: into booleans if both are boolean, else into an additive mask."""
         masks = [x for x in (attn, padding) if x is not None]
         hidden = [x for x in map(self._hidden, masks) if x is not None]
         booleans = len(hidden) == len(masks)
@@ -91,7 +92,7 @@ class MultiheadMasks:
         return parts[0] if parts else None
 
     def of_fused(self, build: Builder, mask: fx.Node | None, mask_type: int | None) -> fx.Node | None:
-        """Return attn_mask for one of the fused operators, which hide what is not zero."""
+        """Return attn_mask for a fused operator, whose mask hides where it is not zero."""
         if mask is None:
             return None
         self.seen[mask] = None
@@ -105,7 +106,7 @@ class MultiheadMasks:
         return _over_keys(build, keep, batched=True) if mask_type == PADDING else keep
 
     def drop_unread(self) -> None:
-        """Remove what only led to masks that were read: numbers made by writes, which other passes would mind."""
+        """Erase nodes that only led to masks that were read. Their in-place writes would hinder other passes."""
         todo = list(self.seen)
         while todo:
             node = todo.pop()
@@ -116,14 +117,14 @@ class MultiheadMasks:
                 todo += [x for x in sources if x not in todo]
 
     def _hidden(self, mask: fx.Node) -> fx.Node | None:
-        """The boolean node, True where a key is hidden, that a mask is or was made of; None if there is none."""
+        """Return the boolean node, True where a key is hidden, that a mask is or was made from, else None."""
         value = self.reader.value(mask)
         if value is not None and value.dtype == torch.bool:
             return mask
         if not self._is_filled(mask):
             return None
         hidden = self.reader.arg(mask, 1, "mask")
-        # other masks may be made of the same booleans, by writes into memory of their own
+        # writes that make other masks from the same booleans are harmless: they go into memory of their own
         return hidden if all(map(self._is_filled, self.writes.writers(hidden))) else None
 
     def _is_filled(self, node: fx.Node) -> bool:
@@ -135,13 +136,13 @@ class MultiheadMasks:
         return blank and len(zeros.users) == 1 and self.reader.arg(node, 2, "value") == -math.inf
 
     def _hidden_by(self, build: Builder, mask: fx.Node) -> fx.Node | None:
-        """The booleans behind a mask that a module merged of others, as it came or written here; None if unknown."""
+        """Return the booleans behind a mask that a module may have merged from others, else None."""
         hidden = self._hidden(mask)
         if hidden is not None:
             return hidden
         name, source = self.reader.name(mask), self.reader.first(mask)
         if name == "expand" and source is not None:
-            # the call repeats a mask by itself
+            # the attention call broadcasts its mask itself
             return self._hidden_by(build, source)
         if name == "view" and source is not None:
             hidden = self._hidden_by(build, source)
@@ -152,7 +153,7 @@ class MultiheadMasks:
         return None
 
     def _before_expand(self, mask: fx.Node) -> fx.Node:
-        """A mask without the axes over which it was only repeated."""
+        """Return a mask as it was before its last expand, if it has one."""
         source = self.reader.first(mask)
         return source if self.reader.name(mask) == "expand" and source is not None else mask
 
@@ -174,7 +175,7 @@ def _over_heads(build: Builder, mask: fx.Node, heads: int) -> fx.Node:
 
 
 def _assert_causal(build: Builder, mask: fx.Node) -> None:
-    """Let the graph assert that a mask, boolean (True hides) or to be added, is the causal one."""
+    """Insert an assertion that a mask, boolean (True hides) or additive, is causal."""
     hides: Any = True if build.reader.value(mask).dtype == torch.bool else -math.inf
     causal = build(torch.triu, build(torch.full_like, mask, hides), 1)
     build(torch._assert_async, build(torch.all, build(torch.eq, mask, causal)), WRONG_HINT)

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention and torch's fused encoder operators as nodes around one attention call."""
+"""Builds nn.MultiheadAttention and torch's fused encoder operators as nodes around one attention call."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NATIVE = torch.ops.aten._native_multi_head_attention.default
 
 
 def multi_head(build: Builder, masks: MultiheadMasks, a: dict[str, Any]) -> fx.Node:
-    """`F.multi_head_attention_forward` without weights: query (Nq, B, E) or (Nq, E); the result has its shape.
+    """Build `F.multi_head_attention_forward` without weights: query (Nq, B, E) or (Nq, E), result of its shape.
 
     Raises:
-        NotPlain: it does more than projections around attention.
+        NotPlain: it computes more than projections around attention.
     """
     rank = len(build.shape(a["query"]))
     reason = why_whole(a, rank)
@@ -29,7 +29,7 @@ def multi_head(build: Builder, masks: MultiheadMasks, a: dict[str, Any]) -> fx.N
         raise NotPlain(reason)
     qkv = split(build, a, rank)
     hint = bool(a["is_causal"])
-    # with weights asked for, or padding, the function reads the mask instead
+    # if weights are requested or padding is given, the function reads the mask instead
     believed = hint and not a["need_weights"] and a["key_padding_mask"] is None
     mask, causal = masks.of_module(
         build, a["attn_mask"], a["key_padding_mask"], hint, believed, a["num_heads"], batched=rank == 3
@@ -40,13 +40,13 @@ def multi_head(build: Builder, masks: MultiheadMasks, a: dict[str, Any]) -> fx.N
 
 
 def native(build: Builder, masks: MultiheadMasks, a: dict[str, Any]) -> fx.Node:
-    """`torch._native_multi_head_attention` without weights: query (B, N, E); the result has its shape."""
+    """Build `torch._native_multi_head_attention` without weights: query (B, N, E), result of its shape."""
     inputs = [a["query"], a["key"], a["value"]]
     return _batch_first(build, masks, inputs, a["num_head"], a)
 
 
 def encoder_layer(build: Builder, masks: MultiheadMasks, a: dict[str, Any]) -> fx.Node:
-    """`torch._transformer_encoder_layer_fwd`: src (B, N, E); the result has its shape."""
+    """Build `torch._transformer_encoder_layer_fwd`: src (B, N, E), result of its shape."""
     sizes = (a["embed_dim"],)
 
     def norm(x: fx.Node, i: int) -> fx.Node:
@@ -71,7 +71,7 @@ def encoder_layer(build: Builder, masks: MultiheadMasks, a: dict[str, Any]) -> f
 def _batch_first(
     build: Builder, masks: MultiheadMasks, inputs: list[fx.Node], num_heads: Any, a: dict[str, Any]
 ) -> fx.Node:
-    """What both fused operators do with inputs (B, N, E)."""
+    """Build the attention that both fused operators share, with its projections: inputs (B, N, E)."""
     heads = heads_of(a["embed_dim"], num_heads)
     if len(build.shape(inputs[0])) != 3:
         raise NotPlain(Reason.RANK)
@@ -87,7 +87,7 @@ def _attention(build: Builder, qkv: list[fx.Node], mask: fx.Node | None, dropout
 
 
 def _dropout(build: Builder, p: Any, training: bool) -> Any:
-    """The probability as the call takes it: Dynamo may have made a node of the number."""
+    """Return the dropout probability: a number, or the node that Dynamo made of it; 0 outside training."""
     if not training:
         return 0.0
     return p if bool(build.reader.value(p) > 0.0) else 0.0

@@ -22,7 +22,7 @@ Make = Callable[..., Any]
 
 
 class NotPlain(Exception):
-    """A call does more than its parts can say; `reason` and `detail` are for the user."""
+    """A call does more than its parts can express; `reason` and `detail` are for the user."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason.value)
@@ -35,11 +35,11 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def why_whole(a: dict[str, Any], rank: int) -> Reason | None:
-    """Why a call of `F.multi_head_attention_forward` cannot be taken apart, or None if it can.
+    """Return why a call of `F.multi_head_attention_forward` cannot be decomposed, or None if it can.
 
     Args:
         a: its arguments by name.
-        rank: axes of the query.
+        rank: number of axes of the query.
     """
     if rank not in (2, 3):
         return Reason.RANK
@@ -54,7 +54,7 @@ def split(make: Make, a: dict[str, Any], rank: int) -> list[Any]:
 
     Args:
         a: its arguments by name; query (Nq, B, E) or (Nq, E), key and value likewise.
-        rank: axes of the query.
+        rank: number of axes of the query.
 
     Raises:
         NotPlain: the width is not known.
@@ -78,7 +78,11 @@ def merge(make: Make, o: Any, a: dict[str, Any], rank: int) -> Any:
 
 
 def heads_of(width: Any, num_heads: Any) -> tuple[int, int]:
-    """Number of heads, and the size of one; the call itself checks the width, so that it is no symbol."""
+    """Return the number of heads and the head dim. The call itself checks the width, so it is rarely symbolic.
+
+    Raises:
+        NotPlain: the numbers are symbolic, or the heads do not divide the width.
+    """
     if not isinstance(width, int) or not isinstance(num_heads, int) or width % num_heads:
         raise NotPlain(Reason.MULTIHEAD, "its width is not known")
     return num_heads, width // num_heads
@@ -87,7 +91,7 @@ def heads_of(width: Any, num_heads: Any) -> tuple[int, int]:
 def project_packed(
     make: Make, inputs: Sequence[Any], weight: Any, bias: Any, heads: tuple[int, int], batch_first: bool = False
 ) -> list[Any]:
-    """q, k and v by projections that stand in one weight; by one product if they have one input."""
+    """Return q, k and v by projections that are packed in one weight; by one product if all inputs are one object."""
     if not (inputs[0] is inputs[1] and inputs[1] is inputs[2]):
         return _project(make, inputs, _chunks(make, weight), _chunks(make, bias), heads, batch_first)
     rows = make(torch.unflatten, make(F.linear, inputs[0], weight, bias), -1, (3, *heads))
@@ -103,14 +107,14 @@ def _project(
     heads: tuple[int, int],
     batch_first: bool = False,
 ) -> list[Any]:
-    """q, k and v (B, H, N, D), each by a projection of its own."""
+    """Return q, k and v (B, H, N, D), each by a projection of its own."""
     order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
     rows = [make(F.linear, x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
     return [make(torch.permute, make(torch.unflatten, x, -1, heads), order) for x in rows]
 
 
 def _chunks(make: Make, packed: Any) -> list[Any]:
-    """The three parts of a packed weight or bias."""
+    """Return the three parts of a packed weight or bias."""
     if packed is None:
         return [None, None, None]
     parts = make(torch.chunk, packed, 3)
@@ -118,7 +122,7 @@ def _chunks(make: Make, packed: Any) -> list[Any]:
 
 
 def _each(items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
-    """Apply a function once to each object."""
+    """Apply a function to each item, once per object."""
     done: dict[int, Any] = {}
     for x in items:
         if id(x) not in done:

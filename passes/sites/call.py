@@ -1,4 +1,4 @@
-"""One attention call, whatever spelling it came in: the arguments of scaled_dot_product_attention, bound."""
+"""One attention call in any spelling: the bound arguments of scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class AttentionCall:
     """Arguments of one call, as `torch.nn.functional.scaled_dot_product_attention` defines them.
 
     q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), usually; tensors may be real, fake or meta.
-    key_mask (B or 1, 1, 1, Nk) bool, in graphs only: keys that take part, besides is_causal, in the place of
-    attn_mask = causal_keys(key_mask).
+    key_mask (B or 1, 1, 1, Nk) bool is True where a key takes part. It is set only in graphs, together with
+    is_causal, and replaces attn_mask = causal_keys(key_mask).
     """
 
     q: Tensor
@@ -38,7 +38,7 @@ class AttentionCall:
     def full_attention(self) -> Tensor:
         """Run the call as PyTorch would have.
 
-        The aten op, not the function: the function would be seen by the mode that redirected this call.
+        It calls the aten operator, because the mode that redirected this call would also see the function.
         """
         mask, is_causal = self.attn_mask, self.is_causal
         if self.key_mask is not None:
@@ -48,12 +48,12 @@ class AttentionCall:
         )
 
     def as_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of scaled_dot_product_attention that make this call."""
+        """Return the arguments of scaled_dot_product_attention for this call."""
         given = (self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal)
         return given, {"scale": self.scale, "enable_gqa": self.enable_gqa}
 
     def in_one_dtype(self) -> AttentionCall:
-        """The call with q, k and v in the dtype that holds all three; autocast sees to that itself."""
+        """Return the call with q, k and v promoted to one dtype; unchanged under autocast, which does this itself."""
         dtype = torch.promote_types(torch.promote_types(self.q.dtype, self.k.dtype), self.v.dtype)
         if torch.is_autocast_enabled(self.q.device.type) or self.q.dtype == self.k.dtype == self.v.dtype:
             return self

@@ -1,13 +1,13 @@
-"""Reading a call's mask: which keys take part, whether it is causal; or that it is more than that.
+"""Reads a call's mask: which keys take part and whether it is causal, or that it hides more than that.
 
-SLA2 knows two things of a mask: keys that nobody sees, and causality. Libraries write them in many ways, as
-booleans or as numbers to add (0 keeps, -inf or the dtype's lowest value hides), over keys alone, expanded over
-queries, or as a full (Nq, Nk) map. A map over keys is taken by its shape and strides, a full map by its values.
+SLA2 supports two kinds of mask: keys that no query sees, and causality. Libraries write them in many ways: as
+booleans or as numbers to add (0 keeps, -inf or the dtype's lowest value hides); over keys alone, expanded over
+queries, or as a full (Nq, Nk) map. A map over keys is recognised by its shape and strides, a full map by its values.
 
-Eager code reads values once a tensor (writes past autograd's version counter, through .data or numpy, go unseen).
-Compiled code cannot: there a call's mask counts as what the call had when the model was planned (`Structure`), and
-the graph asserts it, so that another mask is an error and never a wrong result. Some libraries pass `is_causal` in
-eager and a full boolean map while they are traced.
+In eager mode a mask's values are read once and cached by version counter. Writes that bypass the counter, through
+.data or numpy, are not noticed. Compiled code cannot read values. There a mask is assumed to have the structure that
+it had when the model was planned (`Structure`), and the graph asserts this, so that a different mask is an error and
+never a wrong result. Some libraries pass `is_causal` in eager mode and a full boolean map while they are traced.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class MaskView:
         return self.structure is Structure.CAUSAL
 
 
-# verdicts on masks whose values were read: the tensor's version, and its structure or None
+# results for masks whose values were read: the tensor's version, and its structure or None
 _READ = WeakTensorKeyDictionary()
 
 
 def read_mask(call: AttentionCall, planned: Structure | None = None, *, constant: bool = False) -> MaskView | None:
-    """Return what the call's mask says, or None if it says more than SLA2 knows.
+    """Return the call's mask as SLA2 takes it, or None if SLA2 does not support it.
 
     Args:
-        planned: what this call's mask was when the model was planned; decides where values cannot be read.
-        constant: the mask is a real tensor with the only values it can have: read them, in a compiler too.
+        planned: structure of this call's mask when the model was planned; used where values cannot be read.
+        constant: whether the mask is a real tensor whose values never change; they are then read in a compiler too.
     """
     mask = call.attn_mask
     if call.key_mask is not None:
@@ -62,7 +62,7 @@ def read_mask(call: AttentionCall, planned: Structure | None = None, *, constant
     if mask.requires_grad or call.is_causal or _differs_over_heads(mask):
         return None
     if call.q.dim() != 4 or call.k.dim() != 4 or call.is_empty():
-        # no call for SLA2: its axes would be others, or have no row to read
+        # SLA2 does not take this call, and its mask may have other axes or no row to read
         return None
     if same_for_all_queries(mask):
         fits = mask.dtype == torch.bool or _structure_of(mask, Structure.SAME, constant) is not None
@@ -72,7 +72,7 @@ def read_mask(call: AttentionCall, planned: Structure | None = None, *, constant
     structure = _structure_of(mask, planned, constant)
     if structure is None:
         return None
-    # the last query of a causal map sees every key that anybody sees
+    # the last query of a causal map sees every key that any query sees
     return MaskView(_key_row(mask, call, -1), structure)
 
 
@@ -94,7 +94,7 @@ def _is_one_row(mask: Tensor, axis: int) -> bool:
 
 
 def _structure_of(mask: Tensor, planned: Structure | None, constant: bool) -> Structure | None:
-    """The structure that a mask's values have; while tracing, the planned one, with an assertion in the graph."""
+    """Return the structure of a mask's values; while tracing, the planned one, with an assertion in the graph."""
     if traced(mask) and not constant:
         if planned is None or (planned is Structure.CAUSAL and mask.shape[-1] != mask.shape[-2]):
             return None
@@ -102,11 +102,11 @@ def _structure_of(mask: Tensor, planned: Structure | None, constant: bool) -> St
         torch._assert_async(_has(mask, planned), message)
         return planned
     if mask.is_meta or isinstance(mask, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(mask):
-        # values unknown (torch.func wraps what it batches or differentiates), and no graph to assert anything in:
-        # a map over keys is one, a full map may be anything
+        # values are unknown (torch.func wraps tensors that it batches or differentiates), and there is no graph that
+        # could assert them. a map over keys is known by its metadata; a full map may be anything
         return Structure.SAME if same_for_all_queries(mask) else None
     if mask.is_inference():
-        # inference tensors count no versions, so a verdict could grow stale
+        # inference tensors have no version counter, so a cached result could become stale
         return _read(mask)
     seen = _READ.get(mask)
     if seen is None or seen[0] != mask._version:
@@ -122,7 +122,7 @@ def _read(mask: Tensor) -> Structure | None:
 
 
 def _has(mask: Tensor, structure: Structure) -> Tensor:
-    """A boolean scalar: the mask's values have this structure, and additive ones only keep or hide."""
+    """Return, as a scalar, whether a mask's values have this structure, and additive ones only keep or hide."""
     keep = _keep(mask)
     if structure is Structure.SAME:
         fits = (keep == keep[..., :1, :]).all()
@@ -130,7 +130,7 @@ def _has(mask: Tensor, structure: Structure) -> Tensor:
         fits = (keep == keep[..., -1:, :].expand_as(keep).tril()).all()
     if mask.dtype == torch.bool:
         return fits
-    # a row of lowest values, all finite, is an average of all keys to softmax, and nothing to SLA2
+    # for a row of lowest values, all finite, softmax averages all keys, and SLA2 would see none
     return (
         fits
         & (keep | (mask <= torch.finfo(mask.dtype).min)).all()
@@ -144,7 +144,7 @@ def _keep(mask: Tensor) -> Tensor:
 
 
 def _key_row(mask: Tensor, call: AttentionCall, row: int) -> Tensor:
-    """One row of the mask as (B, Nk) bool."""
+    """Return one row of the mask as (B, Nk) bool."""
     keep = _keep(mask)[..., row, :]
     while keep.dim() < 3:
         keep = keep[None]

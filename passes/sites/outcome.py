@@ -17,7 +17,7 @@ from sla2_compile.passes.sites.settings import SiteSettings
 
 
 def computing_dtype(q: torch.Tensor) -> torch.dtype:
-    """The dtype that computes a call made now: q's, or autocast's."""
+    """Return the dtype in which a call made now is computed: q's, or autocast's."""
     return torch.get_autocast_dtype(q.device.type) if autocasts(q) and q.dtype != torch.float64 else q.dtype
 
 
@@ -29,8 +29,8 @@ class Where:
         owner: qualified name of the module whose forward makes the call ("" is the model itself).
         index: position of the call among those of one forward of the owner.
         q_shape, k_shape, v_shape: as seen at planning; symbolic lengths are written as their names.
-        dtype: that computes the call: q's, or autocast's where the call was seen under it.
-        device: of q.
+        dtype: dtype in which the call is computed: q's, or autocast's if the call was seen under it.
+        device: type of q's device.
         times: how often one forward of the model makes the call.
     """
 
@@ -60,11 +60,11 @@ class Miss:
 
 
 class NoFit(Exception):
-    """The part of a graph that does not fit attention, or keeps it from being rewritten.
+    """A part of a graph does not fit attention, or prevents its rewrite.
 
     Attributes:
         reason, detail: as a `Miss` has them.
-        depth: how far the walk came; the farthest of several tries is the nearest miss.
+        depth: how far the walk came. Of several tries, the one that came farthest is the nearest miss.
     """
 
     def __init__(self, reason: Reason, detail: str, depth: int = 0) -> None:
@@ -77,14 +77,14 @@ class Rewrite:
     """A call that SLA2 takes, and what that costs.
 
     Attributes:
-        block_q, block_k: block sizes; as the recipe has them where a length is symbolic.
+        block_q, block_k: block sizes; the recipe's values where a length is symbolic.
         topk: key blocks kept per query block; 0 where a length is symbolic.
         tm, tn: numbers of query and key blocks; 0 where a length is symbolic.
-        flops, full_flops: multiply-adds times two of one call, by SLA2 and by full attention; 0 where a length, the
-            batch or the number of heads is symbolic.
+        flops, full_flops: operations of one call (two per multiply-add), by SLA2 and by full attention; 0 where a
+            length, the batch or the number of heads is symbolic.
         plain: whether every query sees every key.
-        positive: whether the scale of its scores is above 0, or not known.
-        low_bit: what an exported graph computes it in, at any length; empty where each call decides for itself.
+        positive: whether the scale of its scores is above 0 or unknown.
+        low_bit: format in which an exported graph computes it, at any length; empty if each call decides for itself.
     """
 
     where: Where

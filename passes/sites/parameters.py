@@ -1,7 +1,7 @@
-"""`SiteParameters`: what a site learns, and how that begins, moves, is sharded and is loaded.
+"""`SiteParameters`: the learned parameters of a site, with their initial values, moves, sharding and loading.
 
-Untrained values are known without a checkpoint, so a site never holds uninitialised memory: wherever a model gets
-storage without values (`to_empty` after meta initialisation), its sites begin untrained.
+Untrained values are known without a checkpoint, so a site never holds uninitialised memory. When a model gets storage
+without values (`to_empty` after meta initialisation), its sites start untrained.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.settings import SiteSettings
 
-# logit of alpha before training where alpha does not come from the router: the linear branch only pays
-# once it is trained, so a site starts as 95 % sparse branch
+# logit of alpha before training, unless alpha comes from the router. the linear branch only helps once it is
+# trained, so a site starts with 95 % sparse branch
 UNTRAINED_LOGIT = 3.0
 
 NAMES = ("proj_q", "proj_k", "alpha_gain", "alpha_bias")
@@ -35,8 +35,8 @@ class SiteParameters(nn.Module):
         alpha_bias: (Hq, 1), for alpha="routed" (0 before training) and "head"; (1, Tm) for "block".
 
     Attributes:
-        settings: what the recipe says.
-        heads, head_dim: of the calls that the parameters are for; 0 without parameters.
+        settings: what the recipe says about the site.
+        heads, head_dim: those of the calls that the parameters are for; 0 without parameters.
     """
 
     proj_q: Tensor | None
@@ -69,7 +69,7 @@ class SiteParameters(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give the parameters their untrained values, as modules of torch.nn do; nothing for what is on meta."""
+        """Set the parameters to their untrained values, as modules of torch.nn do; no effect on the meta device."""
         for projection in (self.proj_q, self.proj_k):
             if projection is not None:
                 _make_identity(projection)
@@ -79,10 +79,10 @@ class SiteParameters(nn.Module):
             self.alpha_bias.fill_(0.0 if self.settings.alpha == "routed" else UNTRAINED_LOGIT)
 
     def check_frozen(self) -> None:
-        """Say, where it would change them, that the router's projections require a gradient which nothing gives.
+        """Warn if the router's projections require a gradient that they never get, and training would change them.
 
         Warns:
-            UserWarning: several processes train together, and their zero gradients let weight decay in.
+            UserWarning: several processes train together. They make zero gradients, and so weight decay applies.
         """
         asks = self.proj_q is not None and self.proj_q.requires_grad and torch.is_grad_enabled()
         if asks and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -94,9 +94,9 @@ class SiteParameters(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteParameters:
-        """Move or convert the parameters; those that would have no values there begin untrained.
+        """Move or convert the parameters, and reset them to untrained values if they would lose their values.
 
-        That is so after `to_empty`, and after a move away from the meta device, where nothing can be copied.
+        They lose them in `to_empty`, and in a move away from the meta device, from which nothing can be copied.
         """
         emptied = _Emptied()
 
@@ -119,7 +119,7 @@ class SiteParameters(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Load as any module does; a strict load that lacks whole sites also says what to do."""
+        """Load as any module does. If a strict load lacks whole sites, its error also says what to do."""
         before = len(missing_keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -133,8 +133,8 @@ class SiteParameters(nn.Module):
     def _fsdp_use_orig_params(self) -> bool:
         """Set by FullyShardedDataParallel on every module that it shards, before it flattens parameters.
 
-        With use_orig_params=False it flattens no frozen parameter together with a trained one. The frozen
-        projections beside the alphas then become buffers, under the same names in state dicts.
+        With use_orig_params=False it cannot flatten a frozen parameter together with a trained one. The frozen
+        projections then become buffers, under the same names in state dicts.
         """
         return bool(self.__dict__.get("_fsdp_kept_params", False))
 
@@ -150,7 +150,7 @@ class SiteParameters(nn.Module):
 
 
 class _Emptied(TorchFunctionMode):
-    """Sees whether storage without values was made, as `nn.Module.to_empty` does."""
+    """Notices whether storage without values is made, as `nn.Module.to_empty` does."""
 
     seen = False
 
@@ -160,9 +160,9 @@ class _Emptied(TorchFunctionMode):
 
 
 class _MissingSite(str):
-    """A key that a state dict lacks. In the error of a strict load, which formats it, it comes with the fix.
+    """A key that a state dict lacks; formatting it adds the fix.
 
-    Nothing else tells a module whether it is loaded strictly.
+    Only the error of a strict load formats it. A module has no other way to know that a load is strict.
     """
 
     __slots__ = ()
@@ -180,6 +180,6 @@ def _make_identity(x: Tensor) -> None:
     if hasattr(x, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        # every rank makes the same matrix: nothing to send
+        # every rank makes the same matrix, so nothing need be sent
         eye = distribute_tensor(eye, x.device_mesh, x.placements, src_data_rank=None)  # type: ignore[attr-defined]
     x.copy_(eye)

@@ -51,7 +51,7 @@ class Reason(str, Enum):
 
 
 def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) -> Reason | None:
-    """Return why SLA2 must not take this call, or None if it takes it; mask is what `read_mask` made of its mask."""
+    """Return why SLA2 must not take this call, or None if it takes it; mask is the result of `read_mask`."""
     q, k, v = call.q, call.k, call.v
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return Reason.RANK

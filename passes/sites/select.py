@@ -1,4 +1,4 @@
-"""The selection that both carriers share: a list of calls in, a `Rewrite` or a `Miss` for each out."""
+"""The selection that both carriers share: it gives each call of a list a `Rewrite` or a `Miss`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SeenCall:
         where: owner, position, shapes.
         call: its arguments; None where the carrier saw only a hint (`reason` says which).
         reason: why the carrier itself cannot rewrite it, or None; detail: more about that.
-        around: names of the modules whose forwards the call stands in, the owner first.
+        around: names of the modules whose forwards enclose the call, the owner first.
     """
 
     where: Where

@@ -19,7 +19,7 @@ class SiteSettings:
     Attributes:
         options: how the call is computed.
         alpha: routed, head or block: where the mix comes from (`Recipe.alpha`).
-        fake_quant: format that training is to imitate: the recipe's low_bit if it has qat, else none.
+        fake_quant: format that training will imitate: the recipe's low_bit if qat is set, else none.
         min_seq_len: shortest length that is replaced; "auto" means the device's crossover.
     """
 
@@ -30,11 +30,11 @@ class SiteSettings:
 
     @classmethod
     def of(cls, recipe: Recipe, owner: str) -> SiteSettings:
-        """Settings of the sites of one owner, overrides applied."""
+        """Return the settings of the sites of one owner, with overrides applied."""
         recipe = recipe.for_site(owner)
         options = AttentionOptions(**{x.name: getattr(recipe, x.name) for x in fields(AttentionOptions)})
         return cls(options, recipe.alpha, recipe.low_bit if recipe.qat else "none", recipe.min_seq_len)
 
     def shortest(self, device_type: str) -> int:
-        """The shortest length that is replaced on this device type."""
+        """Return the shortest length that is replaced on this device type."""
         return crossover(device_type, self.options.topk_ratio) if self.min_seq_len == "auto" else self.min_seq_len

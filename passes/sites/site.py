@@ -1,4 +1,4 @@
-"""`Site`, the module that takes the place of one attention call, and `Sites`, those of one owner."""
+"""`Site`, the module that replaces one attention call, and `Sites`, the sites of one owner."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from sla2_compile.passes.sites.settings import SiteSettings
 
 
 class Declined(NamedTuple):
-    """A call that the carrier keeps from SLA2: why, and the function that answers it instead."""
+    """A call that the carrier withholds from SLA2: the reason, and the function that answers it instead."""
 
     reason: Reason
     function: Callable[..., Any]
 
 
 class Site(SiteParameters):
-    """SLA2 in the place of one attention call; see `SiteParameters` for what it learns.
+    """SLA2 instead of one attention call; see `SiteParameters` for what it learns.
 
     Attributes:
         state: what low bit means to the site now.
-        structure: what the call's mask was when the model was planned; None if unknown.
-        last_routing: what the last eager forward chose, or None; not saved, not copied.
+        structure: structure of the call's mask when the model was planned; None if unknown.
+        last_routing: routing of the last eager forward, or None; neither saved nor copied.
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
         runs: how many eager calls SLA2 answered.
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
@@ -77,13 +77,14 @@ class Site(SiteParameters):
         Args:
             *args, **kwargs: those of `torch.nn.functional.scaled_dot_product_attention`, or of declined.function.
             key_mask: as `AttentionCall` has it.
-            training: whether this is a training step; as the site's own flag says, if None. Autograd is not asked:
-                `eval()` alone means inference, and a gradient through it is right all the same.
-            declined: count this reason and run this function; comes in by a call, so that it passes whatever
-                wrapper somebody put around the site.
+            training: whether this is a training step; the site's own flag if None. Autograd does not matter:
+                `eval()` alone means inference, and gradients through it are still correct.
+            declined: count this reason and run this function. It comes as an argument of the call, so that it
+                passes through any wrapper around the site.
 
         Raises:
-            ValueError: the site's parameters are not where q is; alpha="block" at another length.
+            ValueError: the site's parameters and q are on different devices, or alpha="block" is used at another
+                length than it was made for.
         """
         if declined is not None:
             self.count(declined.reason)
@@ -112,25 +113,25 @@ class Site(SiteParameters):
         return o
 
     def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
-        """Return what the call's mask says, and why the call keeps full attention, or None if SLA2 takes it."""
+        """Return the call's mask as SLA2 takes it, and why the call keeps full attention (None if SLA2 takes it)."""
         mask = read_mask(call, self.structure)
         reason = why_not(call, mask, self.settings)
         if reason is None and self.heads and (call.q.shape[1] != self.heads or call.q.shape[3] != self.head_dim):
-            # another call stands at this position now
+            # the call at this position is not the one that was planned
             reason = Reason.UNSEEN
         return mask, reason
 
     def count(self, reason: Reason) -> None:
-        """Remember that a call kept full attention; an export, which keeps no counters, is told at once."""
+        """Count a call that kept full attention. An export also warns, because its program keeps no counters."""
         if exporting() and not torch.compiler.is_dynamo_compiling():
             warnings.warn(f"an SLA2 site keeps full attention in this export: {reason.value}", stacklevel=2)
-        # a counter inside Dynamo's graph would be a guard that fails on every call
+        # inside Dynamo's graph a counter would become a guard that fails on every call
         if not torch.compiler.is_dynamo_compiling():
             self.fallbacks[reason.value] += 1
             self.last_routing = None
 
     def count_read_back(self) -> int:
-        """Remember that attention weights were read after the site had answered; return how often that was."""
+        """Count that attention weights were read after the site had answered, and return the new count."""
         self.read_backs += 1
         return self.read_backs
 
@@ -165,8 +166,8 @@ class Site(SiteParameters):
 class Sites(nn.Module):
     """The sites of one owner, by the position of their call in the owner's forward: `owner.sla2[0]`.
 
-    A plain module that is called, and not a container: then whoever wraps it (peft's modules_to_save, a sharding or
-    offloading wrapper) has his say at each call. Its children are named "0", "1", ...
+    It is a module that is called, not a container, so that a wrapper around it (peft's modules_to_save, sharding,
+    offloading) takes part in each call. Its children are named "0", "1", ...
 
     Attributes:
         unseen: eager calls at positions that planning did not see; they kept full attention.
@@ -180,7 +181,7 @@ class Sites(nn.Module):
         self.training = any(site.training for site in sites.values())
 
     def __getitem__(self, index: int) -> Site:
-        """The site of the index-th call, or the wrapper that somebody put around it."""
+        """Return the site of the index-th call, or the wrapper around it."""
         return self._modules[str(index)]  # type: ignore[return-value]
 
     def __len__(self) -> int:
@@ -201,9 +202,9 @@ class Sites(nn.Module):
             index: position of the call.
             function: the original: F.scaled_dot_product_attention or F.multi_head_attention_forward.
             args, kwargs: of the call.
-            reason: why the call keeps full attention whatever the site says, or None.
-            padding: the boolean mask (B, Nk), True where a key is hidden, that the key_padding_mask of
-                F.multi_head_attention_forward was made of, if known.
+            reason: why the call keeps full attention without asking the site, or None.
+            padding: the boolean mask (B, Nk), True where a key is hidden, from which the key_padding_mask of
+                F.multi_head_attention_forward was made, if known.
         """
         site = self._modules.get(str(index))
         if site is None:
@@ -223,13 +224,13 @@ class Sites(nn.Module):
         return site(*args, **kwargs)
 
     def _count_unseen(self) -> None:
-        # an owner without any site only shields its calls from the owners around it
+        # an owner without sites only keeps its calls away from the owners around it
         if len(self) > 0 and not torch.compiler.is_dynamo_compiling():
             self.unseen += 1
 
 
 def _any_nested(args: Any, kwargs: Any) -> bool:
-    # a loop, because a generator costs more than all that it does
+    # a loop, because a generator would cost more than these checks
     for x in (*args, *kwargs.values()):  # noqa: SIM110
         if isinstance(x, Tensor) and x.is_nested:
             return True
@@ -237,7 +238,7 @@ def _any_nested(args: Any, kwargs: Any) -> bool:
 
 
 def site_at(sites: nn.Module, index: int) -> Site:
-    """The site of the index-th call itself, whatever was wrapped around it or around all sites of an owner."""
+    """Return the site of the index-th call itself, without wrappers around it or around all sites of its owner."""
     if not isinstance(sites, Sites):
         sites = next(m for m in sites.modules() if isinstance(m, Sites))
     site = sites[index]
