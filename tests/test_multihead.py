@@ -141,3 +141,12 @@ def test_an_unbatched_input(padded):
     assert sla2_compile.report(attention).ran == {"sla2.0": 1}
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, x, x, **options)[0], expected)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_an_error_of_the_original_stays(padded):
+    attention, x = nn.MultiheadAttention(32, 2, batch_first=True), torch.randn(2, 90, 32)
+    padding = {"key_padding_mask": torch.arange(90).expand(2, 90) >= 70} if padded else {}
+    sla2_compile.transform(attention, example_inputs=(x, x, x), example_kwargs={"need_weights": False}, **ANY)
+    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+        attention(x, x, x, need_weights=False, is_causal=True, **padding)

@@ -34,6 +34,9 @@ def why_whole(a: dict[str, Any]) -> Reason | None:
     """
     if a["need_weights"]:
         return Reason.WEIGHTS
+    if a["is_causal"] and a["attn_mask"] is None:
+        # the function itself says that this is an error
+        return Reason.MULTIHEAD
     if a["attn_mask"] is not None and a["key_padding_mask"] is not None:
         return Reason.QUERY_MASK
     return parts.why_whole(a, a["query"].dim())
