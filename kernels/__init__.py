@@ -2,25 +2,25 @@
 
 | place | one idea |
 |---|---|
-| `arguments.py` | what the ops take and return; `records.py` reads that as schemas and values |
+| `arguments.py` | arguments and results of the ops; `records.py` reads schemas and values from them |
 | `ops.py` | fakes, autograd and dispatch of the ops |
-| `checks.py` | what an op accepts, from metadata alone; the error that says rule, value and fix |
+| `checks.py` | what an op accepts, judged by metadata alone; the form of every error |
 | `blocks.py` | block geometry: how many blocks, how many are kept, which sizes suit a length |
 | `support.py` | which kernels run a call, in which format, and why not better ones |
-| `tracing.py` | what code may ask while a compiler traces it |
+| `tracing.py` | questions about a trace that add no guard |
 | `torch_internals.py` | the private interfaces of PyTorch in use, each with a test |
-| `precision.py` | the format of a call, as a constant of whatever traces it |
+| `precision.py` | the format of a call, as a constant in traces |
 | `feature_maps.py` | phi of the linear branch, and its derivative |
-| `options.py` | how a call is computed, with words for what its lengths decide |
+| `options.py` | the options of a call; words such as "auto" are resolved by its lengths |
 | `flops.py` | what the ops count in PyTorch's FLOP counter |
-| `functional.py` | SLA2 in one call, by whichever ops it takes |
+| `functional.py` | SLA2 in one call, through one op or two |
 | `reference/` | the method written plainly over dense maps: the specification |
 | `portable/` | blocked PyTorch for any device |
 | `cuda/` | Triton and Gluon kernels, reached through `dispatch.py` |
 | `cuda/route/`, `cuda/forward/` | the router's kernels, the forward's kernels, and their launches |
-| `cuda/launch/` | a call's launches, worked out once for its layout; later ones without Triton's launcher |
+| `cuda/launch/` | a call's launches, planned once per layout and replayed without Triton's launcher |
 
-Importing this package loads torch and registers the ops; Triton comes when a CUDA tensor first arrives.
+Importing this package loads torch and registers the ops; Triton is imported for the first call on CUDA tensors.
 """
 
 from sla2_compile.kernels import flops

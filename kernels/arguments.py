@@ -1,11 +1,11 @@
-"""What the ops `sla2::*` take and return, written once: a record an op, a field an argument.
+"""The arguments and results of the ops `sla2::*`, written once: one record per op, one field per argument.
 
 `ops.py` makes schema, fake, implementations and autograd of each op from its record, so a new argument is one line
-here. A record reads a node of a graph too: `AttentionArgs(*node.args, **node.kwargs).low_bit`.
+here. A record also reads a node of a graph: `AttentionArgs(*node.args, **node.kwargs).low_bit`.
 
 T is whatever stands for a tensor: a tensor, its layout (`cuda/launch/layout.py`), a slot of a schedule, a node, a
-shape. Tensors come first and options last. A record may end in another one (`BackwardArgs`): its op then takes the
-arguments of both, so that what is added to the inner one reaches it too. `records.py` reads all this.
+shape. Tensors come first and options last. A record may end in another one (`BackwardArgs`). Its op then takes the
+arguments of both, so an argument added to the inner record reaches that op too. `records.py` reads the records.
 
 Shapes: q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv); Hkv divides Hq. Tm = ceil(Nq / block_q) query blocks,
 Tn = ceil(Nk / block_k) key blocks, K of them kept for each query block. "acc" is the `accumulation_dtype`.
@@ -30,11 +30,11 @@ class RouteArgs(NamedTuple, Generic[T]):
     """Arguments of `sla2::route`.
 
     Attributes:
-        q, k: see above; k as it comes, not smoothed.
+        q, k: see above; k is not smoothed.
         proj_q, proj_k: (D, D), the router's projections; identity if None.
         key_mask: (B, Nk) bool, True where the key takes part; all do if None.
         topk_ratio: share of the key blocks that is kept, in (0, 1].
-        compression_ratio: tokens averaged into one router token, a power of two; at most a block's.
+        compression_ratio: tokens averaged into one router token, a power of two; capped at the tokens of a block.
         block_q, block_k: rows of a query and of a key block, powers of two from 8 to 256.
         scale: multiplies q k^T.
         is_causal: whether query i sees keys 0..i only.
@@ -57,7 +57,7 @@ class RouteResult(NamedTuple, Generic[T]):
     """What `sla2::route` returns.
 
     Attributes:
-        lut: (B, Hq, Tm, K) int32, each row ascending, -1 behind the last where fewer are allowed.
+        lut: (B, Hq, Tm, K) int32, each row ascending, with -1 at its end where fewer blocks are allowed.
         log_rest: (B, Hq, Tm) acc, estimated log-sum-exp of a row's scores over the blocks not kept.
         entropy: (B, Hq, Tm) acc, of the block distribution, in nats.
         k_mean: (B, Hkv, D) acc, mean of the keys that take part.
@@ -132,7 +132,7 @@ class BackwardArgs(NamedTuple, Generic[T]):
 
 
 class BackwardResult(NamedTuple, Generic[T]):
-    """What `sla2::attention_backward` returns: gradients, each as its tensor; of shape (0,) where that is None."""
+    """What `sla2::attention_backward` returns: each gradient has its tensor's shape, or (0,) if that is None."""
 
     dq: T
     dk: T
@@ -143,7 +143,7 @@ class BackwardResult(NamedTuple, Generic[T]):
 
 
 class ForwardArgs(NamedTuple, Generic[T]):
-    """Arguments of `sla2::forward`, `route` and `attention` in one; each as they have it."""
+    """Arguments of `sla2::forward`: those of `route` and `attention` together, with the same meanings."""
 
     q: T
     k: T
@@ -174,14 +174,14 @@ class ForwardArgs(NamedTuple, Generic[T]):
         return AttentionArgs(*[known[n] for n in _ATTENTION])
 
 
-# where the arguments of its parts stand, found by name, once: a call in eager mode cannot spare the time
+# positions of the parts' arguments, found once by name: an eager call cannot spare the time
 _ROUTE = [ForwardArgs._fields.index(name) for name in RouteArgs._fields]
 _KNOWN = (*ForwardArgs._fields, *RouteResult._fields, "keep_branches")
 _ATTENTION = [_KNOWN.index(name) for name in AttentionArgs._fields]
 
 
 class ForwardResult(NamedTuple, Generic[T]):
-    """What `sla2::forward` returns; each as `AttentionResult` and `RouteResult` have it."""
+    """What `sla2::forward` returns; fields as in `AttentionResult` and `RouteResult`."""
 
     o: T
     lse: T
@@ -192,7 +192,7 @@ class ForwardResult(NamedTuple, Generic[T]):
 
     @classmethod
     def of(cls, routed: RouteResult[T], attended: AttentionResult[T]) -> ForwardResult[T]:
-        """Put together what its two parts returned."""
+        """Combine the results of its two parts."""
         return cls(attended.o, attended.lse, *routed)
 
     def routed(self) -> RouteResult[T]:

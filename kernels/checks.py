@@ -1,4 +1,4 @@
-"""What the ops accept, checked on metadata only, so that real ops and fakes refuse alike; on values if debugging."""
+"""What the ops accept, checked on metadata so that real ops and fakes raise alike; on values only when debugging."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArg
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("complement", "all")
 LOW_BITS = ("none", "int8", "int8_fp8")
-"""Formats that an op computes; `precision.py` says which one runs of what a recipe asks for."""
+"""Formats that an op computes; `precision.py` resolves what a recipe asks for to one of them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
 class Described(Protocol):
-    """What checks ask of a tensor, which a `schedule.Layout` knows too."""
+    """What checks read of a tensor; a `layout.Layout` has it too."""
 
     @property
     def shape(self) -> Any: ...
@@ -193,13 +193,13 @@ def debugging() -> bool:
 
 
 def check_table(args: AttentionArgs[Tensor]) -> None:
-    """Refuse a table that no router made, if SLA2_DEBUG is set: it reads values, so it waits for the device.
+    """Refuse a table that no router made, if SLA2_DEBUG is set. The check reads values, so it waits for the device.
 
-    Without the check the Triton kernels make meaningless numbers of such a table, though they read nothing outside k
-    and v; the portable path ends in PyTorch's own indexing error.
+    Without it, the Triton kernels compute meaningless numbers from such a table, but read nothing outside k and v.
+    The portable path raises PyTorch's own indexing error.
 
     Raises:
-        ValueError: an entry of lut is not a key block, comes twice or out of order, or stands behind a -1.
+        ValueError: an entry of lut is not a key block, comes twice or out of order, or comes after a -1.
     """
     if not debugging():
         return
@@ -225,5 +225,5 @@ def check_table(args: AttentionArgs[Tensor]) -> None:
 
 
 def cannot_run(low_bit: str, runs: str, why: str) -> ValueError:
-    """Build the error of an op that is asked for a low_bit that it does not compute."""
+    """Build the error for a low_bit that an op does not compute here."""
     return fail("low_bit", f"be {runs!r} here ({why})", repr(low_bit), "take what precision.low_bit_of returns")

@@ -37,7 +37,7 @@ Shape = Sequence[int]
 
 
 def route_flops(args: RouteArgs[Shape]) -> int:
-    """FLOPs of `sla2::route`, given shapes in the place of tensors."""
+    """FLOPs of `sla2::route`, given shapes in place of tensors."""
     (B, Hq, Nq, D), (_, heads, Nk, _) = args.q, args.k
     rows_q, rows_k = (router_tokens(block, args.compression_ratio)[0] for block in (args.block_q, args.block_k))
     tq, tk = num_blocks(Nq, rows_q), num_blocks(Nk, rows_k)
@@ -46,17 +46,20 @@ def route_flops(args: RouteArgs[Shape]) -> int:
 
 
 def attention_flops(args: AttentionArgs[Shape]) -> int:
-    """FLOPs of `sla2::attention`, likewise."""
+    """FLOPs of `sla2::attention`, also given shapes."""
     return _flops(args, sparse=(1, 1), per_row=1, per_key=1)
 
 
 def backward_flops(args: BackwardArgs[Shape]) -> int:
-    """FLOPs of `sla2::attention_backward`, likewise."""
+    """FLOPs of `sla2::attention_backward`, also given shapes."""
     return _flops(args.saved.call, sparse=(3, 2), per_row=2, per_key=3)
 
 
 def _flops(args: AttentionArgs[Shape], sparse: tuple[int, int], per_row: int, per_key: int) -> int:
-    """FLOPs of so many products: of the sparse branch D and Dv wide, and of the linear branch D x Dv."""
+    """FLOPs of an op that makes so many products.
+
+    sparse: of the sparse branch, D and Dv wide; per_row, per_key: of the linear branch, D x Dv.
+    """
     (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, kept) = args.q, args.v, args.lut[2:]
     tn = num_blocks(Nk, args.block_k)
     selected = Hq * Nq * min(Nk, kept * args.block_k) * (sparse[0] * D + sparse[1] * Dv)
@@ -84,7 +87,7 @@ def _forward_flops(args: ForwardArgs[Shape], out: Sequence[Shape]) -> int:
 
 
 def _register() -> None:
-    """Tell PyTorch's FLOP counter the formulas; it must be imported."""
+    """Register the formulas with PyTorch's FLOP counter, which must be imported."""
     from torch.utils.flop_counter import register_flop_formula
 
     formulas: dict[str, tuple[Any, Callable[[Any, Any], int]]] = {
@@ -105,7 +108,7 @@ COUNTER = "torch.utils.flop_counter"
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas when the FLOP counter is first imported, and is gone then."""
+    """Registers the formulas when the FLOP counter is first imported, and then removes itself."""
 
     def find_spec(
         self, name: str, path: Any, target: ModuleType | None = None
@@ -122,7 +125,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
             try:
                 execute(module)
             except BaseException:
-                # it may be imported once more
+                # the import may be tried again
                 sys.meta_path.insert(0, self)
                 raise
             _register()
@@ -133,13 +136,13 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 @functools.cache
 def register() -> None:
-    """Have PyTorch's FLOP counter know the ops, once: it refuses a second registration.
+    """Register the ops with PyTorch's FLOP counter, once, because it refuses a second registration.
 
     `kernels/__init__.py` may run twice. A library that looks for a package named "kernels" (transformers does) finds
     ours where the working tree is the current folder.
 
-    A counter copies the registry when it is made, so the formulas must be there first; but importing the counter
-    imports Triton, which costs several times what `import sla2_compile` does. So they wait for its import.
+    A counter copies the registry when it is created, so the formulas must be there first. But importing the counter
+    imports Triton, which takes several times as long as `import sla2_compile`. So registration waits for that import.
     """
     if COUNTER in sys.modules:
         _register()

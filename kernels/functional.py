@@ -1,4 +1,4 @@
-"""SLA2 attention in one call, by one op or, in a training step, by two: what sites and graphs run."""
+"""SLA2 attention in one call, as sites and graphs run it: one op, or two in a training step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ DEFAULTS = AttentionOptions()
 
 @dataclass
 class Routing:
-    """What one call chose, for statistics and pictures.
+    """The router's choices in one call, for statistics and pictures.
 
     lut (B, Hq, Tm, K) int32; log_rest, entropy (B, Hq, Tm); lse (B, Hq, Tm), of the first row of each query
-    block (every row's would hold as much memory as a layer's activations); block_q, block_k in tokens; Tn
-    key blocks in all.
+    block only, to save memory; block_q, block_k in tokens; Tn key blocks in all.
     """
 
     lut: Tensor
@@ -52,8 +51,8 @@ def sla2_attention(
         scale: multiplies q k^T; D ** -0.5 if None.
         proj_q, proj_k: (D, D), the router's learned projections; identity if None.
         alpha_gain: (Hq,); alpha_bias: (1 or Hq, 1 or Tm). See `reference.attention`.
-        training: keep what the backward needs, and compute in q's dtype. Without it the forward is an inference's,
-            in low_bit; its gradients are those of q's dtype, for which the backward computes the branches again.
+        training: keep what the backward needs, and compute in q's dtype. Otherwise the forward is an inference in
+            low_bit. Its gradients are still those of q's dtype; the backward computes the branches again.
 
     Returns:
         (B, Hq, Nq, Dv) in q's dtype.
@@ -81,9 +80,9 @@ def attend(
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
     training: bool = False, state: State = State.PLAIN, keep_routing: bool = True,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
-    """`sla2_attention` in some state, which also returns what the router chose, if keep_routing.
+    """Run `sla2_attention` in a given state, and return (o, the router's choices).
 
-    The routing is None in a compiler's trace.
+    The choices are None without keep_routing, and in a compiler's trace.
     """
     refuse_forward_mode(q, k, v)
     if autocasts(q):
@@ -102,7 +101,7 @@ def attend(
         options.topk_ratio, options.router_ratio(block_q, block_k), block_q, block_k, scale,
         options.feature_map, options.linear_scope, is_causal, low_bit,
     )  # fmt: skip
-    # proj_q and proj_k get no gradient, but what is routed by them asks for one, as any op's result does
+    # proj_q and proj_k get no gradient, but as with any op, the result requires one if they do
     params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
     if training and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params):
         routed = RouteResult(*route(*args.route()))

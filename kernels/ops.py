@@ -1,4 +1,4 @@
-"""The ops of the namespace `sla2`: schema, fake, autograd and dispatch. Their meaning is `reference/sla2.py`.
+"""The ops of the namespace `sla2`: schema, fake, autograd and dispatch. `reference/sla2.py` specifies them.
 
 | op | takes and returns (`arguments.py`) |
 |---|---|
@@ -7,10 +7,10 @@
 | `sla2::attention_backward` | `BackwardArgs` -> `BackwardResult` |
 | `sla2::forward` | `ForwardArgs` -> `ForwardResult`: route and attention in one, for inference |
 
-Gradients: of `route`, only k_mean's reaches k (hard top-k has none; log_rest and entropy are estimates that
-count as constants). Of `attention`, o's reaches q, k, v, k_mean, alpha_gain and alpha_bias. `forward` has both.
-Ops ignore autocast: `functional.py` casts, as PyTorch's own attention does. Implementations are imported when a call
-first needs them.
+Gradients: `route` passes that of k_mean to k, and no other (hard top-k has none; log_rest and entropy are estimates
+that count as constants). `attention` passes that of o to q, k, v, k_mean, alpha_gain and alpha_bias. `forward` does
+both. Ops ignore autocast: `functional.py` casts, as PyTorch's own attention does. Implementations are imported when
+a call first needs them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sla2_compile.kernels.records import flat, inner_record, named, of, schema, 
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off where it is on; leaving it alone saves time that a short GPU call would notice."""
+    """Switch autocast off if it is on; doing nothing otherwise saves time that matters in a short GPU call."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -51,8 +51,9 @@ def define(
     """Register the op `sla2::name`, whose implementations take its record and return its result.
 
     Args:
-        run: on any device but CUDA. cuda: the function of `cuda/dispatch.py` that runs on CUDA; `run` if empty.
-        fake: on tensors without values; it makes the same checks.
+        run: implementation for every device but CUDA.
+        cuda: name of the implementation for CUDA in `cuda/dispatch.py`; if empty, `run`.
+        fake: implementation for fake tensors, with the same checks.
     """
     make = record if inner_record(record) is None else lambda *values: of(record, values)
 
@@ -89,7 +90,7 @@ def _route_fake(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
     (B, Hq, Nq, D), acc = args.q.shape, accumulation_dtype(args.q.dtype)
     tm, tn = num_blocks(Nq, args.block_q), num_blocks(args.k.shape[2], args.block_k)
     kept = num_kept(tn, args.topk_ratio, args.block_q, args.block_k, args.is_causal)
-    # new_empty, not empty_like: the latter looks at strides, which guards on symbolic sizes
+    # new_empty, not empty_like: the latter reads strides, which guards on symbolic sizes
     empty = args.q.new_empty
     lut, log_rest = empty(B, Hq, tm, kept, dtype=torch.int32), empty(B, Hq, tm, dtype=acc)
     return RouteResult(lut, log_rest, empty(B, Hq, tm, dtype=acc), empty(B, args.k.shape[1], D, dtype=acc))
@@ -111,7 +112,7 @@ def _route_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 
 def _spread(d_mean: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-    """The gradient for k (B, Hkv, Nk, D) of the mean of those keys that take part, given the mean's."""
+    """Return the gradient for k (B, Hkv, Nk, D), given that of k_mean, the mean of the keys that take part."""
     if key_mask is None:
         return (d_mean / k.shape[2]).to(k.dtype)[:, :, None].expand_as(k)
     weight = key_mask.to(d_mean.dtype) / key_mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -143,7 +144,7 @@ attention = define(
 )
 """Sparse branch, linear branch and mix. Formula: `reference.attention`.
 
-The backward is that of the input's dtype, from the forward's o_sparse and lse, whatever low_bit is.
+Whatever low_bit is, the backward computes in the input's dtype, from the forward's o_sparse and lse.
 """
 
 
@@ -197,7 +198,7 @@ def one_after_the_other(
     attention: Callable[[AttentionArgs[Tensor]], AttentionResult[Tensor]],
     args: ForwardArgs[Tensor],
 ) -> ForwardResult[Tensor]:
-    """What `forward` computes, by some implementation of each of its two parts."""
+    """Compute `forward` by the given implementations of its two parts."""
     routed = route(args.route())
     return ForwardResult.of(routed, attention(args.attention(routed)))
 
@@ -211,10 +212,10 @@ def _forward_fake(args: ForwardArgs[Tensor]) -> ForwardResult[Tensor]:
 
 
 forward = define("forward", ForwardArgs, ForwardResult, run=_forward, cuda="forward", fake=_forward_fake)
-"""Route and attention in one op: the host goes but once through dispatcher and checks, and no branch is kept.
+"""Route and attention in one op: the host goes through the dispatcher only once, and no branch is kept.
 
-Where a gradient is asked of it all the same, the backward computes the branches again, in the input's dtype whatever
-low_bit is, from the same table.
+If a gradient is needed all the same, the backward computes the branches again from the same table, in the input's
+dtype whatever low_bit is.
 """
 
 

@@ -1,4 +1,4 @@
-"""How one attention call is computed: the one record of options, with words for what a call's lengths decide."""
+"""The options of one attention call, in one record; words such as "auto" are resolved by the call's lengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class AttentionOptions:
 
     Attributes:
         topk_ratio: share of key blocks computed exactly, in (0, 1].
-        compression_ratio: tokens averaged into one router token, a power of two; "block" makes one of a whole block.
+        compression_ratio: tokens averaged into one router token, a power of two; "block" averages a whole block.
         block_q, block_k: rows of a query and a key block, powers of two from 8 to 256; "auto" chooses by length.
         feature_map: phi of the linear branch: softmax, elu or relu.
         linear_scope: complement (the paper's) or all keys.
@@ -24,7 +24,7 @@ class AttentionOptions:
             what runs.
 
     Raises:
-        ValueError: a word that is none of these. Numbers are checked by the ops.
+        ValueError: another word for compression_ratio, block_q or block_k. All else is checked by the ops.
     """
 
     topk_ratio: float = 0.15
@@ -54,7 +54,7 @@ class AttentionOptions:
 
 
 class State(str, Enum):
-    """What low bit means to a site now. Training and lowering add their states here, and say their format in `asked`.
+    """What low_bit means to a site now. Training and lowering will add states here, and their formats in `asked`.
 
     PLAIN: inference asks for `AttentionOptions.low_bit`, training computes in the input's dtype.
     """
@@ -63,6 +63,6 @@ class State(str, Enum):
 
 
 def asked(options: AttentionOptions, state: State, training: bool) -> str:
-    """Return the format that a call asks for: of its state and mode alone, whether or not autograd records it."""
+    """Return the format that a call asks for, by its state and mode alone; autograd does not matter."""
     assert state is State.PLAIN
     return "none" if training else options.low_bit

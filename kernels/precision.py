@@ -1,4 +1,4 @@
-"""Which format a call computes its sparse branch in: the answer of `support.py`, as a constant in a trace.
+"""The format in which a call computes its sparse branch: the answer of `support.py`, as a constant in traces.
 
 | asked | runs | where |
 |---|---|---|
@@ -21,9 +21,9 @@ from sla2_compile.kernels.tracing import shorter
 
 
 def size_class(size: int) -> int:
-    """Round a head dim or block size to 8, 16, 32, 64, 96, 128 or 256: the rules about formats treat both alike.
+    """Round a head dim or block size to 8, 16, 32, 64, 96, 128 or 256; the format rules treat both values alike.
 
-    By branches, so that it is a constant in a trace where sizes are symbols.
+    It branches, so the result is a constant in a trace with symbolic sizes.
     """
     for power in (8, 16, 32, 64):
         if size <= power:
@@ -38,7 +38,7 @@ def low_bit_on(
     device: torch.device, dtype: torch.dtype, D: int, Dv: int, block_q: int, block_k: int,
     low_bit: str, positive: bool, plain: bool, few: bool, many: bool,
 ) -> str:  # fmt: skip
-    """`low_bit_of` a call that constants describe: a compiler's trace runs this and keeps the answer."""
+    """`low_bit_of` for a call that is described by constants; a compiler's trace runs this and keeps the answer."""
     chip = Chip.of(device)
     return support(Facts(chip, dtype, D, Dv, block_q, block_k, low_bit, positive, plain, few, many)).low_bit
 
@@ -47,13 +47,13 @@ def low_bit_of(
     low_bit: str, q: Tensor, v_dim: int, block_q: int, block_k: int, scale: float,
     tn: int, topk_ratio: float, plain: bool,
 ) -> str:  # fmt: skip
-    """Return the format that runs where a call asks for low_bit: none, int8 or int8_fp8.
+    """Return the format that a call's low_bit resolves to: none, int8 or int8_fp8.
 
     Args:
         low_bit: one of `LOW_BIT_CHOICES`.
         q: (B, Hq, Nq, D), real or fake; v_dim: head dim of v.
-        tn: key blocks there are; topk_ratio: share of them that a query block keeps.
-        plain: as `Facts` has it.
+        tn: number of key blocks; topk_ratio: share of them that a query block keeps.
+        plain: as in `Facts`.
 
     Raises:
         ValueError: low_bit is none of them.
@@ -69,6 +69,6 @@ def low_bit_of(
     runs = low_bit_on(q.device, q.dtype, *sizes, low_bit, positive, plain, few, True)
     if low_bit != "auto" or runs == "none":
         return runs
-    # asked last and for auto alone: the answer may be a guard on the length
+    # checked last and for auto only, because it may add a guard on the length
     kept = num_kept(tn, topk_ratio, block_q, block_k, False)
     return "none" if shorter(kept, LEAST_KEPT) else runs

@@ -1,4 +1,4 @@
-"""What the records of `arguments.py` say of an op: its schema, and its arguments one after the other."""
+"""Read an op's schema and its flat arguments from the records of `arguments.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TYPES: dict[Any, str] = {float: "float", int: "SymInt", bool: "bool", str: "str
 
 @functools.cache
 def arguments(record: Any) -> tuple[Argument, ...]:
-    """List the arguments of an op in order, given its record; those of an inner record are the last."""
+    """List the arguments of an op in order, given its record; those of an inner record come last."""
     found: list[Argument] = []
     for name, kind in get_type_hints(record).items():
         if hasattr(get_origin(kind), "_fields"):
@@ -48,7 +48,7 @@ def _default(value: Any) -> str:
 
 @functools.cache
 def tensor_count(record: Any) -> int:
-    """How many of an op's arguments are tensors; they are the first."""
+    """How many of an op's arguments are tensors; these come first."""
     return sum(x.type.startswith("Tensor") for x in arguments(record))
 
 
@@ -60,13 +60,13 @@ def inner_record(record: Any) -> Any:
 
 
 def of(record: Any, values: Sequence[Any]) -> Any:
-    """Build a record from the arguments of an op, one after the other; the last may be left to their defaults."""
+    """Build a record from the flat arguments of an op; the last ones may be left to their defaults."""
     inner, own = inner_record(record), len(record._fields) - 1
     return record(*values) if inner is None else record(*values[:own], of(inner, values[own:]))
 
 
 def flat(args: Any) -> tuple[Any, ...]:
-    """The arguments one after the other, as the op is called with them."""
+    """The flat arguments, as the op is called with them."""
     record: Any = type(args)
     return args if inner_record(record) is None else (*args[:-1], *flat(args[-1]))
 
@@ -79,12 +79,16 @@ def split(args: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def with_tensors(args: Any, tensors: Iterable[Any]) -> Any:
-    """Put something else in the place of each tensor: its layout, a slot of a schedule."""
+    """Replace each tensor by something that stands for it: its layout, a slot of a schedule."""
     return of(type(args), (*tensors, *split(args)[1]))
 
 
 def named(record: Any, **values: Any) -> tuple[Any, ...]:
-    """Something for each argument: the values named, None for the others. What autograd wants of a backward."""
+    """Return one value per argument: those named, and None for the others, as autograd expects of a backward.
+
+    Raises:
+        TypeError: a name is not an argument.
+    """
     names = [x.name for x in arguments(record)]
     if unknown := set(values) - set(names):
         raise TypeError(f"arguments of {record.__name__} must be among {', '.join(names)}, got {sorted(unknown)}")

@@ -1,4 +1,4 @@
-"""Which kernels run a call, in which format, and why not better ones: the one table, as rules and as words.
+"""Which kernels run a call, in which format, and why not better ones: one table of rules and their reasons.
 
     found = support(facts)
     found.kernel, found.low_bit, found.why.triton, found.why.low_bit
@@ -22,19 +22,19 @@ LOW_BIT_CHOICES = ("none", "auto", "int8", "int8_fp8")
 """What a recipe may ask for."""
 
 MOST_KEPT = 1 / 16
-"""Largest share of key blocks at which INT8's whole op is within three times bf16's own error."""
+"""Largest share of key blocks kept at which the whole op in INT8 is within three times bf16's own error."""
 LEAST_KEPT = 32
-"""Fewest key blocks a query block with which INT8 is faster."""
+"""Fewest key blocks kept per query block with which INT8 is faster."""
 GLUON_TRITONS = ((3, 6), (3, 7))
-"""Versions of Triton whose Gluon the fused kernel was tried with; the language may still change."""
+"""Triton versions with which the fused kernel, which is in Gluon, was tested; that language may still change."""
 
 
 class Chip(NamedTuple):
-    """Where a call runs.
+    """The device that a call runs on.
 
     Attributes:
         kind: type of device.
-        arch: compute capability, 90 for sm_90; 0 where there is no such GPU here.
+        arch: compute capability, 90 for sm_90; 0 if it is no GPU, or one that is not here.
         shared: bytes of shared memory that one program may use.
         nvidia: whether the GPU is NVIDIA's; triton: version of Triton, (3, 7).
     """
@@ -55,7 +55,7 @@ class Chip(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What of a call decides which kernels run it.
+    """The properties of a call that decide which kernels run it.
 
     Attributes:
         D, Dv: head dims of q and k, and of v. block_q, block_k: rows of a block.
@@ -64,8 +64,8 @@ class Facts(NamedTuple):
         plain: whether every query sees every key: no key_mask, not causal.
         few: whether at most `MOST_KEPT` of the key blocks are asked for; many: whether a query block then keeps at
             least `LEAST_KEPT` of them.
-        keep_branches: whether the branches are wanted for a backward.
-        copyable: whether the copy engine can read q, k and v, and k_mean is as the router makes it.
+        keep_branches: whether the branches are kept for a backward.
+        copyable: whether the copy engine can read q, k and v, and k_mean is as the router returns it.
         direction: forward, or backward.
     """
 
@@ -86,7 +86,7 @@ class Facts(NamedTuple):
 
 
 class Why(NamedTuple):
-    """Why a call gets less than there is: one reason each, empty where it gets that.
+    """Why a call gets less than the best: one reason per field, empty where it gets the best.
 
     Attributes:
         fused, triton: why these kernels do not run it.
@@ -112,7 +112,7 @@ class Support(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One row: who is admitted, what that takes, and what is said to the others."""
+    """One row: which calls it admits, what they need, and the reason given for other calls."""
 
     admits: Callable[[Facts], bool]
     needs: str
@@ -216,7 +216,7 @@ FP8: tuple[Rule, ...] = (
     # an FP8 product sums over 32 keys at a time
     Rule(lambda f: f.block_k >= 32, "block_k of 32 or more", lambda f: "FP8 needs block_k of 32"),
 )
-"""Where int8_fp8 is int8_fp8 and not int8."""
+"""Where int8_fp8 runs as asked, and not as int8."""
 
 
 def _not_faster(f: Facts) -> str:
@@ -238,11 +238,11 @@ AUTO: tuple[Rule, ...] = (
     ),
     Rule(lambda f: f.many, "32 key blocks or more for each query block", _not_faster),
 )
-"""Where auto is int8: faster than 16 bits, and close enough, as measured."""
+"""Where auto resolves to int8: measured to be faster than 16 bits, and close enough."""
 
 
 def refusal(rules: tuple[Rule, ...], facts: Facts) -> str:
-    """Return why the first rule that does not admit a call says no; nothing where all admit it."""
+    """Return the reason of the first rule that does not admit a call; empty if all admit it."""
     return next((rule.why(facts) for rule in rules if not rule.admits(facts)), "")
 
 

@@ -17,13 +17,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def export_flag() -> bool:
-    """Whether torch.export traces now; `torch.compiler.is_exporting` is True in every trace of Dynamo's in 2.11."""
+    """Whether torch.export traces now; in torch 2.11 `torch.compiler.is_exporting` is True in every Dynamo trace."""
     flag: bool = torch.compiler._is_exporting_flag
     return flag
 
 
 def is_functional(x: Tensor) -> bool:
-    """Whether x is of a back end's own trace (AOTAutograd's), which `torch.compiler.is_compiling` may not count."""
+    """Whether x belongs to AOTAutograd's trace, which `torch.compiler.is_compiling` may not count."""
     return isinstance(x, FunctionalTensor)
 
 
@@ -33,16 +33,16 @@ def in_forward_mode() -> bool:
 
 
 def surely(condition: Any) -> bool:
-    """Whether a comparison of symbolic sizes holds for all that they may be; adds no guard."""
+    """Whether a comparison of symbolic sizes holds for all their possible values; adds no guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
 
 
 def constant_in_traces(function: F) -> F:
-    """Have Dynamo run a function of constants while it traces, and keep its answer as a constant.
+    """Make Dynamo run a function of constants while it traces, and keep its answer as a constant.
 
-    As `torch.compiler.assume_constant_result` does, which would load all of PyTorch's compiler on import.
+    `torch.compiler.assume_constant_result` does the same, but would load all of PyTorch's compiler on import.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,11 +1,11 @@
-"""What code may ask while a compiler traces it, and the answers that add no guard.
+"""Questions that code may ask while a compiler traces it, with answers that add no guard.
 
 | who traces | `traced` | `exporting` |
 |---|---|---|
 | nobody (eager) | no | no |
 | Dynamo, for torch.compile | yes | no |
 | torch.export, strict or not | yes | yes |
-| AOTAutograd, what Dynamo gave it | yes | as the trace around it |
+| AOTAutograd, on Dynamo's graph | yes | as in the trace around it |
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sla2_compile.kernels import torch_internals
 
 
 def exporting() -> bool:
-    """Whether torch.export traces, whose program must hold for all lengths that it is declared for."""
+    """Whether torch.export traces; its program must hold for all lengths that it is declared for."""
     return torch_internals.export_flag()
 
 
@@ -27,12 +27,12 @@ def traced(x: Tensor) -> bool:
 
 
 def autocasts(q: Tensor) -> bool:
-    """Whether autocast will bring q, k and v to one dtype, as it does for PyTorch's own attention."""
+    """Whether autocast is on for q, so that q, k and v are cast to one dtype, as for PyTorch's own attention."""
     return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
 
 
 def shorter(n: int, limit: int) -> bool:
-    """n < limit. While exporting, a length that may be either counts as long, so that no guard is added."""
+    """n < limit. While exporting, a length that may be on either side counts as long, so that no guard is added."""
     return torch_internals.surely(n < limit) if exporting() else n < limit
 
 

@@ -4,7 +4,7 @@
     print(sla2_compile.report(model))
     model = torch.compile(model, backend="sla2")      # or plain eager, or any other compile
 
-Importing this package loads torch and registers the `sla2::*` ops; everything else comes when first used.
+Importing this package loads torch and registers the `sla2::*` ops; everything else is imported on first use.
 """
 
 from __future__ import annotations

@@ -37,17 +37,17 @@ def transform(
 ) -> M:
     """Replace a model's attention by SLA2 (arXiv 2602.12675), in place, and return the model.
 
-    Every `F.scaled_dot_product_attention` call that the recipe selects and the rules admit is sent to a site, a
-    child module `sla2` of the module that makes the call. Class, attributes, hooks and state-dict keys stay;
-    `restore` undoes it. A GraphModule is rewritten in its graph; an ExportedProgram gives a new one.
+    Each attention call that the recipe selects and the rules admit is sent to a site. Sites live in a child module
+    `sla2` of the module that makes the call. Class, attributes, hooks and state-dict keys stay; `restore` undoes it.
+    A GraphModule is rewritten in its graph; for an ExportedProgram a new program is made.
 
     Args:
         model: nn.Module, fx.GraphModule or ExportedProgram.
         recipe: name, path of a YAML file, Recipe or dict; see `Recipe`.
-        example_inputs, example_kwargs: one set of inputs for forward. With them one forward, without gradients, finds
-            the calls at once and leaves no other trace. Without them the first forward of the model finds them: it
-            runs as it always did, with full attention, and SLA2 answers from the second one on. Learned parameters
-            then appear too late for an optimizer that was built before.
+        example_inputs, example_kwargs: one set of inputs for forward. With them, one forward without gradients finds
+            the calls at once and leaves no other trace. Without them, the model's first forward finds the calls: it
+            runs unchanged, with full attention, and SLA2 answers from the second forward on. Learned parameters then
+            appear too late for an optimizer that was built before.
         discover: with example inputs, "real" (one true forward), "fake" (fake tensors: nothing is computed), or
             "auto": fake for a model on the meta device, else real.
         allow_none: return the model unchanged, instead of raising, if nothing was replaced.
@@ -60,7 +60,7 @@ def transform(
         RecipeError: unknown recipe or field, value out of range.
         ValueError: nothing was replaced; the inputs do not run; the model is transformed with another recipe.
             The model is left as it was.
-        TypeError: model is none of the three kinds, or scripted.
+        TypeError: model is none of the three kinds, or it is scripted.
 
     Example:
         >>> model = transform(model, "balanced", example_inputs=(x, t, y), topk_ratio=0.1)
@@ -123,7 +123,7 @@ def inspect(
 ) -> Report:
     """Return the report that `transform` with these arguments would give, without changing model.
 
-    Args and errors as `transform`; finding no call to replace is no error here.
+    The arguments are those of `transform`. A model in which no call can be replaced is not an error here.
     """
     chosen = Recipe.of(recipe, **overrides)
     found = discovery.discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}), discover)
@@ -137,7 +137,7 @@ def restore(model: nn.Module) -> nn.Module:
     A model that was never transformed is returned as it is. Parts transformed on their own are restored too.
 
     Raises:
-        TypeError: model is no nn.Module; an ExportedProgram's original is still there, `transform` made a new one.
+        TypeError: model is not an nn.Module. An ExportedProgram needs no restore: `transform` left it unchanged.
         ValueError: a forward was wrapped after transform; nothing is changed.
     """
     if not isinstance(model, nn.Module):

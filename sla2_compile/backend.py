@@ -1,8 +1,8 @@
 """`torch.compile(model, backend="sla2")`: attention in the traced graph becomes SLA2, the rest goes to Inductor.
 
-On a model that was not transformed, SLA2 runs here without learned parameters (identity router, untrained
-alpha): Dynamo may compile one graph and run it for several layers, so parameters that hang on the graph would
-be shared between them. A transformed model brings its sites, and this back end leaves them as they are.
+On a model that was not transformed, SLA2 runs without learned parameters (identity router, untrained alpha).
+Dynamo may run one compiled graph for several layers, so parameters on the graph would be shared between them.
+A transformed model has its own sites, and this backend leaves them as they are.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def sla2_backend(
 
     Args:
         options: "recipe" (name, path, dict or Recipe), any field of Recipe, "inner_backend" (default
-            "inductor"), "inner_options" (a dict for it) and "training" (False: a Dynamo graph does not say in which
-            mode its model is, and counts as an inference; its gradients are right all the same, but slower).
+            "inductor"), "inner_options" (a dict for it) and "training" (default False: a Dynamo graph does not say
+            in which mode its model is, so it counts as inference; gradients are still correct, but slower).
         mode: one of Inductor's ("max-autotune", ...); torch.compile refuses it together with options.
 
     Raises:
@@ -53,7 +53,7 @@ def sla2_backend(
     recipe = Recipe.of(fields.pop("recipe", DEFAULT), **fields)
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     if any(str(node.target).startswith("sla2.") for graph in graphs for node in graph.nodes):
-        # a transformed model's own sites: what its recipe left alone stays alone
+        # the model was transformed: calls that its recipe left alone stay alone
         return compile_inner(gm, list(example_inputs))
 
     ours = copy_graph(gm, training)
@@ -68,7 +68,7 @@ def sla2_backend(
 def _tell(outcomes: Sequence[Rewrite | Miss], end: Any) -> None:
     """Log each call that was left alone, and warn of each cause once.
 
-    end: why Dynamo ended the graph, as it notes it.
+    end: Dynamo's own note of why it ended the graph, or None.
     """
     for outcome in outcomes:
         if isinstance(outcome, Miss):
@@ -91,14 +91,14 @@ _WARNED: set[str] = set()
 
 
 def _warn_once(cause: str, text: str) -> None:
-    """Log a warning of a cause that there was none of before in this process."""
+    """Log a warning once per cause and process."""
     if cause not in _WARNED:
         _WARNED.add(cause)
         log.warning(text)
 
 
 def _inner(name: str, options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
-    """The compiler behind this one; Inductor takes options and a mode as patches of its configuration."""
+    """Return the inner compiler; Inductor takes options and a mode as patches of its configuration."""
     if name == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx

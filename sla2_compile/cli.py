@@ -129,7 +129,7 @@ def _make(target: str) -> tuple[Any, Any, Any]:
 
 
 def _checked(action: Any) -> Any:
-    """Run action. Print a ValueError as an error of the user, without a traceback, and exit."""
+    """Run action. On a ValueError, which is a user's mistake, print the message without a traceback and exit."""
     try:
         return action()
     except ValueError as error:

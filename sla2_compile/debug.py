@@ -2,11 +2,11 @@
 
 | SLA2_DEBUG | shows |
 |---|---|
-| 1 | the report of each transform and of each graph that torch.compile brings; ops also check their look-up tables |
+| 1 | the report of each transform and of each graph that Dynamo hands over; ops also check their look-up tables |
 | 2 | as 1, and for each pass what it changed, how long it took, and each call left alone |
 | 3 | as 2, and the graph after each pass |
 
-SLA2_DUMP=folder writes the graph after each pass to files, one folder a graph.
+SLA2_DUMP=folder writes the graph after each pass to files, in one folder per graph.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def show_report(make: Callable[[], object]) -> None:
 
 
 def observers() -> list[Observer]:
-    """The observers that the environment asks for, for one run of a pipeline."""
+    """Return the observers that SLA2_DEBUG and SLA2_DUMP ask for, for one run of a pipeline."""
     found: list[Observer] = []
     if level() >= 2:
         found.append(_tell)

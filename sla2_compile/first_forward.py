@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
 
 
-# attribute of a root that holds its `FirstForward`, for code that binds the function of its forward anew
+# attribute of a root that holds its `FirstForward`, for code that rebinds the function of its forward
 SLOT = "_sla2_first_forward"
 
 
 class FirstForward(RemembersCopies):
     """Waits for a root's first forward, which finds the attention.
 
-    That call is the model's own: it runs once, with full attention, and nothing is put back or run again. From the
-    next call on SLA2 answers. Somebody may wrap the root's forward before that; then it stays inside the wrapper and
-    hands every later call on. A call that fails leaves the model pending; calls from several threads give one plan.
+    That call is the user's own: it runs once, with full attention, and nothing is undone or rerun. SLA2 answers from
+    the next call on. If the root's forward is wrapped before that, this object stays inside the wrapper and passes
+    every later call on. A call that fails leaves the model pending. Calls from several threads make one plan.
     """
 
     def __init__(self, root: nn.Module, recipe: Recipe, allow_none: bool) -> None:
@@ -47,9 +47,9 @@ class FirstForward(RemembersCopies):
 
     @property
     def forward(self) -> MethodType:
-        """What the root gets: a method, as compilers expect of a forward, with the original's signature."""
+        """The root's new forward: a bound method, as compilers expect, with the original's signature."""
         if "root" not in self.__dict__:
-            # a pickle that begins at this very method asks for it before self has its attributes
+            # a pickle of this method itself reads it before self has its attributes
             return as_forward(_run, self, None, bound=True)
         original = self.own or type(self.root).forward.__get__(self.root)
         return as_forward(_run, self, original, bound=True)
@@ -58,11 +58,11 @@ class FirstForward(RemembersCopies):
         """Become the root's forward.
 
         Raises:
-            ValueError: what waited for a first forward before `restore` is still inside a wrapper.
+            ValueError: a wrapper around the forward still holds the `FirstForward` of an earlier transform.
         """
         if SLOT in self.root.__dict__ and self.own is not None:
             raise ValueError(
-                f"{type(self.root).__name__}.forward must not be wrapped since before restore, got {self.own!r}; "
+                f"{type(self.root).__name__}.forward must not keep a wrapper from before restore, got {self.own!r}; "
                 "take the wrapper off, or pass example_inputs to transform"
             )
         self.root.__dict__[SLOT] = self
@@ -71,7 +71,7 @@ class FirstForward(RemembersCopies):
         set_plan(self.root, Plan(self.recipe, (), "pending"))
 
     def withdraw(self) -> None:
-        """Wait no longer, and take the root's forward back unless somebody wrapped it: a wrapper keeps it."""
+        """Stop waiting, and remove this object from the root unless its forward was wrapped: the wrapper keeps it."""
         self.done = True
         for hook in self.hooks:
             hook.remove()
@@ -97,7 +97,7 @@ class FirstForward(RemembersCopies):
         return type(self.root).forward(self.root, *args, **kwargs)
 
     def part_runs(self, part: nn.Module, args: Any) -> None:
-        """Warn, once, that parts of the model are used and its forward is not."""
+        """Warn once that a part of the model was called and the model's own forward was not."""
         if self.done or self.running or self.told or torch.compiler.is_compiling():
             return
         self.told = True
@@ -110,7 +110,7 @@ class FirstForward(RemembersCopies):
         )
 
     def find(self, args: Any, kwargs: Any) -> Any:
-        """Run the original once, plan the model by what it did, and return its result."""
+        """Run the original once, plan the model from the calls it made, and return its result."""
         self.running = True
         try:
             found, output = record_forward(self.root, self.original, args, kwargs)
@@ -124,7 +124,7 @@ class FirstForward(RemembersCopies):
 
 
 def _run(bound: FirstForward | nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # accelerate binds the function that it finds in a root's forward to the root
+    # accelerate rebinds the function of a root's forward to the root itself
     self: FirstForward = bound if isinstance(bound, FirstForward) else bound.__dict__[SLOT]
     if torch.compiler.is_compiling() and not self.done:
         raise RuntimeError(
@@ -146,12 +146,12 @@ def _run(bound: FirstForward | nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def first_forward(root: nn.Module) -> FirstForward | None:
-    """What waits for a root's first forward, or has waited inside a wrapper that somebody put around it."""
+    """Return a root's `FirstForward`, waiting or kept by a wrapper around its forward; None if there is none."""
     return root.__dict__.get(SLOT)
 
 
 def _parts(root: nn.Module) -> Iterator[nn.Module]:
-    """The modules that root's forward may call, lists and dicts of modules opened."""
+    """Yield the modules that root's forward may call; of module lists and dicts, their items."""
     for child in root.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _parts(child)

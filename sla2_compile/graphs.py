@@ -1,4 +1,4 @@
-"""The graph carrier: the pipeline on a GraphModule, on an ExportedProgram, and back."""
+"""The graph carrier: run the pipeline on a GraphModule or an ExportedProgram, and restore a GraphModule."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def transform_graph_module(
 
 
 class WithoutTrace(FakeTensorProp):
-    """Computes shapes with fake tensors in the place of the model's own: a write into those would be real."""
+    """Computes shapes with fakes in place of the model's own tensors, because a write into those would be real."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -84,11 +84,11 @@ class WithoutTrace(FakeTensorProp):
 def copy_graph(gm: fx.GraphModule, training: bool | None = None) -> fx.GraphModule:
     """Copy a graph and the graphs inside it, sharing weights; the copy can be edited.
 
-    Dynamo's own graph module refuses new attributes. What Dynamo notes on it for the next compiler goes along: which
-    inputs are parameters, how a checkpoint is to be recomputed.
+    Dynamo's own graph module refuses new attributes. Its notes for the next compiler are copied: which inputs are
+    parameters, and how to recompute a checkpoint.
 
     Args:
-        training: mode of the copy, and of the graphs inside it; what `in_training` says of gm if None.
+        training: mode of the copy and of the graphs inside it; if None, that of gm (`in_training`).
     """
     graph = fx.Graph()
     graph._codegen = gm.graph._codegen
@@ -121,10 +121,10 @@ def restore_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: bool) -> ExportedProgram:
     """Return a new program with SLA2 in it; weights are shared, the old program stays as it was.
 
-    Symbolic sizes stay symbolic. torch.export tells a size of one from a larger one, so the new program's own
-    guards refuse lengths that keep a single key block if the example keeps several, and the other way round.
-    A program counts as an inference, whatever mode it was exported in. What low_bit resolves to is fixed here for all
-    lengths; an unknown one counts as long.
+    Symbolic sizes stay symbolic. torch.export distinguishes a size of one from larger ones. So if the example keeps
+    several key blocks, the new program's guards refuse lengths that keep only one, and vice versa. A program counts
+    as inference, whatever mode it was exported in. What low_bit resolves to is fixed here for all lengths; an unknown
+    length counts as long.
 
     Raises:
         ValueError: the program was exported without example inputs, or nothing was replaced.
@@ -151,7 +151,7 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
 
 
 def dynamic_shapes(program: ExportedProgram) -> Any:
-    """The program's symbolic input sizes as `torch.export.export` takes them: inferred, within their ranges."""
+    """Return the program's symbolic input sizes as `torch.export.export` takes them: `Dim.AUTO` with their ranges."""
 
     def of(x: Tensor) -> dict[int, Any]:
         sizes: dict[int, Any] = {}
@@ -159,7 +159,7 @@ def dynamic_shapes(program: ExportedProgram) -> Any:
             if isinstance(size, int):
                 continue
             limits = program.range_constraints.get(size.node.expr)
-            # an expression has no range of its own, an open range ends in a symbol for infinity
+            # an expression has no range of its own; the upper end of an open range is a symbol for infinity
             low = None if limits is None else int(limits.lower)
             high = int(limits.upper) if limits is not None and limits.upper.is_Integer else None
             sizes[axis] = Dim.AUTO(min=low, max=high)

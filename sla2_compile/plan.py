@@ -18,7 +18,7 @@ ATTRIBUTE = "_sla2_plan"
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided, once.
+    """The decisions of one `transform`.
 
     Attributes:
         recipe: as given, overrides applied.
@@ -45,7 +45,7 @@ def plan_of(module: nn.Module) -> Plan | None:
 
 
 def set_plan(module: nn.Module, plan: Plan | None) -> None:
-    """Keep a plan on its root, or take it away. A graph module's meta is what its deepcopy keeps."""
+    """Keep a plan on its root; None removes it. A GraphModule has it in meta, which its deepcopy keeps."""
     held: dict[str, Any] = module.meta if isinstance(module, fx.GraphModule) else module.__dict__
     if plan is None:
         held.pop(ATTRIBUTE, None)

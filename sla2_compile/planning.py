@@ -1,4 +1,4 @@
-"""From the attention calls of a model to a plan: one way for `transform`, `inspect` and the first forward."""
+"""Turn a model's attention calls into a plan: one way for `transform`, `inspect` and the first forward."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is to be done to a model; nothing is done yet.
+    """The changes that a model needs; none is made yet.
 
     Attributes:
-        plan: what becomes of each call.
-        owners: by name, the calls that get sites, by their position; none for an owner that only answers its calls
-            itself, because a module around it is an owner.
-        written: of each owner, the calls that it writes out by hand, by the number of their product.
+        plan: the outcome of each call.
+        owners: per owner's name, the calls that get sites, by index. Empty for an owner without sites of its own,
+            which keeps its calls from the owner around it or from an adapter.
+        written: per owner's name, its hand-written calls, by the number of their product of queries and keys.
         watches: modules inside which attention weights stay alive after their owner's forward.
     """
 
@@ -47,7 +47,7 @@ class Layout:
 
 
 def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool = False) -> Layout:
-    """Decide what becomes of each attention call; the model stays as it is.
+    """Decide the outcome of each attention call, without changing the model.
 
     Raises:
         ValueError: nothing is to be replaced, unless allow_none; a name pattern matches no owner; a module has an
@@ -64,13 +64,13 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
         where = rewrite.where
         owners[where.owner][where.index] = (calls[where.owner, where.index], rewrite)
     modules = dict(model.named_modules(remove_duplicate=False))
-    # an owner whose calls all stay must answer them itself if a module around it is an owner, or an adapter would
+    # a module whose calls all stay as they are must keep them from an owner around it and from an adapter
     for s in found.seen:
         name, module = s.where.owner, modules[s.where.owner]
         taken = _inside(name, owners) or adapter_of(module) is not None
         if s.call is not None and name not in owners and taken and not isinstance(module, CONTAINERS):
             owners[name] = {}
-    # nn.TransformerEncoder turns padded batches into nested tensors, unless a function mode is active: be one
+    # nn.TransformerEncoder turns padded batches into nested tensors unless a function mode is active; owners have one
     for name in [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoder) and n not in owners]:
         if any(name == "" or owner.startswith(f"{name}.") for owner in list(owners)):
             owners[name] = {}
@@ -108,10 +108,10 @@ def apply(model: nn.Module, layout: Layout) -> None:
 
 
 def site(owner: nn.Module, seen: SeenCall, rewrite: Rewrite) -> Site:
-    """Build a site whose parameters have the owner's own dtype, training mode and wish for gradients."""
+    """Build a site with the dtype, training mode and requires_grad of the owner."""
     assert seen.call is not None
     floating = [p for p in owner.parameters() if p.dtype in DTYPES]
-    # the first forward of a lazily transformed model may run in inference mode, whose tensors never train
+    # the first forward of a lazily transformed model may run in inference mode, whose tensors cannot be trained
     with torch.inference_mode(False):
         made = Site(rewrite.settings, seen.call, floating[0].dtype if floating else None)
     if floating and not any(p.requires_grad for p in owner.parameters()):

@@ -39,7 +39,7 @@ ADVICE = {
     Reason.NESTED: "give padded tensors and a mask over keys",
     Reason.EMPTY: "give a batch of at least one",
 }
-"""What a user can do about a reason; a reason without an entry leaves nothing to do."""
+"""What a user can do about a reason. For a reason without an entry there is nothing to do."""
 
 
 def nothing_replaced(outcomes: Sequence[Rewrite | Miss]) -> ValueError:

@@ -1,1 +1,1 @@
-"""Backends in the registries of transformers and diffusers."""
+"""Adapters in the attention registries of transformers and diffusers, and a check for peft."""

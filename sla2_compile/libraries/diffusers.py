@@ -4,9 +4,9 @@
     sla2_compile.reset_diffusers_backend(pipe.transformer)
 
 diffusers' attention processors pass their `_attention_backend` to `dispatch_attention_fn`, which looks up a function
-in a registry. It takes any instance of its enumeration for a name, so ours is one that the class does not list: the
-enumeration, its names and the choice for the whole process stay as they are. The registered function is diffusers'
-own for "native", with SLA2 (no learned parameters) in the place of its one call of `F.scaled_dot_product_attention`.
+in a registry. The registry accepts any instance of its enumeration as a name, so ours is an instance that the class
+does not list. The enumeration, its names and the process-wide choice stay as they are. The registered function is
+diffusers' own for "native", with SLA2 (no learned parameters) in place of its `F.scaled_dot_product_attention` call.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sla2_compile")
 
-# by recipe, as text; one name for each, because compilers guard a name by its identity
+# slots in use by recipe, as text; one name for each recipe, because compilers guard a name by its identity
 _TAKEN: dict[str, Slot] = {}
-# registered, and without a recipe so far
+# slots that are registered and have no recipe yet
 _SPARE: list[Slot] = []
-# how many are registered at a time: whatever is compiled of diffusers, of any model, is guarded by their number
+# slots registered at a time; every compiled diffusers model guards on their number, so it must seldom change
 SPARE = 16
 _LOCK = threading.Lock()
 
@@ -45,26 +45,25 @@ def set_diffusers_backend(
 ) -> None:
     """Send the attention calls that model makes through diffusers' dispatcher to SLA2, without learned parameters.
 
-    What `model.set_attention_backend` does for diffusers' names, less its change of the default of the process: other
-    models keep what they have, unless they share processor objects. Calls that SLA2 does not take
-    (`passes/sites/rules.py`) run as "native"; `report(model)` lists both, as eager calls were made. Compiled code
-    records nothing. Copies and pickles of model keep the choice. Processors set afterwards do not have it. Calls for
-    which a processor passes another backend, or none, than it was given (the prefill of Qwen-Image 2.1) are not
-    SLA2's, and not listed.
+    It works like `model.set_attention_backend`, but leaves the process-wide default alone: other models keep their
+    backends, unless they share processor objects. Calls that SLA2 does not take (`passes/sites/rules.py`) run as
+    "native". `report(model)` lists both kinds of eager call; compiled code records nothing. Copies and pickles of
+    model keep the choice. Processors set afterwards do not have it. If a processor does not pass on the backend that
+    it was given (the prefill of Qwen-Image 2.1), its call bypasses SLA2 and is not listed.
 
-    Back with `reset_diffusers_backend(model)`, or by diffusers' own `reset_attention_backend` and
-    `set_attention_backend`, after which the hooks that make the report go at the next eager forward.
+    Undo it with `reset_diffusers_backend(model)`. diffusers' own `reset_attention_backend` and
+    `set_attention_backend` work too; the report's hooks are then removed at the next eager forward.
 
     Args:
-        model: of diffusers, `pipe.transformer` for one; its calls have q (B, Nq, H, D), k and v (B, Nk, Hk, D).
-        recipe, **overrides: as `transform`; fields that tell sites apart must be left out.
+        model: a diffusers model such as `pipe.transformer`; its calls have q (B, Nq, H, D), k and v (B, Nk, Hk, D).
+        recipe, **overrides: as for `transform`, without the fields that select sites by name.
 
     Raises:
         ImportError: diffusers is not installed, or too old.
         RecipeError: unknown recipe or field.
-        TypeError: model is no nn.Module.
-        ValueError: no attention processor of model uses the dispatcher; context parallelism is on; the recipe tells
-            sites apart.
+        TypeError: model is not an nn.Module.
+        ValueError: no attention processor of model uses the dispatcher; context parallelism is on; the recipe selects
+            sites by name.
 
     Example:
         >>> sla2_compile.set_diffusers_backend(pipe.transformer, recipe="balanced", topk_ratio=0.1)
@@ -83,16 +82,16 @@ def set_diffusers_backend(
     for module in dispatching:
         _refuse_parallel(getattr(module.processor, "_parallel_config", None))
     if others:
-        log.warning("left as they are, for they go past diffusers' dispatcher: %s", ", ".join(others))
+        log.warning("left as they are, because they bypass diffusers' dispatcher: %s", ", ".join(others))
     for module in dispatching:
         module.processor._attention_backend = name
         _watch(module)
 
 
 def reset_diffusers_backend(model: nn.Module) -> None:
-    """Undo `set_diffusers_backend`: the library's default again, and nothing of ours left in model.
+    """Undo `set_diffusers_backend`: set the library's default, and remove everything of ours from model.
 
-    A model without SLA2, or with other names, stays as it is.
+    A model without SLA2, or with another backend, stays as it is.
 
     Args:
         model: as `set_diffusers_backend`'s.
@@ -109,16 +108,17 @@ def diffusers_backend(
 ) -> AttentionBackendName:
     """Return the name of SLA2 with this recipe for diffusers' `with attention_backend(name):`.
 
-    There the choice holds for every model that has none of its own, and `report` lists nothing: the dispatcher does
-    not say whose call it is. `set_diffusers_backend` is for one model. The same recipe gives the same name.
+    In that context the choice holds for every model that has none of its own. `report` lists nothing, because the
+    dispatcher does not say which module calls. For one model, use `set_diffusers_backend`. The same recipe gives the
+    same name.
 
     Args:
-        recipe, **overrides: as `transform`; fields that tell sites apart must be left out.
+        recipe, **overrides: as for `transform`, without the fields that select sites by name.
 
     Raises:
         ImportError: diffusers is not installed, or too old.
         RecipeError: unknown recipe or field.
-        ValueError: the recipe tells sites apart.
+        ValueError: the recipe selects sites by name.
 
     Example:
         >>> with diffusers.attention_backend(sla2_compile.diffusers_backend("balanced")):
@@ -139,7 +139,7 @@ def diffusers_backend(
                 _SPARE.extend(Slot(len(_TAKEN) + i) for i in range(SPARE))
             slot = _SPARE.pop(0)
             slot.adapter = adapter
-            # as the class would pickle it, it could not be found again
+            # the enumeration's own pickle names a member that the class does not list
             slot.name.__reduce_ex__ = partial(_reduce, fields)
             _TAKEN[text] = slot
         name: AttentionBackendName = _TAKEN[text].name
@@ -156,7 +156,7 @@ class Slot:
         native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
         constraints = list(_AttentionBackendRegistry._constraints[AttentionBackendName.NATIVE])
 
-        # under native's signature, by which the dispatcher tells which arguments to pass
+        # with native's signature, from which the dispatcher tells which arguments to pass
         @functools.wraps(native)
         def attention(**kwargs: Any) -> Tensor:
             assert self.adapter is not None
@@ -182,7 +182,7 @@ def _attention_modules(model: nn.Module) -> list[Any]:
 
 
 def _dispatches(processor: Any) -> bool:
-    # a processor whose own class names what computes it takes nothing else
+    # a processor whose class names a backend takes no other
     own = getattr(type(processor), "_attention_backend", None)
     return own is None and hasattr(processor, "_attention_backend")
 
@@ -195,15 +195,15 @@ def _refuse_parallel(config: Any) -> None:
         )
 
 
-# whose call it is, which the dispatcher does not pass on: hooks of the attention modules say, in eager mode only
+# the dispatcher does not say which module calls; hooks on the attention modules do, in eager mode only
 _THREAD = threading.local()
-# one id for all modules, where torch counts up from 0: compiled layers are guarded by it, and would share nothing.
-# No number, which somebody else could have taken
+# one hook id for all modules: compiled layers are guarded by it, and would share no code under torch's own ids, which
+# count up from 0. Not a number, which another hook could have
 HOOK: Any = "sla2_compile"
 
 
 def _backend(module: nn.Module) -> Any:
-    """What `set_diffusers_backend`, or a method of diffusers, has written; no code of others runs, which may fail."""
+    """The backend that is set on a module's processor; read without running other libraries' code, which may fail."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
     processor = vars(module).get("processor", module._modules.get("processor"))
@@ -211,7 +211,7 @@ def _backend(module: nn.Module) -> Any:
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter that a module's own choice of a backend leads to, as it is now; None if it leads elsewhere."""
+    """The adapter of the backend that is set on a module now; None if that is not ours."""
     backend = _backend(module)
     return next((slot.adapter for slot in tuple(_TAKEN.values()) if slot.name is backend), None)
 
@@ -225,7 +225,7 @@ def _running(name: Any) -> nn.Module | None:
 
 
 def _stack() -> list[ReferenceType[nn.Module]]:
-    """The watched modules of this thread whose forward runs, the innermost last."""
+    """The watched modules whose forward is running in this thread, the innermost last."""
     if not hasattr(_THREAD, "stack"):
         _THREAD.stack = []
     return _THREAD.stack
@@ -248,13 +248,13 @@ def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     if adapter_of(module) is None:
-        # somebody chose anew, by diffusers' own methods
+        # the choice was changed by diffusers' own methods
         if "_attention_backend" not in getattr(getattr(module, "processor", None), "__dict__", {}):
-            log.warning("no longer SLA2, for its processor was replaced since: %s", type(module).__name__)
+            log.warning("no longer SLA2, because its processor was replaced: %s", type(module).__name__)
         _unwatch(module)
         return
     stack = _stack()
-    # a forward that KeyboardInterrupt ended, for which torch calls no hooks, is not around this one
+    # torch calls no hooks when KeyboardInterrupt ends a forward: drop its entry, which is not around this one
     while stack and not _is_around(stack[-1](), module):
         stack.pop()
     stack.append(ref(module))
@@ -267,7 +267,7 @@ def _is_around(outer: nn.Module | None, module: nn.Module) -> bool:
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    # not what _enter put there if a compiler ran one of the two
+    # if a compiler ran only one of the two hooks, the top is not what _enter put there
     stack = _stack()
     if stack and stack[-1]() is module:
         stack.pop()

@@ -1,4 +1,4 @@
-"""peft's `modules_to_save=["sla2"]`: adapters that train, save and load what sites learned."""
+"""peft's `modules_to_save=["sla2"]`: peft adapters that train, save and load what sites learned."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from sla2_compile.modules.redirect import CHILD
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Refuse to give sites to a model whose adapters were to save or load some, and had none.
+    """Refuse to add sites to a model whose peft adapters name sites to save or load, but found none.
 
-    peft drops what it finds no module for, without a word.
+    peft silently drops a name that it finds no module for.
 
     Raises:
         ValueError: an adapter of model, which has no sites, names `sla2` in modules_to_save.

@@ -3,8 +3,8 @@
     sla2_compile.register_transformers(recipe="balanced")
     model = AutoModel.from_pretrained(..., attn_implementation="sla2")
 
-The registered function is transformers' own for "sdpa", with SLA2 (no learned parameters) in the place of its one
-call of `F.scaled_dot_product_attention`; the library prepares masks, grouped heads, scale, causality and caches.
+The registered function is transformers' own for "sdpa", with SLA2 (no learned parameters) in place of its one call of
+`F.scaled_dot_product_attention`. The library prepares masks, grouped heads, scale, causality and caches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sla2_compile.libraries.adapter import Adapter
 from sla2_compile.recipes import DEFAULT, Recipe
 
-# arguments that change what attention computes and that "sdpa" drops: models that pass them do not support it
+# arguments that change the result of attention and that "sdpa" drops; models that pass them do not support "sdpa"
 BEYOND_SDPA = ("s_aux", "sinks", "indices", "block_indices")
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -29,19 +29,19 @@ def register_transformers(
 ) -> None:
     """Make `attn_implementation=name` mean SLA2 with this recipe in transformers.
 
-    Calls that SLA2 does not take (`passes/sites/rules.py`) run as "sdpa"; `report(model)` lists both, as eager calls
-    were made, for as long as the model's config has this name. Compiled and exported code records nothing. There, a
-    causal map that the library builds as a tensor (padded batches, or no cache) keeps full attention: only
-    `transform` knows beforehand what a mask will say. A second recipe takes a second name.
+    Calls that SLA2 does not take (`passes/sites/rules.py`) run as "sdpa". `report(model)` lists both kinds of eager
+    call, as long as the model's config has this name. Compiled and exported code records nothing. There, a causal
+    mask that the library builds as a tensor (padded batches, or no cache) keeps full attention, because only
+    `transform` knows its values beforehand. A second recipe needs a second name.
 
     Args:
-        name: what `attn_implementation` is to be.
-        recipe, **overrides: as `transform`; fields that tell sites apart must be left out.
+        name: the value of `attn_implementation`.
+        recipe, **overrides: as for `transform`, without the fields that select sites by name.
 
     Raises:
         ImportError: transformers is not installed.
         RecipeError: unknown recipe or field.
-        ValueError: name is taken; the recipe tells sites apart.
+        ValueError: name is taken; the recipe selects sites by name.
 
     Example:
         >>> sla2_compile.register_transformers()
@@ -55,7 +55,7 @@ def register_transformers(
         raise ImportError(f"register_transformers needs transformers 5, got {error}; {fix}") from error
     adapter = Adapter(Recipe.of(recipe, **overrides), f"transformers' attn_implementation={name!r}")
     taken = name == "eager" or name in AttentionInterface().valid_keys()
-    # a name that somebody removed from the library's registry is free again
+    # a name that was removed from the library's registry is free again
     if taken and name in _ADAPTERS and _ADAPTERS[name].recipe == adapter.recipe:
         return
     if taken:
@@ -79,22 +79,22 @@ def register_transformers(
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter that transformers sends this module's calls to, by what its config says now; None if none."""
+    """The adapter that a module's config selects now; None if it selects none."""
     if not _ADAPTERS:
         return None
     from transformers import PreTrainedConfig
 
-    # modules and configs of other libraries may compute what they are asked for, and fail: only transformers' are,
-    # whose modules hold theirs as plain attributes
+    # read only transformers' configs, which its modules hold as plain attributes: attributes of other libraries'
+    # objects may be computed, and that may fail
     config = vars(module).get("config")
     name = config._attn_implementation if isinstance(config, PreTrainedConfig) else None
     return _ADAPTERS.get(name) if isinstance(name, str) else None
 
 
 def attention_mask(**kwargs: Any) -> Tensor | None:
-    """The mask of "sdpa" (B, 1, Nq, Nk); while traced, none or one over keys (B, 1, 1, Nk) if that says the same.
+    """Return the mask of "sdpa" (B, 1, Nq, Nk); in a trace None or one over keys (B, 1, 1, Nk), if equivalent.
 
-    transformers reads a mask's values to leave it out, which a tracer cannot. Without padding none need be read.
+    transformers reads a mask's values to leave it out, which a trace cannot. Without padding no value is needed.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 

@@ -1,1 +1,1 @@
-"""The module carrier: finding the attention calls of an nn.Module, and sending them to sites."""
+"""The module carrier: find the attention calls of an nn.Module, and send them to sites."""

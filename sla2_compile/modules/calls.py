@@ -27,7 +27,7 @@ class OwnerMode(TorchFunctionMode):
 class RedirectAttention(OwnerMode):
     """Sends the i-th attention call under it to the i-th site.
 
-    padding: of an nn.MultiheadAttention, the boolean key_padding_mask that it was called with.
+    padding: the boolean key_padding_mask of the call, if the owner is an nn.MultiheadAttention.
     """
 
     def __init__(self, sites: Sites, padding: Tensor | None = None) -> None:
@@ -57,7 +57,7 @@ class RedirectAttention(OwnerMode):
         return func(*args, **kwargs)
 
     def in_checkpoint(self) -> bool:
-        """Whether a checkpoint began between the owner's forward and this point; not known in a trace."""
+        """Whether a checkpoint began between the owner's forward and this point; always False in a trace."""
         return self.outside is not None and _enters_checkpoint(self.outside)
 
 
@@ -69,9 +69,9 @@ def _autograd_context() -> tuple[bool, Any]:
 def _enters_checkpoint(outside: tuple[bool, Any]) -> bool:
     """Whether a checkpoint began between the owner's forward and this call.
 
-    Its recomputation will run the call without the owner's forward around it, so that a site's answer now would
-    not be the one that is differentiated. Checkpoints without re-entry hook saved tensors; those with it turn
-    gradients off, as an owner's own no_grad does, which then keeps full attention too.
+    Its recomputation runs the call outside the owner's forward, so a site's answer now would not be the result that
+    is differentiated. Non-reentrant checkpoints hook saved tensors. Reentrant ones turn gradients off. An owner's
+    own no_grad looks the same, and so keeps full attention too.
     """
     grad, hooks = _autograd_context()
     if outside[0] and not grad:
@@ -80,5 +80,5 @@ def _enters_checkpoint(outside: tuple[bool, Any]) -> bool:
 
 
 def under_plan() -> bool:
-    """Whether the forward of an owner runs around this point, in eager or in a trace."""
+    """Whether this point is inside the forward of an owner, in eager mode or in a trace."""
     return any(isinstance(mode, OwnerMode) for mode in _get_current_function_mode_stack())

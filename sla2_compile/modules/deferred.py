@@ -1,13 +1,13 @@
-"""`Deferred`: a tensor that is not computed before somebody needs it.
+"""`Deferred`: a tensor that is computed only when its values are needed.
 
-It stands for what a chain of recorded calls gives. `become` makes those calls and turns the very same Python object
-into their result, so that whoever holds it holds the real tensor. Nobody outside can tell, except by time and memory:
+It stands for the result of a chain of recorded calls. `become` makes those calls and turns the same Python object
+into their result, so every holder then has the real tensor. The rest of a program can tell only by time and memory:
 
-- A function of torch that gets one is given the real tensor (`Deferred.__torch_function__`).
-- What enters below Python, as an autograd.Function or an extension does, finds it by dispatch, and in the autograd
-  graph by `Later`.
-- The recorded calls run in the gradient and autocast modes of their own time.
-- What they read must not have been written to since. Whoever records watches writes, and makes it become first.
+- A torch function that is given a deferred tensor receives the real one (`Deferred.__torch_function__`).
+- Code below Python (an autograd.Function, an extension) reaches it by dispatch, and in the autograd graph by `Later`.
+- The recorded calls run in the gradient and autocast modes that were active when they were recorded.
+- Their inputs must not have been written to since. The code that records them watches for writes, and makes the
+  tensor real before one.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from sla2_compile.modules.scores import Scores
 
 LOCK = threading.RLock()
-"""Held while a tensor becomes real: several threads may hold one map."""
+"""Held while a tensor becomes real, because several threads may hold the same tensor."""
 
 
 class Origin:
-    """One product whose result was deferred, and what became of it.
+    """One deferred product of queries and keys, and its fate so far.
 
     Attributes:
-        answered: whether its attention was computed without the map.
+        answered: whether a site computed its attention, without the scores.
         needed: whether the scores or the weights themselves were computed.
-        planned: what planning said of it.
-        tell: called once, when the map is computed.
+        planned: the planned call that it belongs to.
+        tell: called once, when scores or weights are computed.
     """
 
     __slots__ = ("answered", "needed", "planned", "tell")
@@ -44,14 +44,14 @@ class Origin:
         self.answered = self.needed = False
 
     def need(self) -> None:
-        """Note that somebody reads the map."""
+        """Note that scores or weights are read."""
         if not self.needed:
             self.needed = True
             self.tell(self)
 
 
 class Like(NamedTuple):
-    """What kind of tensor a call gives."""
+    """Dtype and device of a call's result."""
 
     dtype: torch.dtype
     device: torch.device
@@ -61,13 +61,13 @@ class Recorded:
     """One call that was not made.
 
     Attributes:
-        func, args, kwargs: the call; its scores are the argument `args[at]`, or made here if at is -1.
-        scores: what all calls up to this one mean.
+        func, args, kwargs: the call; it takes scores as `args[at]`, or makes the first scores if at is -1.
+        scores: what the calls so far, with this one, stand for.
         shape, like: of the result.
         grad, cast: whether gradients were on; autocast's dtype, or None where it was off.
-        leaves: the tensors that all calls up to this one read, with their versions.
-        requires: whether a gradient is wanted of one of them.
-        origin: of the product.
+        leaves: the tensors that the calls so far read, with their versions.
+        requires: whether one of them needs a gradient.
+        origin: the product that the calls start from.
     """
 
     __slots__ = (
@@ -86,7 +86,7 @@ class Recorded:
         self.origin = origin
 
     def compute(self) -> Tensor:
-        """Make the calls. Views of views stay views, since each result on the way becomes real itself."""
+        """Make the calls. Intermediate results become real too, so views of views stay views."""
         args, kwargs = real(self.args), real(self.kwargs)
         with (
             torch.set_grad_enabled(self.grad),
@@ -94,16 +94,16 @@ class Recorded:
             torch._C.DisableTorchFunction(),
         ):
             result: Tensor = self.func(*args, **kwargs)
-        # .contiguous() and .to() may hand back their argument
+        # .contiguous() and .to() may return their argument
         return result.view_as(result) if any(result is x for x in args) else result
 
     def stale(self) -> bool:
-        """Whether something that the calls read was written to since, so that they can no longer be made."""
+        """Whether an input of the calls was written to since, so that they can no longer be made."""
         return any(version(x) != known for x, known in self.leaves)
 
 
 def version(x: Tensor) -> int:
-    """The number of in-place writes that autograd has counted; inference tensors count none."""
+    """The number of in-place writes that autograd has counted; 0 for inference tensors, which have no counter."""
     return 0 if x.is_inference() else x._version
 
 
@@ -130,7 +130,7 @@ _LIKE: dict[Any, Like | None] = {}
 
 
 def like_of(func: Any, args: Any, kwargs: Any) -> Like | None:
-    """The kind of tensor that a call gives under the present autocast; None if it gives no float tensor.
+    """The kind of tensor that a call returns under the current autocast; None if that is no float tensor.
 
     Found by making the call once with tensors of one element.
     """
@@ -141,7 +141,7 @@ def like_of(func: Any, args: Any, kwargs: Any) -> Like | None:
             try:
                 made = func(*_small(args), **_small(kwargs))
             except (RuntimeError, TypeError, ValueError, IndexError):
-                # the owner's own call will raise, where it stands
+                # the owner's own call will raise the error
                 made = None
         fits = isinstance(made, Tensor) and made.is_floating_point()
         _LIKE[key] = Like(made.dtype, made.device) if fits else None
@@ -155,7 +155,7 @@ def _key(x: Any) -> Any:
         return tuple(_key(item) for item in x)
     if isinstance(x, dict):
         return tuple((name, _key(item)) for name, item in x.items())
-    # no constant: one of its own, so that nothing is taken for it
+    # an unhashable argument gets a unique key, which matches no other call
     return (type(x), x) if isinstance(x, Hashable) else object()
 
 
@@ -168,7 +168,7 @@ def _small(x: Any) -> Any:
 
 
 def shape_of(func: Any, recorded: Recorded, args: Any, kwargs: Any) -> tuple[int, ...] | None:
-    """The shape that a function which only changes shapes gives; None if it does more, or raises."""
+    """The result shape of a function that only changes shapes; None if the dtype changes too, or if it raises."""
     blank = torch.empty(recorded.shape, dtype=recorded.like.dtype, device="meta")
     try:
         made = func(blank, *args[1:], **kwargs)
@@ -189,7 +189,7 @@ for _name in ("requires_grad", "is_quantized", "is_cpu", "is_mps", "is_xla"):
 
 
 class Deferred(Tensor):
-    """A tensor that is not computed yet; `recorded` says how. Made by `defer`."""
+    """A tensor that is not computed yet; `recorded` says how to. Made by `defer`."""
 
     recorded: Recorded
 
@@ -211,7 +211,7 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        # below autograd: code that passed __torch_function__ by. Writes go into the tensor that is kept
+        # below autograd: this code bypassed __torch_function__. Writes go into the kept tensor
         args, kwargs = tree_map_only(Deferred, lambda x: beside(x).detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -223,7 +223,7 @@ class Deferred(Tensor):
 
 
 class Later(torch.autograd.Function):
-    """The place of a deferred tensor in the autograd graph, for code that takes it there below Python."""
+    """The autograd node of a deferred tensor, for code below Python that builds on it."""
 
     @staticmethod
     def forward(ctx: Any, recorded: Recorded, *leaves: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class Later(torch.autograd.Function):
 
 
 def defer(recorded: Recorded) -> Tensor:
-    """Return the tensor that stands for a call that was not made."""
+    """Return the deferred tensor that stands for a call's result."""
     if not recorded.requires:
         return Deferred(recorded)
     made: Tensor = Later.apply(recorded, *(x for x, _ in recorded.leaves))
@@ -270,7 +270,7 @@ def check_fresh(recorded: Recorded) -> None:
     """Refuse to compute from tensors that were written to.
 
     Raises:
-        RuntimeError: as autograd does for tensors that it needs.
+        RuntimeError: there was such a write; autograd raises the same for tensors that it saved.
     """
     if recorded.stale():
         raise RuntimeError(
@@ -280,7 +280,7 @@ def check_fresh(recorded: Recorded) -> None:
 
 
 def beside(x: Deferred) -> Tensor:
-    """The real tensor of a deferred one that C++ code holds; x keeps it, and stands for it from now on."""
+    """Return the real tensor of x, which C++ code holds, so that it cannot be swapped; x keeps it as `kept`."""
     with LOCK:
         if "kept" not in x.__dict__:
             check_fresh(x.recorded)
@@ -291,7 +291,7 @@ def beside(x: Deferred) -> Tensor:
 
 
 def become(x: Tensor) -> Tensor:
-    """Turn a deferred tensor, in place, into the tensor that it stands for, and return that."""
+    """Turn a deferred tensor in place into the tensor that it stands for, and return that."""
     with LOCK:
         if type(x) is not Deferred:
             return x
@@ -301,10 +301,10 @@ def become(x: Tensor) -> Tensor:
         x.recorded.origin.need()
         made = x.recorded.compute()
         if type(made) is not Tensor:
-            # a subclass of its own stays beside
+            # the result is another subclass, which x cannot become
             x.__dict__["kept"] = made
             return made
-        # what torch.utils.swap_tensors does; that refuses weak references, which here should see the real tensor
+        # as torch.utils.swap_tensors does, but that refuses weak references; here they should see the real tensor
         with torch._C.DisableTorchFunctionSubclass():
             x.__class__, made.__class__ = Tensor, Deferred  # type: ignore[assignment]
             x.__dict__, made.__dict__ = {}, x.__dict__

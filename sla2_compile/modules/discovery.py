@@ -1,9 +1,9 @@
-"""Finding every attention call of a model by running its forward once.
+"""Find every attention call of a model by running its forward once.
 
 The run is a real one: the model's own Python on real tensors, with gradients off. Fake tensors cost no memory and
-little time, but what a model keeps of them (tables that it makes on first use, global caches) is poisoned, data
-that a forward reads is missing, and masks have no values. They are for models that have no weights yet, and for
-whoever asks for them. docs/performance.md has both measured.
+little time, but a model that keeps some (tables made on first use, global caches) is broken afterwards. They also
+have no values for a forward or a mask to read. So they are used only for models without weights, or on request.
+docs/performance.md has both measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HOW = ("auto", "real", "fake")
 
 
 class LeakError(ValueError):
-    """The model kept tensors of a fake run where they cannot be taken back from."""
+    """The model kept tensors of a fake run where they cannot be removed."""
 
 
 def discover(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], how: str = "auto") -> Found:
@@ -47,7 +47,7 @@ def discover(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], h
     """
     check_how(how)
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise ValueError("the model must have its parameters, got a lazy module's; run the model once before")
+        raise ValueError("the model must have initialized parameters, got a lazy module; run the model once first")
     on_meta = any(p.is_meta for p in model.parameters()) and not _offloads(model)
     if on_meta and how == "real":
         raise ValueError("discover must be 'fake' for a model on the meta device, got 'real'; or load its weights")
@@ -65,13 +65,13 @@ def discover(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], h
 
 
 def check_how(how: str) -> None:
-    """Raise for a value of `discover` that does not exist."""
+    """Raise ValueError for an unknown value of `discover`."""
     if how not in HOW:
         raise ValueError(f"discover must be one of {', '.join(HOW)}, got {how!r}; 'auto' is the default")
 
 
 def _offloads(model: nn.Module) -> bool:
-    """Whether hooks of accelerate's bring weights that are on the meta device in between."""
+    """Whether accelerate's hooks load the weights for a forward and keep them on the meta device otherwise."""
     return any("_hf_hook" in module.__dict__ for module in model.modules())
 
 
@@ -85,7 +85,7 @@ def _real(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> F
 def record_forward(
     model: nn.Module, run: Any, args: Sequence[Any], kwargs: Mapping[str, Any], how: str = "real"
 ) -> Any:
-    """Run a forward of model, and return the attention calls in it, and its result.
+    """Run a forward of model, and return (the attention calls in it, its result).
 
     run: the model, or its original forward.
     """
@@ -97,7 +97,7 @@ def record_forward(
 
 @contextlib.contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """Keep casts of weights, made with gradients off, out of the cache that a training step may read afterwards."""
+    """Keep casts of weights out of autocast's cache: made without gradients, they would spoil later training."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -114,30 +114,30 @@ def _fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], on_m
         return made.requires_grad_(x.requires_grad)
 
     try:
-        # fake tensors compute scalars for real, also those of a buffer such as a step counter
+        # under fake tensors, one-element buffers such as a step counter are still updated for real
         with left_alone(model, largest=1), torch.random.fork_rng(devices=[]), torch.no_grad(), _no_autocast_cache():
-            # whatever is no tensor may change in a forward as well: a key/value cache, say
+            # a forward may change arguments that are not tensors too: a key/value cache, say
             fake_args, fake_kwargs = private_copy(args, kwargs, fake)
             with mode:
                 found, _ = record_forward(model, model, fake_args, fake_kwargs, "fake")
             del fake_args, fake_kwargs, _
         return found
     finally:
-        # the frames of an exception on its way hold fake tensors too: those are no leak
+        # the frames of an exception in flight hold fake tensors too; those are no leak
         _drop_cached_fakes(mode, refuse=sys.exc_info()[0] is None)
 
 
 def recording() -> bool:
-    """Whether a trial run is under way; compilers are off in one."""
+    """Whether a trial run is under way. A trace is never part of one, because a trial run turns compilers off."""
     if torch.compiler.is_compiling():
         return False
     return any(isinstance(mode, Recorder) for mode in _get_current_function_mode_stack())
 
 
 def _inside_checkpoint(owner: nn.Module) -> bool:
-    """Whether the running call stands in a checkpoint that the owner's forward itself made.
+    """Whether the current call is inside a checkpoint that the owner's forward itself made.
 
-    Its recomputation would run outside of the owner's forward, and so without its sites.
+    Its recomputation would run outside the owner's forward, and so without its sites.
     """
     frame = sys._getframe()
     while frame is not None:
@@ -153,14 +153,14 @@ def _drop_cached_fakes(mode: FakeTensorMode, refuse: bool) -> None:
     """Empty every `functools.lru_cache` that the fake run filled with its fake tensors.
 
     Raises:
-        LeakError: a fake tensor stays alive elsewhere (a global, a closure), if refuse.
+        LeakError: refuse is set, and a fake tensor is still alive elsewhere (a global, a closure).
     """
     # the mode itself remembers a fake for each parameter
     mode.fake_tensor_converter = type(mode.fake_tensor_converter)()
     if not _fakes_of(mode):
         return
     ids = {id(x) for x in _fakes_of(mode)}
-    # by type and not isinstance: asking some libraries' lazy objects for their class has side effects
+    # type(x), not isinstance, which runs code of some libraries' lazy objects
     for cache in [x for x in gc.get_objects() if type(x) is _lru_cache_wrapper]:
         if _reaches(cache, ids, depth=4):
             cache.cache_clear()

@@ -1,4 +1,4 @@
-"""From a recording to attention calls: where each is made, what it says, and why one cannot be replaced."""
+"""Read the attention calls of a recording: where each is made, its arguments, and why one cannot be replaced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sla2_compile.passes.sites.outcome import Where
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.select import SeenCall
 
-# owners that run whatever children they have: sites would be one of them
+# modules that run all their children: sites would be one more child
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SDPA = F.scaled_dot_product_attention
 ONLY_IN_GRAPHS = (
@@ -43,8 +43,8 @@ class Found:
     Attributes:
         seen: the calls in order; several at one position of an owner count as one.
         how: "fake" or "real".
-        written: the calls that owners write out by hand, by owner and by the number of their product.
-        watches: modules, besides owners, inside which attention weights stay alive, by owner and call.
+        written: hand-written calls, by owner and by the number of their product of queries and keys.
+        watches: by owner and call, the module around the owner inside which the call's weights stay alive.
     """
 
     seen: list[SeenCall]
@@ -101,17 +101,17 @@ def _called(recording: Recording, node: fx.Node, frames: tuple[Frame, ...]) -> E
 
 
 def _values(recording: Recording, arguments: Any) -> Any:
-    """Arguments with fake tensors, masks with real ones where they are known."""
+    """Arguments as fake tensors, except masks whose real tensors are known."""
     return fx.node.map_arg(arguments, lambda n: recording.masks.get(n, value_of(n)))
 
 
 def _written(recording: Recording, reader: Reader, matcher: Matcher, softmax: fx.Node) -> Event | None:
-    """Attention written by hand around a softmax; None if the softmax is nothing of the kind."""
+    """The hand-written attention around a softmax; None if the softmax belongs to none."""
     frames = softmax.meta.get(FRAMES, ())
     try:
         match = matcher.match(softmax)
     except NoFit as miss:
-        # a softmax that is a module of its own is not where attention is
+        # if the softmax is a module of its own, the attention is in the module around it
         while frames and isinstance(frames[-1].module, nn.Softmax):
             frames = frames[:-1]
         near = near_attention(reader, softmax)
@@ -129,7 +129,7 @@ def _written(recording: Recording, reader: Reader, matcher: Matcher, softmax: fx
 
 
 def _writer(writes: Writes, answer: Answer, values: fx.Node) -> str | None:
-    """The name of what writes to queries, keys or masks after they were read; scores themselves may be written to."""
+    """The name of a call that writes to queries, keys or masks after they are read; writes to scores are fine."""
     product, own = answer.product, answer.chain
     operands = {x for node in (product, *own) for x in node.all_input_nodes if x not in own and x is not product}
     for operand in operands:
@@ -153,7 +153,7 @@ def _read(recording: Recording, answer: Answer, values: fx.Node) -> tuple[Attent
 
 
 def _operands(values: fx.Node) -> tuple[Tensor, Tensor]:
-    """Weights, and values (..., Nk, Dv), of their product."""
+    """Return the weights and the values (..., Nk, Dv) of their product."""
     args, kwargs = fx.node.map_arg((values.args, values.kwargs), value_of)
     func = getattr(torch, str(values.target)) if values.op == "call_method" else values.target
     product = read_product(func, args, kwargs)
@@ -162,7 +162,7 @@ def _operands(values: fx.Node) -> tuple[Tensor, Tensor]:
 
 
 def _heads_of(product: fx.Node) -> int:
-    """Heads of q where it has one batch axis, from the reshape that merged batch and heads; 0 if none did."""
+    """Heads of q where it has one batch axis, from the reshape that merged batch and heads; 0 without one."""
     for node in product.all_input_nodes:
         for _ in range(4):
             x = node.args[0] if node.args else None
@@ -178,7 +178,7 @@ def _heads_of(product: fx.Node) -> int:
 
 
 def _gather(events: list[Event], recording: Recording, how: str) -> Found:
-    """Number the calls of each forward of an owner, and put those of several forwards together."""
+    """Number the calls within each forward of an owner, and merge those of several forwards."""
     found = Found([], how)
     seen: dict[tuple[str, int, str], SeenCall] = {}
     counts: Counter[int] = Counter()
@@ -222,7 +222,7 @@ def _reason(recording: Recording, event: Event) -> Reason | None:
 def _add(seen: dict[Any, SeenCall], key: Any, event: Event, reason: Reason | None, detail: str) -> None:
     old, call = seen.get(key), event.call
     times = 1 if old is None else old.where.times + 1
-    # of several calls at one position the longest says what the site is for
+    # the longest of several calls at one position decides what the site is for
     longer = call is not None and (
         old is None or old.call is None or call.q.shape[-2:].numel() > old.call.q.shape[-2:].numel()
     )
@@ -240,13 +240,13 @@ def _inside(frame: Frame, owners: dict[int, Event]) -> str | None:
 
 
 def _number(recording: Recording, product: fx.Node, frame: Frame) -> int:
-    """The number of a product among those with batch axes in one forward."""
+    """The index of a product among the products with batch axes of one forward."""
     mine = [n for n in recording.batched if frame in n.meta[FRAMES]]
     return mine.index(product)
 
 
 def _watch(recording: Recording, answer: Answer, frame: Frame) -> str | None:
-    """The module in which the weights of a call end that its owner returned, if that is further out."""
+    """The outermost module that receives the weights of a call, if it is outside the owner; else None."""
     stacks = recording.maps.get(answer.product)
     if not stacks:
         return None

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Frame:
-    """One forward that runs.
+    """One running forward.
 
     Attributes:
-        number: tells it from other forwards of the same module.
+        number: distinguishes it from other forwards of the same module.
         name: qualified name of the module; "" is the model.
     """
 
@@ -35,7 +35,7 @@ class Frames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # shared modules go by their first name
+        # a shared module has its first name
         self.names = {id(module): name for name, module in reversed(list(named_modules(model)))}
         self.thread, self.count = threading.get_ident(), 0
         self.stack: tuple[Frame, ...] = (Frame(0, "", model),)
@@ -71,7 +71,7 @@ class Frames:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model by name, a scripted one's own parts left out: they run no Python."""
+    """Yield the modules of a model by name, without the parts of scripted modules, which run no Python."""
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     for name, module in model.named_modules():
         if not any(name == outer or name.startswith(f"{outer}.") for outer in scripted if outer):
@@ -79,7 +79,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def returned(output: Any) -> list[Tensor]:
-    """The tensors in a forward's result, in plain objects too."""
+    """The tensors in a forward's result, including the attributes of plain objects in it."""
     found = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
     for x in tree_leaves(output):
         held = getattr(x, "__dict__", None)

@@ -1,4 +1,4 @@
-"""Running a model without changing it: what it holds is put back, what it is given is a copy."""
+"""Run a model without changing it: its state is restored afterwards, and its inputs are copies."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sla2_compile.modules.frames import named_modules
 
-# plain objects of these belong to the process, not to the model
+# plain objects from these packages belong to the process, not to the model
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
 MAX_DEPTH = 6
 
 
 @contextlib.contextmanager
 def left_alone(model: nn.Module, largest: int) -> Iterator[None]:
-    """Put back, afterwards, what model's modules hold, and what their buffers of at most `largest` elements hold.
+    """Restore, on exit, the attributes of model's modules, and their buffers of at most `largest` elements.
 
-    Attributes, containers in them and plain objects in those are restored to the same contents: lazy caches that a
-    trial run filled are empty again. Hooks, and objects that manage modules (offloading, sharding), are not touched:
-    they bring weights and back again themselves, and hold what they know of that.
+    Containers in attributes, and plain objects in those, get their old contents back, so lazy caches that a trial run
+    filled are empty again. The state of hooks, and of objects that manage modules (offloading, sharding), is not
+    touched: they move weights themselves and keep track of it.
     """
     memory = Memory()
     for _, module in named_modules(model):
@@ -39,19 +39,19 @@ def left_alone(model: nn.Module, largest: int) -> Iterator[None]:
     finally:
         memory.put_back()
         for buffer, value in values:
-            # memory that no forward wrote to stays as it is, in its place
+            # a buffer that the forward did not change is not written to
             if buffer.device != value.device or not torch.equal(buffer, value):
                 buffer.copy_(value)
 
 
 class Memory:
-    """Contents of containers and of objects' __dict__, as they were."""
+    """The former contents of containers and of objects' __dict__."""
 
     def __init__(self) -> None:
         self.kept: dict[int, tuple[Any, Any]] = {}
 
     def keep(self, x: Any, depth: int) -> None:
-        """Remember x, if it can change, and what it leads to."""
+        """Remember the contents of x, if it is mutable, and of the containers and plain objects in it."""
         if id(x) in self.kept or depth > MAX_DEPTH or isinstance(x, Tensor):
             return
         if isinstance(x, dict):
@@ -73,21 +73,21 @@ class Memory:
         else:
             return
         for value in inside:
-            # modules are kept by themselves
+            # modules are kept separately
             if not isinstance(value, nn.Module):
                 self.keep(value, depth + 1)
 
     def _module_attribute(self, name: str, value: Any, depth: int) -> None:
         if "hook" in name and isinstance(value, dict):
-            # hooks that came or went; what they hold is theirs
+            # remember which hooks there are, but not their state
             self.kept[id(value)] = (value, dict(value))
         elif not isinstance(value, nn.Module):
             self.keep(value, depth + 1)
 
     def put_back(self) -> None:
-        """Give everything remembered its contents back; the objects stay the same.
+        """Restore everything remembered; the objects stay the same.
 
-        By the base types' own methods: some libraries' configurations are dicts that refuse to be updated.
+        Uses the base types' own methods, because some libraries' configurations are dicts that refuse updates.
         """
         for x, content in self.kept.values():
             if isinstance(x, dict):
@@ -101,7 +101,7 @@ class Memory:
 
 
 def _manages_modules(x: Any) -> bool:
-    """Whether an object holds modules or their parameters, and so is no data of a model's own."""
+    """Whether an object holds modules or parameters, and so is not plain data of the model."""
     for value in x.__dict__.values():
         items = (
             value.values()
@@ -124,7 +124,7 @@ def _is_plain_object(x: Any) -> bool:
 def private_copy(
     args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy arguments, so that a trial run cannot change the caller's; tensor says how tensors are copied.
+    """Copy arguments, so that a trial run cannot change the caller's; `tensor` copies the tensors in them.
 
     Raises:
         ValueError: an argument cannot be copied.
@@ -146,7 +146,7 @@ def private_copy(
 
 
 def _copy(x: Tensor) -> Tensor:
-    """A copy of a tensor; axes that it is expanded along stay so."""
+    """A copy of a tensor; expanded axes stay expanded."""
     made = x.detach()
     if x.layout is torch.strided and not x.is_nested and 0 in x.stride():
         steps = zip(x.shape, x.stride(), strict=True)

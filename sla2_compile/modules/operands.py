@@ -1,8 +1,8 @@
-"""What an owner's queries and keys were before it scaled and cast them.
+"""An owner's queries and keys as they were before it scaled and cast them.
 
-The linear branch takes its features of q and k themselves. So a scale that an owner multiplies q with belongs into
-the call's scale. An upcast of 16-bit operands is undone where the values have 16 bits: kernels accumulate in float32
-in any case.
+The linear branch computes features of q and k themselves, so a factor that an owner multiplies q by belongs in the
+call's scale. An upcast of 16-bit operands is undone where the values have 16 bits, because kernels accumulate in
+float32 in any case.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sla2_compile.modules.scores import CASTS, DIVISIONS, MULTIPLICATIONS, Score
 
 TRANSPOSES = (Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.mT.__get__)  # type: ignore[attr-defined]
 FOLLOWED: frozenset[Any] = frozenset((*CASTS, *TRANSPOSES, *MULTIPLICATIONS, *DIVISIONS))
-"""Functions that `Operands.see` wants to hear of."""
+"""Functions that `Operands.see` records."""
 
 
 class Made(NamedTuple):
-    """A tensor, and what it was made of: result = source, cast, transposed, times factor.
+    """A tensor and its origin: result = source times factor, cast; a transpose is applied to source as well.
 
     Attributes:
-        result: returns the tensor, or None if nobody holds it any more.
-        version: of source at that time.
+        result: returns the tensor, or None once it is freed.
+        version: of source when this was recorded.
     """
 
     result: Callable[[], Any]
@@ -38,8 +38,8 @@ class Operands:
     """Remembers casts, scales and transposes of one forward.
 
     Args:
-        refer: how to hold a result, weakref.ref for instance.
-        version: how to tell that a tensor was written to.
+        refer: makes a reference to a result, for example weakref.ref.
+        version: returns a number that changes when a tensor is written to.
     """
 
     def __init__(self, refer: Callable[[Tensor], Callable[[], Any]], version: Callable[[Tensor], int]) -> None:
@@ -47,7 +47,7 @@ class Operands:
         self.made: list[Made] = []
 
     def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Take in a call of one of FOLLOWED."""
+        """Record a call of one of FOLLOWED."""
         if not args or not isinstance(args[0], Tensor) or not isinstance(result, Tensor) or result is args[0]:
             return
         x = args[0]
@@ -66,14 +66,14 @@ class Operands:
                 self.made.append(Made(self.refer(result), known.source, known.version, known.factor * times))
 
     def of(self, x: Tensor) -> Made | None:
-        """What x was made of, unless that was written to since."""
+        """The origin of x; None if it is unknown, or if its source was written to since."""
         for made in self.made:
             if made.result() is x and self.version(made.source) == made.version:
                 return made
         return None
 
     def behind(self, s: Scores, dtype: torch.dtype) -> Scores:
-        """The same scores in terms of what q and k were made of, in q's and k's dtype or in this one."""
+        """The same scores in terms of the sources of q and k, where those have the operand's dtype or this one."""
         left, scale = self._one(s.left, dtype)
         right, factor = self._one(s.right, dtype)
         if left.dtype != right.dtype:

@@ -1,4 +1,4 @@
-"""Whether a model already belongs to a wrapper for several devices, which would not know parameters made now."""
+"""Whether a model is already in a wrapper for several devices, which would not know parameters added now."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 def wrapper_around(model: nn.Module) -> str | None:
     """Name what wraps or shards model, a part of it, or a module around it; None if nothing does.
 
-    Both kinds of FSDP mark every module that they manage, also where the parameters are whole during a forward.
-    DistributedDataParallel around model is seen while its forward runs.
+    FSDP1 and FSDP2 mark every module that they manage, even while its parameters are gathered for a forward.
+    A DistributedDataParallel around model is seen only while its forward runs.
     """
     for module in model.modules():
         if isinstance(module, (DistributedDataParallel, nn.DataParallel)):

@@ -1,7 +1,7 @@
-"""What sites learned, out of the folder that `from_pretrained` loaded their model from.
+"""Load what sites learned from the folder that `from_pretrained` loaded their model from.
 
-transformers and diffusers build a model before it has sites, and drop what a checkpoint holds of them. The model
-keeps the name of its folder, so sites that it is given later begin with the values saved there.
+transformers and diffusers build a model before it has sites, and drop the sites' values in a checkpoint. The model
+keeps the name of its folder, so sites that it gets later start from the values saved there.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ log = logging.getLogger("sla2_compile")
 
 
 def begin_as_saved(model: nn.Module, sites: Mapping[str, Site]) -> None:
-    """Give sites the values that the folder of their model holds for them; the others keep theirs.
+    """Give sites the values saved for them in their model's folder; sites without saved values keep theirs.
 
     Args:
-        model: as `from_pretrained` made it, or a module that holds such models; any other is left alone.
+        model: made by `from_pretrained`, or a module that holds such models; for others nothing is loaded.
         sites: by their name in model, before they are installed.
 
     Warns:
-        UserWarning: a folder holds values that fit no site, by name or by shape: they stay unused.
+        UserWarning: values in a folder match no site by name and shape, and stay unused.
     """
     names = {name: module for name, module in model.named_modules() if _folder(module) is not None}
     for name, module in names.items():
-        # the parts of a model of transformers share its configuration
+        # the parts of a transformers model share its configuration
         if any(name != outer and f"{name}.".startswith(f"{outer}." if outer else "") for outer in names):
             continue
         folder, prefix = _folder(module), f"{name}." if name else ""
@@ -42,8 +42,8 @@ def begin_as_saved(model: nn.Module, sites: Mapping[str, Site]) -> None:
 
 
 def _folder(module: nn.Module) -> Path | None:
-    """The folder on this machine that a module was loaded from, a hub's cache included; None if there is none."""
-    # what transformers and diffusers call it; read without running properties of others
+    """The local folder that a module was loaded from, or its folder in the hub's cache; None if there is none."""
+    # the names in transformers and diffusers; vars() does not run properties of other libraries' classes
     config = vars(module).get("config", vars(module).get("_internal_dict"))
     name = getattr(config, "_name_or_path", None)
     if not isinstance(name, (str, Path)) or not str(name):
@@ -95,7 +95,7 @@ def _fill(sites: Mapping[str, Site], saved: dict[str, Tensor], folder: Path) -> 
 
 
 def _same(key: str, saved: Mapping[str, Tensor]) -> str | None:
-    """The name that key has in a checkpoint, which may be of a model around this one, or of a part of it."""
+    """The name of key in a checkpoint of this model, of a model around it or of a part of it; None if not unique."""
     if key in saved:
         return key
     near = [name for name in saved if name.endswith(f".{key}") or key.endswith(f".{name}")]

@@ -1,8 +1,8 @@
 """`Recorder`: one forward of a model as an fx graph of the torch functions that it calls.
 
-The model's own Python runs, on real or fake tensors, and computes what it always computes; a function mode only
-writes down each call. The graph has the form that Dynamo gives one, with fake values and the modules around each
-node, so that the passes which find attention in graphs find it here.
+The model's own Python runs unchanged, on real or fake tensors; a function mode records each call. The graph has the
+form of Dynamo's graphs, with fake values and the modules around each node, so the passes that find attention in
+graphs also find it here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sla2_compile.passes.sites.call import bind
 from sla2_compile.passes.sites.rules import Reason
 
 FRAMES = "sla2_frames"
-"""Key of node.meta under which the frames around a call stand."""
+"""Key in node.meta of the frames around a call."""
 
 REVERSED = {
     "__radd__": operator.add,
@@ -74,11 +74,11 @@ CONSTANTS = (
 
 @dataclass
 class Answer:
-    """One attention call written out by hand.
+    """One hand-written attention call.
 
     Attributes:
-        product: of queries and keys; chain: the scores and weights made of it.
-        scores: what the weights mean where they meet the values.
+        product: of queries and keys; chain: product, and the scores and weights computed from it.
+        scores: what the weights stand for in their product with the values.
     """
 
     product: fx.Node
@@ -88,15 +88,15 @@ class Answer:
 
 @dataclass
 class Recording:
-    """What a forward showed.
+    """The record of one forward.
 
     Attributes:
         gm: the graph; node.meta has example_value (fake), nn_module_stack, and the frames around it (`FRAMES`).
-        answers: by the node of the product of weights and values.
-        batched: products with batch axes, in order: what hand-written calls are numbered by.
-        maps: each time that a forward returned scores or weights, the frames around it, by the node of their product.
+        answers: hand-written calls, by the node of their product of weights and values.
+        batched: products with batch axes, in order; hand-written calls are numbered by them.
+        maps: the frames around each forward that returned scores or weights, by the node of their product.
         masks: real masks of calls, by node.
-        reasons: why a call or a product cannot be answered where it stands, by node.
+        reasons: why a call or a product cannot be replaced where it is made, by node.
     """
 
     gm: fx.GraphModule
@@ -108,17 +108,17 @@ class Recording:
 
 
 class _Graph(fx.GraphModule):
-    """A graph that is read and never run, so that no code is made of it."""
+    """A graph that is read and never run, so no code is generated for it."""
 
     def recompile(self) -> Any:
         return None
 
 
 class Recorder(TorchFunctionMode):
-    """Writes down the functions of torch that run under it.
+    """Records the torch functions that are called under it.
 
     Args:
-        inside_checkpoint: says whether the running call stands in a checkpoint that a module's forward made.
+        inside_checkpoint: tells whether the current call is inside a checkpoint that a module's forward made.
     """
 
     def __init__(self, model: nn.Module, inside_checkpoint: Callable[[nn.Module], bool]) -> None:
@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
         self.numbers: dict[fx.Node, float] = {}
 
     def finish(self, output: Any) -> Recording:
-        """End the graph: its results are the tensors in the forward's, and all else that nobody reads, maps aside."""
+        """End the graph; it returns the tensors in the forward's result, and other unused nodes but scores."""
         results = [self._node(x) for x in returned(output)]
         unread = [n for n in self.graph.nodes if not n.users and n not in self.scores and n.op != "placeholder"]
         self.graph.output(tuple(dict.fromkeys([*results, *unread])))
@@ -153,7 +153,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.__iter__:
-            # an iterator hides what it gives
+            # an iterator would hide its items
             return iter(self(torch.unbind, args[0]))
         result = func(*args, **kwargs)
         self._record(func, args, kwargs, result)
@@ -169,7 +169,7 @@ class Recorder(TorchFunctionMode):
         some = [x for x in items if isinstance(x, Tensor)]
         if not some and written(func, args, kwargs) is None:
             return
-        # before the result is known: it may be one of them, as it was or written to
+        # read the arguments first: the result may be one of them, unchanged or written to
         given, given_kwargs = self._argument(tuple(args)), self._argument(kwargs)
         spelt = _spelling(func, given)
         if spelt is None:
@@ -191,7 +191,7 @@ class Recorder(TorchFunctionMode):
                 self.found.reasons[node] = Reason.CHECKPOINT
             elif func in PRODUCTS and torch._C._functorch.peek_interpreter_stack() is not None:
                 self.found.reasons[node] = Reason.TRANSFORMED
-        # q, k and v are told by their shapes; a mask by its values
+        # of q, k and v planning needs the shapes, of a mask the values
         if func is F.scaled_dot_product_attention:
             self._keep_mask(bind(*args, **kwargs).attn_mask)
         elif func is F.multi_head_attention_forward:
@@ -211,7 +211,7 @@ class Recorder(TorchFunctionMode):
             self.numbers[node] = factor
 
     def _keep_mask(self, x: Any) -> None:
-        """Keep a tensor whose values planning needs; scores and weights are none."""
+        """Keep a tensor that may be a mask, whose values planning needs; scores and weights are not masks."""
         if isinstance(x, Tensor) and x.dim() >= 2 and not isinstance(x, FakeTensor):
             node = self._node(x)
             if node not in self.scores:
@@ -238,7 +238,7 @@ class Recorder(TorchFunctionMode):
         return x if isinstance(x, CONSTANTS) or x is Ellipsis else f"<{type(x).__name__}>"
 
     def _blank(self, x: Tensor) -> Tensor | None:
-        """A fake tensor like x; those of tensors that share memory share theirs."""
+        """A fake tensor like x; if tensors share memory, their fakes do too."""
         if x.is_nested:
             return None
         plain = x.layout is torch.strided and type(x) in (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
@@ -253,7 +253,7 @@ class Recorder(TorchFunctionMode):
                 known = self.storages[storage._cdata] = (StorageWeakRef(storage), base)
             return known[1].as_strided(x.shape, x.stride(), x.storage_offset())
 
-    # what scores mean, read as code that runs will read them
+    # following scores by the rules that later forwards follow them by
 
     def _read_scores(self, func: Any, node: fx.Node, args: Any, kwargs: Any, tensors: Any) -> None:
         """Follow scores through one call.
@@ -296,12 +296,12 @@ class Recorder(TorchFunctionMode):
             self.scores[node] = (made, new)
 
     def _blank_of(self, node: fx.Node) -> Any:
-        """What stands for a tensor: a fake one, or a number where code that runs reads one from it."""
+        """What stands for a tensor: a fake one, or a number where eager code would read one from it."""
         return self.numbers.get(node, node.meta.get("example_value"))
 
 
 def _spelling(func: Any, args: Any) -> tuple[str, Any, Any] | None:
-    """A call as Dynamo would write it into a graph: operators and methods by name."""
+    """A call as Dynamo's graphs have it (op, target, args); None for an attribute that holds no values."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         attribute = getattr(func.__self__, "__name__", "")

@@ -1,7 +1,7 @@
 """The module carrier: an owner's forward runs under a mode that sends its attention calls to its sites.
 
 The model keeps its class, attributes, hooks and state-dict keys; the owner gains a child module `sla2` and an
-instance-level `forward`. Works in eager, under torch.compile and torch.export, through deepcopy and pickle.
+instance-level `forward`. Works in eager mode, under torch.compile and torch.export, and through deepcopy and pickle.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from sla2_compile.passes.sites.site import Sites
 CHILD = "sla2"
 """Name of the child module that holds an owner's sites."""
 
-# attribute of an owner that holds its `SiteForward`, for code that binds the function of its forward anew
+# attribute of an owner that holds its `SiteForward`, for code that rebinds the function of its forward
 SLOT = "_sla2_forward"
 
 
 class SiteForward:
-    """The original forward, under `RedirectAttention`. What `owner.forward` becomes is its method `forward`.
+    """The original forward, under `RedirectAttention`; its method `forward` becomes `owner.forward`.
 
-    A bound method, because torch.compile guards a forward that an instance has by the object itself, but a method by
-    its function's code: so the layers of a model share what is compiled of one. It deep-copies and pickles by name.
+    That is a bound method because torch.compile guards any other instance-level forward by identity, but a method by
+    its function's code. So the layers of a model share compiled code. It deep-copies and pickles by name.
 
     Attributes:
         owner: the module.
         own: the forward that the instance already had in its __dict__, or None for its class's.
         name: of the owner in its model, for warnings.
-        written: attention calls that the owner writes out by hand, by the number of their product.
-        watches: whether attention weights of a module inside outlive that module's forward, and end in this one.
-        forwards, missed: eager forwards, and those that made none of the planned calls.
-        from_class: `own` was looked up on the class, and is not to be put back.
+        written: the owner's hand-written attention calls, by the number of their product of queries and keys.
+        watches: whether attention weights of a module inside outlive that module's forward, but not this one.
+        forwards, missed: counts of eager forwards, and of those that made none of the planned calls.
+        from_class: whether `own` was looked up on the class, and must not be put back.
         function: the class's forward; stored, because looking it up inside a trace breaks the graph.
     """
 
@@ -60,8 +60,8 @@ class SiteForward:
 
     @property
     def forward(self) -> MethodType:
-        """What the owner gets: `_run`, with the signature of the original."""
-        # a pickle that begins at this very method asks for it before self has its attributes
+        """The owner's new forward: `_run`, with the signature of the original."""
+        # a pickle of this method itself reads it before self has its attributes
         if "function" not in self.__dict__:
             return as_forward(_run, self, None, bound=False)
         bound = self.own is not None
@@ -83,13 +83,13 @@ class SiteForward:
         if self.own is not None:
             return self.own(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            # a class that was patched or swapped meanwhile
+            # the class may have been patched or swapped since
             self.function = type(self.owner).forward
         return self.function(self.owner, *args, **kwargs)
 
 
 def _run(bound: SiteForward | nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # accelerate binds the function that it finds in a root's forward to the root
+    # accelerate rebinds the function of a root's forward to the root itself
     self: SiteForward = bound if isinstance(bound, SiteForward) else bound.__dict__[SLOT]
     if self.watches and not torch.compiler.is_compiling():
         with Watch():
@@ -121,7 +121,7 @@ def _under_sites(self: SiteForward, args: Any, kwargs: Any) -> Any:
 
 
 def site_forward(owner: nn.Module) -> SiteForward | None:
-    """What `install` gave owner, unless somebody wrapped it afterwards."""
+    """The `SiteForward` that is owner's forward; None if there is none, or if it was wrapped afterwards."""
     return owner.__dict__[SLOT] if is_bound(owner.__dict__.get("forward"), _run) else None
 
 
@@ -129,10 +129,10 @@ def install(
     owner: nn.Module, sites: Sites | None, name: str = "", written: dict[int, Written] | None = None,
     watches: bool = False,
 ) -> None:  # fmt: skip
-    """Give owner its sites, or none where it only watches. The caller has checked that `owner.sla2` is free."""
+    """Give owner its sites, or None where it only watches. The caller has checked that `owner.sla2` is free."""
     if sites is not None:
         if isinstance(owner, nn.MultiheadAttention):
-            # nn.TransformerEncoderLayer passes its attention module by where no module inside it has a hook
+            # nn.TransformerEncoderLayer bypasses its attention module unless a module inside has a hook
             sites.register_forward_pre_hook(_only_seen)
         owner._modules[CHILD] = sites
     carrier = SiteForward(owner, name, written, watches)
@@ -141,18 +141,18 @@ def install(
 
 
 def _only_seen(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing: it is there to be seen."""
+    """Do nothing; only the presence of this hook matters."""
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
-    """Whether module itself holds an attribute of this name, rather than handing its name on to another object."""
+    """Whether module itself holds an attribute of this name; one found through `__getattr__` does not count."""
     if isinstance(module, torch.jit.ScriptModule):
         return hasattr(module, name)
     return any(name in held for held in (module.__dict__, module._modules, module._parameters, module._buffers))
 
 
 def check_removable(owner: nn.Module) -> None:
-    """Refuse to take sites away under a forward that somebody wrapped afterwards.
+    """Refuse to remove sites under a forward that was wrapped afterwards.
 
     Raises:
         ValueError: `owner.forward` is no longer the one that `install` set.
@@ -167,7 +167,7 @@ def check_removable(owner: nn.Module) -> None:
 
 
 def _is_own(owner: nn.Module, forward: Any) -> bool:
-    """Whether a forward is the one that owner had before, put back by somebody else."""
+    """Whether a forward is owner's original one, put back by other code."""
     carrier = owner.__dict__.get(SLOT)
     if carrier is not None and forward is carrier.own:
         return True
@@ -175,10 +175,10 @@ def _is_own(owner: nn.Module, forward: Any) -> bool:
 
 
 def remove(owner: nn.Module) -> None:
-    """Take owner's sites away again: the forward and the attributes are what they were."""
+    """Remove owner's sites, and restore its forward and attributes."""
     forward = site_forward(owner)
     if forward is None:
-        # somebody put the original back already
+        # other code has put the original back already
         pass
     elif forward.own is None or forward.from_class:
         del owner.__dict__["forward"]
@@ -189,9 +189,9 @@ def remove(owner: nn.Module) -> None:
 
 
 def is_owner(module: nn.Module) -> bool:
-    """Whether module carries sites, also inside a wrapper that somebody put around them (peft's, say)."""
+    """Whether module has sites, possibly inside a wrapper around them (peft's, for example)."""
     child = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(CHILD)
     if child is None or isinstance(child, Sites):
         return child is not None
-    # sites below another module of this name belong to an owner inside child, which is then no wrapper
+    # sites below a further module `sla2` belong to an owner inside child; child is then no wrapper
     return any(isinstance(m, Sites) and CHILD not in name.split(".") for name, m in child.named_modules())

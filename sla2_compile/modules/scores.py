@@ -1,9 +1,9 @@
-"""What functions of torch do to attention scores: one reading of calls, for eager code and for traces.
+"""What torch functions do to attention scores: one set of rules for eager code and for traces.
 
     softmax(scale * q k^T + masks)
 
-A product of two tensors with batch axes may be the scores of attention. What follows is read call by call: `follow`
-says what a function makes of scores that it is given, or that it makes something else of them.
+A product of two tensors with batch axes may be attention scores. The calls after it are read one by one: `follow`
+returns the scores that a function makes of given scores, or None if its result is something else.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ HIDDEN = -1e9
 
 
 class Mask(NamedTuple):
-    """What is laid over the scores.
+    """A mask that is applied to the scores.
 
     Attributes:
         kind: add (a float tensor is added), fill (True is set to value), keep (False is set to value).
-        tensor: broadcasts against the scores as they are written there.
+        tensor: broadcasts against the scores in the shape that they have there.
         value: what hidden scores are set to; 0.0 for add.
-        rank: number of axes with which the scores are written there.
+        rank: number of axes that the scores have there.
     """
 
     kind: Literal["add", "fill", "keep"]
@@ -43,9 +43,9 @@ class Scores(NamedTuple):
     Attributes:
         left, right: (..., Nq, D), (..., D, Nk), as the product took them.
         scale: multiplies q k^T.
-        masks: laid over the scaled scores, in order.
+        masks: applied to the scaled scores, in order.
         soft: whether the softmax over keys was taken.
-        heads: (batch, heads) where some shape with four axes or more says so; else None.
+        heads: (batch, heads) if the scores had four axes or more at some point; else None.
     """
 
     left: Tensor
@@ -57,7 +57,7 @@ class Scores(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the queries."""
+        """The dtype of the queries."""
         return self.left.dtype
 
 
@@ -65,7 +65,7 @@ class Product(NamedTuple):
     """A product of two tensors: left (..., N, K), right (..., K, M), result (..., N, M) times scale plus bias.
 
     Attributes:
-        order: where each axis of the function's result comes from in (..., N, M); None if it is that.
+        order: the permutation that takes (..., N, M) to the function's result; None if there is none.
     """
 
     left: Tensor
@@ -92,7 +92,7 @@ def argument(args: Any, kwargs: Any, index: int, *names: str, default: Any = Non
 
 
 def is_batched(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call of one of PRODUCTS multiplies two tensors with batch axes: what calls are numbered by."""
+    """Whether a call of one of PRODUCTS multiplies two tensors with batch axes. Such products number the calls."""
     first = 1 if func is torch.einsum or func in BADDBMM else 0
     names = ("batch1", "batch2") if func in BADDBMM else ("input", "other")
     a = argument(args, kwargs, first, names[0])
@@ -147,7 +147,7 @@ def _permuted(x: Tensor, axes: str, wanted: tuple[str, ...]) -> Tensor:
 
 
 def scores_of(product: Product, shape: Any) -> Scores | None:
-    """Take a product as scores; shape is its result's. None if it can be none."""
+    """Read a product as scores; shape is its result's. None if it cannot be scores."""
     left, right = product.left, product.right
     if not left.is_floating_point() or product.order is not None or left.dim() != right.dim():
         return None
@@ -161,10 +161,10 @@ def _heads(shape: Any) -> tuple[int, int] | None:
 
 
 def follow(s: Scores, func: Any, at: int, args: Any, kwargs: Any, rank: int) -> Scores | None:
-    """Return what a function makes of scores, or None if that is none of what attention does.
+    """Return the scores that a function makes of scores, or None if attention has no such step.
 
     Args:
-        at: which of args the scores are.
+        at: index of the scores in args.
         rank: number of axes of the scores.
     """
     handler = STEPS.get(func)
@@ -172,7 +172,7 @@ def follow(s: Scores, func: Any, at: int, args: Any, kwargs: Any, rank: int) -> 
 
 
 def regrouped(s: Scores, old: Any, new: Any) -> Scores | None:
-    """Scores of one shape written in another one, if only batch axes are merged or split."""
+    """The scores after a reshape from old to new; None unless it only merges or splits batch axes."""
     if len(new) < 3 or tuple(old[-2:]) != tuple(new[-2:]):
         return None
     heads = _heads(new)
@@ -182,13 +182,13 @@ def regrouped(s: Scores, old: Any, new: Any) -> Scores | None:
 
 
 def number(x: Any) -> float | None:
-    """x as a factor: a number, or a tensor of one on the CPU, which reads without waiting; else None."""
+    """x as a factor: a number, or a scalar tensor on the CPU, which is read without waiting; else None."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     plain = isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad
     if not plain or torch.compiler.is_compiling() or type(x) is not Tensor:
         return None
-    # what torch.func wraps has no value of its own
+    # a tensor that torch.func wraps has no value of its own
     return None if torch._C._functorch.is_functorch_wrapped_tensor(x) else float(x)
 
 
@@ -257,7 +257,7 @@ DIVISIONS = (
 )  # fmt: skip
 
 STEPS: dict[Any, Callable[..., Scores | None]] = {}
-"""What each function makes of scores. Changes of shape are read by `regrouped`."""
+"""For each function, what it makes of scores. Changes of shape are read by `regrouped`."""
 for _functions, _handler in (
     (MULTIPLICATIONS, _mul),
     (DIVISIONS, _div),
@@ -280,9 +280,9 @@ IN_PLACE: dict[Any, Callable[..., Any]] = {
     Tensor.add_: Tensor.add, Tensor.__iadd__: Tensor.add, operator.iadd: Tensor.add,
     Tensor.masked_fill_: Tensor.masked_fill,
 }  # fmt: skip
-"""Functions that write into the scores that they are given, and what they compute."""
+"""Functions that write into the scores that they are given, and the out-of-place functions that they compute."""
 
 SHAPES: frozenset[Any] = frozenset(
     (Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unflatten, torch.unflatten)
 )
-"""Functions that write scores in another shape."""
+"""Functions that only change the shape of scores."""

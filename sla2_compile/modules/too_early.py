@@ -1,4 +1,4 @@
-"""What was made of a model before its first forward gave it sites, and so lacks what they learn: it is told."""
+"""Warn of copies and optimizers made before a first forward gave the model sites: they lack its new parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIX = "pass example_inputs to transform, and the parameters are there at once"
 
 
 class RemembersCopies:
-    """An object that knows which of its deep copies, and of theirs, are alive; a pickle of it knows none."""
+    """An object that knows which of its deep copies, and of theirs, are alive; its pickles know none."""
 
     def __init__(self) -> None:
         self.copies: list[ref[RemembersCopies]] = []
@@ -34,7 +34,7 @@ class RemembersCopies:
 
     def __deepcopy__(self: T, memo: dict[int, Any]) -> T:
         twin = type(self).__new__(type(self))
-        # before the attributes, which lead back here
+        # before the attributes are copied, because they refer back to self
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin.copies = self.copies
@@ -43,15 +43,15 @@ class RemembersCopies:
 
 
 def tell(root: nn.Module, copies: int) -> None:
-    """Say that optimizers and copies made before now lack the parameters that root has just got.
+    """Warn that optimizers and copies made earlier lack the parameters that root has just received.
 
     Args:
-        root: planned in its first forward, which runs.
-        copies: how many copies were made of root before, and are still without sites.
+        root: a model in its first forward, just planned.
+        copies: how many earlier copies of root still have no sites.
 
     Warns:
-        UserWarning: copies that an average over models would pair with other parameters; a training step, before
-            which an optimizer is usually built.
+        UserWarning: there are such copies, whose parameters an average over models would pair wrongly; or this is a
+            training step, before which an optimizer is usually built.
     """
     learned = [p for m in root.modules() if isinstance(m, Site) for p in m.parameters() if p.requires_grad]
     if not learned:

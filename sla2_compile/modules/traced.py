@@ -1,10 +1,10 @@
-"""Attention written by hand in a compiler's trace: traced as it is, and answered where the weights meet the values.
+"""Hand-written attention in a compiler's trace: traced as it is, and replaced where weights multiply the values.
 
-Nothing is computed in a trace, so nothing needs to be deferred. What scores mean is remembered beside them; what is
-left of them, once the site has answered, is dead code that every compiler removes.
+Nothing is computed in a trace, so nothing needs to be deferred. What scores stand for is remembered beside them. Once
+the site has answered, the scores are dead code, which every compiler removes.
 
-A trace does not show every write to its function modes (`torch._foreach_*` is missing in torch 2.13). Planning, which
-runs in eager, refuses owners that write to queries, keys or masks before the weights meet the values.
+Function modes do not see every write in a trace (`torch._foreach_*` is missing in torch 2.13). Planning, which runs
+in eager mode, refuses owners that write to queries, keys or masks before that product.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ METADATA = ("size", "dim", "numel", "ndimension", "nelement", "is_floating_point
 
 
 def writes(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a function may write to a tensor, as its name or its arguments tell; a trace cannot look it up."""
+    """Whether a function may write to a tensor, judged by its name and arguments; a trace cannot read its schema."""
     name = getattr(func, "__name__", "")
     in_place = name in WRITERS or (name[-1:] == "_" and name[-2:] != "__")
-    # a flag by position may be inplace
+    # a positional True may be inplace
     flags = [x for x in args[1:] if x is True]
     return in_place or "out" in kwargs or "inplace" in kwargs or len(flags) > 0
 
 
 class TraceAttention(OwnerMode):
-    """Runs an owner's forward in a trace, and answers the attention calls that it writes out.
+    """Runs an owner's forward in a trace, and replaces its hand-written attention calls.
 
-    Args: as `DeferAttention` has them.
+    Args: as in `DeferAttention`.
     """
 
     def __init__(self, sites: Sites, written: dict[int, Written], calls: RedirectAttention) -> None:
         super().__init__()
         self.sites, self.written, self.calls = sites, written, calls
         self.product = 0
-        # tensors, and what is known of them: (scores, site)
+        # tensors, and for each what is known of it: (scores, planned call)
         self.tensors: list[Tensor] = []
         self.known: list[tuple[Scores, Written]] = []
         self.operands = Operands(_held, _unversioned)
@@ -75,17 +75,17 @@ class TraceAttention(OwnerMode):
         if known is not None and isinstance(result, Tensor):
             self._follow(func, at, known, args, kwargs, result)
         elif known is not None and getattr(func, "__name__", "") not in METADATA:
-            # something else is done with scores or weights, such as a hook on their gradient
+            # scores or weights are used in another way, such as by a hook on their gradient
             self.tensors, self.known = [], []
         elif writes(func, args, kwargs):
-            # what it writes to may be what scores were made of
+            # it may write to what scores were made of
             self.tensors, self.known, self.operands.made = [], [], []
         elif func in FOLLOWED:
             self.operands.see(func, args, kwargs, result)
         return result
 
     def _among(self, args: Any) -> tuple[int, tuple[Scores, Written] | None]:
-        """The first of the arguments that is known, and what is known of it."""
+        """Index of the first known tensor among the arguments, and what is known of it; (-1, None) without one."""
         for at, x in enumerate(args[:3]):
             for i, tensor in enumerate(self.tensors):
                 if tensor is x:
@@ -120,7 +120,7 @@ class TraceAttention(OwnerMode):
         plain = IN_PLACE.get(func, func)
         new = follow(scores, plain, at, args, kwargs, rank)
         if writes(func, args, kwargs):
-            # views of what was written, and what was made of it before, are no longer known
+            # views of the written tensor, and tensors made of it before, are no longer known
             self.tensors, self.known = [], []
         if new is None:
             self.tensors, self.known = [], []

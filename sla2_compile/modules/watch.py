@@ -1,4 +1,4 @@
-"""`Watch`: makes deferred tensors real before anything that they are made of is written to."""
+"""`Watch`: makes deferred tensors real before any of their inputs is written to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sla2_compile.modules.writes import exposes, written
 
 
 class Watch(TorchFunctionMode):
-    """Looks at every function of torch that runs under it, as long as deferred tensors are alive.
+    """Inspects every torch function that runs under it, as long as deferred tensors are alive.
 
-    Those that are still alive at the end go to the next `Watch` further out, or else become real: nobody could tell
-    any more when what they are made of is written to.
+    Those that are still alive at the end move to the next `Watch` further out. If there is none they become real,
+    because later writes to their inputs would not be seen.
 
     Attributes:
         live: deferred tensors that may still be in use.
-        exposed: tensors whose memory was handed to code that writes unseen.
+        exposed: tensors whose memory was given to code that may write unseen.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def before(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Look at a call that may write to what deferred tensors are made of."""
+        """Make the deferred tensors real whose inputs the coming call may write to."""
         exposing = exposes(func)
         if exposing:
             self.exposed += tensors(args)
@@ -47,19 +47,19 @@ class Watch(TorchFunctionMode):
                 become(x)
 
     def steady(self, leaves: Iterable[Tensor]) -> bool:
-        """Whether tensors can only be written to where this mode sees it."""
+        """Whether this mode sees every write to these tensors."""
         exposed = {storage(x) for x in self.exposed}
         return not exposed or not any(storage(x) in exposed for x in leaves)
 
     def alive(self) -> list[Deferred]:
-        """The deferred tensors that somebody holds."""
+        """The deferred tensors that are still referenced."""
         found = [x for ref in self.live if (x := ref()) is not None and is_deferred(x)]
         self.live = [weakref.ref(x) for x in found]
         return found  # type: ignore[return-value]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        # after an error, only a traceback holds them
+        # after an error, only the traceback refers to them
         if not self.live or error[0] is not None:
             return
         left = self.alive()
@@ -72,12 +72,12 @@ class Watch(TorchFunctionMode):
 
 
 def watching() -> Watch | None:
-    """The innermost `Watch` under which this point runs."""
+    """The innermost active `Watch`, or None."""
     return next((mode for mode in reversed(_get_current_function_mode_stack()) if isinstance(mode, Watch)), None)
 
 
 def chain(recorded: Recorded) -> Iterator[Tensor]:
-    """The scores that a recorded call works on, the scores that those were made of, and so on."""
+    """Yield the scores that a recorded call takes, the scores that those were made of, and so on."""
     while recorded.at >= 0:
         x = recorded.args[recorded.at]
         yield x
@@ -93,7 +93,7 @@ def sources(recorded: Recorded) -> Iterator[Tensor]:
 
 
 def storage(x: Tensor) -> int:
-    """The identity of a tensor's memory; of what has none, its own."""
+    """The identity of a tensor's memory, or of the tensor itself if it has none."""
     try:
         return int(x.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Which tensors a call of a torch function writes to, by the function and its arguments alone."""
+"""Which tensors a call of a torch function writes to, judged by the function and its arguments alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 Kind = Literal["nothing", "first", "anything"]
 
-# methods whose names end like those of in-place ones, and which change no values
+# methods that have the name of an in-place one and change no values
 NO_WRITES = frozenset({"requires_grad_", "rename_", "align_"})
-# what hands a tensor's memory to code that no function of torch sees
+# methods that give a tensor's memory to code whose writes no torch function shows
 EXPOSING = frozenset({
     "numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__", "share_memory_",
 })  # fmt: skip
@@ -36,7 +36,7 @@ def written(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def exposes(func: Any) -> bool:
-    """Whether a call hands out memory that may then be written to unseen."""
+    """Whether a call gives out memory that may then be written to unseen."""
     known = _EXPOSES.get(func)
     if known is None:
         known = _EXPOSES[func] = getattr(func, "__name__", "") in EXPOSING

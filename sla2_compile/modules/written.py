@@ -1,8 +1,8 @@
-"""Attention written by hand in an owner's forward: the owner's own Python runs, and only the attention is replaced.
+"""Hand-written attention in an owner's eager forward: its own Python runs, and only the attention is replaced.
 
-The products that planning recognised are deferred (`deferred.py`), and so is what follows, as long as it is what
-attention does (`scores.py`). Where the weights meet the values, the site answers, and no map is ever computed. Any
-other use of the scores or the weights computes them, and the owner goes on as it always did.
+The products that planning recognised are deferred (`deferred.py`), and so are the calls after them, as long as they
+are steps of attention (`scores.py`). Where the weights multiply the values, the site answers, and the scores are
+never computed. Any other use of scores or weights computes them, and the owner's code goes on unchanged.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ READ_BACK = (
 
 
 class Written(NamedTuple):
-    """One attention call that an owner writes out by hand.
+    """One hand-written attention call of an owner.
 
     Attributes:
         site: key of its site among the owner's.
-        heads: of q, for products with one batch axis.
+        heads: heads of q, for products with one batch axis.
     """
 
     site: int
@@ -69,13 +69,13 @@ class Written(NamedTuple):
 
 
 class DeferAttention(Watch, OwnerMode):
-    """Runs an owner's forward in eager mode, and answers the attention calls that it writes out.
+    """Runs an owner's forward in eager mode, and replaces its hand-written attention calls.
 
     Args:
         name: of the owner, for warnings.
-        written: the owner's attention calls, by the number of their product of queries and keys. The products with
-            batch axes of one forward are numbered in their order (`scores.is_batched`).
-        calls: answers the owner's calls of attention functions.
+        written: its hand-written calls, by the number of their product of queries and keys. All products with batch
+            axes (`scores.is_batched`) of one forward are numbered in order.
+        calls: handles the owner's calls of attention functions.
     """
 
     def __init__(self, name: str, sites: Sites, written: dict[int, Written], calls: RedirectAttention) -> None:
@@ -133,7 +133,7 @@ class DeferAttention(Watch, OwnerMode):
         call = None if scores is None else call_of(scores, shape, None, planned.heads)
         reason = Reason.UNSEEN if call is None else site.decide(call)[1]
         if scores is None or (reason is not None and reason is not Reason.DTYPE):
-            # the dtype may be known only when v is
+            # the dtype may be settled only when v is known
             site.count(reason or Reason.UNSEEN)
             return None
         if not self.steady((left, right)):
@@ -143,14 +143,14 @@ class DeferAttention(Watch, OwnerMode):
         return self._defer(Recorded(func, args, kwargs, -1, scores, shape, like, (), origin))
 
     def _needed(self, site: Site, origin: Origin) -> None:
-        """Somebody reads scores or weights."""
+        """Count a read of scores or weights; warn of the first one after the site answered."""
         if not origin.answered:
             site.count(Reason.WEIGHTS_USED)
         elif site.count_read_back() == 1:
             warnings.warn(READ_BACK.format(self.name), stacklevel=2)
 
     def _unsteady(self) -> Reason | None:
-        """Why a result must not be computed later, in other surroundings than the present ones."""
+        """Why a call must not be deferred out of its present context, or None."""
         if self.calls.in_checkpoint():
             return Reason.CHECKPOINT
         return None if torch._C._functorch.peek_interpreter_stack() is None else Reason.TRANSFORMED
@@ -163,10 +163,10 @@ class DeferAttention(Watch, OwnerMode):
     def _site(self, index: int) -> Site:
         return site_at(self.sites, index)
 
-    # what follows it
+    # the calls that follow it
 
     def _follow(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        """Defer what is done with one deferred tensor, or return None."""
+        """Defer a call that takes one deferred tensor, or return None."""
         found = [x for x in tensors(args, kwargs) if type(x) is Deferred]
         at = next((i for i, x in enumerate(args) if type(x) is Deferred), None)
         if len(found) != 1 or at is None or not is_deferred(args[at]):
@@ -192,7 +192,7 @@ class DeferAttention(Watch, OwnerMode):
         return self._follow_write(plain, args, kwargs, scores, like) if at == 0 else None
 
     def _follow_write(self, func: Any, args: Any, kwargs: Any, scores: Scores, like: Like) -> Tensor | None:
-        """Let the same object stand for what an in-place function makes of it."""
+        """Let the same object stand for the result of an in-place function, or return None."""
         x: Deferred = args[0]
         old = x.recorded
         others = any(any(x is z for z in chain(y.recorded)) for y in self.alive())

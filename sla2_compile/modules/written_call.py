@@ -1,4 +1,4 @@
-"""From scores, weights and values as an owner writes them to one attention call in four axes."""
+"""Turn an owner's scores, weights and values into one attention call with four axes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sla2_compile.modules.scores import Mask, Scores
 from sla2_compile.passes.sites.call import AttentionCall
 
-# boolean masks of a call by the tensor that they were made of, so that their values are read once
+# masks made for calls, by the tensor that they were made of, so that their values are read once
 _MADE = WeakTensorKeyDictionary()
 
 
 def call_of(s: Scores, shape: Any, v: Tensor | None, heads: int) -> AttentionCall | None:
-    """The attention call of softmax(scores) v; None if it cannot be written in four axes.
+    """The attention call of softmax(scores) v; None if it cannot be written with four axes.
 
     Args:
-        shape: of the weights where they meet v: (..., Nq, Nk).
-        v: (..., Nk, Dv); k stands for it where it is not known yet.
-        heads: of q, where all shapes have one batch axis.
+        shape: of the weights in their product with v, (..., Nq, Nk).
+        v: (..., Nk, Dv); None while it is not known yet, and k stands for it.
+        heads: heads of q, used where all shapes have one batch axis.
     """
     batch = tuple(shape[:-2])
     if s.heads is not None:
@@ -47,7 +47,7 @@ def call_of(s: Scores, shape: Any, v: Tensor | None, heads: int) -> AttentionCal
 
 
 def _four(x: Tensor, batch: tuple[int, ...], B: int, H: int) -> Tensor | None:
-    """x (..., N, D) as (B, H, N, D); batch axes of one are expanded."""
+    """x (..., N, D) as (B, H, N, D); batch axes of size one are expanded. None if it does not fit."""
     if x.dim() == 4 and x.shape[0] == B and x.shape[1] == H:
         return x
     own = tuple(x.shape[:-2])
@@ -70,7 +70,7 @@ def _four_mask(mask: Mask, B: int, H: int) -> Mask | None:
 
 
 def _joined(masks: list[Mask], dtype: torch.dtype) -> Tensor | None:
-    """All masks as one attn_mask: boolean, True where a score is kept, or numbers to add."""
+    """All masks as one attn_mask: boolean, True where a score is kept, or float, to be added."""
     total: Tensor | None = None
     for mask in masks:
         x = _made(mask, dtype, alone=len(masks) == 1)
@@ -95,6 +95,6 @@ def _make(mask: Mask, dtype: torch.dtype, boolean: bool) -> Tensor:
     hidden = mask.tensor if mask.kind == "fill" else ~mask.tensor
     if boolean:
         return ~hidden
-    # a query whose keys are all set to one number attends to all of them alike: a boolean cannot say so
+    # a query whose keys all have the same number attends to all alike, which a boolean mask cannot express
     value = mask.value if mask.value == -math.inf else torch.finfo(dtype).min
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, value)

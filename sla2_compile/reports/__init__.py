@@ -1,1 +1,1 @@
-"""What became of a model's attention, for people and for programs."""
+"""Reports on a model's attention, for people and for programs."""

@@ -1,4 +1,4 @@
-"""What computes a replaced call in inference: which numeric format, by Triton kernels or blocked PyTorch, and why."""
+"""How a replaced call is computed in inference: in which format, by Triton kernels or blocked PyTorch, and why."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sla2_compile.passes.sites.outcome import Miss, Rewrite
 WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
 OPEN = "depends on the length"
 NO_QAT = "fake quantisation in training (qat) is not built yet; training computes in the input's dtype"
-# one of each choice of blocks, the last with key blocks without end
+# one length for each automatic choice of blocks; the last stands for any long one
 LENGTHS = (1, 512, 2**30)
 
 
 @dataclass(frozen=True)
 class How:
-    """What computes a replaced call in inference: on the report's device, or where the call was seen.
+    """How a replaced call is computed in inference, on the report's device or else on the one it was seen on.
 
     Attributes:
-        asked, runs: low_bit of its recipe, and what that comes to; runs is empty where it depends on the length.
-        why: why less was made of it, or empty.
-        portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or empty.
-        fixed: whether an exported graph computes it so, at any length.
+        asked, runs: low_bit of its recipe, and what that resolves to; runs is empty where it depends on the length.
+        why: why runs is less than asked, or empty.
+        portable: why blocked PyTorch and not the Triton kernels runs it on a GPU, or empty.
+        fixed: whether an exported graph fixes this for all lengths.
     """
 
     asked: str
@@ -45,7 +45,7 @@ class How:
         on = device or r.where.device
         found = [cls._with(r, on, *blocks) for blocks in _blocks(r, on)]
         if len({(how.runs, how.portable) for how in found}) == 1:
-            # reasons may differ: that of a long one
+            # reasons may differ: take that of the longest
             return found[-1]
         portable = found[-1].portable if len({how.portable for how in found}) == 1 else OPEN
         runs = found[-1].runs if len({how.runs for how in found}) == 1 else ""
@@ -53,7 +53,7 @@ class How:
 
     @classmethod
     def _exported(cls, r: Rewrite) -> How:
-        # a length that may be any counted as a long one there
+        # the export counted an unknown length as long
         *_, blocks = _blocks(r, r.where.device)
         how = cls._with(r, r.where.device, *blocks)
         if r.low_bit == how.runs:
@@ -74,7 +74,7 @@ class How:
 
 
 def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:
-    """(block_q, block_k, key blocks): of the call, or where a length is symbolic all that there may be."""
+    """Return (block_q, block_k, key blocks) of the call, or if a length is symbolic, all that are possible."""
     if isinstance(r.block_q, int) and isinstance(r.block_k, int) and r.tn:
         return [(r.block_q, r.block_k, r.tn)]
     found = []
@@ -86,14 +86,14 @@ def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:
 
 
 def as_exported(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rewrite | Miss]:
-    """Return outcomes with what the graph of root computes their calls in, where it says that: an exported one does.
+    """Return outcomes with the low_bit of their ops in root's graph, if it holds ops: an exported graph does.
 
-    Its ops stand in the order of the calls.
+    The ops are in the order of the calls.
     """
     ops = list(_attention_ops(root))
     rewrites = sum(isinstance(x, Rewrite) for x in outcomes)
     if len(ops) != rewrites and len(set(ops)) == 1:
-        # calls that kept full attention have none
+        # calls that kept full attention have no op
         ops = ops[:1] * rewrites
     if len(ops) != rewrites:
         return list(outcomes)
@@ -106,7 +106,7 @@ def as_exported(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rew
 
 
 def _attention_ops(root: nn.Module) -> Iterator[str]:
-    """Yield the low_bit of each call's op in a graph and in the graphs in it."""
+    """Yield the low_bit of each call's op in a graph and in the graphs inside it."""
     for gm in root.modules() if isinstance(root, fx.GraphModule) else ():
         for node in gm.graph.nodes if isinstance(gm, fx.GraphModule) else ():
             if node.target is torch.ops.sla2.attention.default:
@@ -116,7 +116,7 @@ def _attention_ops(root: nn.Module) -> Iterator[str]:
 
 
 def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
-    """Say which calls blocked PyTorch runs on a GPU, and for each low_bit asked of them what computes it."""
+    """Say which calls blocked PyTorch runs on a GPU, and what each low_bit that was asked for resolves to."""
     hows = Counter[How]()
     for r in rewrites:
         hows[How.of(r, device)] += r.where.times
@@ -145,7 +145,7 @@ def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
 def _word(how: How) -> str:
     if not how.runs:
         return how.why
-    # what blocked PyTorch runs has its reason above
+    # for blocked PyTorch a line above gives the reason
     return WORDS[how.runs] + (f" ({how.why})" if how.why and not how.portable else "")
 
 

@@ -1,4 +1,4 @@
-"""Tables for a terminal: as they are, or on a narrow one a paragraph for each row, with nothing cut or broken."""
+"""Tables for a terminal. On a narrow one each row becomes a paragraph, so that nothing is cut or broken."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NARROW = 100
-"""Columns below which a table of ours would cut its cells or stack their letters."""
+"""Width of a terminal below which our tables would cut cells or break words into letters."""
 
 
 def show(console: Console, table: Table) -> None:
-    """Print a table, one column of which, the first, names the rows."""
+    """Print a table whose first column names the rows."""
     if console.width >= NARROW:
         console.print(table)
         return
     for line in paragraphs(table):
-        # a word longer than the terminal is the terminal's to wrap: it can still be copied whole
+        # the terminal wraps a word that is longer than a line, so that it can still be copied whole
         for part in wrap(
             line, console.width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
         ):

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a model's attention; `print` it, or take `to_dict()`.
+    """The outcome of each attention call of a model; `print` it, or use `to_dict()`.
 
     Attributes:
         outcomes: a `Rewrite` or a `Miss` for each attention call, in the order of a forward.
         recipe: the recipe, or None for a model that was not transformed.
-        discovery: how the calls were found: fake, real, graph, pending (before the first forward), or adapter (only
-            calls under a library's own name for SLA2, made so far in eager mode).
+        discovery: how the calls were found: fake, real, graph, pending (before the first forward), adapter (only
+            eager calls so far, through a library's attention registry), or not transformed.
         fallbacks: per site name, eager calls that kept full attention at run time, by reason.
-        recipes: per transformed part, by its name, its recipe; empty where there is one part only.
-        device: type of the device that the model is on; empty where it has no parameters.
-        ran: per site name, how many eager calls SLA2 answered; compiled code counts none.
-        gone: per owner whose planned calls no longer come to its sites, why.
-        by_adapter: whether modules use a library's own name for SLA2; their eager calls so far are listed.
+        recipes: per name of a transformed part, its recipe; empty if there is only one recipe to name.
+        device: type of the device that the model is on; empty if it has no parameters.
+        ran: per site name, how many eager calls SLA2 answered; compiled calls are not counted.
+        gone: per owner whose planned calls no longer reach its sites, the reason.
+        by_adapter: whether modules select SLA2 in a library's registry; their eager calls so far are listed.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -68,8 +68,9 @@ class Report:
 
         Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone.
 
-        A replaced call has low_bit: what was asked for, what runs (nothing where that depends on the length), and why
-        if that is less; and portable: why blocked PyTorch runs it on a GPU and not the Triton kernels, or nothing.
+        A replaced call has low_bit and portable. low_bit holds what was asked for, what runs (empty where that
+        depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton kernels
+        runs the call on a GPU, or is empty.
         """
         calls = []
         for x in self.outcomes:
@@ -128,7 +129,7 @@ class Report:
         if self.discovery == "pending":
             lines.append("the first forward will find the attention calls")
         if self.by_adapter:
-            # the calls of a plan beside them are listed in full
+            # if there is a plan too, its calls are listed in full
             whose = "" if self.discovery == "adapter" else "under a library's name for SLA2: "
             lines.append(f"{whose}eager calls so far; compiled code records none")
         if self.rewrites:
@@ -153,10 +154,13 @@ class Report:
 def report(model: nn.Module | ExportedProgram) -> Report:
     """Return what `transform` did with each attention call of model, a module or an exported program.
 
-    A model that holds several transformed parts gets one report with the parts' names before the owners'.
-    Calls under a library's own name for SLA2 (`register_transformers`, `set_diffusers_backend`) are listed as they
-    were made so far (none before a first forward), and no longer once the model goes by another name.
-    A model that was never transformed gets an empty one; `inspect` says what would be done.
+    A model with several transformed parts gets one report, with the parts' names before the owners'. Calls through a
+    library's registry (`register_transformers`, `set_diffusers_backend`) are listed as far as they were made (none
+    before a first forward), and only while the model selects SLA2 there. A model that was never transformed gets an
+    empty report; `inspect` says what `transform` would do.
+
+    Raises:
+        TypeError: model is neither.
     """
     if not isinstance(model, (nn.Module, ExportedProgram)):
         kind = type(model).__name__

@@ -1,4 +1,4 @@
-"""What became of planned calls since: how often SLA2 ran, and where it has gone without a word."""
+"""The fate of planned calls at run time: how often SLA2 ran, and where it silently stopped running."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def gone(model: nn.Module) -> dict[str, str]:
-    """Owners whose planned calls no longer come to their sites, and why; warns of each once."""
+    """Return the owners whose planned calls no longer reach their sites, and why; warn of each."""
     found = dict(_gone(model))
     for name, why in found.items():
         warnings.warn(f"{name or 'model'}: {why}", stacklevel=3)

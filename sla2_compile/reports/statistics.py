@@ -1,4 +1,4 @@
-"""Statistics of what sites did in their last eager forward, and the printed configuration."""
+"""Statistics of the last eager forward of each site, and the printed configuration."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
 
 
 def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
-    """Return what the last eager forward of model did, as a flat dict of floats, ready for a logger.
+    """Return statistics of the model's last eager forward, as a flat dict of floats for a logger.
 
     Keys, per site `<site>/...` and averaged over sites `mean/...`:
         sparsity: share of key blocks that the sparse branch skipped.
         alpha_mean, alpha_std, alpha_min, alpha_max: share of the sparse branch, over heads and query blocks
             (one row of each block).
-        router_entropy: of the router's distribution over key blocks, in nats, mean over heads and query blocks.
+        router_entropy: entropy of the router's distribution over key blocks, in nats, mean over heads and query
+            blocks.
 
     Raises:
         ValueError: model has no site and uses no adapter; no site has run in eager mode yet (compiled graphs record
@@ -65,7 +66,7 @@ def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
         reasons = ", ".join(f"{times} x {reason}" for reason, times in kept.items())
         where = f"{sum(bool(site.fallbacks) for site in all_sites)} of {len(all_sites)} sites"
         return ValueError(
-            "model must have an attention call that SLA2 took last in eager mode, got full attention at "
+            "model must have a site whose last eager call SLA2 answered, got full attention at "
             f"{where}: {reasons}; give it inputs that SLA2 takes, or change the recipe"
         )
     got = f"{len(all_sites)} sites with none recorded"
@@ -100,14 +101,14 @@ def _site_statistics(site: Site, routing: Routing) -> dict[str, float]:
 
 
 def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> None:
-    """Write the model's SLA2 configuration, a line at a time, with log (print, logger.info, ...).
+    """Write the model's SLA2 configuration line by line with log (print, logger.info, ...).
 
-    One block for each part that `transform` planned, then one for each of a library's names for SLA2 that the model
-    goes by now (`register_transformers`, `set_diffusers_backend`), with its eager calls so far; where two such names
-    are spread over the same part, one for each of its parts.
+    It has one block for each part that `transform` planned. Then comes one for each adapter that the model uses now
+    (`register_transformers`, `set_diffusers_backend`), with its eager calls so far. If two adapters share a part, the
+    blocks are for its sub-parts.
 
     Raises:
-        ValueError: model is not transformed, and goes by no such name.
+        ValueError: model is not transformed, and uses no adapter.
     """
     found, uses = list(plans(model)), adapters_of(model)
     if not found and not uses:
