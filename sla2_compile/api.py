@@ -17,10 +17,10 @@ from sla2_compile.modules import discovery
 from sla2_compile.modules.discovery import check_how
 from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.modules.redirect import check_removable, is_owner, remove, site_forward
-from sla2_compile.plan import plans, set_plan
+from sla2_compile.plan import plan_of, plans, set_plan
 from sla2_compile.planning import apply, plan_model
 from sla2_compile.recipes import DEFAULT, Recipe
-from sla2_compile.reports.report import Report
+from sla2_compile.reports.report import Report, report
 
 M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
@@ -67,14 +67,28 @@ def transform(
     """
     chosen = Recipe.of(recipe, **overrides)
     debug.level()  # a bad SLA2_DEBUG is refused before anything changes
+    _check(model, example_inputs)
+    check_how(discover)
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        return cast(M, _transform_graph(model, chosen, example_inputs, example_kwargs, allow_none))
+    if _already(model, chosen):
+        return model
+    if example_inputs is None and example_kwargs is None:
+        FirstForward(model, chosen, allow_none).install()
+        return model
+    found = discovery.discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}), discover)
+    apply(model, plan_model(model, chosen, found, allow_none))
+    return model
+
+
+def _check(model: Any, example_inputs: Any) -> None:
+    """Refuse what no argument can make right."""
     if isinstance(example_inputs, Tensor) or (
         example_inputs is not None and not isinstance(example_inputs, Sequence)
     ):
         kind = type(example_inputs).__name__
         raise ValueError(f"example_inputs must be a tuple of forward's arguments, got {kind}; write (x,)")
-    if isinstance(model, (ExportedProgram, fx.GraphModule)):
-        return cast(M, _transform_graph(model, chosen, example_inputs, example_kwargs, allow_none))
-    if isinstance(model, type) or not isinstance(model, nn.Module):
+    if isinstance(model, type) or not isinstance(model, (nn.Module, ExportedProgram)):
         kind = model if isinstance(model, type) else type(model).__name__
         raise TypeError(
             f"model must be an nn.Module, GraphModule or ExportedProgram, got {kind}; "
@@ -85,15 +99,6 @@ def transform(
             f"model must not be scripted as a whole, got {type(model).__name__}; its code cannot be rewritten: "
             "transform the nn.Module that it was made of"
         )
-    if _already(model, chosen):
-        return model
-    check_how(discover)
-    if example_inputs is None and example_kwargs is None:
-        FirstForward(model, chosen, allow_none).install()
-        return model
-    found = discovery.discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}), discover)
-    apply(model, plan_model(model, chosen, found, allow_none))
-    return model
 
 
 def _transform_graph(
@@ -113,7 +118,7 @@ def _transform_graph(
 
 
 def inspect(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     recipe: str | Path | Recipe | dict[str, Any] = DEFAULT,
     *,
     example_inputs: Sequence[Any] | None = None,
@@ -123,9 +128,22 @@ def inspect(
 ) -> Report:
     """Return the report that `transform` with these arguments would give, without changing model.
 
-    The arguments are those of `transform`. A model in which no call can be replaced is not an error here.
+    The arguments are those of `transform`. A model in which no call can be replaced is not an error here. A model
+    that is transformed with this recipe already gives the report that it has.
+
+    Raises:
+        RecipeError, ValueError, TypeError: as `transform` does.
     """
     chosen = Recipe.of(recipe, **overrides)
+    _check(model, example_inputs)
+    check_how(discover)
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        from sla2_compile.graphs import copy_graph
+
+        copied = copy_graph(model) if isinstance(model, fx.GraphModule) and plan_of(model) is None else model
+        return report(_transform_graph(copied, chosen, example_inputs, example_kwargs, allow_none=True))
+    if _already(model, chosen):
+        return report(model)
     found = discovery.discover(model, tuple(example_inputs or ()), dict(example_kwargs or {}), discover)
     plan = plan_model(model, chosen, found, allow_none=True).plan
     return Report(plan.outcomes, chosen, found.how, {})

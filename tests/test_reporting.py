@@ -68,6 +68,31 @@ def test_inspect_changes_nothing(x):
     assert inspect(torch.nn.Linear(32, 32), example_inputs=(x,)).outcomes == ()
 
 
+def test_inspect_refuses_what_transform_refuses(x):
+    with pytest.raises(ValueError, match=r"example_inputs must be a tuple .* write \(x,\)"):
+        inspect(models.Net(), example_inputs=x)
+    with pytest.raises(TypeError, match="model must be an nn.Module"):
+        inspect(models.Net, example_inputs=(x,))
+    model = sla2_compile.transform(models.Net(), example_inputs=(x,), **ANY)
+    assert inspect(model, example_inputs=(x,), **ANY).outcomes == sla2_compile.report(model).outcomes
+    with pytest.raises(ValueError, match="must not be transformed twice"):
+        inspect(model, "paper", example_inputs=(x,), **ANY)
+
+
+def test_inspect_of_graphs_changes_nothing(x):
+    program = torch.export.export(models.Net(), (x,))
+    code = str(program.graph)
+    assert len(inspect(program, **ANY).rewrites) == 3
+    assert str(program.graph) == code
+    gm = program.module()
+    code, names = str(gm.graph), [name for name, _ in gm.named_modules()]
+    assert len(inspect(gm, **ANY).rewrites) == 3
+    assert (str(gm.graph), [name for name, _ in gm.named_modules()]) == (code, names)
+    assert sla2_compile.report(gm).outcomes == ()
+    sla2_compile.transform(gm, **ANY)
+    assert len(inspect(gm, **ANY).rewrites) == 3
+
+
 def test_parts_with_recipes_of_their_own(x):
     parts = torch.nn.ModuleDict({"first": models.Net(depth=1), "second": models.Net(depth=2)})
     sla2_compile.transform(parts["first"], "paper", example_inputs=(x,), **ANY)
