@@ -71,7 +71,7 @@ def test_inspect_changes_nothing(x):
 def test_inspect_refuses_what_transform_refuses(x):
     with pytest.raises(ValueError, match=r"example_inputs must be a tuple .* write \(x,\)"):
         inspect(models.Net(), example_inputs=x)
-    with pytest.raises(TypeError, match="model must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
         inspect(models.Net, example_inputs=(x,))
     model = sla2_compile.transform(models.Net(), example_inputs=(x,), **ANY)
     assert inspect(model, example_inputs=(x,), **ANY).outcomes == sla2_compile.report(model).outcomes

@@ -26,7 +26,7 @@ from sla2_compile.kernels.arguments import (
 )
 from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table, debugging
 from sla2_compile.kernels.cuda.device import chip_of, packed, whole
-from sla2_compile.kernels.cuda.forward.launches import attention_schedule, facts_of
+from sla2_compile.kernels.cuda.forward.launches import attention_schedule, facts_of, forward_schedule
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.launches import route_schedule
@@ -74,15 +74,6 @@ def _preparations(record: Any) -> tuple[Callable[[Any], Any], ...]:
     return tuple(by_name.get(x.name, whole) for x in arguments(record)[: tensor_count(record)])
 
 
-def _places(record: Any, known: tuple[str, ...]) -> list[int]:
-    """Where the tensors of a record stand among those of these names; found once, for the host's time counts."""
-    return [known.index(x.name) for x in arguments(record)[: tensor_count(record)]]
-
-
-_OF_ROUTE = _places(RouteArgs, ForwardArgs._fields)
-_OF_ATTENTION = _places(AttentionArgs, (*ForwardArgs._fields[: tensor_count(ForwardArgs)], *RouteResult._fields))
-
-
 def laid_out(args: Any) -> tuple[Inputs, Any]:
     """Return a call's tensors, in layouts that the kernels read, and the call with layouts in their place."""
     record: Any = type(args)
@@ -109,17 +100,13 @@ def scheduled_attention(args: AttentionArgs[Layout], trials: bool) -> Scheduled 
 
 
 @functools.lru_cache(maxsize=256)
-def scheduled_forward(args: ForwardArgs[Layout], trials: bool) -> tuple[Scheduled, Scheduled] | None:
-    """Check and schedule route and attention, once for a call's layouts; None where kernels do not run both."""
+def scheduled_forward(args: ForwardArgs[Layout], trials: bool) -> Scheduled | None:
+    """Check and schedule route and attention, once for a call's layouts; None if the kernels do not run both."""
     routed = scheduled_route(args.route(), trials)
     if routed is None:
         return None
     made = RouteResult(*(Layout.of_slot(slot, args.q.device) for slot in routed[1]))
-    attended = scheduled_attention(args.attention(made), trials)
-    if attended is None:
-        return None
-    schedule, results = attended
-    return routed, (schedule, results[:2])
+    return forward_schedule(args, trials) if takes_attention(args.attention(made)) else None
 
 
 def route(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
@@ -142,13 +129,11 @@ def attention(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
 def forward(args: ForwardArgs[Tensor]) -> ForwardResult[Tensor]:
     """Compute what `route` and then `attention` do."""
     tensors, layouts = laid_out(args)
-    both = scheduled_forward(layouts, by_trial())
-    if both is None:
+    scheduled = scheduled_forward(layouts, by_trial())
+    if scheduled is None:
         routed = route(args.route())
         return ForwardResult.of(routed, attention(args.attention(routed)))
-    routed = run(both[0], tuple([tensors[n] for n in _OF_ROUTE]))
+    made = ForwardResult(*run(scheduled, tensors))
     if debugging():
-        check_table(args.attention(RouteResult(*routed)))
-    known = (*tensors, *routed)
-    o, lse = run(both[1], tuple([known[n] for n in _OF_ATTENTION]))
-    return ForwardResult(o, lse, *routed)
+        check_table(args.attention(made.routed()))
+    return made

@@ -14,6 +14,14 @@ from typing import Any
 
 from sla2_compile.kernels.cuda.tuning import Limits, Tile
 
+SHORT_BLOCKS = 128
+"""A call over at most so many key blocks is short: few launches count for more than how each is cut."""
+
+
+def few_blocks(tn: int) -> bool:
+    """Whether a call over tn key blocks is short."""
+    return tn <= SHORT_BLOCKS
+
 
 @dataclass(frozen=True)
 class ShapeClass:

@@ -68,11 +68,27 @@ def explain_write(reader: Reader, writer: fx.Node) -> NoFit:
 def near_attention(reader: Reader, softmax: fx.Node) -> bool:
     """Whether a softmax is worth a report: a product of two tensors is near, or it is a map of tokens by tokens."""
     shape = reader.shape(softmax) or ()
-    if len(shape) < 3:
+    if len(shape) < 3 or _is_told_of(reader, softmax):
         return False
     if all(isinstance(n, int) and n >= MANY for n in shape[-2:]):
         return True
     return _reaches(reader, softmax, back=True) or _reaches(reader, softmax, back=False)
+
+
+def _is_told_of(reader: Reader, softmax: fx.Node) -> bool:
+    """Whether another softmax's report covers this one, as for the keys of linear attention.
+
+    It is made of no product, and the product that it enters meets another softmax in the next product.
+    """
+    product = None if _reaches(reader, softmax, back=True) else _next_product(reader, softmax)
+    meeting = None if product is None else _next_product(reader, product)
+    if meeting is None:
+        return False
+    return _reached(reader, meeting, lambda n: n is not softmax and reader.has(n, Trait.SOFTMAX)) is not None
+
+
+def _next_product(reader: Reader, start: fx.Node) -> fx.Node | None:
+    return _reached(reader, start, lambda n: read_product(reader, n) is not None, back=False)
 
 
 def _reaches(reader: Reader, start: fx.Node, back: bool) -> bool:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 try:
     from sla2_compile.kernels.cuda import dispatch as cuda
-    from sla2_compile.kernels.cuda.forward.launches import attention_schedule
+    from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule
     from sla2_compile.kernels.cuda.route.launches import route_schedule
 except ImportError:  # no Triton here, so nothing is scheduled
     CACHES: list[Any] = []
 else:
-    CACHES = [route_schedule, attention_schedule]
+    CACHES = [route_schedule, attention_schedule, forward_schedule]
     CACHES += [cuda.scheduled_route, cuda.scheduled_attention, cuda.scheduled_forward]
 
 
@@ -22,6 +22,14 @@ def forget_schedules() -> None:
     """Have calls checked and scheduled anew: what a test changed of the chip or of limits is not in their key."""
     for cache in CACHES:
         cache.cache_clear()
+
+
+def as_long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have short calls take the launches of long ones."""
+    from sla2_compile.kernels.cuda import tiles
+
+    monkeypatch.setattr(tiles, "SHORT_BLOCKS", 0)
+    forget_schedules()
 
 
 def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:

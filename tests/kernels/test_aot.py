@@ -30,7 +30,7 @@ from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
 from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
 from sla2_compile.kernels.support import GLUON_TRITONS  # noqa: E402
 from tests.kernels.schedules import forget_schedules, without_fused  # noqa: E402
-from tests.kernels.triton_case import scheduled_attention, scheduled_route  # noqa: E402
+from tests.kernels.triton_case import scheduled_attention, scheduled_forward, scheduled_route  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TYPES = {
@@ -100,13 +100,23 @@ def call(
     dtype: torch.dtype = torch.bfloat16,
     r: int = 8,
     phi: str = "softmax",
+    N: int = 16384,
 ) -> Any:
-    """One whole call on CPU tensors, for its launches only; more: words of causal, masked, kept."""
+    """One whole call on CPU tensors, for its launches only; more: words of causal, masked, kept, plain, whole.
+
+    plain: without projections. whole: by one schedule (`sla2::forward`).
+    """
 
     def run() -> None:
-        q, causal = torch.empty(1, 2, 4096, D, dtype=dtype), "causal" in more
-        mask = torch.ones(1, 4096, dtype=torch.bool) if "masked" in more else None
-        proj = torch.empty(D, D)
+        q, causal = torch.empty(1, 2, N, D, dtype=dtype), "causal" in more
+        mask = torch.ones(1, N, dtype=torch.bool) if "masked" in more else None
+        proj = None if "plain" in more else torch.empty(D, D)
+        if "whole" in more:
+            gain, bias = torch.empty(2), torch.empty(2, 1)
+            scheduled_forward(
+                q, q, q, proj, proj, gain, bias, mask, 0.1, r, *blocks, D**-0.5, phi, "complement", causal, low
+            )
+            return
         lut, rest, _, mean = scheduled_route(q, q, proj, proj, mask, 0.1, r, *blocks, D**-0.5, causal)
         # alpha as routing gives it, which takes the most registers
         gain, bias = torch.empty(2), torch.empty(2, 1)
@@ -118,6 +128,8 @@ def call(
 
 HOT = ("attend_kernel", "scores_kernel", "states_kernel", "linear_kernel", "project_kernel")
 SPARSE = ("attend_kernel", "states_kernel")
+SHORT = ("pool_kernel", "choose_kernel", "sums_kernel")
+FRONT = ("front_kernel",)
 HOPPER = ("attend_hopper_kernel",)
 ALL = "causal masked kept"
 
@@ -145,9 +157,25 @@ WHOLE = {
     "D256": call(256, (64, 64), dtype=torch.float16),
     "D96 causal masked": call(96, (32, 16), "causal masked"),
 }
+SHORT_CALLS = {
+    "short, D64": call(64, (128, 64), N=2048),
+    "short, D128": call(128, (128, 64), N=4096),
+    "short, D128, causal masked": call(128, (128, 64), "causal masked", N=4096, r=16),
+    "short, D64, r = 1": call(64, (128, 64), N=2048, r=1),
+    "short, D64, block router": call(64, (128, 64), "plain", N=8192, r=128, dtype=torch.float16),
+}
+FRONT_CALLS = {
+    "short forward, D64": call(64, (128, 64), "whole", N=2048),
+    "short forward, D64, plain": call(64, (128, 64), "whole plain", N=8192),
+    "short forward, D128": call(128, (128, 64), "whole", N=4096),
+    "short forward, D128, causal masked": call(128, (128, 64), "whole causal masked", N=4096, r=16),
+    "short forward, D128, int8": call(128, (128, 64), "whole", "int8", N=4096),
+}
 # FP8 came with sm_89
 COMPILED = [
     *(x for arch in (80, 90, 100) for x in on(arch, HOT, WHOLE)),
+    *(x for arch in (80, 90, 100) for x in on(arch, SHORT, SHORT_CALLS)),
+    *(x for arch in (80, 90, 100) for x in on(arch, FRONT, FRONT_CALLS)),
     *on(80, SPARSE, {
         "D64, 128 keys, int8": call(64, (128, 128), ALL, "int8"),
         "D128, 128 keys": call(128, (128, 128), "kept"),

@@ -31,7 +31,7 @@ from sla2_compile.kernels.cuda.route import launches as route_schedule
 from sla2_compile.kernels.reference import sla2 as reference
 from sla2_compile.kernels.support import GLUON_TRITONS
 from tests.kernels.oracle import assert_oracle
-from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
+from tests.kernels.schedules import as_long_calls, forget_schedules, remember_tensors, state_bytes
 from tests.kernels.triton_case import (
     DEVICE,
     INTERPRETED,
@@ -89,6 +89,13 @@ def rounded_scores(case: Case, x: dict[str, Any], dtype: torch.dtype) -> tuple[T
 @body
 @pytest.mark.parametrize("name", CASES)
 def test_route(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_route(CASES[name], monkeypatch)
+
+
+@body
+@pytest.mark.parametrize("name", CASES)
+def test_route_of_long_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_long_calls(monkeypatch)
     check_route(CASES[name], monkeypatch)
 
 
@@ -152,6 +159,15 @@ def test_attention_with_pointers(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 @body
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name: str) -> None:
+    check_attention(CASES[name])
+
+
+@body
+@pytest.mark.parametrize(
+    "name", ["plain", "causal masked", "transposed, odd dims", "all keys, relu", "empty complement"]
+)
+def test_attention_of_long_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_long_calls(monkeypatch)
     check_attention(CASES[name])
 
 
@@ -256,6 +272,7 @@ def test_wild_table_reads_nothing_outside(Nk: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("heads", [1, 4])
 def test_heads_in_groups(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded memory for the states: many launches give what one gives, also where the last group is smaller."""
+    as_long_calls(monkeypatch)
     case, kept = replace(Case(), B=2, heads=3, keep=False), remember_tensors(monkeypatch)
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)

@@ -22,7 +22,7 @@ if INTERPRETED:
 from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs, RouteArgs  # noqa: E402
 from sla2_compile.kernels.blocks import num_blocks  # noqa: E402
 from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
-from sla2_compile.kernels.cuda.forward.launches import attention_schedule  # noqa: E402
+from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.tuning import by_trial  # noqa: E402
 from tests.kernels.oracle import CallArguments  # noqa: E402
@@ -105,6 +105,12 @@ def scheduled_attention(*args: Any) -> Any:
     """What `cuda.attention` runs on a GPU, likewise."""
     tensors, layouts = cuda.laid_out(AttentionArgs(*args))
     return cuda.run(attention_schedule(layouts, by_trial()), tensors)
+
+
+def scheduled_forward(*args: Any) -> Any:
+    """What `cuda.forward` runs on a GPU, likewise."""
+    tensors, layouts = cuda.laid_out(ForwardArgs(*args))
+    return cuda.run(forward_schedule(layouts, by_trial()), tensors)
 
 
 def dispatched_route(*args: Any) -> Any:

@@ -87,6 +87,10 @@ def linear_attention_over_tokens(m, q, k, v):
     return q @ (k.softmax(dim=2).transpose(-1, -2) @ v)
 
 
+def linear_attention_of_two_softmaxes(m, q, k, v):
+    return q.softmax(dim=-1) @ (k.softmax(dim=-2).transpose(-1, -2) @ v)
+
+
 def codebook(m, q, k, v):
     return (q @ torch.eye(D)).softmax(-1) @ v[:, :, :D]
 
@@ -184,6 +188,8 @@ REFUSED_SOMEHOW = {
     relative_in_place: (HAND, "written in place"),
     relative_in_view: (HAND, "written in place"),
     linear_attention: (LOOK, "softmax of no product of queries and keys"),
+    # one attention, and so one report
+    linear_attention_of_two_softmaxes: (LOOK, "softmax of no product of queries and keys"),
     band: (LOOK, "banded scores"),
     query_written: (HAND, "is written in place before the values"),
     scale_written: (HAND, "is written in place before the values"),

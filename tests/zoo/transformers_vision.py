@@ -81,10 +81,7 @@ def perceiver_inputs() -> dict[str, Any]:
 
 ENTRIES = [
     Entry("ViT (transformers)", vit, pixels, 2),
-    Entry(
-        "ViT, eager attention (transformers)", lambda: vit(attn_implementation="eager"), pixels, 2,
-        exported=0, strict=0, note="an export builds a mask that eager mode does without",
-    ),
+    Entry("ViT, eager attention (transformers)", lambda: vit(attn_implementation="eager"), pixels, 2),
     Entry("DINOv2 (transformers)", dinov2, pixels, 2),
     Entry(
         "SigLIP (transformers)", siglip, pixels, 2, {Reason.WEIGHTS: 1},
@@ -93,5 +90,5 @@ ENTRIES = [
     Entry("CLIP vision (transformers)", clip_vision, pixels, 2),
     Entry("SAM encoder (transformers)", sam, pixels, 0, {Reason.BIAS: 2}, note="relative position bias"),
     Entry("Swin (transformers)", swin, lambda: {"pixel_values": image(64)}, 0, {Reason.BIAS: 2}, note="window bias"),
-    Entry("Perceiver (transformers)", perceiver, perceiver_inputs, 2, {Reason.BIAS: 1}, program=3),
+    Entry("Perceiver (transformers)", perceiver, perceiver_inputs, 3),
 ]  # fmt: skip

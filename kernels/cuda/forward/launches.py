@@ -1,4 +1,6 @@
-"""The launches of `sla2::attention` on a GPU: states and their sums, then linear and attend, or Hopper's for both.
+"""The launches of `sla2::attention` and `sla2::forward` on a GPU.
+
+Block states and their sums, then the linear branch and the sparse one, or on Hopper one kernel for both.
 
 How each is cut into programs stands in `cuda/tiles.py`.
 """
@@ -6,22 +8,27 @@ How each is cut into programs stands in `cuda/tiles.py`.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from sla2_compile.kernels.arguments import AttentionArgs, AttentionResult
+from sla2_compile.kernels.arguments import AttentionArgs, AttentionResult, ForwardArgs, ForwardResult, RouteResult
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda import device
 from sla2_compile.kernels.cuda.device import describable, padded
 from sla2_compile.kernels.cuda.forward import sm90 as hopper
 from sla2_compile.kernels.cuda.forward.attend import attend_kernel
+from sla2_compile.kernels.cuda.forward.front import front_kernel
 from sla2_compile.kernels.cuda.forward.linear import linear_kernel
-from sla2_compile.kernels.cuda.forward.states_launches import EightBit, StateLayout, summed_states
+from sla2_compile.kernels.cuda.forward.states_launches import EightBit, StateLayout, summed_states, sums
+from sla2_compile.kernels.cuda.forward.states_launches import is_short as sums_short
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
-from sla2_compile.kernels.cuda.tiles import ShapeClass, attend_tile, linear_chunk, linear_tile
+from sla2_compile.kernels.cuda.route.launches import Choice, Sizes, add_route, results
+from sla2_compile.kernels.cuda.route.launches import is_short as routes_short
+from sla2_compile.kernels.cuda.tiles import ShapeClass, attend_tile, linear_chunk, linear_tile, states_tile
 from sla2_compile.kernels.cuda.tuning import launch
 from sla2_compile.kernels.records import split, with_tensors
 from sla2_compile.kernels.support import Facts, support
@@ -50,22 +57,49 @@ def facts_of(args: AttentionArgs[Layout]) -> Facts:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
-def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
-    """Schedule what `reference.attention` defines.
+@dataclass(frozen=True)
+class Formats:
+    """How the kernels of an attention call see it.
+
+    Attributes:
+        shape: what tiles are chosen by. layout: of block states. eight: k and v in 8 bits.
+        tma: whether the Triton kernels read k and v by the copy engine.
+    """
+
+    shape: ShapeClass
+    layout: StateLayout
+    eight: EightBit
+    tma: bool
+
+    @classmethod
+    def of(cls, schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot]) -> Formats:
+        q, k, v, D, Dv = args.q, args.k, args.v, args.q.shape[3], args.v.shape[3]
+        eight = EightBit.of(schedule, slots.k, slots.v, args.block_k, args.low_bit)
+        # an INT8 product sums over 32 dims at a time
+        layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), args.feature_map)
+        arch = device.capability(q.device)
+        tma = not eight.level and arch >= 90 and describable(k) and describable(v)
+        shape = ShapeClass(
+            arch, layout.block_d, layout.block_dv, args.block_q, args.block_k, eight.level,
+            more=args.key_mask is not None or args.keep_branches, causal=args.is_causal, tma=tma,
+            odd=D % 16 > 0 or Dv % 16 > 0,
+        )  # fmt: skip
+        return cls(shape, layout, eight, tma)
+
+
+def add_attention(
+    schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], trials: bool,
+    formats: Formats, states: Slot | None = None,
+) -> AttentionResult[Slot]:  # fmt: skip
+    """Put an attention call's launches on a schedule; returns where its results will lie.
 
     Args:
-        trials: whether tiles are found by trial (`tuning.by_trial`).
-
-    Returns:
-        The schedule of the tensors of args, and the slots of its `AttentionResult`.
+        states: of all key blocks, if a launch before has written them.
     """
-    schedule = Schedule(*split(args)[0])
-    slots: Any = with_tensors(args, schedule.inputs)
     q, k, v, mask, bias = args.q, args.k, args.v, args.key_mask, args.alpha_bias
     block_q, block_k, keep_branches = args.block_q, args.block_k, args.keep_branches
     (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = q.shape, v.shape, args.lut.shape[2:]
-    groups, arch = Hq // heads, device.capability(q.device)
+    groups, shape, layout, eight = Hq // heads, formats.shape, formats.layout, formats.eight
     o = schedule.empty("o", (B, Hq, Nq, Dv), q.dtype)
     lse = schedule.empty("lse", (B, Hq, Nq), torch.float32)
     o_sparse, o_linear = (
@@ -76,24 +110,18 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
         (0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride, bias.shape, strict=True))
     )
     alpha = 0 if bias is None else (1 if args.alpha_gain is None else 2)
-
-    eight = EightBit.of(schedule, slots.k, slots.v, block_k, args.low_bit)
-    # an INT8 product sums over 32 dims at a time
-    layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), args.feature_map)
-    more = mask is not None or keep_branches
-    tma = not eight.level and arch >= 90 and describable(k) and describable(v)
-    shape = ShapeClass(
-        arch, layout.block_d, layout.block_dv, block_q, block_k, eight.level,
-        more=more, causal=args.is_causal, tma=tma, odd=D % 16 > 0 or Dv % 16 > 0,
-    )  # fmt: skip
     fused = support(facts_of(args)).kernel == "fused"
     # the linear branch lies in o until the sparse branch mixes it in
     linear = o_linear if keep_branches else o
     # of the two kernels that the fused one replaces
     weight, shift = (lse if fused else schedule.empty(name, lse.shape, torch.float32) for name in ("weight", "shift"))
-    for summed in summed_states(schedule, args, shape, layout, eight, trials):
+    if states is None:
+        all_sums = summed_states(schedule, args, slots, shape, layout, eight, trials)
+    else:
+        all_sums = iter([sums(schedule, args, slots, layout, states)])
+    for summed in all_sums:
         if fused:
-            hopper.attend(schedule, args, shape, layout, eight.slots, summed, o, lse, bias_strides, alpha)
+            hopper.attend(schedule, args, slots, shape, layout, eight.slots, summed, o, lse, bias_strides, alpha)
             continue
         tile, limits = linear_tile(shape)
         launch(
@@ -103,14 +131,14 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
             **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q,
             CHUNK=linear_chunk(shape, args.feature_map), tile=tile, limits=limits, trials=trials,
         )  # fmt: skip
-    outputs = AttentionResult(o, lse, o_sparse, o_linear)
+    made = AttentionResult(o, lse, o_sparse, o_linear)
     if fused:
-        return schedule, outputs
+        return made
     block_d, block_dv = layout.block_d, layout.block_dv
     tile, limits = attend_tile(shape, device.shared_limit(q.device))
     k_tiles, v_tiles = (
         (block_tiles(slots.k, k, block_k, block_d), block_tiles(slots.v, v, block_k, block_dv))
-        if tma
+        if formats.tma
         else (slots.k, slots.v)
     )
     launch(
@@ -120,7 +148,69 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
         *q.stride[:3], *k.stride[:3], *v.stride[:3], 0 if mask is None else mask.stride[0],
         *bias_strides, Hq, groups, Nq, Nk, tm, topk, args.scale,
         D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k,
-        ALPHA=alpha, CAUSAL=args.is_causal, HAS_MASK=mask is not None, KEEP=keep_branches, TMA=tma,
+        ALPHA=alpha, CAUSAL=args.is_causal, HAS_MASK=mask is not None, KEEP=keep_branches, TMA=formats.tma,
         LOW_BIT=eight.level, tile=tile, limits=limits, trials=trials,
     )  # fmt: skip
-    return schedule, outputs
+    return made
+
+
+def add_forward(
+    schedule: Schedule, args: ForwardArgs[Layout], trials: bool
+) -> tuple[RouteResult[Slot], AttentionResult[Slot]]:
+    """Put route and attention on one schedule; in short calls selection and block states share a launch."""
+    route_args, route_slots = args.route(), with_tensors(args, schedule.given).route()
+    sizes = Sizes.of(route_args)
+    made = results(schedule, route_args, sizes)
+    attention_args = args.attention(RouteResult(*(Layout.of_slot(slot, args.q.device) for slot in made)))
+    attention_slots = with_tensors(args, schedule.inputs).attention(made)
+    formats = Formats.of(schedule, attention_args, attention_slots)
+    states = None
+    if routes_short(route_args) and sums_short(attention_args, formats.layout):
+        choice = Choice.of(schedule, route_args, route_slots, sizes, made)
+        states = add_front(schedule, args, attention_slots, choice, formats, sizes)
+    else:
+        add_route(schedule, route_args, route_slots, made, trials)
+    return made, add_attention(schedule, attention_args, attention_slots, trials, formats, states)
+
+
+def add_front(
+    schedule: Schedule, args: ForwardArgs[Layout], slots: AttentionArgs[Slot], choice: Choice, formats: Formats,
+    sizes: Sizes,
+) -> Slot:  # fmt: skip
+    """Have blocks chosen and their states written by one launch; returns where the states will lie."""
+    k, v, mask, layout, eight = args.k, args.v, args.key_mask, formats.layout, formats.eight
+    B, heads = k.shape[:2]
+    states = schedule.empty("states", (B * heads, sizes.tn, layout.size), k.dtype)
+    columns = states_tile(formats.shape)[0]["BLOCK_DV"]
+    parts = num_blocks(layout.block_dv, columns)
+    schedule.launch(
+        front_kernel, (choice.programs + B * heads * sizes.tn * parts,),
+        slots.k, slots.v, slots.key_mask, *choice.tensors, states, *eight.slots,
+        *k.stride[:3], *v.stride[:3], 0 if mask is None else mask.stride[0], heads,
+        *choice.numbers, choice.programs, parts, args.scale,
+        **choice.constants | layout.constants, BLOCK_DV=columns, HALVES=layout.block_d > 64, LOW_BIT=eight.level,
+        num_warps=choice.warps,
+    )  # fmt: skip
+    return states
+
+
+@functools.lru_cache(maxsize=256)
+def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Schedule, AttentionResult[Slot]]:
+    """Schedule what `reference.attention` defines.
+
+    Args:
+        trials: whether tiles are found by trial (`tuning.by_trial`).
+
+    Returns:
+        The schedule of the tensors of args, and the slots of its results.
+    """
+    schedule = Schedule(*split(args)[0])
+    slots = with_tensors(args, schedule.inputs)
+    return schedule, add_attention(schedule, args, slots, trials, Formats.of(schedule, args, slots))
+
+
+@functools.lru_cache(maxsize=256)
+def forward_schedule(args: ForwardArgs[Layout], trials: bool) -> tuple[Schedule, ForwardResult[Slot]]:
+    """Schedule route and attention in one, likewise."""
+    schedule = Schedule(*split(args)[0])
+    return schedule, ForwardResult.of(*add_forward(schedule, args, trials))

@@ -17,7 +17,6 @@ from sla2_compile.kernels.cuda.forward.states_launches import StateLayout, Summe
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.tiles import HopperTile, ShapeClass, hopper_tile
-from sla2_compile.kernels.records import with_tensors
 
 BLOCK_Q, BLOCK_K, ROWS = 128, 64, 64
 SHARED = 227 * 1024
@@ -68,17 +67,17 @@ def steps_that_fit(D: int, bytes_k: int, bytes_v: int, tile: HopperTile) -> int:
 
 
 def attend(
-    schedule: Schedule, args: AttentionArgs[Layout], shape: ShapeClass, layout: StateLayout,
-    eight: tuple[Slot, Slot, Slot], summed: Summed, o: Slot, lse: Slot, bias_strides: tuple[int, ...], alpha: int,
+    schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
+    layout: StateLayout, eight: tuple[Slot, Slot, Slot], summed: Summed, o: Slot, lse: Slot,
+    bias_strides: tuple[int, ...], alpha: int,
 ) -> None:  # fmt: skip
     """Have o and lse written for the query blocks that `summed` has states for.
 
     Args:
-        schedule: of the tensors of args.
+        args, slots: the call's layouts, and where its tensors lie.
         eight: k8 (B, Hkv, Tn * 64, D), v8 (B, Hkv, Tn, D, 64), scales (B, Hkv, Tn, 4), as far as low_bit has them.
         bias_strides, alpha: as `attend_hopper_kernel` has them.
     """
-    slots: Any = with_tensors(args, schedule.inputs)
     q, k, v, (tm, topk) = args.q, args.k, args.v, args.lut.shape[2:]
     (B, Hq, Nq, D), (_, heads, Nk, _), mean = q.shape, k.shape, slots.k_mean
     (k8, v8, scales), low_bit = eight, shape.low_bit

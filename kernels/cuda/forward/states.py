@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sla2_compile.kernels.cuda.route.pool import keys_mean
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 V_SCALE_MIN = tl.constexpr(2.0**-40)
 V_SCALE_MAX = tl.constexpr(2.0**80)
@@ -49,10 +51,20 @@ def feature_map_of_halves(x, y, x_in, y_in, NAME: tl.constexpr):
 
 
 @triton.jit
-def centered_keys(k_rows, mean, real, dims, D: tl.constexpr):
-    """Load the columns dims of a key block less their mean, (rows, dims) fp32."""
+def centered_keys(
+    k_rows, real, dims, k_mean, partial, count, bh, b, Nk, Tk, tiles, D: tl.constexpr, SUMS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Load the columns dims of a key block less their mean, (rows, dims) fp32.
+
+    The mean is k_mean's or, if SUMS, what `pool_kernel`'s sums give; see `keys_mean`.
+    """
     x = tl.load(k_rows[:, None] + dims[None, :], mask=real[:, None] & (dims < D)[None, :], other=0.0)
-    return x.to(tl.float32) - tl.load(mean + dims, mask=dims < D, other=0.0)[None, :]
+    if SUMS > 0:
+        mean = keys_mean(partial, count, bh, b, Nk, Tk, tiles, dims, D, SUMS, HAS_MASK)
+    else:
+        mean = tl.load(k_mean + bh * D + dims, mask=dims < D, other=0.0)
+    return x.to(tl.float32) - mean[None, :]
 
 
 @triton.jit
@@ -82,14 +94,14 @@ def to_int8(x, scale):
 
 @triton.jit
 def store_state(
-    phi_k, value, out, dims, columns, D: tl.constexpr, DV: tl.constexpr, ROW_DV: tl.constexpr,
+    phi_k, value, out, dims, columns, part, D: tl.constexpr, DV: tl.constexpr, ROW_DV: tl.constexpr,
     Z_AT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store the rows dims of h = phi(k)^T v, and of z, each / BLOCK_K."""
+    """Store the rows dims of h = phi(k)^T v and, with the first part of v's columns, of z, each / BLOCK_K."""
     h = tl.dot(tl.trans(phi_k.to(value.dtype)), value) * (1.0 / BLOCK_K)
     h_at = out + dims[:, None] * ROW_DV + columns[None, :]
     tl.store(h_at, h.to(out.dtype.element_ty), mask=(dims < D)[:, None] & (columns < DV)[None, :])
-    if tl.program_id(1) == 0:
+    if part == 0:
         z = tl.sum(phi_k, axis=0) * (1.0 / BLOCK_K)
         tl.store(out + Z_AT + dims, z.to(out.dtype.element_ty), mask=dims < D)
 
@@ -115,34 +127,25 @@ def store_value_block(
     return tl.log2(scale)
 
 
-@triton.jit(do_not_specialize=["Nk", "Tn", "first"])
-def states_kernel(
-    k, v, k_mean, key_mask, states, k8, v8, scales,
-    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, mask_stride, heads, Nk, Tn, first,
+@triton.jit
+def state_of_block(
+    bh, local, j, part, k, v, k_mean, partial, count, key_mask, states, k8, v8, scales,
+    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, mask_stride, heads, Nk, Tk, Tn, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROW_DV: tl.constexpr,
     STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_K: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    HAS_MASK: tl.constexpr, HALVES: tl.constexpr, LOW_BIT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HALVES: tl.constexpr, LOW_BIT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Write the state of one key block (BLOCK_DV of its columns), and the block in 8 bits.
+    """Write the state of key block j of head bh, for one part of v's columns; see `states_kernel`.
 
     Args:
-        k: (B, heads, Nk, D), v: (B, heads, Nk, DV), last dim contiguous; k_mean: (B, heads, D) fp32.
-        key_mask: (B, Nk) bool (if HAS_MASK).
-        states: (n, Tn, STATE), out, of the flat key/value heads from `first` on: h at 0 with ROW_DV columns
-            a row, z at Z_AT.
-        k8: (B * heads, cdiv(Nk, BLOCK_K) * BLOCK_K, D) int8, out, 0 at rows that are no real keys (if LOW_BIT).
-        v8: (B * heads, cdiv(Nk, BLOCK_K), DV, BLOCK_K) float8e4nv, out, keys in `key_order` (if LOW_BIT is 2).
-        scales: (B * heads, cdiv(Nk, BLOCK_K), 4) fp32, out, the first k_scale, the second v_log (likewise).
+        local: where the head stands among those in `states`. Tk, tiles, SUMS: as `keys_mean` has them.
     """
-    pid = tl.program_id(0)
-    local, j = (pid // Tn).to(tl.int64), pid % Tn
-    bh = local + first
     b, h = bh // heads, bh % heads
     offsets = tl.arange(0, BLOCK_K)
-    # in sums over keys their order is of no account
+    # in sums over keys their order does not count
     order = key_order(offsets) if LOW_BIT == 2 else offsets
     keys = j * BLOCK_K + order
-    columns = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    columns = part * BLOCK_DV + tl.arange(0, BLOCK_DV)
     column_in = columns < DV
     real = keys < Nk
     if HAS_MASK:
@@ -158,16 +161,16 @@ def states_kernel(
     if LOW_BIT == 2:
         # before the keys are loaded, for their registers
         log = store_value_block(v_at, real, columns, v8 + block * DV * BLOCK_K, exists, DV, BLOCK_DV, BLOCK_K)
-        if tl.program_id(1) == 0:
+        if part == 0:
             tl.store(scales + block * 4 + 1, log, mask=exists)
     PART: tl.constexpr = BLOCK_D // 2 if HALVES else BLOCK_D
     dims = tl.arange(0, PART)
-    x = centered_keys(k_rows, k_mean + bh * D, real, dims, D)
+    x = centered_keys(k_rows, real, dims, k_mean, partial, count, bh, b, Nk, Tk, tiles, D, SUMS, HAS_MASK)
     if HALVES:
-        y = centered_keys(k_rows, k_mean + bh * D, real, dims + PART, D)
+        y = centered_keys(k_rows, real, dims + PART, k_mean, partial, count, bh, b, Nk, Tk, tiles, D, SUMS, HAS_MASK)
     value = tl.load(v_at, mask=real[:, None] & column_in[None, :], other=0.0)
     if LOW_BIT:  # noqa: SIM102 (LOW_BIT is the compiler's, the other condition the program's)
-        if tl.program_id(1) == 0:
+        if part == 0:
             x8 = tl.where(real[:, None], x, 0.0)
             top = tl.max(tl.abs(x8))
             if HALVES:
@@ -182,11 +185,40 @@ def states_kernel(
                 tl.store(row + dims_y, to_int8(y8, scale), mask=exists & (dims_y < D))
     if HALVES:
         x, y = feature_map_of_halves(x, y, dims < D, dims + PART < D, FEATURE_MAP)
-        store_state(tl.where(real[:, None], x, 0.0), value, out, dims, columns, D, DV, ROW_DV, Z_AT, BLOCK_K)
-        store_state(tl.where(real[:, None], y, 0.0), value, out, dims + PART, columns, D, DV, ROW_DV, Z_AT, BLOCK_K)
+        x, y = tl.where(real[:, None], x, 0.0), tl.where(real[:, None], y, 0.0)
+        store_state(x, value, out, dims, columns, part, D, DV, ROW_DV, Z_AT, BLOCK_K)
+        store_state(y, value, out, dims + PART, columns, part, D, DV, ROW_DV, Z_AT, BLOCK_K)
     else:
-        x = feature_map(x, dims < D, FEATURE_MAP)
-        store_state(tl.where(real[:, None], x, 0.0), value, out, dims, columns, D, DV, ROW_DV, Z_AT, BLOCK_K)
+        x = tl.where(real[:, None], feature_map(x, dims < D, FEATURE_MAP), 0.0)
+        store_state(x, value, out, dims, columns, part, D, DV, ROW_DV, Z_AT, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["Nk", "Tn", "first"])
+def states_kernel(
+    k, v, k_mean, key_mask, states, k8, v8, scales,
+    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, mask_stride, heads, Nk, Tn, first,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROW_DV: tl.constexpr,
+    STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_K: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HALVES: tl.constexpr, LOW_BIT: tl.constexpr,
+):  # fmt: skip
+    """Write the state of one key block (BLOCK_DV of its columns), and the block in 8 bits.
+
+    Args:
+        k: (B, heads, Nk, D), v: (B, heads, Nk, DV), last dim contiguous; k_mean: (B, heads, D) fp32.
+        key_mask: (B, Nk) bool (if HAS_MASK).
+        states: (n, Tn, STATE), out, of the flat key/value heads from `first` on: h at 0 with ROW_DV columns
+            per row, z at Z_AT.
+        k8: (B * heads, cdiv(Nk, BLOCK_K) * BLOCK_K, D) int8, out, 0 at rows that are no real keys (if LOW_BIT).
+        v8: (B * heads, cdiv(Nk, BLOCK_K), DV, BLOCK_K) float8e4nv, out, keys in `key_order` (if LOW_BIT is 2).
+        scales: (B * heads, cdiv(Nk, BLOCK_K), 4) fp32, out, the first k_scale, the second v_log (likewise).
+    """
+    pid = tl.program_id(0)
+    local, j = (pid // Tn).to(tl.int64), pid % Tn
+    state_of_block(
+        local + first, local, j, tl.program_id(1), k, v, k_mean, k, k, key_mask, states, k8, v8, scales,
+        k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, mask_stride, heads, Nk, 0, Tn, 0,
+        D, DV, BLOCK_D, BLOCK_DV, ROW_DV, STATE, Z_AT, BLOCK_K, FEATURE_MAP, HAS_MASK, HALVES, LOW_BIT, 0,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["Tm", "Tn", "columns", "topk", "first"])

@@ -14,13 +14,16 @@ from torch import Tensor
 from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import LOW_BITS
+from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.states import complement_kernel, states_kernel
+from sla2_compile.kernels.cuda.forward.sums import sums_kernel
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
-from sla2_compile.kernels.cuda.tiles import ShapeClass, states_tile
+from sla2_compile.kernels.cuda.tiles import ShapeClass, few_blocks, states_tile
 from sla2_compile.kernels.cuda.tuning import launch
-from sla2_compile.kernels.records import with_tensors
 
+SUMS = (64, 128, 3, 4)
+"""`sums_kernel`: query blocks and numbers of a state per program, pipeline stages, warps."""
 STATE_BYTES = 1 << 30
 """Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
 
@@ -123,41 +126,77 @@ class Summed:
     first: int
 
 
+def is_short(args: AttentionArgs[Layout], layout: StateLayout) -> bool:
+    """Whether states are summed by `sums_kernel`: few key blocks, and memory for all heads at once."""
+    (B, heads, Nk, _), Hq, tm = args.k.shape, args.q.shape[1], args.lut.shape[2]
+    tn = num_blocks(Nk, args.block_k)
+    numbers = B * layout.size * (heads * tn + Hq * tm)
+    return few_blocks(tn) and numbers * args.k.dtype.itemsize <= STATE_BYTES
+
+
+def add_states(
+    schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
+    layout: StateLayout, eight: EightBit, states: Slot, heads: range, trials: bool,
+) -> None:  # fmt: skip
+    """Have the states of some key/value heads, of all in the batch, written into `states` (n, columns, size)."""
+    k, v, mask = args.k, args.v, args.key_mask
+    columns = states.shape[1]
+    tile, limits = states_tile(shape)
+    launch(
+        schedule, states_kernel, partial(states_grid, len(heads) * columns, layout.block_dv),
+        slots.k, slots.v, slots.k_mean, slots.key_mask, states, *eight.slots, *k.stride[:3], *v.stride[:3],
+        0 if mask is None else mask.stride[0], k.shape[1], k.shape[2], columns, heads.start,
+        **layout.constants, BLOCK_K=shape.block_k, HAS_MASK=mask is not None, HALVES=layout.block_d > 64,
+        LOW_BIT=eight.level, tile=tile, limits=limits, trials=trials,
+    )  # fmt: skip
+
+
+def sums(
+    schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], layout: StateLayout, states: Slot
+) -> Summed:
+    """Have the states (B * heads, Tn, size) of a short call summed over each query block's complement."""
+    (heads, tn, size), (tm, topk), (B, Hq) = states.shape, args.lut.shape[2:], args.q.shape[:2]
+    rows = B * Hq // heads * tm
+    summed = schedule.empty("summed", (heads, rows, size), states.dtype)
+    block_m, block_s, stages, warps = SUMS
+    block_m = min(block_m, padded(rows))
+    schedule.launch(
+        sums_kernel, (heads * num_blocks(rows, block_m) * num_blocks(size, block_s),),
+        slots.lut, states, summed, rows, tm, tn, topk, 1.0 / triton.next_power_of_2(tn),
+        STATE=size, BLOCK_M=block_m, BLOCK_S=block_s, KEPT=padded(topk), BLOCK_Q=args.block_q, BLOCK_K=args.block_k,
+        CAUSAL=args.is_causal, ALL=args.linear_scope == "all", STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return Summed(summed, heads, 0)
+
+
 def summed_states(
-    schedule: Schedule,
-    args: AttentionArgs[Layout],
-    shape: ShapeClass,
-    layout: StateLayout,
-    eight: EightBit,
-    trials: bool,
-) -> Iterator[Summed]:
+    schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
+    layout: StateLayout, eight: EightBit, trials: bool,
+) -> Iterator[Summed]:  # fmt: skip
     """Have states summed for as many heads at a time as memory is meant to hold; the slots are used again."""
-    slots: Any = with_tensors(args, schedule.inputs)
-    k, v, mask, Hq = args.k, args.v, args.key_mask, args.q.shape[1]
+    k, Hq = args.k, args.q.shape[1]
     (B, heads, Nk, _), (tm, topk) = k.shape, args.lut.shape[2:]
     groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
+    if is_short(args, layout):
+        states = schedule.empty("states", (B * heads, tn, layout.size), k.dtype)
+        add_states(schedule, args, slots, shape, layout, eight, states, range(B * heads), trials)
+        yield sums(schedule, args, slots, layout, states)
+        return
     # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
     columns = num_blocks(tn, 8) * 8
     per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
     step = max(1, min(B * heads, STATE_BYTES // per_head))
-    tile, limits = states_tile(shape)
     states = schedule.empty("states", (step, columns, layout.size), k.dtype)
     complement = schedule.empty("complement", (step, groups * tm, columns), k.dtype)
     summed = schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
     for first in range(0, B * heads, step):
-        n = min(step, B * heads - first)
-        launch(
-            schedule, states_kernel, partial(states_grid, n * columns, layout.block_dv),
-            slots.k, slots.v, slots.k_mean, slots.key_mask, states, *eight.slots, *k.stride[:3], *v.stride[:3],
-            0 if mask is None else mask.stride[0], heads, Nk, columns, first,
-            **layout.constants, BLOCK_K=shape.block_k, HAS_MASK=mask is not None, HALVES=layout.block_d > 64,
-            LOW_BIT=eight.level, tile=tile, limits=limits, trials=trials,
-        )  # fmt: skip
+        some = range(first, min(first + step, B * heads))
+        add_states(schedule, args, slots, shape, layout, eight, states, some, trials)
         schedule.launch(
-            complement_kernel, (n * groups * tm,),
+            complement_kernel, (len(some) * groups * tm,),
             slots.lut, complement, tm, tn, columns, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
             BLOCK_Q=shape.block_q, BLOCK_K=shape.block_k, BLOCK_N=512, CAUSAL=args.is_causal,
             ALL=args.linear_scope == "all", num_warps=2,
         )  # fmt: skip
-        schedule.compute(partial(product, n), complement, states, into=summed)
-        yield Summed(summed, n, first * groups)
+        schedule.compute(partial(product, len(some)), complement, states, into=summed)
+        yield Summed(summed, len(some), first * groups)

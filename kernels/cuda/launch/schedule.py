@@ -35,7 +35,7 @@ class Schedule:
 
     Attributes:
         inputs: slots of the tensors that `run` is given; an absent one stands for the first (kernels take it and do
-            not read it).
+            not read it). given: the same, with None for absent ones.
         steps: what runs; slots: every tensor, inputs first.
     """
 
@@ -50,6 +50,7 @@ class Schedule:
             assert x is not None
             self.slots.append(Slot(n, f"input {n}", tuple(x.shape), x.dtype))
         self.inputs = tuple(self.slots)
+        self.given = tuple([None if x is None else slot for x, slot in zip(inputs, self.slots, strict=True)])
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
         """Have memory allocated at the beginning of each run."""

@@ -15,21 +15,13 @@ import triton.language as tl
 EMPTY = tl.constexpr(-1.0e30)
 
 
-@triton.jit(do_not_specialize=["N", "T", "tiles"])
-def pool_kernel(
-    x, mask, tokens, count, partial, stride_b, stride_h, stride_n, mask_stride, H, N, T, tiles,
+@triton.jit
+def pool_rows(
+    x, mask, tokens, count, partial, stride_b, stride_h, stride_n, mask_stride, H, N, T, bh, tile,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     HAS_MASK: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Average ROWS neighbouring rows; one program takes TILE rows of one head.
-
-    Args:
-        x: (B, H, N, D), last dim contiguous; mask: (B, N) bool.
-        tokens: (B * H, T, D), out; count: (B, T) fp32, out, rows that entered each mean (if HAS_MASK).
-        partial: (B * H, tiles, D) fp32, out, sum over the tile's rows (if PARTIAL).
-    """
-    pid = tl.program_id(0)
-    bh, tile = pid // tiles, pid % tiles
+    """Average each ROWS neighbouring rows among the TILE rows of one tile of x; see `pool_kernel`."""
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     # rows are summed in runs of at most 16 by a loop, each thread on its own columns: no exchange between threads
     RUN: tl.constexpr = ROWS if ROWS < 16 else 16
@@ -58,7 +50,75 @@ def pool_kernel(
     if HAS_MASK:
         tl.store(count + b * T + t, n, mask=(t < T) & (h == 0))
     if PARTIAL:
-        tl.store(partial + (bh.to(tl.int64) * tiles + tile) * D + dims, tl.sum(total, axis=0), mask=dims < D)
+        at = partial + (bh.to(tl.int64) * tl.cdiv(N, TILE) + tile) * D + dims
+        tl.store(at, tl.sum(total, axis=0), mask=dims < D)
+
+
+@triton.jit(do_not_specialize=["Nq", "Nk", "Tq", "Tk", "programs_q"])
+def pool_kernel(
+    q, k, mask, q_tokens, k_tokens, count, partial, q_stride_b, q_stride_h, q_stride_n,
+    k_stride_b, k_stride_h, k_stride_n, mask_stride, Hq, heads, Nq, Nk, Tq, Tk, programs_q,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS_Q: tl.constexpr, ROWS_K: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Average neighbouring rows of q and of k; a program takes TILE rows of one head, those of q first.
+
+    Args:
+        q: (B, Hq, Nq, D), k: (B, heads, Nk, D), last dim contiguous; mask: (B, Nk) bool, of keys.
+        q_tokens: (B * Hq, Tq, D), k_tokens: (B * heads, Tk, D), out.
+        count: (B, Tk) fp32, out, keys that entered each mean (if HAS_MASK).
+        partial: (B * heads, cdiv(Nk, TILE), D) fp32, out, sum over the tile's keys.
+        programs_q: how many programs take q.
+    """
+    pid = tl.program_id(0)
+    if pid < programs_q:
+        tiles = tl.cdiv(Nq, TILE)
+        pool_rows(
+            q, q, q_tokens, q, q, q_stride_b, q_stride_h, q_stride_n, 0, Hq, Nq, Tq, pid // tiles, pid % tiles,
+            D, BLOCK_D, ROWS_Q, TILE, False, False,
+        )  # fmt: skip
+    else:
+        tiles = tl.cdiv(Nk, TILE)
+        at = pid - programs_q
+        pool_rows(
+            k, mask, k_tokens, count, partial, k_stride_b, k_stride_h, k_stride_n, mask_stride, heads, Nk, Tk,
+            at // tiles, at % tiles, D, BLOCK_D, ROWS_K, TILE, HAS_MASK, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def keys_mean(
+    partial, count, bh, b, N, T, tiles, dims, D: tl.constexpr, BLOCK_T: tl.constexpr, HAS_MASK: tl.constexpr
+):
+    """Mean of the keys of one head in some dims, from what `pool_kernel` wrote.
+
+    Every program that needs it sums the same partial sums in the same order: cheap, and no launch more.
+    """
+    run = tl.arange(0, BLOCK_T)
+    total = tl.zeros((BLOCK_T, dims.shape[0]), tl.float32)
+    for first in range(0, tiles, BLOCK_T):
+        at = first + run
+        part = partial + bh * tiles * D + at[:, None] * D + dims[None, :]
+        total += tl.load(part, mask=(at < tiles)[:, None] & (dims < D)[None, :], other=0.0)
+    if HAS_MASK:
+        seen = tl.zeros((BLOCK_T,), tl.float32)
+        for first in range(0, T, BLOCK_T):
+            at = first + run
+            seen += tl.load(count + b * T + at, mask=at < T, other=0.0)
+        n = tl.maximum(tl.sum(seen, axis=0), 1.0)
+    else:
+        n = N.to(tl.float32)
+    return tl.sum(total, axis=0) / n
+
+
+@triton.jit
+def keys_behind(count, b, at, N, T, ROWS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """log2 of the keys behind each key token, `EMPTY` where there are none."""
+    if HAS_MASK:
+        rows = tl.load(count + b * T + at, mask=at < T, other=0.0)
+    else:
+        rows = tl.minimum(tl.maximum(N - at * ROWS, 0), ROWS).to(tl.float32)
+    return tl.where(rows > 0.0, tl.log2(tl.maximum(rows, 1.0)), EMPTY)
 
 
 @triton.jit(do_not_specialize=["N", "T", "tiles", "groups"])
@@ -68,31 +128,17 @@ def center_kernel(
 ):  # fmt: skip
     """Write k_mean (B * H, D) fp32, centered = tokens - k_mean (B * H, T, D) and bonus (B, T) fp32.
 
-    bonus is log2 of the rows behind a token, or EMPTY where there are none. One program a group of tokens.
+    bonus is `keys_behind`. One program a group of tokens.
 
     Args:
         tokens: (B * H, T, D) fp32; count: (B, T) fp32; partial: (B * H, tiles, D) fp32.
-        groups: programs a head, each taking every groups-th run of BLOCK_T tokens.
+        groups: programs per head, each taking every groups-th run of BLOCK_T tokens.
     """
     pid = tl.program_id(0)
     bh, group = (pid // groups).to(tl.int64), pid % groups
     dims, run = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
     inside = dims < D
-    # every program of a head sums the same partial sums in the same order: cheap, and no second launch
-    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        at = first + run
-        part = partial + bh * tiles * D + at[:, None] * D + dims[None, :]
-        total += tl.load(part, mask=(at < tiles)[:, None] & inside[None, :], other=0.0)
-    if HAS_MASK:
-        seen = tl.zeros((BLOCK_T,), tl.float32)
-        for first in range(0, T, BLOCK_T):
-            at = first + run
-            seen += tl.load(count + (bh // H) * T + at, mask=at < T, other=0.0)
-        n = tl.maximum(tl.sum(seen, axis=0), 1.0)
-    else:
-        n = N.to(tl.float32)
-    mean = tl.sum(total, axis=0) / n
+    mean = keys_mean(partial, count, bh, bh // H, N, T, tiles, dims, D, BLOCK_T, HAS_MASK)
     if group == 0:
         tl.store(k_mean + bh * D + dims, mean, mask=inside)
     for first in range(group * BLOCK_T, T, groups * BLOCK_T):
@@ -101,11 +147,7 @@ def center_kernel(
         valid = (at < T)[:, None] & inside[None, :]
         values = tl.load(tokens + here, mask=valid, other=0.0) - mean[None, :]
         tl.store(centered + here, values.to(centered.dtype.element_ty), mask=valid)
-        if HAS_MASK:
-            rows = tl.load(count + (bh // H) * T + at, mask=at < T, other=0.0)
-        else:
-            rows = tl.minimum(tl.maximum(N - at * ROWS, 0), ROWS).to(tl.float32)
-        rows = tl.where(rows > 0.0, tl.log2(tl.maximum(rows, 1.0)), EMPTY)
+        rows = keys_behind(count, bh // H, at, N, T, ROWS, HAS_MASK)
         tl.store(bonus + (bh // H) * T + at, rows, mask=(at < T) & (bh % H == 0))
 
 

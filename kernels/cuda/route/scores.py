@@ -60,6 +60,33 @@ def by_block(x, A: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
         return tl.reshape(x, (BLOCK_N, BLOCK_T // A, A, 1, 1))
 
 
+@triton.jit
+def scores_of_blocks(
+    z, known, real, A: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, FAST: tl.constexpr
+):
+    """Return peak and typical (BLOCK_N, BLOCK_T / A), natural log, -inf for a block with no real key.
+
+    Args:
+        z: (BLOCK_N, BLOCK_T) in units of log2; known: (1, BLOCK_T), which columns are tokens; real: (1, BLOCK_T / A)
+            fp32, tokens in each query block.
+    """
+    if A == 1:
+        high, mean = z, z
+    else:
+        BLOCKS: tl.constexpr = BLOCK_T // A
+        z_peak = by_block(tl.where(known, z, EMPTY), A, BLOCK_T, BLOCK_N)
+        high = tl.max(tl.max(z_peak, axis=4, keep_dims=True), axis=2, keep_dims=True)
+        weight = tl.sum(tl.sum(tl.exp2(z_peak - high), axis=4, keep_dims=True), axis=2, keep_dims=True)
+        high = tl.reshape(high + log2(weight, FAST), (BLOCK_N, BLOCKS)) - log2(real, FAST)
+        z_mean = by_block(tl.where(known, z, 0.0), A, BLOCK_T, BLOCK_N)
+        mean = tl.sum(tl.sum(z_mean, axis=4, keep_dims=True), axis=2, keep_dims=True)
+        mean = tl.reshape(mean, (BLOCK_N, BLOCKS)) / real
+    # a block with no key has EMPTY in every token; anything real lies far above
+    high = tl.where(high < EMPTY * 0.5, float("-inf"), high * LN_2)
+    mean = tl.where(mean < EMPTY * 0.5, float("-inf"), mean * LN_2)
+    return high, mean
+
+
 @triton.jit(do_not_specialize=["Tq", "Tk", "Tm", "Tn", "groups"])
 def scores_kernel(
     q_tokens, k_tokens, bonus, peak, typical, Hq, groups, Tq, Tk, Tm, Tn, scale,
@@ -104,20 +131,8 @@ def scores_kernel(
         top, total = add_score(top, total, s)
         if step % B == B - 1:
             z = top + log2(total, FAST)
-            if A == 1:
-                high, mean = z, z
-            else:
-                z_peak = by_block(tl.where(known, z, EMPTY), A, BLOCK_T, BLOCK_N)
-                high = tl.max(tl.max(z_peak, axis=4, keep_dims=True), axis=2, keep_dims=True)
-                weight = tl.sum(tl.sum(tl.exp2(z_peak - high), axis=4, keep_dims=True), axis=2, keep_dims=True)
-                high = tl.reshape(high + log2(weight, FAST), (BLOCK_N, BLOCKS)) - log2(real, FAST)
-                z_mean = by_block(tl.where(known, z, 0.0), A, BLOCK_T, BLOCK_N)
-                mean = tl.sum(tl.sum(z_mean, axis=4, keep_dims=True), axis=2, keep_dims=True)
-                mean = tl.reshape(mean, (BLOCK_N, BLOCKS)) / real
+            high, mean = scores_of_blocks(z, known, real, A, BLOCK_T, BLOCK_N, FAST)
             inside = (i < Tm)[None, :] & (j < Tn)[:, None]
-            # a block with no key has EMPTY in every token; anything real lies far above
-            high = tl.where(high < EMPTY * 0.5, float("-inf"), high * LN_2)
-            mean = tl.where(mean < EMPTY * 0.5, float("-inf"), mean * LN_2)
             tl.store(peak + out + j[:, None], high, mask=inside)
             tl.store(typical + out + j[:, None], mean, mask=inside)
             top = tl.full((BLOCK_N, BLOCK_T), EMPTY, tl.float32)
