@@ -34,7 +34,7 @@ ENOUGH_PROGRAMS = 256
 CENTER_TOKENS, PROJECTED_TOKENS = 32, 32
 """Tokens that a program of `center_kernel` and of `project_kernel` takes at a time."""
 CHOOSE = (4, 64, 2, 4)
-"""`choose_blocks`: query blocks per program (fewer where they have many tokens), key blocks per tile, stages, warps."""
+"""`choose_blocks`: query blocks per program (fewer if they have many tokens), key blocks per tile, stages, warps."""
 SHORT_DIM = 128
 """Largest head dim of a short route, whose head is not cut in slices."""
 
