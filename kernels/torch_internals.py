@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,20 @@ def export_flag() -> bool:
 def is_functional(x: Tensor) -> bool:
     """Whether x belongs to AOTAutograd's trace, which `torch.compiler.is_compiling` may not count."""
     return isinstance(x, FunctionalTensor)
+
+
+@contextlib.contextmanager
+def autograd_in_dispatch() -> Iterator[None]:
+    """Let autograd record inside `__torch_dispatch__`, which runs below it."""
+    off = torch._C._SetExcludeDispatchKeyGuard
+    keys = torch._C.DispatchKey
+    with off(keys.AutogradFunctionality, False), off(keys.ADInplaceOrView, False):
+        yield
+
+
+def throw_on_address(x: Tensor) -> None:
+    """Make C++ code that asks for the address of a tensor without memory raise an error, and not read from 0."""
+    torch._C._set_throw_on_mutable_data_ptr(x)
 
 
 def in_forward_mode() -> bool:

@@ -249,7 +249,7 @@ def test_a_bad_debug_level_changes_nothing(x, monkeypatch):
 
 def test_lazy_layers_are_refused_untouched(x):
     model = nn.Sequential(nn.LazyLinear(32), models.Attention())
-    with pytest.raises(ValueError, match="run the model once before"):
+    with pytest.raises(ValueError, match="run the model once first"):
         transformed(model, x)
     assert model(x).shape == x.shape
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from sla2_compile.kernels.torch_internals import autograd_in_dispatch, throw_on_address
+
 if TYPE_CHECKING:
     from sla2_compile.modules.scores import Scores
 
@@ -199,6 +201,7 @@ class Deferred(Tensor):
             cls, recorded.shape, dtype=recorded.like.dtype, device=recorded.like.device
         )
         x.recorded = recorded
+        throw_on_address(x)
         return x
 
     @classmethod
@@ -211,8 +214,11 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        # below autograd: this code bypassed __torch_function__. Writes go into the kept tensor
-        args, kwargs = tree_map_only(Deferred, lambda x: beside(x).detach(), (args, kwargs or {}))
+        # below autograd: this code bypassed __torch_function__. Writes go into the kept tensor, which autograd must
+        # know, because code above it may be given the same tensor later
+        with autograd_in_dispatch():
+            args, kwargs = tree_map_only(Deferred, beside, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Tensor, lambda x: x.detach() if x.requires_grad else x, (args, kwargs))
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -307,6 +313,7 @@ def become(x: Tensor) -> Tensor:
         # as torch.utils.swap_tensors does, but that refuses weak references; here they should see the real tensor
         with torch._C.DisableTorchFunctionSubclass():
             x.__class__, made.__class__ = Tensor, Deferred  # type: ignore[assignment]
-            x.__dict__, made.__dict__ = {}, x.__dict__
+            own = {name: value for name, value in x.__dict__.items() if name not in ("recorded", "kept")}
+            x.__dict__, made.__dict__ = own, x.__dict__
             torch._C._swap_tensor_impl(x, made)
         return x

@@ -1,8 +1,10 @@
-"""An owner's queries and keys as they were before it scaled and cast them.
+"""What an owner did to its queries and keys before their product: factors, and casts up from 16 bits.
 
 The linear branch computes features of q and k themselves, so a factor that an owner multiplies q by belongs in the
-call's scale. An upcast of 16-bit operands is undone where the values have 16 bits, because kernels accumulate in
-float32 in any case.
+call's scale. An upcast is undone where the values have 16 bits, because kernels accumulate in float32 in any case.
+
+Both are undone on the operand itself: q is divided by its factor and cast back. The tensor that it was made of is
+never used in its place. So hooks on the operand run, gradients pass through it, and what was written into it counts.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.modules.scores import CASTS, DIVISIONS, MULTIPLICATIONS, Scores, number
+from sla2_compile.modules.watch import storage
 
 TRANSPOSES = (Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.mT.__get__)  # type: ignore[attr-defined]
 FOLLOWED: frozenset[Any] = frozenset((*CASTS, *TRANSPOSES, *MULTIPLICATIONS, *DIVISIONS))
@@ -21,17 +24,19 @@ FOLLOWED: frozenset[Any] = frozenset((*CASTS, *TRANSPOSES, *MULTIPLICATIONS, *DI
 
 
 class Made(NamedTuple):
-    """A tensor and its origin: result = source times factor, cast; a transpose is applied to source as well.
+    """An operand, and what was done to its values.
 
     Attributes:
         result: returns the tensor, or None once it is freed.
-        version: of source when this was recorded.
+        version: of the tensor when this was recorded.
+        factor: that its values contain.
+        dtype: that its values had before they were cast.
     """
 
     result: Callable[[], Any]
-    source: Tensor
     version: int
     factor: float
+    dtype: torch.dtype
 
 
 class Operands:
@@ -51,29 +56,32 @@ class Operands:
         if not args or not isinstance(args[0], Tensor) or not isinstance(result, Tensor) or result is args[0]:
             return
         x = args[0]
-        known = self.of(x) or Made(self.refer(x), x, self.version(x), 1.0)
-        if func in CASTS:
-            if result.is_floating_point() and x.is_floating_point() and result.device == x.device:
-                self.made.append(Made(self.refer(result), known.source, known.version, known.factor))
-        elif func in TRANSPOSES:
-            if known.source is not x:
-                source = func(known.source, *args[1:], **kwargs)
-                self.made.append(Made(self.refer(result), source, self.version(source), known.factor))
-        elif len(args) == 2 and not kwargs:
-            factor = number(args[1])
-            if factor:
-                times = 1.0 / factor if func in DIVISIONS else factor
-                self.made.append(Made(self.refer(result), known.source, known.version, known.factor * times))
+        if not x.is_floating_point() or not result.is_floating_point() or result.device != x.device:
+            return
+        known = self.of(x)
+        factor, dtype = (1.0, x.dtype) if known is None else (known.factor, known.dtype)
+        if func in MULTIPLICATIONS or func in DIVISIONS:
+            times = number(args[1]) if len(args) == 2 and not kwargs else None
+            if not times:
+                return
+            factor *= 1.0 / times if func in DIVISIONS else times
+        elif func in TRANSPOSES and known is None:
+            return
+        self.made.append(Made(self.refer(result), self.version(result), factor, dtype))
+
+    def forget(self, memory: set[int]) -> None:
+        """Forget tensors that lie in memory that is written to; inference tensors have no version that would tell."""
+        self.made = [m for m in self.made if (x := m.result()) is None or storage(x) not in memory]
 
     def of(self, x: Tensor) -> Made | None:
-        """The origin of x; None if it is unknown, or if its source was written to since."""
+        """What is known of x; None if it is unknown, or was written to since."""
         for made in self.made:
-            if made.result() is x and self.version(made.source) == made.version:
+            if made.result() is x and self.version(x) == made.version:
                 return made
         return None
 
     def behind(self, s: Scores, dtype: torch.dtype) -> Scores:
-        """The same scores in terms of the sources of q and k, where those have the operand's dtype or this one."""
+        """The same scores with the factors of q and k in the scale; q and k are cast back to dtype if they had it."""
         left, scale = self._one(s.left, dtype)
         right, factor = self._one(s.right, dtype)
         if left.dtype != right.dtype:
@@ -82,6 +90,9 @@ class Operands:
 
     def _one(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
         made = self.of(x)
-        if made is None or made.source.dtype not in (x.dtype, dtype):
+        if made is None:
             return x, 1.0
-        return made.source, made.factor
+        if made.factor != 1.0:
+            x = x * (1.0 / made.factor)
+        # rounding back is exact, because the values came from there
+        return x.to(dtype) if made.dtype == dtype else x, made.factor

@@ -59,8 +59,7 @@ class Watch(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        # after an error, only the traceback refers to them
-        if not self.live or error[0] is not None:
+        if not self.live:
             return
         left = self.alive()
         outer = watching() if left else None

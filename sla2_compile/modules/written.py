@@ -32,6 +32,7 @@ from sla2_compile.modules.deferred import (
 )
 from sla2_compile.modules.operands import FOLLOWED, Operands
 from sla2_compile.modules.scores import (
+    CASTS,
     IN_PLACE,
     PRODUCTS,
     SHAPES,
@@ -43,7 +44,8 @@ from sla2_compile.modules.scores import (
     regrouped,
     scores_of,
 )
-from sla2_compile.modules.watch import Watch, chain
+from sla2_compile.modules.watch import Watch, chain, storage
+from sla2_compile.modules.writes import written as written_by
 from sla2_compile.modules.written_call import call_of
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site, Sites, site_at
@@ -107,6 +109,8 @@ class DeferAttention(Watch, OwnerMode):
         if Deferred in types:
             args, kwargs = real(args), real(kwargs)
         self.before(func, args, kwargs)
+        if self.operands.made and (into := written_by(func, args, kwargs)) is not None:
+            self.operands.forget({storage(x) for x in tensors(into)})
         result = self.calls.__torch_function__(func, types, args, kwargs)
         self.met = self.met or self.calls.met
         if func in FOLLOWED:
@@ -177,6 +181,8 @@ class DeferAttention(Watch, OwnerMode):
         like: Like | None = old.like
         shape: tuple[int, ...] | None = old.shape
         scores: Scores | None = None
+        if _returns_itself(plain, old, like_of(plain, args, kwargs), args, kwargs):
+            return args[at] if at == 0 else None
         if plain in SHAPES:
             shape = shape_of(plain, old, args, kwargs)
             scores = None if shape is None else regrouped(old.scores, old.shape, shape)
@@ -195,7 +201,8 @@ class DeferAttention(Watch, OwnerMode):
         """Let the same object stand for the result of an in-place function, or return None."""
         x: Deferred = args[0]
         old = x.recorded
-        others = any(any(x is z for z in chain(y.recorded)) for y in self.alive())
+        # a view shares its memory with the scores that it was made of, and those made of x read x
+        others = old.func in SHAPES or any(any(x is z for z in chain(y.recorded)) for y in self.alive())
         if others or like != old.like or x._use_count() > 1:  # type: ignore[attr-defined]
             return None
         before = self._defer(old)
@@ -233,6 +240,14 @@ class DeferAttention(Watch, OwnerMode):
         o = self.sites(planned.site, SDPA, *call.as_arguments())
         o = o.contiguous().reshape(*recorded.shape[:-1], v.shape[-1]).to(like.dtype)
         return o if product.order is None else o.permute(product.order)
+
+
+def _returns_itself(func: Any, old: Recorded, like: Like | None, args: Any, kwargs: Any) -> bool:
+    """Whether a cast or `contiguous` returns the scores that it is given, as for a cast to the dtype that they have."""
+    if func is not Tensor.contiguous and func not in CASTS:
+        return False
+    plain = not kwargs.get("copy") and kwargs.get("memory_format") is None and not any(x is True for x in args[1:])
+    return plain and like == old.like
 
 
 def _fits(small: Any, big: Any) -> bool:

@@ -16,6 +16,39 @@ from sla2_compile.kernels import torch_internals, tracing
 KERNELS = Path(torch_internals.__file__).parent
 
 
+class Wrapped(Tensor):
+    """A tensor without memory, whose dispatch doubles another one twice: below autograd, and with it."""
+
+    @staticmethod
+    def __new__(cls, x: Tensor) -> Any:
+        wrapped = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
+        wrapped.x = x
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        (wrapped,) = args
+        below = wrapped.x * 2
+        with torch_internals.autograd_in_dispatch():
+            above = wrapped.x * 2
+        wrapped.made = [below, above]
+        return func(wrapped.x.detach())
+
+
+def test_autograd_in_dispatch() -> None:
+    x = Wrapped(torch.randn(3, requires_grad=True))
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.exp(x)
+    assert [made.requires_grad for made in x.made] == [False, True]
+
+
+def test_throw_on_address() -> None:
+    x = Wrapped(torch.randn(3))
+    torch_internals.throw_on_address(x)
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(x)
+
+
 class Asks(torch.nn.Module):
     """Writes down what `answer` says while something runs or traces it."""
 
