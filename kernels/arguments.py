@@ -26,6 +26,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def output(q: Any, Dv: int) -> Any:
+    """Allocate o (B, Hq, Nq, Dv) for q (B, Hq, Nq, D), in memory as (B, Nq, Hq, Dv).
+
+    PyTorch's own attention has this layout: code after it merges heads without a copy, also by `view`.
+    """
+    B, Hq, Nq, _ = q.shape
+    return q.new_empty(B, Nq, Hq, Dv).transpose(1, 2)
+
+
 class RouteArgs(NamedTuple, Generic[T]):
     """Arguments of `sla2::route`.
 
@@ -105,7 +114,8 @@ class AttentionResult(NamedTuple, Generic[T]):
     """What `sla2::attention` returns.
 
     Attributes:
-        o: (B, Hq, Nq, Dv) in q's dtype. lse: (B, Hq, Nq) acc, natural, of the sparse branch.
+        o: (B, Hq, Nq, Dv) in q's dtype, laid out as `output` does it.
+        lse: (B, Hq, Nq) acc, natural, of the sparse branch.
         o_sparse, o_linear: the branches, as o; of shape (0,) unless keep_branches.
     """
 
@@ -178,23 +188,3 @@ class ForwardArgs(NamedTuple, Generic[T]):
 _ROUTE = [ForwardArgs._fields.index(name) for name in RouteArgs._fields]
 _KNOWN = (*ForwardArgs._fields, *RouteResult._fields, "keep_branches")
 _ATTENTION = [_KNOWN.index(name) for name in AttentionArgs._fields]
-
-
-class ForwardResult(NamedTuple, Generic[T]):
-    """What `sla2::forward` returns; fields as in `AttentionResult` and `RouteResult`."""
-
-    o: T
-    lse: T
-    lut: T
-    log_rest: T
-    entropy: T
-    k_mean: T
-
-    @classmethod
-    def of(cls, routed: RouteResult[T], attended: AttentionResult[T]) -> ForwardResult[T]:
-        """Combine the results of its two parts."""
-        return cls(attended.o, attended.lse, *routed)
-
-    def routed(self) -> RouteResult[T]:
-        """What its route returned."""
-        return RouteResult(self.lut, self.log_rest, self.entropy, self.k_mean)

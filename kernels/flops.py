@@ -25,11 +25,10 @@ from sla2_compile.kernels.arguments import (
     AttentionArgs,
     BackwardArgs,
     ForwardArgs,
-    ForwardResult,
     RouteArgs,
     RouteResult,
 )
-from sla2_compile.kernels.blocks import num_blocks, router_tokens
+from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.kernels.options import AttentionOptions
 from sla2_compile.kernels.records import of
 
@@ -81,8 +80,12 @@ def call_flops(q: Shape, k: Shape, v: Shape, options: AttentionOptions, kept: in
     return route_flops(args.route()) + attention_flops(args.attention(routed))
 
 
-def _forward_flops(args: ForwardArgs[Shape], out: Sequence[Shape]) -> int:
-    routed: RouteResult[Shape] = ForwardResult(*out).routed()
+def forward_flops(args: ForwardArgs[Shape]) -> int:
+    """FLOPs of `sla2::forward`, also given shapes."""
+    (B, Hq, Nq, D), (_, heads, Nk, _) = args.q, args.k
+    kept = num_kept(num_blocks(Nk, args.block_k), args.topk_ratio, args.block_q, args.block_k, args.is_causal)
+    rows = (B, Hq, num_blocks(Nq, args.block_q))
+    routed: RouteResult[Shape] = RouteResult((*rows, kept), rows, rows, (B, heads, D))
     return route_flops(args.route()) + attention_flops(args.attention(routed))
 
 
@@ -94,7 +97,7 @@ def _register() -> None:
         "route": (RouteArgs, lambda args, out: route_flops(args)),
         "attention": (AttentionArgs, lambda args, out: attention_flops(args)),
         "attention_backward": (BackwardArgs, lambda args, out: backward_flops(args)),
-        "forward": (ForwardArgs, _forward_flops),
+        "forward": (ForwardArgs, lambda args, out: forward_flops(args)),
     }
     for name, (record, count) in formulas.items():
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, ForwardResult, RouteResult
+from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, RouteResult
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import check_qkv
 from sla2_compile.kernels.ops import attention, forward, route
@@ -103,13 +103,29 @@ def attend(
     )  # fmt: skip
     # proj_q and proj_k get no gradient, but as with any op, the result requires one if they do
     params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
-    if training and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params):
-        routed = RouteResult(*route(*args.route()))
-        attended = AttentionResult(*attention(*args.attention(routed, keep_branches=True)))
-        made = ForwardResult.of(routed, attended)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
+    keep_routing = keep_routing and not traced(q)
+    if training and differentiable:
+        routed, attended = _in_two(args, keep_branches=True)
+        o = attended.o
+    elif keep_routing and not differentiable:
+        routed, attended = _in_two(args)
+        o = attended.o
     else:
-        made = ForwardResult(*forward(*args))
-    if not keep_routing or traced(q):
-        return made.o, None
-    lse = made.lse[..., ::block_q].clone()
-    return made.o, Routing(made.lut, made.log_rest, made.entropy, lse, block_q, block_k, tn)
+        o = forward(*args)
+        if keep_routing:
+            # the op tells nothing of its choice, which is found once more
+            with torch.no_grad():
+                routed, attended = _in_two(args)
+    if not keep_routing:
+        return o, None
+    lse = attended.lse[..., ::block_q].clone()
+    return o, Routing(routed.lut, routed.log_rest, routed.entropy, lse, block_q, block_k, tn)
+
+
+def _in_two(
+    args: ForwardArgs[Tensor], keep_branches: bool = False
+) -> tuple[RouteResult[Tensor], AttentionResult[Tensor]]:
+    """Run a call as route and attention."""
+    routed = RouteResult(*route(*args.route()))
+    return routed, AttentionResult(*attention(*args.attention(routed, keep_branches)))

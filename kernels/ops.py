@@ -5,7 +5,7 @@
 | `sla2::route` | `RouteArgs` -> `RouteResult` |
 | `sla2::attention` | `AttentionArgs` -> `AttentionResult` |
 | `sla2::attention_backward` | `BackwardArgs` -> `BackwardResult` |
-| `sla2::forward` | `ForwardArgs` -> `ForwardResult`: route and attention in one, for inference |
+| `sla2::forward` | `ForwardArgs` -> o: route and attention in one, for inference |
 
 Gradients: `route` passes that of k_mean to k, and no other (hard top-k has none; log_rest and entropy are estimates
 that count as constants). `attention` passes that of o to q, k, v, k_mean, alpha_gain and alpha_bias. `forward` does
@@ -28,11 +28,11 @@ from sla2_compile.kernels.arguments import (
     BackwardArgs,
     BackwardResult,
     ForwardArgs,
-    ForwardResult,
     RouteArgs,
     RouteResult,
     Saved,
     accumulation_dtype,
+    output,
 )
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.checks import check_attention, check_backward, check_route, check_table, fail
@@ -133,7 +133,7 @@ def _attention(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
 def _attention_fake(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
     check_attention(args)
     q, v = args.q, args.v
-    o = q.new_empty(*q.shape[:3], v.shape[3])
+    o = output(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
     o_sparse, o_linear = (q.new_empty(o.shape if args.keep_branches else (0,)) for _ in range(2))
     return AttentionResult(o, lse, o_sparse, o_linear)
@@ -193,42 +193,29 @@ attention_backward = define(
 """Gradients of `sla2::attention` (SLA2, Alg. 3). Formulas and shapes: `portable/backward.py`."""
 
 
-def one_after_the_other(
-    route: Callable[[RouteArgs[Tensor]], RouteResult[Tensor]],
-    attention: Callable[[AttentionArgs[Tensor]], AttentionResult[Tensor]],
-    args: ForwardArgs[Tensor],
-) -> ForwardResult[Tensor]:
-    """Compute `forward` by the given implementations of its two parts."""
-    routed = route(args.route())
-    return ForwardResult.of(routed, attention(args.attention(routed)))
+def _forward(args: ForwardArgs[Tensor]) -> Tensor:
+    return _attention(args.attention(_route(args.route()))).o
 
 
-def _forward(args: ForwardArgs[Tensor]) -> ForwardResult[Tensor]:
-    return one_after_the_other(_route, _attention, args)
+def _forward_fake(args: ForwardArgs[Tensor]) -> Tensor:
+    return _attention_fake(args.attention(_route_fake(args.route()))).o
 
 
-def _forward_fake(args: ForwardArgs[Tensor]) -> ForwardResult[Tensor]:
-    return one_after_the_other(_route_fake, _attention_fake, args)
+forward = define("forward", ForwardArgs, Tensor, run=_forward, cuda="forward", fake=_forward_fake)
+"""Route and attention in one op that returns o alone: one way through the dispatcher, and nothing is kept.
 
-
-forward = define("forward", ForwardArgs, ForwardResult, run=_forward, cuda="forward", fake=_forward_fake)
-"""Route and attention in one op: the host goes through the dispatcher only once, and no branch is kept.
-
-If a gradient is needed all the same, the backward computes the branches again from the same table, in the input's
-dtype whatever low_bit is.
+If a gradient is needed all the same, the backward routes and attends again, in the input's dtype whatever low_bit is.
 """
 
 
-def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    args, made = ForwardArgs(*inputs), ForwardResult(*output)
-    ctx.mark_non_differentiable(made.lse, *made.routed())
-    call = args.attention(made.routed(), keep_branches=True)
-    tensors, ctx.options = split(call._replace(low_bit="none"))
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors, ctx.options = split(ForwardArgs(*inputs))
     ctx.save_for_backward(*tensors)
 
 
-def _forward_backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Any, ...]:
-    call = of(AttentionArgs, (*ctx.saved_tensors, *ctx.options))
+def _forward_backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+    args = of(ForwardArgs, (*ctx.saved_tensors, *ctx.options))
+    call = args.attention(RouteResult(*route(*args.route())), keep_branches=True)._replace(low_bit="none")
     again = AttentionResult(*attention(*call))
     found = _gradients_of(do, Saved(again.lse, again.o_sparse, again.o_linear, call))
     found["k"] = found["k"] + _spread(found.pop("k_mean"), call.k, call.key_mask)

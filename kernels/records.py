@@ -6,6 +6,8 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 
 class Argument(NamedTuple):
     """One argument of an op; type as a schema writes it."""
@@ -35,9 +37,14 @@ def arguments(record: Any) -> tuple[Argument, ...]:
 
 
 def schema(record: Any, result: Any) -> str:
-    """Write the schema of an op: `(Tensor q, ..., str low_bit="none") -> (Tensor, ...)`."""
+    """Write the schema of an op: `(Tensor q, ..., str low_bit="none") -> (Tensor, ...)`.
+
+    Args:
+        result: the record that it returns, or Tensor.
+    """
     taken = [f"{x.type} {x.name}{_default(x.default)}" for x in arguments(record)]
-    return f"({', '.join(taken)}) -> ({', '.join(x.type for x in arguments(result))})"
+    made = ["Tensor"] if result is Tensor else [x.type for x in arguments(result)]
+    return f"({', '.join(taken)}) -> ({', '.join(made)})"
 
 
 def _default(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Hand-written attention whose operands, scores or weights are changed under other names, hooked, or read from below."""
+"""Hand-written attention whose operands, scores or weights are written, hooked or read in unusual ways."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CAUSAL = torch.ones(N, N).triu(1).bool()
 
 
 class Owner(nn.Module):
-    """Attention by a function of (owner, q, k, v); `late` is set after planning, `kept` is what the function keeps."""
+    """Attention by a function of (owner, q, k, v); `late` is set after planning, `kept` collects what it keeps."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -184,7 +184,8 @@ def gradients(run: Any, model: Owner, x: Tensor) -> tuple[Tensor, ...]:
     model.zero_grad()
     y = run(x)
     y.square().sum().backward()
-    assert x.grad is not None and model.qkv.weight.grad is not None
+    assert x.grad is not None
+    assert model.qkv.weight.grad is not None
     return y.detach(), x.grad, model.qkv.weight.grad.clone()
 
 

@@ -20,7 +20,6 @@ from sla2_compile.kernels.arguments import (
     AttentionArgs,
     AttentionResult,
     ForwardArgs,
-    ForwardResult,
     RouteArgs,
     RouteResult,
 )
@@ -126,14 +125,15 @@ def attention(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
     return AttentionResult(*run(scheduled, tensors))
 
 
-def forward(args: ForwardArgs[Tensor]) -> ForwardResult[Tensor]:
-    """Compute what `route` and then `attention` do."""
+def forward(args: ForwardArgs[Tensor]) -> Tensor:
+    """Compute what `route` and then `attention` do; returns o."""
     tensors, layouts = laid_out(args)
     scheduled = scheduled_forward(layouts, by_trial())
     if scheduled is None:
-        routed = route(args.route())
-        return ForwardResult.of(routed, attention(args.attention(routed)))
-    made = ForwardResult(*run(scheduled, tensors))
+        return attention(args.attention(route(args.route()))).o
+    schedule, (o, *routed) = scheduled
     if debugging():
-        check_table(args.attention(made.routed()))
-    return made
+        made, *chosen = schedule.run(*tensors, results=(o, *routed))
+        check_table(args.attention(RouteResult(*chosen)))
+        return made
+    return schedule.run(*tensors, results=(o,))[0]

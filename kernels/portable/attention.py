@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.arguments import AttentionArgs, AttentionResult, accumulation_dtype
+from sla2_compile.kernels.arguments import AttentionArgs, AttentionResult, accumulation_dtype, output
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.portable.tiling import (
     NEG_INF,
@@ -186,14 +186,15 @@ def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
     (B, Hq, Nq, _), tm = q.shape, args.lut.shape[2]
     groups = Hq // k.shape[1]
     alpha_rows = AlphaRows.lay_out(args.log_rest, args.alpha_gain, args.alpha_bias)
-    # whole blocks, so that every group writes its rows in place
-    o = q.new_empty(B, Hq, tm * block_q, v.shape[3])
+    Dv = v.shape[3]
     lse = q.new_empty(B, Hq, tm * block_q, 1, dtype=accumulation_dtype(q.dtype))
-    kept = [torch.empty_like(o) for _ in range(2)] if keep_branches else []
+    kept = [q.new_empty(B, Hq, tm * block_q, Dv) for _ in range(2)] if keep_branches else []
     # keeps 1 / sum finite in rows that see no key
     tiny = torch.finfo(lse.dtype).tiny
 
     with call_memory(q.device) as scratch:
+        # whole blocks, so that every group writes its rows in place
+        o = scratch("o", (B, Hq, tm * block_q, Dv), q.dtype)
         for bs, hs in head_groups(B, k.shape[1], max(k.shape[2], groups * Nq), q.device):
             hq = slice(hs.start * groups, hs.stop * groups)
             tiles = cut(args, bs, hs, hq, scratch)
@@ -224,5 +225,7 @@ def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
                 if sparse is not o_rows:
                     o_rows[part] = mixed
 
-    o, lse, *kept = (x[:, :, :Nq].contiguous() for x in (o, lse, *kept))
-    return AttentionResult(o, lse.squeeze(-1), *(kept or (o.new_empty(0), o.new_empty(0))))
+        made = output(q, Dv).copy_(o[:, :, :Nq])
+
+    lse, *kept = (x[:, :, :Nq].contiguous() for x in (lse, *kept))
+    return AttentionResult(made, lse.squeeze(-1), *(kept or (q.new_empty(0), q.new_empty(0))))

@@ -37,7 +37,8 @@ class Site(SiteParameters):
     Attributes:
         state: what low bit means to the site now.
         structure: structure of the call's mask when the model was planned; None if unknown.
-        last_routing: routing of the last eager forward, or None; neither saved nor copied.
+        recording: whether eager forwards keep what they chose, which costs time; see `record_statistics`.
+        last_routing: what the last such forward chose, or None; neither saved nor copied.
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
         runs: how many eager calls SLA2 answered.
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
@@ -56,6 +57,7 @@ class Site(SiteParameters):
         super().__init__(settings)
         self.state = State.PLAIN
         self.structure: Structure | None = None
+        self.recording = False
         self.last_routing: Routing | None = None
         self.fallbacks: Counter[str] = Counter()
         self.runs = self.read_backs = 0
@@ -105,6 +107,7 @@ class Site(SiteParameters):
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
             proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
             training=self.training if training is None else training, state=self.state,
+            keep_routing=self.recording,
         )  # fmt: skip
         if routing is not None:
             self.last_routing = routing

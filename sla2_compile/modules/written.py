@@ -243,7 +243,7 @@ class DeferAttention(Watch, OwnerMode):
 
 
 def _returns_itself(func: Any, old: Recorded, like: Like | None, args: Any, kwargs: Any) -> bool:
-    """Whether a cast or `contiguous` returns the scores that it is given, as for a cast to the dtype that they have."""
+    """Whether a cast or `contiguous` returns the scores that it is given, because nothing changes."""
     if func is not Tensor.contiguous and func not in CASTS:
         return False
     plain = not kwargs.get("copy") and kwargs.get("memory_format") is None and not any(x is True for x in args[1:])

@@ -86,10 +86,10 @@ def test_counts(name: str) -> None:
     assert with_projections == {"forward": ROUTE + PROJECTIONS + FORWARD}
     for training in (True, False):
         q, k, v = inputs(True)
-        backward = {"attention": FORWARD, "attention_backward": BACKWARD}
-        # an inference's backward computes the branches again
+        backward = {"route": ROUTE, "attention": FORWARD, "attention_backward": BACKWARD}
+        # an inference's backward routes and attends again
         found = counted(partial(step, run, q, k, v, training))
-        assert found == {**backward, **({"route": ROUTE} if training else {"forward": ROUTE + FORWARD})}
+        assert found == {**backward, **({} if training else {"forward": ROUTE + FORWARD})}
 
 
 def step(run: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, training: bool) -> None:

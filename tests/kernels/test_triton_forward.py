@@ -188,22 +188,28 @@ def check_attention(case: Case) -> None:
 
 
 @body
+@pytest.mark.parametrize("length", ["short", "long"])
 @pytest.mark.parametrize("name", ["plain", "causal masked", "transposed, odd dims", "D 128", "three keys"])
-def test_forward_is_route_and_attention(name: str) -> None:
-    """One op without gradients: what both compute, bit for bit, also when its launches are made again."""
-    case = CASES[name]
+def test_forward_is_route_and_attention(name: str, length: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One op without gradients: what both compute, also when its launches are made again."""
+    if length == "long":
+        as_long_calls(monkeypatch)
+    case, kept = CASES[name], remember_tensors(monkeypatch)
     x = case.tensors()
     x["lut"], x["log_rest"], entropy, x["k_mean"] = case.route(x, scheduled_route)
-    o, lse, *_ = case.attention(x, scheduled_attention, False)
-    scheduled = attention_schedule.attention_schedule.cache_info().misses
+    o = case.attention(x, scheduled_attention, False)[0]
+    # the mean of the keys may be summed in another order
+    near: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
     for _ in range(2):
         got = case.forward(x, dispatched_forward)
-        assert attention_schedule.attention_schedule.cache_info().misses == scheduled
-        for a, b in zip(got, (o, lse, x["lut"], x["log_rest"], entropy, x["k_mean"]), strict=True):
-            assert torch.equal(a, b)
+        assert torch.equal(kept["lut"], x["lut"])
+        for part, wanted in (("log_rest", x["log_rest"]), ("entropy", entropy), ("k_mean", x["k_mean"])):
+            torch.testing.assert_close(kept[part], wanted, **near)
+        torch.testing.assert_close(got, o)
+    assert attention_schedule.forward_schedule.cache_info().misses == 1
     # of the same layouts, not of the tensors seen first
     other = replace(case, seed=1).tensors()
-    assert not torch.equal(case.forward(other, dispatched_forward)[0], o)
+    assert not torch.equal(case.forward(other, dispatched_forward), o)
 
 
 @body
@@ -213,9 +219,7 @@ def test_forward_leaves_what_kernels_do_not_take(change: dict[str, Any]) -> None
     x = case.tensors()
     _, layouts = case.forward(x, lambda *args: cuda.laid_out(ForwardArgs(*args)))
     assert cuda.scheduled_forward(layouts, False) is None
-    o, _, lut, *_ = case.forward(x, dispatched_forward)
-    assert torch.equal(lut, case.route(x, ops.route)[0])
-    assert o.isfinite().all()
+    assert torch.equal(case.forward(x, dispatched_forward), case.forward(x, ops.forward))
 
 
 @body

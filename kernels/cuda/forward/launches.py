@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sla2_compile.kernels.arguments import AttentionArgs, AttentionResult, ForwardArgs, ForwardResult, RouteResult
+from sla2_compile.kernels.arguments import AttentionArgs, AttentionResult, ForwardArgs, RouteResult
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda import device
 from sla2_compile.kernels.cuda.device import describable, padded
@@ -100,10 +100,12 @@ def add_attention(
     block_q, block_k, keep_branches = args.block_q, args.block_k, args.keep_branches
     (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = q.shape, v.shape, args.lut.shape[2:]
     groups, shape, layout, eight = Hq // heads, formats.shape, formats.layout, formats.eight
-    o = schedule.empty("o", (B, Hq, Nq, Dv), q.dtype)
+    # in memory as (B, Nq, Hq, Dv); see `arguments.output`
+    o, o_strides = schedule.empty("o", (B, Nq, Hq, Dv), q.dtype, transposed=True), (Nq * Hq * Dv, Dv, Hq * Dv)
+    whole = (B, Hq, Nq, Dv)
     lse = schedule.empty("lse", (B, Hq, Nq), torch.float32)
     o_sparse, o_linear = (
-        schedule.empty(name, o.shape if keep_branches else (0,), q.dtype) for name in ("o_sparse", "o_linear")
+        schedule.empty(name, whole if keep_branches else (0,), q.dtype) for name in ("o_sparse", "o_linear")
     )
     # bias (1 or Hq, 1 or Tm), read as (Hq, Tm)
     bias_strides = (
@@ -112,7 +114,7 @@ def add_attention(
     alpha = 0 if bias is None else (1 if args.alpha_gain is None else 2)
     fused = support(facts_of(args)).kernel == "fused"
     # the linear branch lies in o until the sparse branch mixes it in
-    linear = o_linear if keep_branches else o
+    linear, linear_strides = (o_linear, (Hq * Nq * Dv, Nq * Dv, Dv)) if keep_branches else (o, o_strides)
     # of the two kernels that the fused one replaces
     weight, shift = (lse if fused else schedule.empty(name, lse.shape, torch.float32) for name in ("weight", "shift"))
     if states is None:
@@ -127,7 +129,7 @@ def add_attention(
         launch(
             schedule, linear_kernel, partial(linear_grid, summed.n * groups, tm * block_q),
             slots.q, slots.k_mean, slots.log_rest, summed.slot, linear, weight, shift, *q.stride[:3],
-            Hq, groups, Nq, tm, summed.first,
+            *linear_strides, Hq, groups, Nq, tm, summed.first,
             **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q,
             CHUNK=linear_chunk(shape, args.feature_map), tile=tile, limits=limits, trials=trials,
         )  # fmt: skip
@@ -145,8 +147,8 @@ def add_attention(
         schedule, attend_kernel, lambda t: (B * Hq * tm * (block_q // t["BLOCK_M"]),),
         slots.q, slots.k, slots.v, k_tiles, v_tiles, *eight.slots, slots.lut, slots.log_rest, slots.alpha_gain,
         slots.alpha_bias, slots.key_mask, linear, weight, shift, o, lse, o_sparse,
-        *q.stride[:3], *k.stride[:3], *v.stride[:3], 0 if mask is None else mask.stride[0],
-        *bias_strides, Hq, groups, Nq, Nk, tm, topk, args.scale,
+        *q.stride[:3], *k.stride[:3], *v.stride[:3], *o_strides,
+        0 if mask is None else mask.stride[0], *bias_strides, Hq, groups, Nq, Nk, tm, topk, args.scale,
         D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k,
         ALPHA=alpha, CAUSAL=args.is_causal, HAS_MASK=mask is not None, KEEP=keep_branches, TMA=formats.tma,
         LOW_BIT=eight.level, tile=tile, limits=limits, trials=trials,
@@ -210,7 +212,8 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
 
 
 @functools.lru_cache(maxsize=256)
-def forward_schedule(args: ForwardArgs[Layout], trials: bool) -> tuple[Schedule, ForwardResult[Slot]]:
-    """Schedule route and attention in one, likewise."""
+def forward_schedule(args: ForwardArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
+    """Schedule route and attention in one, likewise; the slots are those of o and of the route's results."""
     schedule = Schedule(*split(args)[0])
-    return schedule, ForwardResult.of(*add_forward(schedule, args, trials))
+    routed, attended = add_forward(schedule, args, trials)
+    return schedule, (attended.o, *routed)

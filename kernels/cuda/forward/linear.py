@@ -16,7 +16,7 @@ NEG_INF = tl.constexpr(float("-inf"))
 @triton.jit(do_not_specialize=["Nq", "Tm", "first"])
 def linear_kernel(
     q, k_mean, log_rest, states, o_linear, weight, shift, q_stride_b, q_stride_h, q_stride_n,
-    Hq, groups, Nq, Tm, first,
+    o_stride_b, o_stride_h, o_stride_n, Hq, groups, Nq, Tm, first,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROW_DV: tl.constexpr,
     STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
     FEATURE_MAP: tl.constexpr, JOBS: tl.constexpr, STAGES: tl.constexpr,
@@ -26,7 +26,7 @@ def linear_kernel(
     Args:
         q: (B, Hq, Nq, D), last dim contiguous; k_mean: (B, Hkv, D) fp32; log_rest: (B, Hq, Tm).
         states: (n, Tm, STATE) summed states of the query heads from `first` on.
-        o_linear: (B, Hq, Nq, DV), out, 0 where the branch has no weight.
+        o_linear: strided (B, Hq, Nq, DV), out, 0 where the branch has no weight.
         weight: (B, Hq, Nq) fp32, out, phi(q) Z up to a constant; 0 where nothing is left for this branch.
         shift: (B, Hq, Nq) fp32, out, q k_mean.
     """
@@ -79,5 +79,5 @@ def linear_kernel(
                 acc = tl.dot(phi_q.to(kv_sum.dtype), kv_sum, acc)
         has_linear = total > 0.0
         acc = tl.where(has_linear[:, None], acc * (1.0 / tl.where(has_linear, total, 1.0))[:, None], 0.0)
-        out = (bh * Nq + rows)[:, None] * DV + columns[None, :]
+        out = b * o_stride_b + h * o_stride_h + (rows.to(tl.int64) * o_stride_n)[:, None] + columns[None, :]
         tl.store(o_linear + out, acc.to(o_linear.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])

@@ -36,12 +36,17 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of a call to come: the at-th of those that `Schedule.run` returns."""
+    """A tensor of a call to come, the at-th of a schedule.
+
+    Attributes:
+        transposed: whether a run returns it with axes 1 and 2 swapped.
+    """
 
     at: int
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

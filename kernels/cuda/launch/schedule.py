@@ -52,15 +52,15 @@ class Schedule:
         self.inputs = tuple(self.slots)
         self.given = tuple([None if x is None else slot for x, slot in zip(inputs, self.slots, strict=True)])
 
-    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool = False) -> Slot:
         """Have memory allocated at the beginning of each run."""
-        slot = self.later(name, shape, dtype)
+        slot = self.later(name, shape, dtype, transposed)
         self._allocated.append(slot)
         return slot
 
-    def later(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+    def later(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool = False) -> Slot:
         """Name a tensor that a `compute` will make."""
-        self.slots.append(Slot(len(self.slots), name, shape, dtype))
+        self.slots.append(Slot(len(self.slots), name, shape, dtype, transposed))
         return self.slots[-1]
 
     def launch(self, kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
@@ -89,7 +89,7 @@ class Schedule:
                 self._rerun(tensors, wanted)
             else:
                 self._run_by_triton(tensors)
-        return [tensors[at] for at in wanted]
+        return [tensors[slot.at].transpose(1, 2) if slot.transposed else tensors[slot.at] for slot in results]
 
     def _run_by_triton(self, tensors: list[Tensor]) -> None:
         for slot, x in zip(self._allocated, self.allocate(tensors[0]), strict=True):
