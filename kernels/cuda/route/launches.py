@@ -81,7 +81,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What `pool_kernel` writes: router tokens, keys in each, and sums of keys; count is q where there is no mask."""
+    """What `pool_kernel` writes: router tokens, keys in each, and sums of keys; what is not asked for is q."""
 
     q_tokens: Slot
     k_tokens: Slot
@@ -95,13 +95,15 @@ def is_short(args: RouteArgs[Layout]) -> bool:
     return few and args.q.shape[3] <= SHORT_DIM and (args.proj_q is None) == (args.proj_k is None)
 
 
-def pool(schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], sizes: Sizes) -> Pooled:
-    """Pool q and k into router tokens."""
+def pool(schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], sizes: Sizes, queries: bool) -> Pooled:
+    """Pool k, and q if asked, into router tokens."""
     q, k, mask, fp32 = args.q, args.k, args.key_mask, torch.float32
     (B, Hq, Nq, D), (_, heads, Nk, _) = q.shape, k.shape
     tile, warps = POOL
-    programs_q = B * Hq * num_blocks(Nq, tile)
-    q_tokens = schedule.empty("q_tokens", (B, Hq, sizes.Tq, D), q.dtype if args.proj_q is None else fp32)
+    programs_q = B * Hq * num_blocks(Nq, tile) if queries else 0
+    q_tokens = slots.q
+    if queries:
+        q_tokens = schedule.empty("q_tokens", (B, Hq, sizes.Tq, D), q.dtype if args.proj_q is None else fp32)
     k_tokens = schedule.empty("k_tokens", (B, heads, sizes.Tk, D), fp32)
     # what is not asked for is not touched, and costs no allocation
     count = slots.q if mask is None else schedule.empty("count", (B, sizes.Tk), fp32)
@@ -154,13 +156,14 @@ class Choice:
         cls, schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], sizes: Sizes,
         made: RouteResult[Slot],
     ) -> Choice:  # fmt: skip
-        pooled, (peak, typical) = pool(schedule, args, slots, sizes), block_scores(schedule, args, sizes)
+        pooled, (peak, typical) = pool(schedule, args, slots, sizes, False), block_scores(schedule, args, sizes)
         (B, Hq, Nq, D), (_, heads, Nk, _) = args.q.shape, args.k.shape
         projected = args.proj_q is not None
         blocks, block_n, stages, warps = CHOOSE
         block_t = max(16, sizes.a, min(64, blocks * sizes.a))
         constants = {
-            "D": D, "BLOCK_D": padded(D), "A": sizes.a, "B": sizes.b, "ROWS": sizes.rows_k, "BLOCK_T": block_t,
+            "D": D, "BLOCK_D": padded(D), "A": sizes.a, "B": sizes.b, "ROWS_Q": sizes.rows_q,
+            "ROWS": sizes.rows_k, "BLOCK_T": block_t,
             "BLOCK_N": min(block_n, padded(sizes.tn)), "WIDTH": padded(sizes.tn), "SUMS": CENTER_TOKENS,
             "BLOCK_Q": args.block_q, "BLOCK_K": args.block_k, "STAGES": stages,
             "TYPE": tl.float16 if args.q.dtype == torch.float16 else tl.bfloat16,
@@ -168,15 +171,16 @@ class Choice:
             "PROJECTED": projected,
         }  # fmt: skip
         tensors = (
-            pooled.q_tokens, pooled.k_tokens, pooled.count, pooled.partial, slots.proj_q or slots.q,
+            slots.q, pooled.k_tokens, pooled.count, pooled.partial, slots.proj_q or slots.q,
             slots.proj_k or slots.q, peak, typical, made.lut, made.log_rest, made.entropy, made.k_mean,
         )  # fmt: skip
         numbers = (
-            Hq, Hq // heads, Nq, Nk, sizes.Tq, sizes.Tk, sizes.tm, sizes.tn, sizes.tiles, sizes.kept
+            *args.q.stride[:3], Hq, Hq // heads, Nq, Nk, sizes.Tq, sizes.Tk, sizes.tm, sizes.tn, sizes.tiles,
+            sizes.kept,
         )  # fmt: skip
         programs = B * Hq * num_blocks(sizes.Tq, block_t)
         # in 4 warps, long rows and many tokens take more registers than there are
-        return cls(programs, tensors, numbers, constants, 8 if block_t > 64 or padded(D) > 64 else warps)
+        return cls(programs, tensors, numbers, constants, 8 if block_t > 64 else warps)
 
 
 def add_route(
@@ -202,7 +206,7 @@ def _long(
     q, k, mask, fp32 = args.q, args.k, args.key_mask, torch.float32
     (B, Hq, Nq, D), (_, heads, Nk, _) = q.shape, k.shape
     Tq, Tk, tm, tn, a = sizes.Tq, sizes.Tk, sizes.tm, sizes.tn, sizes.a
-    pooled = pool(schedule, args, slots, sizes)
+    pooled = pool(schedule, args, slots, sizes, True)
     centered = schedule.empty("centered", pooled.k_tokens.shape, q.dtype if args.proj_k is None else fp32)
     bonus = schedule.empty("bonus", (B, Tk), fp32)
     groups = min(16, num_blocks(Tk, 2 * CENTER_TOKENS))
