@@ -128,7 +128,7 @@ def call(
 
 HOT = ("attend_kernel", "scores_kernel", "states_kernel", "linear_kernel", "project_kernel")
 SPARSE = ("attend_kernel", "states_kernel")
-SHORT = ("pool_kernel", "choose_kernel", "sums_kernel")
+SHORT = ("choose_kernel", "sums_kernel")
 FRONT = ("front_kernel",)
 HOPPER = ("attend_hopper_kernel",)
 ALL = "causal masked kept"
@@ -261,7 +261,7 @@ def allowed_stack(launch: Launch, registers: int) -> int:
         # without. In 16 bits Triton 3.7 needs none, 3.6 96
         return 152
     # not for want of registers, of which there are 255: the assembler's own choice, often to stop at 128
-    return 8 if name == "attend_kernel" and registers < 255 else 0
+    return 8 if name in ("attend_kernel", "choose_kernel", "front_kernel") and registers < 255 else 0
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)

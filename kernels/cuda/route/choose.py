@@ -57,9 +57,9 @@ def choose_blocks(
     pid, q, k_tokens, count, partial, proj_q, proj_k, peak, typical, lut, log_rest, entropy, k_mean,
     q_stride_b, q_stride_h, q_stride_n, Hq, groups, Nq, Nk, Tq, Tk, Tm, Tn, tiles, topk, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS_Q: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TYPE: tl.constexpr, FAST: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr, PROJECTED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TYPE: tl.constexpr, FAST: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PROJECTED: tl.constexpr,
 ):  # fmt: skip
     """Score and select for BLOCK_T query tokens (BLOCK_T / A query blocks).
 
@@ -126,9 +126,9 @@ def choose_kernel(
     q, k_tokens, count, partial, proj_q, proj_k, peak, typical, lut, log_rest, entropy, k_mean,
     q_stride_b, q_stride_h, q_stride_n, Hq, groups, Nq, Nk, Tq, Tk, Tm, Tn, tiles, topk, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS_Q: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TYPE: tl.constexpr, FAST: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr, PROJECTED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TYPE: tl.constexpr, FAST: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PROJECTED: tl.constexpr,
 ):  # fmt: skip
     """Score and select for one tile of query tokens; see `choose_blocks`."""
     choose_blocks(

@@ -33,8 +33,13 @@ ENOUGH_PROGRAMS = 256
 """Of `scores_kernel`: where there are fewer, each takes fewer tiles (6.2 us, not 17.7, on (4, 16, 4096, 64))."""
 CENTER_TOKENS, PROJECTED_TOKENS = 32, 32
 """Tokens that a program of `center_kernel` and of `project_kernel` takes at a time."""
-CHOOSE = (4, 64, 2, 4)
-"""`choose_blocks`: query blocks per program (fewer if they have many tokens), key blocks per tile, stages, warps."""
+CHOOSE = (4, 32, 2, 4)
+"""`choose_blocks`: query blocks per program (fewer if they have many tokens), key blocks per tile, stages, warps.
+
+Of a whole call at (4, 12, 4128, 64) and 15 %: 213 us; 240 with tiles of 64 key blocks, 229 with two query blocks.
+"""
+CHOOSE_WIDE = (4, 64, 2, 4)
+"""The same at head dims over 64: 111 us at (1, 12, 4096, 128), 134 with 8 warps. Tiles of 32 were not timed."""
 SHORT_DIM = 128
 """Largest head dim of a short route, whose head is not cut in slices."""
 
@@ -159,7 +164,7 @@ class Choice:
         pooled, (peak, typical) = pool(schedule, args, slots, sizes, False), block_scores(schedule, args, sizes)
         (B, Hq, Nq, D), (_, heads, Nk, _) = args.q.shape, args.k.shape
         projected = args.proj_q is not None
-        blocks, block_n, stages, warps = CHOOSE
+        blocks, block_n, stages, warps = CHOOSE if padded(D) <= 64 else CHOOSE_WIDE
         block_t = max(16, sizes.a, min(64, blocks * sizes.a))
         constants = {
             "D": D, "BLOCK_D": padded(D), "A": sizes.a, "B": sizes.b, "ROWS_Q": sizes.rows_q,
