@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,12 +45,38 @@ class Found:
         how: "fake" or "real".
         written: hand-written calls, by owner and by the number of their product of queries and keys.
         watches: by owner and call, the module around the owner inside which the call's weights stay alive.
+        sightings: hand-written calls as later forwards notice them: each in the forwards around it, outermost first.
     """
 
     seen: list[SeenCall]
     how: str
     written: dict[str, dict[int, Written]] = field(default_factory=dict)
     watches: dict[tuple[str, int], str] = field(default_factory=dict)
+    sightings: list[tuple[Sighted, ...]] = field(default_factory=list)
+
+    def left(self, owners: Mapping[str, object], written: Mapping[str, Mapping[int, Written]]) -> dict[str, int]:
+        """Count, per owner, the hand-written calls of one forward that stay as they are.
+
+        written: the calls that do not. A call counts for the innermost owner around it; of several forwards of an
+        owner, the one with the most calls counts.
+        """
+        counts: Counter[tuple[str, int]] = Counter()
+        for around in self.sightings:
+            own = next((at for at in reversed(around) if at.name in owners), None)
+            if own is not None and own.number not in written.get(own.name, {}):
+                counts[own.name, own.forward] += 1
+        most: dict[str, int] = {}
+        for (name, _), n in counts.items():
+            most[name] = max(n, most.get(name, 0))
+        return most
+
+
+class Sighted(NamedTuple):
+    """A hand-written call in one forward around it: the module's name, the forward, and the number of its product."""
+
+    name: str
+    forward: int
+    number: int
 
 
 @dataclass
@@ -211,6 +237,10 @@ def _gather(events: list[Event], recording: Recording, how: str) -> Found:
             if watch is not None:
                 found.watches[frame.name, index] = watch
     found.seen = list(seen.values())
+    found.sightings = [
+        tuple(Sighted(f.name, f.number, _number(recording, product, f)) for f in frames)
+        for product, frames in recording.sightings
+    ]
     return found
 
 
@@ -240,9 +270,9 @@ def _inside(frame: Frame, owners: dict[int, Event]) -> str | None:
 
 
 def _number(recording: Recording, product: fx.Node, frame: Frame) -> int:
-    """The index of a product among the products with batch axes of one forward."""
+    """The index of a product among the products with batch axes of one forward; -1 if it has none."""
     mine = [n for n in recording.batched if frame in n.meta[FRAMES]]
-    return mine.index(product)
+    return mine.index(product) if product in mine else -1
 
 
 def _watch(recording: Recording, answer: Answer, frame: Frame) -> str | None:

@@ -11,7 +11,7 @@ import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +33,7 @@ from sla2_compile.modules.scores import (
     regrouped,
     scores_of,
 )
+from sla2_compile.modules.sightings import Sightings
 from sla2_compile.modules.writes import written
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import bind
@@ -86,6 +87,13 @@ class Answer:
     chain: tuple[fx.Node, ...]
 
 
+class Sighting(NamedTuple):
+    """One hand-written attention call, as `Sightings` reads it; frames: the forwards around all of it."""
+
+    product: fx.Node
+    frames: tuple[Frame, ...]
+
+
 @dataclass
 class Recording:
     """The record of one forward.
@@ -96,6 +104,7 @@ class Recording:
         batched: products with batch axes, in order; hand-written calls are numbered by them.
         maps: the frames around each forward that returned scores or weights, by the node of their product.
         masks: real masks of calls, by node.
+        sightings: hand-written calls as later forwards notice them.
         reasons: why a call or a product cannot be replaced where it is made, by node.
     """
 
@@ -104,6 +113,7 @@ class Recording:
     batched: list[fx.Node] = field(default_factory=list)
     maps: dict[fx.Node, list[tuple[Frame, ...]]] = field(default_factory=dict)
     masks: dict[fx.Node, Tensor] = field(default_factory=dict)
+    sightings: list[Sighting] = field(default_factory=list)
     reasons: dict[fx.Node, Reason] = field(default_factory=dict)
 
 
@@ -134,6 +144,7 @@ class Recorder(TorchFunctionMode):
         self.storages: dict[int, tuple[StorageWeakRef, Tensor]] = {}
         self.scores: dict[fx.Node, tuple[fx.Node, Scores]] = {}
         self.numbers: dict[fx.Node, float] = {}
+        self.sightings = Sightings()
 
     def finish(self, output: Any) -> Recording:
         """End the graph; it returns the tensors in the forward's result, and other unused nodes but scores."""
@@ -176,6 +187,10 @@ class Recorder(TorchFunctionMode):
             return
         node = self.graph.create_node(spelt[0], spelt[1], spelt[2], given_kwargs)
         node.meta |= self._place()
+        product = self.sightings.see(func, args, kwargs, result, node)
+        if product is not None:
+            around = tuple(a for a, b in zip(product.meta[FRAMES], self.frames.stack, strict=False) if a is b)
+            self.found.sightings.append(Sighting(product, around))
         if isinstance(result, Tensor):
             self._keep(result, node)
             self._read_scores(func, node, given, given_kwargs, (*args, *kwargs.values()))
