@@ -41,7 +41,10 @@ class Site(SiteParameters):
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
         runs: how many eager calls SLA2 answered.
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
+        planned: the plan that made the site, and the site's name then (`plan.Planned`); None for a site made alone.
     """
+
+    planned: Any = None
 
     def __init__(
         self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None
