@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.fuse.explain import near_attention
+from sla2_compile.passes.fuse.flat import unusual_attention
 from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
 from sla2_compile.passes.graph.kernels import other_attention
 from sla2_compile.passes.graph.reader import Reader
@@ -106,4 +107,6 @@ def _hint(reader: Reader, node: fx.Node) -> Reason | None:
     traits = traits_of(reader.base(node))
     if traits & Trait.MULTIHEAD:
         return Reason.MULTIHEAD
+    if traits & (Trait.SOFTMAX | Trait.WEIGHTS) and (miss := unusual_attention(reader, node)) is not None:
+        return miss.reason
     return Reason.HAND_WRITTEN if traits & Trait.SOFTMAX and near_attention(reader, node) else None

@@ -33,6 +33,10 @@ class Trait(Flag):
     """It contracts two tensors."""
     SOFTMAX = auto()
     """It is a softmax."""
+    WEIGHTS = auto()
+    """It may be a softmax's part, or a softmax that no pass takes."""
+    MULTIPLIES = auto()
+    """It contracts two tensors in a form that no pass takes; with learned weights it is a layer."""
     SCORES = auto()
     """It may stand between a score product and its softmax, because an attention call can express it."""
     KERNEL = auto()
@@ -178,15 +182,24 @@ OPERATORS: dict[str, Trait] = {
     "feature_dropout": _T.VIEW,
     "alpha_dropout": _T.VIEW,
     "softmax _softmax _safe_softmax special_softmax": _T.SOFTMAX,
+    "exp special_exp": _T.WEIGHTS,
+    "exp2 special_exp2": _T.WEIGHTS,
+    "softmin": _T.WEIGHTS,
+    "gumbel_softmax": _T.WEIGHTS,
     # products and layers
     "matmul": _T.PRODUCT,
     "bmm": _T.PRODUCT,
     "mm": _T.PRODUCT,
     "baddbmm": _T.PRODUCT,
     "einsum": _T.PRODUCT | _T.MIXER | _T.LAYER,
-    "linear": _T.FEATURES | _T.MIXER | _T.LAYER,
+    "mv": _T.MULTIPLIES,
+    "addmv": _T.MULTIPLIES,
+    "addbmm": _T.MULTIPLIES,
+    "inner": _T.MULTIPLIES,
+    "tensordot": _T.MULTIPLIES,
+    "linear": _T.FEATURES | _T.MIXER | _T.LAYER | _T.MULTIPLIES,
     "nondynamicallyquantizablelinear": _T.FEATURES,
-    "addmm": _T.FEATURES,
+    "addmm": _T.FEATURES | _T.MULTIPLIES,
     "embedding": _T.FEATURES | _T.LAYER,
     "conv1d": _CONV | _T.MIXER,
     "conv2d": _CONV | _T.MIXER,

@@ -17,10 +17,12 @@ from sla2_compile.modules.scores import read_product
 from sla2_compile.modules.written import Written
 from sla2_compile.modules.written_call import call_of
 from sla2_compile.passes.fuse.explain import NoFit, near_attention
+from sla2_compile.passes.fuse.flat import unusual_attention
 from sla2_compile.passes.fuse.match import Matcher
 from sla2_compile.passes.graph.kernels import operator_of_attention
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.traits import Trait
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.select_attention import value_of
 from sla2_compile.passes.sites.call import AttentionCall, bind
@@ -119,6 +121,8 @@ def _events(recording: Recording) -> Iterator[tuple[int, Event]]:
             event = _written(recording, reader, matcher, node)
             if event is not None:
                 yield reader.position[event.node], event
+        elif reader.may_be(node, Trait.WEIGHTS) and (miss := unusual_attention(reader, node)) is not None:
+            yield position, Event(node, frames, None, miss.reason, miss.detail)
 
 
 def _called(recording: Recording, node: fx.Node, frames: tuple[Frame, ...]) -> Event:
@@ -140,6 +144,9 @@ def _written(recording: Recording, reader: Reader, matcher: Matcher, softmax: fx
         # if the softmax is a module of its own, the attention is in the module around it
         while frames and isinstance(frames[-1].module, nn.Softmax):
             frames = frames[:-1]
+        unusual = unusual_attention(reader, softmax)
+        if unusual is not None and frames:
+            return Event(softmax, frames, None, unusual.reason, unusual.detail)
         near = near_attention(reader, softmax)
         return Event(softmax, frames, None, miss.reason, miss.detail) if near and frames else None
     values = match.values

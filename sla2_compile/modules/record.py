@@ -35,6 +35,7 @@ from sla2_compile.modules.scores import (
 )
 from sla2_compile.modules.sightings import Sightings
 from sla2_compile.modules.writes import written
+from sla2_compile.passes.graph.nodes import LEARNED
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import bind
 from sla2_compile.passes.sites.rules import Reason
@@ -145,6 +146,7 @@ class Recorder(TorchFunctionMode):
         self.scores: dict[fx.Node, tuple[fx.Node, Scores]] = {}
         self.numbers: dict[fx.Node, float] = {}
         self.sightings = Sightings()
+        self.learned = {id(x) for x in (*model.parameters(), *model.buffers())}
 
     def finish(self, output: Any) -> Recording:
         """End the graph; it returns the tensors in the forward's result, and other unused nodes but scores."""
@@ -238,6 +240,7 @@ class Recorder(TorchFunctionMode):
             return known[1]
         with self.graph.inserting_before():
             node = self.graph.placeholder(f"x{len(self.graph.nodes)}")
+        node.meta[LEARNED] = id(x) in self.learned
         self._keep(x, node)
         return node
 
