@@ -84,7 +84,7 @@ def roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
 def plans(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
     """Yield (name, module, plan) for each transformed root in model, and for each share of a plan without its root.
 
-    A share is what a plan says of the modules that are in model; its module is the innermost around their sites.
+    A share is what a plan says of the modules that are in model; its module is the innermost around them.
     """
     known = list(roots(model))
     yield from known
@@ -107,23 +107,22 @@ def _shares(model: nn.Module, known: list[tuple[str, nn.Module, Plan]]) -> Itera
         group.append((old, plain(name)))
     modules = {plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for plan, names in groups:
-        part = _around([_owner(new) for _, new in names])
-        yield part, modules[part], replace(plan, outcomes=_moved(modules, plan, names, part))
+        found = _moved(modules, plan, names)
+        part = _around([x.where.owner for x in found])
+        below = tuple(_called(x, x.where.owner.removeprefix(part).lstrip(".")) for x in found)
+        yield part, modules[part], replace(plan, outcomes=below)
 
 
-def _moved(
-    there: Container[str], plan: Plan, names: list[tuple[str, str]], part: str
-) -> tuple[Rewrite | Miss, ...]:
-    """A plan's outcomes for the modules that are there, with owners as they are called in one part of the model.
+def _moved(there: Container[str], plan: Plan, names: list[tuple[str, str]]) -> list[Rewrite | Miss]:
+    """A plan's outcomes for the modules that are there, with owners as they are called there.
 
     names: of the sites, in the planned model and in this one.
     """
     found: dict[tuple[str, int, str], Rewrite | Miss] = {}
 
     def add(x: Rewrite | Miss, owner: str) -> None:
-        where = replace(x.where, owner=owner.removeprefix(part).lstrip("."))
         key = (owner, x.where.index, "" if isinstance(x, Rewrite) else f"{x.reason}{x.detail}")
-        found.setdefault(key, replace(x, where=where))
+        found.setdefault(key, _called(x, owner))
 
     moves = dict.fromkeys(_apart(_owner(old), _owner(new)) for old, new in names if _is_held(new))
     for x in plan.outcomes:
@@ -135,7 +134,11 @@ def _moved(
         for old, new in names:
             if not _is_held(new) and isinstance(x, Rewrite) and _site(x.where) == old:
                 add(x, _owner(new))
-    return tuple(found.values())
+    return list(found.values())
+
+
+def _called(x: Rewrite | Miss, owner: str) -> Rewrite | Miss:
+    return replace(x, where=replace(x.where, owner=owner))
 
 
 def _site(where: Where) -> str:
@@ -163,7 +166,7 @@ def _apart(old: str, new: str) -> tuple[str, str]:
 
 def _around(names: list[str]) -> str:
     """The name of the innermost module around all of these."""
-    levels = [name.split(".") for name in names]
+    levels = [[level for level in name.split(".") if level] for name in names]
     first = levels[0]
     for other in levels[1:]:
         first = _common(first, other)

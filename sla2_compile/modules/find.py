@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sla2_compile.modules.frames import Frame
-from sla2_compile.modules.record import FRAMES, Answer, Recording
+from sla2_compile.modules.record import FRAMES, Answer, Recording, hidden_attention
 from sla2_compile.modules.scores import read_product
 from sla2_compile.modules.written import Written
 from sla2_compile.modules.written_call import call_of
@@ -108,7 +108,9 @@ def _events(recording: Recording) -> Iterator[tuple[int, Event]]:
     matcher: Matcher | None = None
     for node, position in list(reader.position.items()):
         frames = node.meta.get(FRAMES, ())
-        if node.target is SDPA:
+        if node.target is hidden_attention:
+            yield position, Event(node, frames, None, *node.args)
+        elif node.target is SDPA:
             yield position, _called(recording, node, frames)
         elif node.target is F.multi_head_attention_forward:
             given = multihead.arguments(*(_values(recording, x) for x in (node.args, node.kwargs)))

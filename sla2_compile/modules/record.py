@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sla2_compile.modules.frames import Frame, Frames, returned
+from sla2_compile.modules.hidden import BelowPython, StartedThreads
 from sla2_compile.modules.scores import (
     IN_PLACE,
     PRODUCTS,
@@ -118,6 +119,10 @@ class Recording:
     reasons: dict[fx.Node, Reason] = field(default_factory=dict)
 
 
+def hidden_attention(reason: Reason, detail: str) -> None:
+    """Stand in a recording for attention that was not seen as a torch function. Never called."""
+
+
 class _Graph(fx.GraphModule):
     """A graph that is read and never run, so no code is generated for it."""
 
@@ -146,10 +151,16 @@ class Recorder(TorchFunctionMode):
         self.scores: dict[fx.Node, tuple[fx.Node, Scores]] = {}
         self.numbers: dict[fx.Node, float] = {}
         self.sightings = Sightings()
+        self.below = BelowPython(lambda what: self._hidden(Reason.SCRIPTED, what))
+        self.threads = StartedThreads(lambda what: self.started.append((what, self.frames.stack)))
+        # attention in other threads, which do not write to the graph
+        self.started: list[tuple[str, tuple[Frame, ...]]] = []
         self.learned = {id(x) for x in (*model.parameters(), *model.buffers())}
 
     def finish(self, output: Any) -> Recording:
         """End the graph; it returns the tensors in the forward's result, and other unused nodes but scores."""
+        for what, frames in self.started:
+            self._hidden(Reason.THREAD, what, frames)
         results = [self._node(x) for x in returned(output)]
         unread = [n for n in self.graph.nodes if not n.users and n not in self.scores and n.op != "placeholder"]
         self.graph.output(tuple(dict.fromkeys([*results, *unread])))
@@ -168,14 +179,20 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.__iter__:
             # an iterator would hide its items
             return iter(self(torch.unbind, args[0]))
-        result = func(*args, **kwargs)
-        self._record(func, args, kwargs, result)
-        return result
+        return self(func, *args, **kwargs)
 
     def __call__(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
-        self._record(func, args, kwargs, result)
+        self.below.inside += 1
+        try:
+            result = func(*args, **kwargs)
+            self._record(func, args, kwargs, result)
+        finally:
+            self.below.inside -= 1
         return result
+
+    def _hidden(self, reason: Reason, what: str, frames: tuple[Frame, ...] | None = None) -> None:
+        node = self.graph.call_function(hidden_attention, (reason, what))
+        node.meta[FRAMES] = frames or self.frames.stack
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         items = result if isinstance(result, (tuple, list)) else (result,)
