@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import fx, nn
 
 from sla2_compile.passes.graph.nodes import LEARNED
@@ -22,8 +21,6 @@ from sla2_compile.passes.sites.outcome import NoFit
 from sla2_compile.passes.sites.rules import Reason
 
 FAR = 8
-NAMES = {"addmm": (1, 2), "baddbmm": (1, 2), "addmv": (1, 2), "addbmm": (1, 2)}
-"""Arguments that a function multiplies, where these are not its first two."""
 
 
 def unusual_attention(reader: Reader, node: fx.Node) -> NoFit | None:
@@ -69,7 +66,7 @@ def _ends(reader: Reader, node: fx.Node) -> bool:
 def _is_map(reader: Reader, softmax: fx.Node, node: fx.Node) -> bool:
     """Whether a tensor has the softmax's queries and keys as its last axes; a column may be added or cut off."""
     mine, its = (tuple(reader.shape(x) or ())[-2:] for x in (softmax, node))
-    if reader.base(node) in ("cat", "concat", "concatenate", "getitem", "slice", "narrow"):
+    if reader.may_be(node, Trait.COLUMNS):
         return len(mine) == len(its) and same(mine[:-1], its[:-1])
     return bool(mine) and (same(mine, its) or same(mine, its[::-1]))
 
@@ -85,16 +82,24 @@ def _factors(reader: Reader, node: fx.Node) -> list[fx.Node]:
 
     A layer with weights of its own is no product.
     """
-    traits, name = traits_of(reader.base(node)), reader.name(node)
+    traits = traits_of(reader.base(node))
     if node.op == "call_module" or not traits & (Trait.PRODUCT | Trait.MULTIPLIES):
         return []
-    first, second = NAMES.get(name, (1, 2) if name == "einsum" and len(node.args) > 2 else (0, 1))
-    found = [x for x in (reader.arg(node, first), reader.arg(node, second)) if isinstance(x, fx.Node)]
-    if len(found) < 2:
-        # by keyword, or the operands of an einsum in a list
-        found = [x for x in node.all_input_nodes if reader.shape(x) is not None][-2:]
+    found = [x for x in _tensors(node) if reader.shape(x) is not None]
+    if traits & Trait.BIASED:
+        found = found[1:]
+    elif traits & Trait.LAYER:
+        # a linear layer's bias comes last
+        found = found[:2]
     if len(found) != 2 or (not traits & Trait.PRODUCT and not _computed(reader, found[1])):
         return []
+    return found
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The nodes among the arguments, in order and as often as they are given."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
     return found
 
 

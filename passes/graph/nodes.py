@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 from sla2_compile.passes.graph.operators import Operator, operator_of
 from sla2_compile.passes.graph.traits import Trait, traits_of
 
-
 LEARNED = "sla2_learned"
 """Key in node.meta of an input that is a tensor of the model itself."""
 

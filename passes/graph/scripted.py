@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-SOFTMAX = ("aten::softmax", "aten::_softmax")
-PRODUCTS = ("aten::matmul", "aten::bmm", "aten::einsum", "aten::baddbmm", "aten::mm")
-SDPA = "aten::scaled_dot_product_attention"
+from sla2_compile.passes.graph.traits import Trait, traits_of
+
+SDPA = "scaled_dot_product_attention"
 
 
 def scripted_attention(gm: fx.GraphModule, node: fx.Node) -> str | None:
@@ -20,11 +21,20 @@ def scripted_attention(gm: fx.GraphModule, node: fx.Node) -> str | None:
         return None
     graph = graph.copy()
     torch._C._jit_pass_inline(graph)
-    if graph.findNode(SDPA) is not None:
-        return SDPA.removeprefix("aten::")
-    products = sum(len(graph.findAllNodes(name)) for name in PRODUCTS)
-    softmax = any(graph.findNode(name) is not None for name in SOFTMAX)
+    names = list(_names(graph))
+    if SDPA in names:
+        return SDPA
+    softmax = any(traits_of(name) & Trait.SOFTMAX for name in names)
+    products = sum(bool(traits_of(name) & Trait.PRODUCT) for name in names)
     return "product, softmax, product" if softmax and products >= 2 else None
+
+
+def _names(block: Any) -> Iterator[str]:
+    """Yield the operators of a graph of TorchScript, also of the branches and loops in it."""
+    for node in block.nodes():
+        yield node.kind().removeprefix("aten::")
+        for inner in node.blocks():
+            yield from _names(inner)
 
 
 def _called(gm: fx.GraphModule, node: fx.Node) -> Any:

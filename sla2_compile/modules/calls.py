@@ -27,7 +27,7 @@ class OwnerMode(TorchFunctionMode):
 
 
 class RedirectAttention(OwnerMode):
-    """Sends the i-th attention call under it to the i-th site, and counts hand-written ones that planning did not see.
+    """Sends the i-th attention call under it to the i-th site, and counts hand-written calls that planning lacks.
 
     Args:
         padding: the boolean key_padding_mask of the call, if the owner is an nn.MultiheadAttention.

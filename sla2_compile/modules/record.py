@@ -35,6 +35,7 @@ from sla2_compile.modules.scores import (
     scores_of,
 )
 from sla2_compile.modules.sightings import Sightings
+from sla2_compile.modules.spelling import spelling
 from sla2_compile.modules.writes import written
 from sla2_compile.passes.graph.nodes import LEARNED
 from sla2_compile.passes.multihead import function as multihead
@@ -44,22 +45,6 @@ from sla2_compile.passes.sites.rules import Reason
 FRAMES = "sla2_frames"
 """Key in node.meta of the frames around a call."""
 
-REVERSED = {
-    "__radd__": operator.add,
-    "__rmul__": operator.mul,
-    "__rsub__": operator.sub,
-    "__rmatmul__": operator.matmul,
-}
-OPERATORS = {
-    f"__{name}__": getattr(operator, name)
-    for name in (
-        "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "neg", "abs",
-        "invert", "getitem", "setitem", "iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor", "eq",
-        "ne", "lt", "le", "gt", "ge",
-    )
-}  # fmt: skip
-OPERATORS |= {"__and__": operator.and_, "__or__": operator.or_}
-PROPERTIES = ("T", "mT", "H", "mH", "data", "real", "imag")
 CONSTANTS = (
     bool,
     int,
@@ -201,7 +186,7 @@ class Recorder(TorchFunctionMode):
             return
         # read the arguments first: the result may be one of them, unchanged or written to
         given, given_kwargs = self._argument(tuple(args)), self._argument(kwargs)
-        spelt = _spelling(func, given)
+        spelt = spelling(func, given)
         if spelt is None:
             return
         node = self.graph.create_node(spelt[0], spelt[1], spelt[2], given_kwargs)
@@ -333,18 +318,3 @@ class Recorder(TorchFunctionMode):
     def _blank_of(self, node: fx.Node) -> Any:
         """What stands for a tensor: a fake one, or a number where eager code would read one from it."""
         return self.numbers.get(node, node.meta.get("example_value"))
-
-
-def _spelling(func: Any, args: Any) -> tuple[str, Any, Any] | None:
-    """A call as Dynamo's graphs have it (op, target, args); None for an attribute that holds no values."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        attribute = getattr(func.__self__, "__name__", "")
-        return ("call_function", getattr, (args[0], attribute)) if attribute in PROPERTIES else None
-    if getattr(Tensor, name, None) is func and name:
-        if name in REVERSED:
-            return "call_function", REVERSED[name], (args[1], args[0])
-        if name in OPERATORS:
-            return "call_function", OPERATORS[name], args
-        return "call_method", name, args
-    return "call_function", func, args
