@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from sla2_compile.modules.sightings import Sightings
+from sla2_compile.modules.sightings import MULTIPLIES, Sightings
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Sites, sites_of
 
@@ -66,7 +66,10 @@ class RedirectAttention(OwnerMode):
             # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
             return torch.unflatten(*args, **kwargs)
         result = func(*args, **kwargs)
-        if self.sightings is not None and not self.inside and self.sightings.see(func, args, kwargs, result):
+        seen = self.sightings
+        if seen is None or self.inside or not (seen.known or func in MULTIPLIES):
+            return result
+        if seen.see(func, args, kwargs, result) is not None:
             self.expected -= 1
             if self.expected < 0:
                 sites_of(self.sites).count_unseen()

@@ -91,10 +91,10 @@ class Sightings:
 
 
 def _may_be_scores(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
-    if not isinstance(result, Tensor) or result.dim() < 2 or not result.is_floating_point():
-        return False
     # a layer, or a router: its scores are of learned weights
-    return type(argument(args, kwargs, 1, "weight", "other", "mat2")) is not nn.Parameter
+    if type(argument(args, kwargs, 1, "weight", "other", "mat2")) is nn.Parameter:
+        return False
+    return isinstance(result, Tensor) and result.dim() >= 2 and result.is_floating_point()
 
 
 def _over_last(args: Any, kwargs: Any) -> bool:
