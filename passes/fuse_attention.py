@@ -18,12 +18,13 @@ from torch import fx
 from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.fuse.emit import Emitter
 from sla2_compile.passes.fuse.explain import near_attention
+from sla2_compile.passes.fuse.flat import unusual_attention
 from sla2_compile.passes.fuse.match import Matcher
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
 from sla2_compile.passes.graph.sdpa import DECISION, owner_of
 from sla2_compile.passes.graph.sweep import sweep
-from sla2_compile.passes.graph.traits import Trait, traits_of
+from sla2_compile.passes.graph.traits import Trait
 from sla2_compile.passes.sites.outcome import Miss, NoFit, Where
 
 
@@ -36,7 +37,7 @@ class FuseAttention(Pass):
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()
         reader = Reader(gm)
-        found = [n for n in gm.graph.nodes if n in reader.live and traits_of(reader.base(n)) & Trait.SOFTMAX]
+        found = [n for n in gm.graph.nodes if n in reader.live and reader.may_be(n, Trait.SOFTMAX | Trait.WEIGHTS)]
         if not found:
             return result
         writes = Writes(reader)
@@ -44,14 +45,17 @@ class FuseAttention(Pass):
         for softmax in found:
             if DECISION in softmax.meta:
                 continue
+            unusual = unusual_attention(reader, softmax)
+            if unusual is not None:
+                result.outcomes.append(_miss(softmax, unusual))
+            if unusual is not None or not reader.may_be(softmax, Trait.SOFTMAX):
+                continue
             try:
                 match = matcher.match(softmax)
                 new = Emitter(reader, writes, match).emit()
             except NoFit as miss:
                 if near_attention(reader, softmax):
-                    where = Where(owner_of(softmax), 0, (), (), (), "", "")
-                    softmax.meta[DECISION] = Miss(where, miss.reason, miss.detail)
-                    result.outcomes.append(softmax.meta[DECISION])
+                    result.outcomes.append(_miss(softmax, miss))
                 continue
             match.values.replace_all_uses_with(new)
             reader.live -= match.nodes
@@ -60,3 +64,10 @@ class FuseAttention(Pass):
             now = Reader(gm)
             sweep(now, Writes(now), among=before)
         return result
+
+
+def _miss(softmax: fx.Node, why: NoFit) -> Miss:
+    """Write on a softmax why its attention stays as it is."""
+    miss = Miss(Where(owner_of(softmax), 0, (), (), (), "", ""), why.reason, why.detail)
+    softmax.meta[DECISION] = miss
+    return miss

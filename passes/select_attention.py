@@ -11,9 +11,11 @@ from torch import fx, nn
 
 from sla2_compile.passes.base import Pass, PassResult
 from sla2_compile.passes.fuse.explain import near_attention
+from sla2_compile.passes.fuse.flat import unusual_attention
 from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
 from sla2_compile.passes.graph.kernels import other_attention
 from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.scripted import scripted_attention
 from sla2_compile.passes.graph.sdpa import DECISION, SPELLINGS, call_of, is_normal, owner_of, value_of
 from sla2_compile.passes.graph.traits import Trait, traits_of
 from sla2_compile.passes.sites.call import AttentionCall, bind
@@ -72,6 +74,10 @@ def _attention(
     for node in gm.graph.nodes:
         if node.op == "call_module" and _holds_multihead(gm.get_submodule(str(node.target))):
             yield node, SeenCall(Where(str(node.target), 0, (), (), (), "", ""), None, Reason.MULTIHEAD)
+        if (what := scripted_attention(gm, node)) is not None:
+            where = Where(owner_of(node), 0, (), (), (), "", "")
+            yield node, SeenCall(where, None, Reason.SCRIPTED, what)
+            continue
         if node.op != "call_function":
             continue
         for _, body in bodies_of(gm, node):
@@ -106,4 +112,6 @@ def _hint(reader: Reader, node: fx.Node) -> Reason | None:
     traits = traits_of(reader.base(node))
     if traits & Trait.MULTIHEAD:
         return Reason.MULTIHEAD
+    if traits & (Trait.SOFTMAX | Trait.WEIGHTS) and (miss := unusual_attention(reader, node)) is not None:
+        return miss.reason
     return Reason.HAND_WRITTEN if traits & Trait.SOFTMAX and near_attention(reader, node) else None

@@ -17,7 +17,7 @@ from sla2_compile.modules import discovery
 from sla2_compile.modules.discovery import check_how
 from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.modules.redirect import check_removable, is_owner, remove, site_forward
-from sla2_compile.plan import plan_of, plans, set_plan
+from sla2_compile.plan import plan_of, roots, set_plan
 from sla2_compile.planning import apply, plan_model
 from sla2_compile.recipes import DEFAULT, Recipe
 from sla2_compile.reports.report import Report, report
@@ -164,7 +164,7 @@ def restore(model: nn.Module) -> nn.Module:
     owners = [module for module in model.modules() if is_owner(module) or site_forward(module) is not None]
     for owner in owners:
         check_removable(owner)
-    for _, root, _ in list(plans(model)):
+    for _, root, _ in list(roots(model)):
         first = first_forward(root)
         if first is not None:
             first.withdraw()
@@ -191,7 +191,7 @@ def _already(model: nn.Module, recipe: Recipe) -> bool:
             "model must be transformed before it is wrapped or sharded for several devices, got "
             f"{wrapper}; its new parameters would not be synchronised: transform first"
         )
-    for name, root, plan in plans(model):
+    for name, root, plan in roots(model):
         if root is model and plan.recipe == recipe:
             return True
         part = "model" if root is model else f"part {name!r}"

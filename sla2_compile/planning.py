@@ -38,12 +38,14 @@ class Layout:
             which keeps its calls from the owner around it or from an adapter.
         written: per owner's name, its hand-written calls, by the number of their product of queries and keys.
         watches: modules inside which attention weights stay alive after their owner's forward.
+        expected: per owner's name, how many hand-written calls of one forward stay as they are.
     """
 
     plan: Plan
     owners: Mapping[str, Mapping[int, tuple[SeenCall, Rewrite]]]
     written: Mapping[str, Mapping[int, Written]]
     watches: frozenset[str]
+    expected: Mapping[str, int]
 
 
 def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool = False) -> Layout:
@@ -86,7 +88,8 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
         for name, numbers in found.written.items()
     }
     watches = frozenset(where for (name, index), where in found.watches.items() if index in owners.get(name, {}))
-    return Layout(Plan(recipe, tuple(outcomes), found.how), dict(owners), written, watches)
+    plan = Plan(recipe, tuple(outcomes), found.how)
+    return Layout(plan, dict(owners), written, watches, found.left(owners, written))
 
 
 def apply(model: nn.Module, layout: Layout) -> None:
@@ -102,7 +105,8 @@ def apply(model: nn.Module, layout: Layout) -> None:
     # nothing above changed the model; nothing below can fail
     for name in dict.fromkeys([*sites, *sorted(layout.watches)]):
         written = dict(layout.written.get(name, {}))
-        install(modules[name], sites.get(name), name, written, name in layout.watches)
+        expected = layout.expected.get(name, 0)
+        install(modules[name], sites.get(name), name, written, name in layout.watches, expected)
     set_plan(model, layout.plan)
     debug.show_report(lambda: report(model))
 

@@ -13,6 +13,9 @@ from torch import Tensor, fx, nn
 from sla2_compile.passes.graph.operators import Operator, operator_of
 from sla2_compile.passes.graph.traits import Trait, traits_of
 
+LEARNED = "sla2_learned"
+"""Key in node.meta of an input that is a tensor of the model itself."""
+
 
 class Nodes:
     """Looks up what a node calls, its arguments, and its fake value.
@@ -44,6 +47,10 @@ class Nodes:
     def has(self, node: fx.Node, trait: Trait) -> bool:
         """Whether a node's operator has one of these traits. An in-place operator has none."""
         return bool(traits_of(self.name(node)) & trait)
+
+    def may_be(self, node: fx.Node, trait: Trait) -> bool:
+        """Whether a node's operator, in place or not, has one of these traits."""
+        return bool(traits_of(self.base(node)) & trait)
 
     def base(self, node: fx.Node) -> str:
         """Return the canonical name of a node's operator without the underscore of an in-place one."""

@@ -24,6 +24,8 @@ class Trait(Flag):
     """It repeats axes of size one."""
     PART = auto()
     """It cuts or extends its input along an axis that keeps its meaning."""
+    COLUMNS = auto()
+    """It adds columns to its input, or cuts some off, or takes one of several tensors."""
     LAYOUT = auto()
     """Its result may be laid out in memory like its input."""
     STRIDED = auto()
@@ -33,6 +35,12 @@ class Trait(Flag):
     """It contracts two tensors."""
     SOFTMAX = auto()
     """It is a softmax."""
+    WEIGHTS = auto()
+    """It may be a softmax's part, or a softmax that no pass takes."""
+    MULTIPLIES = auto()
+    """It contracts two tensors in a form that no pass takes; with learned weights it is a layer."""
+    BIASED = auto()
+    """It adds its first argument to the product of the next two."""
     SCORES = auto()
     """It may stand between a score product and its softmax, because an attention call can express it."""
     KERNEL = auto()
@@ -134,10 +142,11 @@ OPERATORS: dict[str, Trait] = {
     "view_as_real": _T.VIEW,
     "view_as_complex": _T.VIEW,
     # parts
-    "getitem": _T.VIEW | _T.LAYOUT | _T.PURE,
+    "getitem": _T.VIEW | _T.LAYOUT | _T.PURE | _T.COLUMNS,
     "select": _T.VIEW | _T.LAYOUT,
-    "slice": _T.VIEW | _T.LAYOUT | _T.PART,
-    "narrow": _T.VIEW | _T.PART,
+    "slice": _T.VIEW | _T.LAYOUT | _T.PART | _T.COLUMNS,
+    "narrow": _T.VIEW | _T.PART | _T.COLUMNS,
+    "cat concat concatenate": _T.COLUMNS,
     "unbind": _T.VIEW | _T.LAYOUT,
     "chunk": _T.VIEW | _T.LAYOUT,
     "unsafe_chunk": _T.VIEW,
@@ -178,15 +187,24 @@ OPERATORS: dict[str, Trait] = {
     "feature_dropout": _T.VIEW,
     "alpha_dropout": _T.VIEW,
     "softmax _softmax _safe_softmax special_softmax": _T.SOFTMAX,
+    "exp": _T.WEIGHTS,
+    "exp2 special_exp2": _T.WEIGHTS,
+    "softmin": _T.WEIGHTS,
+    "gumbel_softmax": _T.WEIGHTS,
     # products and layers
     "matmul": _T.PRODUCT,
     "bmm": _T.PRODUCT,
     "mm": _T.PRODUCT,
-    "baddbmm": _T.PRODUCT,
+    "baddbmm": _T.PRODUCT | _T.BIASED,
     "einsum": _T.PRODUCT | _T.MIXER | _T.LAYER,
-    "linear": _T.FEATURES | _T.MIXER | _T.LAYER,
+    "mv": _T.MULTIPLIES,
+    "addmv": _T.MULTIPLIES | _T.BIASED,
+    "addbmm": _T.MULTIPLIES | _T.BIASED,
+    "inner": _T.MULTIPLIES,
+    "tensordot": _T.MULTIPLIES,
+    "linear": _T.FEATURES | _T.MIXER | _T.LAYER | _T.MULTIPLIES,
     "nondynamicallyquantizablelinear": _T.FEATURES,
-    "addmm": _T.FEATURES,
+    "addmm": _T.FEATURES | _T.MULTIPLIES | _T.BIASED,
     "embedding": _T.FEATURES | _T.LAYER,
     "conv1d": _CONV | _T.MIXER,
     "conv2d": _CONV | _T.MIXER,

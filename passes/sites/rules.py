@@ -47,6 +47,8 @@ class Reason(str, Enum):
     TRANSFORMED = "under a transform of torch.func"
     EXPOSED = "queries or keys whose memory was handed out (numpy and the like) before the scores"
     OPAQUE = "an operator of attention that is not scaled_dot_product_attention"
+    SCRIPTED = "in scripted code or an extension, whose calls cannot be replaced"
+    THREAD = "in a thread that the forward starts, whose calls cannot be replaced"
     UNSEEN = "call not seen when the model was planned"
 
 

@@ -42,7 +42,10 @@ class Site(SiteParameters):
         fallbacks: how many calls kept full attention at run time, by reason (eager and non-strict export).
         runs: how many eager calls SLA2 answered.
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
+        planned: the plan that made the site, and the site's name then (`plan.Planned`); None for a site made alone.
     """
+
+    planned: Any = None
 
     def __init__(
         self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None
@@ -211,7 +214,7 @@ class Sites(nn.Module):
         """
         site = self._modules.get(str(index))
         if site is None:
-            self._count_unseen()
+            self.count_unseen()
             return function(*args, **kwargs)
         if reason is None and function is F.multi_head_attention_forward:
             given = multihead.with_padding(multihead.arguments(args, kwargs), padding)
@@ -226,7 +229,8 @@ class Sites(nn.Module):
             return site(*args, declined=Declined(reason, function), **kwargs)
         return site(*args, **kwargs)
 
-    def _count_unseen(self) -> None:
+    def count_unseen(self) -> None:
+        """Count an eager call that planning did not see."""
         # an owner without sites only keeps its calls away from the owners around it
         if len(self) > 0 and not torch.compiler.is_dynamo_compiling():
             self.unseen += 1
@@ -242,7 +246,10 @@ def _any_nested(args: Any, kwargs: Any) -> bool:
 
 def site_at(sites: nn.Module, index: int) -> Site:
     """Return the site of the index-th call itself, without wrappers around it or around all sites of its owner."""
-    if not isinstance(sites, Sites):
-        sites = next(m for m in sites.modules() if isinstance(m, Sites))
-    site = sites[index]
+    site = sites_of(sites)[index]
     return site if isinstance(site, Site) else next(m for m in site.modules() if isinstance(m, Site))
+
+
+def sites_of(sites: nn.Module) -> Sites:
+    """Return all sites of an owner themselves, without wrappers around them."""
+    return sites if isinstance(sites, Sites) else next(m for m in sites.modules() if isinstance(m, Sites))

@@ -13,7 +13,7 @@ from sla2_compile.libraries import diffusers, transformers
 from sla2_compile.libraries.adapter import Adapter, AdapterSite, let_go
 from sla2_compile.modules.redirect import is_owner
 from sla2_compile.passes.sites.outcome import Rewrite
-from sla2_compile.plan import plans
+from sla2_compile.plan import plain, plans
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
@@ -28,7 +28,7 @@ def adapter_sites(model: nn.Module) -> Iterator[tuple[str, AdapterSite]]:
     for name, module in model.named_modules():
         adapter = adapter_of(module)
         if adapter is not None and (site := adapter.record(module)) is not None:
-            yield _plain(name), site
+            yield plain(name), site
         else:
             let_go(module)
 
@@ -93,7 +93,7 @@ def adapters_of(model: nn.Module) -> list[AdapterUse]:
             continue
         site = adapter.record(module)
         if site is not None or module not in planned:
-            groups.setdefault(id(adapter), _Group(adapter)).add(_plain(name), site)
+            groups.setdefault(id(adapter), _Group(adapter)).add(plain(name), site)
     return [group.use() for group in _apart(list(groups.values()))]
 
 
@@ -105,11 +105,6 @@ def _apart(groups: list[_Group]) -> list[_Group]:
         part = group.part()
         finer += [group] if around[part] == 1 or part in group.names else group.split()
     return groups if len(finer) == len(groups) else _apart(finer)
-
-
-def _plain(name: str) -> str:
-    # torch.compile's wrapper adds a level to the names
-    return name.removeprefix("_orig_mod").lstrip(".")
 
 
 def _levels(name: str) -> list[str]:

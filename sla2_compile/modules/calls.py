@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from sla2_compile.modules.sightings import MULTIPLIES, Sightings
 from sla2_compile.passes.sites.rules import Reason
-from sla2_compile.passes.sites.site import Sites
+from sla2_compile.passes.sites.site import Sites, sites_of
 
 
 class OwnerMode(TorchFunctionMode):
@@ -22,20 +23,30 @@ class OwnerMode(TorchFunctionMode):
     """
 
     met = False
+    calls: RedirectAttention
 
 
 class RedirectAttention(OwnerMode):
-    """Sends the i-th attention call under it to the i-th site.
+    """Sends the i-th attention call under it to the i-th site, and counts hand-written calls that planning lacks.
 
-    padding: the boolean key_padding_mask of the call, if the owner is an nn.MultiheadAttention.
+    Args:
+        padding: the boolean key_padding_mask of the call, if the owner is an nn.MultiheadAttention.
+        expected: how many hand-written calls of one forward planning saw and left as they are.
     """
 
-    def __init__(self, sites: Sites, padding: Tensor | None = None) -> None:
+    def __init__(self, sites: Sites, padding: Tensor | None = None, expected: int = 0) -> None:
         super().__init__()
+        self.calls = self
         self.sites = sites
         self.padding = padding
         self.index = 0
-        self.outside = None if torch.compiler.is_compiling() else _autograd_context()
+        self.outside: Any = None
+        self.sightings: Sightings | None = None
+        # how many more hand-written calls planning saw; owners inside that run now count their own
+        self.expected, self.inside = expected, 0
+        if not torch.compiler.is_compiling():
+            self.outside = _autograd_context()
+            self.sightings = Sightings()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -54,7 +65,15 @@ class RedirectAttention(OwnerMode):
         if func is Tensor.unflatten:
             # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
             return torch.unflatten(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        seen = self.sightings
+        if seen is None or self.inside or not (seen.known or func in MULTIPLIES):
+            return result
+        if seen.see(func, args, kwargs, result) is not None:
+            self.expected -= 1
+            if self.expected < 0:
+                sites_of(self.sites).count_unseen()
+        return result
 
     def in_checkpoint(self) -> bool:
         """Whether a checkpoint began between the owner's forward and this point; always False in a trace."""
@@ -77,6 +96,12 @@ def _enters_checkpoint(outside: tuple[bool, Any]) -> bool:
     if outside[0] and not grad:
         return True
     return hooks is not None and hooks != outside[1] and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def enclosing() -> RedirectAttention | None:
+    """What handles the calls of the innermost owner whose forward is running; None outside of owners."""
+    modes = reversed(_get_current_function_mode_stack())
+    return next((mode.calls for mode in modes if isinstance(mode, OwnerMode)), None)
 
 
 def under_plan() -> bool:

@@ -90,7 +90,10 @@ def record_forward(
     run: the model, or its original forward.
     """
     recorder = Recorder(model, _inside_checkpoint)
-    with torch.compiler.set_stance("force_eager"), recorder.frames.watch(model, recorder.ended), recorder:
+    with (
+        torch.compiler.set_stance("force_eager"), recorder.frames.watch(model, recorder.ended), recorder.threads,
+        recorder.below, recorder,
+    ):  # fmt: skip
         output = run(*args, **kwargs)
     return find(recorder.finish(output), how), output
 

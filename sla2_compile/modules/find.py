@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sla2_compile.modules.frames import Frame
-from sla2_compile.modules.record import FRAMES, Answer, Recording
+from sla2_compile.modules.record import FRAMES, Answer, Recording, hidden_attention
 from sla2_compile.modules.scores import read_product
 from sla2_compile.modules.written import Written
 from sla2_compile.modules.written_call import call_of
 from sla2_compile.passes.fuse.explain import NoFit, near_attention
+from sla2_compile.passes.fuse.flat import unusual_attention
 from sla2_compile.passes.fuse.match import Matcher
 from sla2_compile.passes.graph.kernels import operator_of_attention
 from sla2_compile.passes.graph.memory import Writes
 from sla2_compile.passes.graph.reader import Reader
+from sla2_compile.passes.graph.traits import Trait
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.select_attention import value_of
 from sla2_compile.passes.sites.call import AttentionCall, bind
@@ -45,12 +47,38 @@ class Found:
         how: "fake" or "real".
         written: hand-written calls, by owner and by the number of their product of queries and keys.
         watches: by owner and call, the module around the owner inside which the call's weights stay alive.
+        sightings: hand-written calls as later forwards notice them: each in the forwards around it, outermost first.
     """
 
     seen: list[SeenCall]
     how: str
     written: dict[str, dict[int, Written]] = field(default_factory=dict)
     watches: dict[tuple[str, int], str] = field(default_factory=dict)
+    sightings: list[tuple[Sighted, ...]] = field(default_factory=list)
+
+    def left(self, owners: Mapping[str, object], written: Mapping[str, Mapping[int, Written]]) -> dict[str, int]:
+        """Count, per owner, the hand-written calls of one forward that stay as they are.
+
+        written: the calls that do not. A call counts for the innermost owner around it; of several forwards of an
+        owner, the one with the most calls counts.
+        """
+        counts: Counter[tuple[str, int]] = Counter()
+        for around in self.sightings:
+            own = next((at for at in reversed(around) if at.name in owners), None)
+            if own is not None and own.number not in written.get(own.name, {}):
+                counts[own.name, own.forward] += 1
+        most: dict[str, int] = {}
+        for (name, _), n in counts.items():
+            most[name] = max(n, most.get(name, 0))
+        return most
+
+
+class Sighted(NamedTuple):
+    """A hand-written call in one forward around it: the module's name, the forward, and the number of its product."""
+
+    name: str
+    forward: int
+    number: int
 
 
 @dataclass
@@ -80,7 +108,9 @@ def _events(recording: Recording) -> Iterator[tuple[int, Event]]:
     matcher: Matcher | None = None
     for node, position in list(reader.position.items()):
         frames = node.meta.get(FRAMES, ())
-        if node.target is SDPA:
+        if node.target is hidden_attention:
+            yield position, Event(node, frames, None, *node.args)
+        elif node.target is SDPA:
             yield position, _called(recording, node, frames)
         elif node.target is F.multi_head_attention_forward:
             given = multihead.arguments(*(_values(recording, x) for x in (node.args, node.kwargs)))
@@ -93,6 +123,8 @@ def _events(recording: Recording) -> Iterator[tuple[int, Event]]:
             event = _written(recording, reader, matcher, node)
             if event is not None:
                 yield reader.position[event.node], event
+        elif reader.may_be(node, Trait.WEIGHTS) and (miss := unusual_attention(reader, node)) is not None:
+            yield position, Event(node, frames, None, miss.reason, miss.detail)
 
 
 def _called(recording: Recording, node: fx.Node, frames: tuple[Frame, ...]) -> Event:
@@ -114,6 +146,9 @@ def _written(recording: Recording, reader: Reader, matcher: Matcher, softmax: fx
         # if the softmax is a module of its own, the attention is in the module around it
         while frames and isinstance(frames[-1].module, nn.Softmax):
             frames = frames[:-1]
+        unusual = unusual_attention(reader, softmax)
+        if unusual is not None and frames:
+            return Event(softmax, frames, None, unusual.reason, unusual.detail)
         near = near_attention(reader, softmax)
         return Event(softmax, frames, None, miss.reason, miss.detail) if near and frames else None
     values = match.values
@@ -211,6 +246,10 @@ def _gather(events: list[Event], recording: Recording, how: str) -> Found:
             if watch is not None:
                 found.watches[frame.name, index] = watch
     found.seen = list(seen.values())
+    found.sightings = [
+        tuple(Sighted(f.name, f.number, _number(recording, product, f)) for f in frames)
+        for product, frames in recording.sightings
+    ]
     return found
 
 
@@ -240,9 +279,9 @@ def _inside(frame: Frame, owners: dict[int, Event]) -> str | None:
 
 
 def _number(recording: Recording, product: fx.Node, frame: Frame) -> int:
-    """The index of a product among the products with batch axes of one forward."""
+    """The index of a product among the products with batch axes of one forward; -1 if it has none."""
     mine = [n for n in recording.batched if frame in n.meta[FRAMES]]
-    return mine.index(product)
+    return mine.index(product) if product in mine else -1
 
 
 def _watch(recording: Recording, answer: Answer, frame: Frame) -> str | None:

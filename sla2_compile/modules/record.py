@@ -11,7 +11,7 @@ import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sla2_compile.modules.frames import Frame, Frames, returned
+from sla2_compile.modules.hidden import BelowPython, StartedThreads
 from sla2_compile.modules.scores import (
     IN_PLACE,
     PRODUCTS,
@@ -33,7 +34,10 @@ from sla2_compile.modules.scores import (
     regrouped,
     scores_of,
 )
+from sla2_compile.modules.sightings import Sightings
+from sla2_compile.modules.spelling import spelling
 from sla2_compile.modules.writes import written
+from sla2_compile.passes.graph.nodes import LEARNED
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import bind
 from sla2_compile.passes.sites.rules import Reason
@@ -41,22 +45,6 @@ from sla2_compile.passes.sites.rules import Reason
 FRAMES = "sla2_frames"
 """Key in node.meta of the frames around a call."""
 
-REVERSED = {
-    "__radd__": operator.add,
-    "__rmul__": operator.mul,
-    "__rsub__": operator.sub,
-    "__rmatmul__": operator.matmul,
-}
-OPERATORS = {
-    f"__{name}__": getattr(operator, name)
-    for name in (
-        "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "neg", "abs",
-        "invert", "getitem", "setitem", "iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor", "eq",
-        "ne", "lt", "le", "gt", "ge",
-    )
-}  # fmt: skip
-OPERATORS |= {"__and__": operator.and_, "__or__": operator.or_}
-PROPERTIES = ("T", "mT", "H", "mH", "data", "real", "imag")
 CONSTANTS = (
     bool,
     int,
@@ -86,6 +74,13 @@ class Answer:
     chain: tuple[fx.Node, ...]
 
 
+class Sighting(NamedTuple):
+    """One hand-written attention call, as `Sightings` reads it; frames: the forwards around all of it."""
+
+    product: fx.Node
+    frames: tuple[Frame, ...]
+
+
 @dataclass
 class Recording:
     """The record of one forward.
@@ -96,6 +91,7 @@ class Recording:
         batched: products with batch axes, in order; hand-written calls are numbered by them.
         maps: the frames around each forward that returned scores or weights, by the node of their product.
         masks: real masks of calls, by node.
+        sightings: hand-written calls as later forwards notice them.
         reasons: why a call or a product cannot be replaced where it is made, by node.
     """
 
@@ -104,7 +100,12 @@ class Recording:
     batched: list[fx.Node] = field(default_factory=list)
     maps: dict[fx.Node, list[tuple[Frame, ...]]] = field(default_factory=dict)
     masks: dict[fx.Node, Tensor] = field(default_factory=dict)
+    sightings: list[Sighting] = field(default_factory=list)
     reasons: dict[fx.Node, Reason] = field(default_factory=dict)
+
+
+def hidden_attention(reason: Reason, detail: str) -> None:
+    """Stand in a recording for attention that was not seen as a torch function. Never called."""
 
 
 class _Graph(fx.GraphModule):
@@ -134,9 +135,17 @@ class Recorder(TorchFunctionMode):
         self.storages: dict[int, tuple[StorageWeakRef, Tensor]] = {}
         self.scores: dict[fx.Node, tuple[fx.Node, Scores]] = {}
         self.numbers: dict[fx.Node, float] = {}
+        self.sightings = Sightings()
+        self.below = BelowPython(lambda what: self._hidden(Reason.SCRIPTED, what))
+        self.threads = StartedThreads(lambda what: self.started.append((what, self.frames.stack)))
+        # attention in other threads, which do not write to the graph
+        self.started: list[tuple[str, tuple[Frame, ...]]] = []
+        self.learned = {id(x) for x in (*model.parameters(), *model.buffers())}
 
     def finish(self, output: Any) -> Recording:
         """End the graph; it returns the tensors in the forward's result, and other unused nodes but scores."""
+        for what, frames in self.started:
+            self._hidden(Reason.THREAD, what, frames)
         results = [self._node(x) for x in returned(output)]
         unread = [n for n in self.graph.nodes if not n.users and n not in self.scores and n.op != "placeholder"]
         self.graph.output(tuple(dict.fromkeys([*results, *unread])))
@@ -155,14 +164,20 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.__iter__:
             # an iterator would hide its items
             return iter(self(torch.unbind, args[0]))
-        result = func(*args, **kwargs)
-        self._record(func, args, kwargs, result)
-        return result
+        return self(func, *args, **kwargs)
 
     def __call__(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
-        self._record(func, args, kwargs, result)
+        self.below.inside += 1
+        try:
+            result = func(*args, **kwargs)
+            self._record(func, args, kwargs, result)
+        finally:
+            self.below.inside -= 1
         return result
+
+    def _hidden(self, reason: Reason, what: str, frames: tuple[Frame, ...] | None = None) -> None:
+        node = self.graph.call_function(hidden_attention, (reason, what))
+        node.meta[FRAMES] = frames or self.frames.stack
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         items = result if isinstance(result, (tuple, list)) else (result,)
@@ -171,11 +186,15 @@ class Recorder(TorchFunctionMode):
             return
         # read the arguments first: the result may be one of them, unchanged or written to
         given, given_kwargs = self._argument(tuple(args)), self._argument(kwargs)
-        spelt = _spelling(func, given)
+        spelt = spelling(func, given)
         if spelt is None:
             return
         node = self.graph.create_node(spelt[0], spelt[1], spelt[2], given_kwargs)
         node.meta |= self._place()
+        product = self.sightings.see(func, args, kwargs, result, node)
+        if product is not None:
+            around = tuple(a for a, b in zip(product.meta[FRAMES], self.frames.stack, strict=False) if a is b)
+            self.found.sightings.append(Sighting(product, around))
         if isinstance(result, Tensor):
             self._keep(result, node)
             self._read_scores(func, node, given, given_kwargs, (*args, *kwargs.values()))
@@ -223,6 +242,7 @@ class Recorder(TorchFunctionMode):
             return known[1]
         with self.graph.inserting_before():
             node = self.graph.placeholder(f"x{len(self.graph.nodes)}")
+        node.meta[LEARNED] = id(x) in self.learned
         self._keep(x, node)
         return node
 
@@ -298,18 +318,3 @@ class Recorder(TorchFunctionMode):
     def _blank_of(self, node: fx.Node) -> Any:
         """What stands for a tensor: a fake one, or a number where eager code would read one from it."""
         return self.numbers.get(node, node.meta.get("example_value"))
-
-
-def _spelling(func: Any, args: Any) -> tuple[str, Any, Any] | None:
-    """A call as Dynamo's graphs have it (op, target, args); None for an attribute that holds no values."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        attribute = getattr(func.__self__, "__name__", "")
-        return ("call_function", getattr, (args[0], attribute)) if attribute in PROPERTIES else None
-    if getattr(Tensor, name, None) is func and name:
-        if name in REVERSED:
-            return "call_function", REVERSED[name], (args[1], args[0])
-        if name in OPERATORS:
-            return "call_function", OPERATORS[name], args
-        return "call_method", name, args
-    return "call_function", func, args

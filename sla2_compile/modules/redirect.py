@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sla2_compile.modules.bound import as_forward, is_bound
-from sla2_compile.modules.calls import RedirectAttention
+from sla2_compile.modules.calls import RedirectAttention, enclosing
 from sla2_compile.modules.traced import TraceAttention
 from sla2_compile.modules.watch import Watch
 from sla2_compile.modules.written import DeferAttention, Written
@@ -41,14 +41,17 @@ class SiteForward:
         name: of the owner in its model, for warnings.
         written: the owner's hand-written attention calls, by the number of their product of queries and keys.
         watches: whether attention weights of a module inside outlive that module's forward, but not this one.
+        expected: how many hand-written calls of one forward planning saw and left as they are.
         forwards, missed: counts of eager forwards, and of those that made none of the planned calls.
         from_class: whether `own` was looked up on the class, and must not be put back.
         function: the class's forward; stored, because looking it up inside a trace breaks the graph.
     """
 
     def __init__(
-        self, owner: nn.Module, name: str = "", written: dict[int, Written] | None = None, watches: bool = False
-    ) -> None:
+        self, owner: nn.Module, name: str = "", written: dict[int, Written] | None = None, watches: bool = False,
+        expected: int = 0,
+    ) -> None:  # fmt: skip
+        self.expected = expected
         self.owner, self.name, self.written, self.watches = owner, name, written or {}, watches
         self.forwards = self.missed = 0
         self.from_class = False
@@ -105,18 +108,27 @@ def _under_sites(self: SiteForward, args: Any, kwargs: Any) -> Any:
     if isinstance(self.owner, nn.MultiheadAttention):
         args, kwargs = multihead.without_fused_path(args, kwargs)
         padding = multihead.padding_of(args, kwargs)
-    calls: Any = RedirectAttention(sites, padding)  # type: ignore[arg-type]
+    calls: Any = RedirectAttention(sites, padding, self.expected)  # type: ignore[arg-type]
     if self.written:
         if torch.compiler.is_compiling():
             calls = TraceAttention(sites, self.written, calls)  # type: ignore[arg-type]
         else:
             calls = DeferAttention(self.name, sites, self.written, calls)  # type: ignore[arg-type]
-    with calls:
-        result = self.original(*args, **kwargs)
-    if not torch.compiler.is_compiling():
-        self.forwards += 1
-        if not calls.met and len(sites):  # type: ignore[arg-type]
-            self.tell_missed()
+    if torch.compiler.is_compiling():
+        with calls:
+            return self.original(*args, **kwargs)
+    outer = enclosing()
+    if outer is not None:
+        outer.inside += 1
+    try:
+        with calls:
+            result = self.original(*args, **kwargs)
+    finally:
+        if outer is not None:
+            outer.inside -= 1
+    self.forwards += 1
+    if not calls.met and len(sites):  # type: ignore[arg-type]
+        self.tell_missed()
     return result
 
 
@@ -127,7 +139,7 @@ def site_forward(owner: nn.Module) -> SiteForward | None:
 
 def install(
     owner: nn.Module, sites: Sites | None, name: str = "", written: dict[int, Written] | None = None,
-    watches: bool = False,
+    watches: bool = False, expected: int = 0,
 ) -> None:  # fmt: skip
     """Give owner its sites, or None where it only watches. The caller has checked that `owner.sla2` is free."""
     if sites is not None:
@@ -135,7 +147,7 @@ def install(
             # nn.TransformerEncoderLayer bypasses its attention module unless a module inside has a hook
             sites.register_forward_pre_hook(_only_seen)
         owner._modules[CHILD] = sites
-    carrier = SiteForward(owner, name, written, watches)
+    carrier = SiteForward(owner, name, written, watches, expected)
     owner.__dict__[SLOT] = carrier
     owner.__dict__["forward"] = carrier.forward
 

@@ -87,7 +87,7 @@ class DeferAttention(Watch, OwnerMode):
         self.operands = Operands(weakref.ref, version)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, number = kwargs or {}, -1
         if func in PRODUCTS and is_batched(func, args, kwargs):
             number, self.product = self.product, self.product + 1
             if torch.compiler.is_compiling():
@@ -112,6 +112,9 @@ class DeferAttention(Watch, OwnerMode):
         if self.operands.made and (into := written_by(func, args, kwargs)) is not None:
             self.operands.forget({storage(x) for x in tensors(into)})
         result = self.calls.__torch_function__(func, types, args, kwargs)
+        if number in self.written and self.calls.sightings is not None:
+            # its site has counted it
+            self.calls.sightings.forget(result)
         self.met = self.met or self.calls.met
         if func in FOLLOWED:
             self.operands.see(func, args, kwargs, result)

@@ -11,7 +11,7 @@ from torch import nn
 from sla2_compile.modules.redirect import is_owner, site_forward
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site, Sites
-from sla2_compile.plan import plans
+from sla2_compile.plan import plain, plans
 
 REPLACED = "its forward was replaced after transform (hooks removed, or patched): SLA2 does not run"
 SWAPPED = "the module was replaced after transform: SLA2 does not run"
@@ -19,7 +19,7 @@ SWAPPED = "the module was replaced after transform: SLA2 does not run"
 
 def counts(model: nn.Module) -> dict[str, int]:
     """How often each site answered a call in eager mode, by its name; sites that never did are left out."""
-    return {name: m.runs for name, m in model.named_modules() if isinstance(m, Site) and m.runs}
+    return {plain(name): m.runs for name, m in model.named_modules() if isinstance(m, Site) and m.runs}
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -32,7 +32,7 @@ def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
         elif isinstance(module, Sites) and module.unseen:
             kept = Counter({Reason.UNSEEN.value: module.unseen})
         if kept:
-            found[name] = dict(kept)
+            found[plain(name)] = dict(kept)
     return found
 
 
@@ -45,13 +45,16 @@ def gone(model: nn.Module) -> dict[str, str]:
 
 
 def _gone(model: nn.Module) -> Iterator[tuple[str, str]]:
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for part, _, plan in plans(model):
         if plan.discovery == "graph":
             continue
         for owner in dict.fromkeys(x.where.owner for x in plan.rewrites):
             name = ".".join(filter(None, (part, owner)))
             module = modules.get(name)
+            if isinstance(module, (Site, Sites)):
+                # a part of an owner, whose calls it does not make
+                continue
             if module is None or not is_owner(module):
                 yield name, SWAPPED
                 continue

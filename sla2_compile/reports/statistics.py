@@ -12,7 +12,7 @@ from torch import nn
 from sla2_compile.kernels.functional import Routing
 from sla2_compile.libraries.adapted import adapter_sites, adapters_of
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.plan import plans
+from sla2_compile.plan import plain, plans
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
@@ -24,7 +24,7 @@ def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     """Yield (name, site) for each site, named as in the state dict; an adapter's is named by the calling module."""
     for name, module in model.named_modules():
         if isinstance(module, Site):
-            yield name.removeprefix("_orig_mod").lstrip("."), module
+            yield plain(name), module
     yield from adapter_sites(model)
 
 

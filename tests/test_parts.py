@@ -1,0 +1,105 @@
+"""Parts of a transformed model, and models whose root is another object now: told of as they are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import sla2_compile
+from tests.written_by_hand import Owner
+
+
+def sdpa(s, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Owner(sdpa)
+        self.lone = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x) + self.lone(x, x, x, need_weights=True)[0]
+
+
+class Holder(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+@pytest.fixture
+def model(x) -> nn.Module:
+    net = sla2_compile.transform(
+        Holder(nn.Sequential(Block(), Block(), Block())), example_inputs=(x,), min_seq_len=0, topk_ratio=0.5
+    )
+    net(x)
+    return net
+
+
+def told(part: nn.Module) -> tuple[list[str], list[str], dict[str, int]]:
+    found = sla2_compile.report(part)
+    assert found.recipe is not None
+    assert found.recipe.topk_ratio == 0.5
+    assert all(r.settings.options.topk_ratio == 0.5 for r in found.rewrites)
+    assert not found.gone
+    return [r.where.owner for r in found.rewrites], [m.where.owner for m in found.misses], found.ran
+
+
+def test_parts(model):
+    blocks = model.part
+    assert told(blocks[1]) == (["attn"], ["lone"], {"attn.sla2.0": 1})
+    assert told(blocks[1].attn) == ([""], [], {"sla2.0": 1})
+    assert told(blocks[1].attn.sla2) == ([""], [], {"0": 1})
+    assert told(blocks[1].attn.sla2[0]) == ([""], [], {"": 1})
+    owners, misses, ran = told(blocks[1:])
+    assert len(owners) == len(misses) == len(ran) == 2
+    lines: list[str] = []
+    sla2_compile.log_sla2_config(blocks[1], lines.append)
+    assert lines[0] == "SLA2 in Block: recipe balanced, 1 sites, 1 left alone"
+    assert "mean/sparsity" in sla2_compile.get_sla2_statistics(blocks[1])
+
+
+def test_a_new_root(model, x):
+    held = Holder(nn.ModuleList([copy.deepcopy(model.part[1]), model.part[0]]))
+    held.part[0](x)
+    owners, misses, ran = told(held)
+    assert sorted(owners) == ["part.0.attn", "part.1.attn"]
+    assert sorted(misses) == ["part.0.lone", "part.1.lone"]
+    assert ran == {"part.0.attn.sla2.0": 1, "part.1.attn.sla2.0": 1}
+
+
+def test_a_lost_forward_of_a_part_is_told_of(model):
+    attn = model.part[1].attn
+    attn.forward = lambda x: x
+    with pytest.warns(UserWarning, match="was replaced"):
+        assert list(sla2_compile.report(model.part[1]).gone) == ["attn"]
+
+
+def test_torch_compiles_wrapper_hides_no_owner(model, x):
+    model.part[1] = torch.compile(model.part[1], backend="eager")
+    for part in (model, model.part, torch.compile(model, backend="eager")):
+        assert len(told(part)[0]) == 3
+
+
+def test_a_graph_in_a_new_root(x):
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x[:, None]
+            return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+    gm = fx.symbolic_trace(Attention())
+    sla2_compile.transform(gm, example_inputs=(x,), min_seq_len=0, topk_ratio=0.5)
+    gm(x)
+    assert told(fx.GraphModule(dict(gm.named_modules()), gm.graph)) == ([""], [], {"sla2.0": 1})
+    assert told(copy.deepcopy(gm))[0] == [""]
+    sla2_compile.restore(gm)
+    assert sla2_compile.report(gm).recipe is None
