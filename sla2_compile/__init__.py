@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sla2_compile.libraries.transformers import register_transformers
     from sla2_compile.recipes import Recipe, RecipeError
     from sla2_compile.reports.report import Report, report
+    from sla2_compile.reports.recording import record_statistics
     from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _HOMES = {
     "report": "reports.report",
     "inspect": "api",
     "get_sla2_statistics": "reports.statistics",
+    "record_statistics": "reports.recording",
     "log_sla2_config": "reports.statistics",
     "restore": "api",
     "set_diffusers_backend": "libraries.diffusers",

@@ -41,7 +41,8 @@ def test_full_ratio_restore_and_ratio(made):
     assert error(model(x), expected) < limit
     assert torch.equal(sla2_compile.restore(model)(x), expected)
     sla2_compile.transform(model, example_inputs=(x,), topk_ratio=0.2, **ANY)
-    assert 1e-3 < error(model(x), expected) < 0.5
+    with sla2_compile.record_statistics(model):
+        assert 1e-3 < error(model(x), expected) < 0.5
     stats = sla2_compile.get_sla2_statistics(model)
     assert 0 < stats["mean/alpha_mean"] <= 1
 

@@ -278,7 +278,7 @@ def test_every_kind_of_forward(x):
         expected = model(x)
         transformed(model, x, topk_ratio=1.0)
         torch.testing.assert_close(model(x), expected)
-        assert model.sla2[0].last_routing is not None
+        assert model.sla2[0].runs == 1
         sla2_compile.restore(model)
         assert "forward" not in model.__dict__
 
@@ -332,7 +332,7 @@ def test_empty_batches_and_statistics_after_a_fallback():
     model(q, q, q)
     assert model(q[:0], q[:0], q[:0]).shape == (0, 2, 100, 16)
     assert sla2_compile.report(model).fallbacks == {"sla2.0": {Reason.EMPTY.value: 1}}
-    with pytest.raises(ValueError, match="eager"):
+    with pytest.raises(ValueError, match="that was recorded, got 1 sites with none recorded"):
         sla2_compile.get_sla2_statistics(model)
 
 

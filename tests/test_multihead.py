@@ -44,7 +44,7 @@ def test_encoder(kind, padded, training):
         expected = model(x, **kwargs)
         sla2_compile.transform(model, example_inputs=(x,), example_kwargs=kwargs, **ANY)
         got = model(x, **kwargs)
-        assert all(site.last_routing is not None for _, site in sites(model))
+        assert all(site.runs > 0 for _, site in sites(model))
         # what stands behind padding is nobody's business: nested tensors put zeros there
         torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-5)
         compiled = torch.compile(model, backend="aot_eager")

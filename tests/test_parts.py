@@ -54,7 +54,7 @@ def told(part: nn.Module) -> tuple[list[str], list[str], dict[str, int]]:
     return [r.where.owner for r in found.rewrites], [m.where.owner for m in found.misses], found.ran
 
 
-def test_parts(model):
+def test_parts(model, x):
     blocks = model.part
     assert told(blocks[1]) == (["attn"], ["lone"], {"attn.sla2.0": 1})
     assert told(blocks[1].attn) == ([""], [], {"sla2.0": 1})
@@ -65,6 +65,8 @@ def test_parts(model):
     lines: list[str] = []
     sla2_compile.log_sla2_config(blocks[1], lines.append)
     assert lines[0] == "SLA2 in Block: recipe balanced, 1 sites, 1 left alone"
+    with sla2_compile.record_statistics(blocks[1]):
+        blocks[1](x)
     assert "mean/sparsity" in sla2_compile.get_sla2_statistics(blocks[1])
 
 

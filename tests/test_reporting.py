@@ -33,7 +33,8 @@ def test_report_counts_blocks_and_flops():
     sparse, linear, router = 4 * n * 64 * d, 2 * (n + n + 8 * 16) * d * d, 2 * 32 * 32 * d
     assert rewrite.flops == heads * (sparse + linear + router)
     assert report.flops_saved == 1 - rewrite.flops / rewrite.full_flops
-    model(x)
+    with sla2_compile.record_statistics(model):
+        model(x)
     assert model.blocks[0].sla2[0].last_routing.lut.shape == (1, 2, 8, 4)
 
 
@@ -110,9 +111,11 @@ def test_statistics(x):
     model = sla2_compile.transform(
         models.Net(depth=2), example_inputs=(x,), block_q=32, block_k=16, topk_ratio=0.5, **ANY
     )
-    with pytest.raises(ValueError, match="eager"):
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"got 2 sites with none recorded; run one under `with sla2_compile.record"):
         sla2_compile.get_sla2_statistics(model)
-    model(x)
+    with sla2_compile.record_statistics(model):
+        torch.testing.assert_close(model(x), expected)
     stats = sla2_compile.get_sla2_statistics(model)
     assert all(isinstance(v, float) and math.isfinite(v) for v in stats.values())
     # 13 key blocks of 16 for 200 tokens, 6 kept
@@ -121,7 +124,11 @@ def test_statistics(x):
     assert 0 < stats["mean/router_entropy"] <= math.log(13) + 1e-4
     with torch.no_grad():
         model.blocks[0].sla2[0].alpha_bias.fill_(50.0)
+    # one that is not recorded changes nothing
     model(x)
+    assert sla2_compile.get_sla2_statistics(model) == stats
+    with sla2_compile.record_statistics(model):
+        model(x)
     assert sla2_compile.get_sla2_statistics(model)["blocks.0.sla2.0/alpha_min"] == pytest.approx(1.0)
 
 
@@ -132,7 +139,8 @@ def test_statistics_of_full_ratio_and_of_alpha_modes(x):
         ({"alpha": "block"}, 0.94, 0.96),
     ):
         model = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), **{**ANY, **fields})
-        model(x)
+        with sla2_compile.record_statistics(model):
+            model(x)
         stats = sla2_compile.get_sla2_statistics(model)
         assert low <= stats["mean/alpha_min"] <= stats["mean/alpha_max"] <= high
 

@@ -46,6 +46,8 @@ def test_scripted_children_are_no_obstacle(x, how, lazy):
         model(x)
     assert not torch.equal(model(x), expected)
     assert len(sla2_compile.report(model).rewrites) == 2
+    with sla2_compile.record_statistics(model):
+        model(x)
     assert "mean/sparsity" in sla2_compile.get_sla2_statistics(model)
     sla2_compile.log_sla2_config(model, lambda line: None)
     sla2_compile.restore(model)
@@ -186,7 +188,7 @@ def test_wrappers_around_sites_take_part_in_each_call(x, kind, inner):
         for site in trained:
             site.alpha_bias.fill_(-5.0)
     assert not torch.equal(model(x), expected)
-    assert all(site.last_routing is not None for site in trained)
+    assert all(site.runs > 0 for site in trained)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
     switch.on = False
     assert torch.equal(model(x), expected)

@@ -7,11 +7,12 @@ Modules that `transform` planned bypass the adapter, and so do the forwards that
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,21 @@ def _tell(reason: str) -> bool:
 
 # eager calls only; a record lives as long as its module
 _SITES: WeakKeyDictionary[nn.Module, AdapterSite] = WeakKeyDictionary()
+# modules whose calls keep what SLA2 chose
+_RECORDING: WeakSet[nn.Module] = WeakSet()
+
+
+@contextlib.contextmanager
+def recording(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have the calls of some modules keep what SLA2 chose, also of those that make their first call later."""
+    new = [module for module in modules if module not in _RECORDING]
+    for module in new:
+        _RECORDING.add(module)
+    try:
+        yield
+    finally:
+        for module in new:
+            _RECORDING.discard(module)
 
 
 def forget(module: nn.Module) -> None:
@@ -168,6 +184,7 @@ class Adapter:
         site = self.record(module)
         if site is None:
             site = _SITES[module] = AdapterSite(self)
+        site.recording = module in _RECORDING
         return site
 
 

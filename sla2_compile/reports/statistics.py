@@ -1,4 +1,4 @@
-"""Statistics of the last eager forward of each site, and the printed configuration."""
+"""Statistics of the last recorded forward of each site, and the printed configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
 
 
 def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
-    """Return statistics of the model's last eager forward, as a flat dict of floats for a logger.
+    """Return statistics of the last forward under `record_statistics`, as a flat dict of floats for a logger.
 
     Keys, per site `<site>/...` and averaged over sites `mean/...`:
         sparsity: share of key blocks that the sparse branch skipped.
@@ -39,8 +39,8 @@ def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
             blocks.
 
     Raises:
-        ValueError: model has no site and uses no adapter; no site has run in eager mode yet (compiled graphs record
-            nothing); every site's last call kept full attention.
+        ValueError: model has no site and uses no adapter; no eager forward was recorded yet; every site's last call
+            kept full attention.
     """
     all_sites = list(sites(model))
     if not all_sites and not adapters_of(model):
@@ -62,19 +62,19 @@ def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
 
 def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
     kept = sum((site.fallbacks for site in all_sites), Counter())
-    if kept:
+    if kept and not any(site.runs for site in all_sites):
         reasons = ", ".join(f"{times} x {reason}" for reason, times in kept.items())
         where = f"{sum(bool(site.fallbacks) for site in all_sites)} of {len(all_sites)} sites"
         return ValueError(
-            "model must have a site whose last eager call SLA2 answered, got full attention at "
+            "model must have a site whose calls SLA2 answers, got full attention at "
             f"{where}: {reasons}; give it inputs that SLA2 takes, or change the recipe"
         )
     got = f"{len(all_sites)} sites with none recorded"
     if not all_sites:
         got = "no call yet through " + ", ".join(sorted({use.adapter.name for use in adapters_of(model)}))
     return ValueError(
-        f"model must have run a forward in eager mode, got {got}; "
-        "run one forward outside torch.compile (torch.compiler.set_stance('force_eager'))"
+        f"model must have run an eager forward that was recorded, got {got}; run one under "
+        "`with sla2_compile.record_statistics(model):`, outside torch.compile (torch.compiler.set_stance('force_eager'))"
     )
 
 

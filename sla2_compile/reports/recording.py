@@ -1,0 +1,35 @@
+"""`record_statistics`: eager forwards keep what SLA2 chose only while somebody asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from sla2_compile.libraries import adapter
+from sla2_compile.passes.sites.site import Site
+from sla2_compile.reports.statistics import sites
+
+
+@contextlib.contextmanager
+def record_statistics(model: nn.Module) -> Iterator[None]:
+    """Have the model's eager forwards keep what SLA2 chose, for `get_sla2_statistics`.
+
+    Without it a forward keeps nothing, because that costs launches and memory. A recorded forward computes the same.
+    Afterwards the last recorded forward of each site stays known. Compiled graphs record nothing.
+
+    Example:
+        >>> with record_statistics(model):
+        ...     out = model(x)
+        >>> stats = get_sla2_statistics(model)
+    """
+    before: list[tuple[Site, bool]] = [(site, site.recording) for _, site in sites(model)]
+    with adapter.recording(model.modules()):
+        for site, _ in before:
+            site.recording = True
+        try:
+            yield
+        finally:
+            for site, was in before:
+                site.recording = was
