@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import sla2_compile
 from sla2_compile.modules.copy_on_write import CopyOnWrite
+from sla2_compile.modules.leave_alone import left_alone
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}
@@ -70,7 +71,8 @@ def test_an_ordered_dict_keeps_its_order_and_works(x, plan):
     model(x[:, :64])
     first = model.table[64]
     plan(model, x)
-    assert list(model.table) == [64] and model.table[64] is first
+    assert list(model.table) == [64]
+    assert model.table[64] is first
     model(x)
     assert list(model.table) == [x.shape[1]]
 
@@ -153,7 +155,8 @@ def test_every_way_to_write(x, how, inference):
             WRITES[how](t)
 
     sla2_compile.inspect(Model(change), example_inputs=(x,), **ANY)
-    assert torch.equal(t, before) and t.dtype is before.dtype
+    assert torch.equal(t, before)
+    assert t.dtype is before.dtype
     assert t.untyped_storage()._cdata == memory
 
 
@@ -188,7 +191,9 @@ def test_a_static_cache_and_its_position(x, plan):
 
     model = Model(change, keys=torch.zeros(2, 220, 32), pos=20, steps=torch.zeros(()))
     plan(model, x)
-    assert model.pos == 20 and model.steps == 0 and not model.keys.any()
+    assert model.pos == 20
+    assert model.steps == 0
+    assert not model.keys.any()
 
 
 def test_generators_do_not_advance(x, plan):
@@ -277,24 +282,40 @@ PLACES = {
 
 @pytest.mark.parametrize("kind", OBJECTS)
 @pytest.mark.parametrize("place", PLACES)
-def test_objects_are_put_back_wherever_they_are_held(x, kind, place):
+def test_objects_are_put_back_wherever_they_are_held(kind, place):
     make, touch, read = OBJECTS[kind]
     wrap, reach = PLACES[place]
     held = make()
-    model = Model(lambda s, x: touch(reach(s.held)), held=wrap(held))
+    model = Model(None, held=wrap(held))
     container, before = model.held, read(held)
-    sla2_compile.transform(model, example_inputs=(x,), **ANY)
-    assert model.held is container and reach(model.held) is held
+    with left_alone(model, (), largest=1):
+        touch(reach(model.held))
+        changed = read(reach(model.held))
+    assert model.held is container
+    assert reach(model.held) is held
     assert read(held) == before
-    model(x)
-    assert read(held) != before
+    assert changed != before
+
+
+def test_all_kinds_of_objects_through_a_plan(x, plan):
+    def change(s, x):
+        for name, (_, touch, _) in OBJECTS.items():
+            touch(s.held[name])
+
+    held = {name: make() for name, (make, _, _) in OBJECTS.items()}
+    before = {name: read(held[name]) for name, (_, _, read) in OBJECTS.items()}
+    model = Model(change, held=dict(held))
+    plan(model, x)
+    assert all(model.held[name] is y for name, y in held.items())
+    assert {name: read(held[name]) for name, (_, _, read) in OBJECTS.items()} == before
 
 
 def test_a_bound_next_does_not_advance(x):
     model = Model(lambda s, x: s.number(), number=itertools.count(3).__next__)
     number = model.number
     sla2_compile.transform(model, example_inputs=(x,), **ANY)
-    assert model.number is number and number() == 3
+    assert model.number is number
+    assert number() == 3
 
 
 def test_data_of_classes_is_put_back(x, plan):
@@ -308,7 +329,9 @@ def test_data_of_classes_is_put_back(x, plan):
 
     model = Counting(change)
     plan(model, x)
-    assert Counting.calls == 0 and Counting.tables == {} and not hasattr(Counting, "fresh")
+    assert Counting.calls == 0
+    assert Counting.tables == {}
+    assert not hasattr(Counting, "fresh")
 
 
 def test_gradients_and_requires_grad_are_put_back(x, plan):
@@ -321,8 +344,10 @@ def test_gradients_and_requires_grad_are_put_back(x, plan):
     model = Model(change, out_grad=nn.Parameter(torch.zeros(3)), frozen=nn.Parameter(torch.zeros(3)))
     model.out_grad.grad = grad
     plan(model, x)
-    assert model.qkv.weight.grad is None and model.frozen.requires_grad
-    assert model.out_grad.grad is grad and grad.tolist() == [1.0] * 3
+    assert model.qkv.weight.grad is None
+    assert model.frozen.requires_grad
+    assert model.out_grad.grad is grad
+    assert grad.tolist() == [1.0] * 3
 
 
 def test_objects_in_the_inputs_are_put_back(x):
@@ -338,7 +363,8 @@ def test_objects_in_the_inputs_are_put_back(x):
 
     cache = Shared([torch.zeros(3)])
     sla2_compile.transform(Cached(), example_inputs=(x, cache), **ANY)
-    assert len(cache.value) == 1 and not cache.value[0].any()
+    assert len(cache.value) == 1
+    assert not cache.value[0].any()
 
 
 def test_hooks_that_count_are_put_back(x, plan):

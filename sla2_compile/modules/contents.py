@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import copy
-import functools
 import random
 import sys
 import types
@@ -21,7 +20,14 @@ from torch import Tensor
 
 StandIn = Callable[[Any], Any]
 # attributes of classes that are code, not data
-CODE = (types.FunctionType, classmethod, staticmethod, property, types.MemberDescriptorType, types.GetSetDescriptorType)
+CODE = (
+    types.FunctionType,
+    classmethod,
+    staticmethod,
+    property,
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+)
 MISSING = object()
 
 
@@ -209,7 +215,7 @@ class Raw(Contents):
             _plain(self.x)[...] = content
 
     def inside(self) -> Iterable[Any]:
-        return self.before.flat if getattr(self.x, "dtype", None) == object else ()
+        return self.before.flat if hasattr(self.before, "flat") and self.before.dtype.hasobject else ()
 
 
 class State(Contents):
@@ -250,11 +256,19 @@ class Leaf(Contents):
         return (self.before[1],)
 
 
+CONTAINERS: tuple[tuple[Any, Callable[[Any], Contents]], ...] = (
+    (dict, Items),
+    ((list, deque), Row),
+    (set, Members),
+    ((bytearray, array.array), Raw),
+)
+
+
 def contents_of(x: Any) -> Contents | None:
     """The contents of a container, a random generator or a tensor; None for other objects."""
-    for kinds, make in ((dict, Items), ((list, deque), Row), (set, Members), ((bytearray, array.array), Raw)):
-        if isinstance(x, kinds):  # type: ignore[arg-type]
-            return make(x)
+    kind = next((make for types, make in CONTAINERS if isinstance(x, types)), None)
+    if kind is not None:
+        return kind(x)
     if isinstance(x, torch.Generator) or (isinstance(x, random.Random) and not isinstance(x, random.SystemRandom)):
         return State(x)
     if isinstance(x, Tensor):
@@ -269,7 +283,6 @@ def contents_of(x: Any) -> Contents | None:
     return State(x) if isinstance(x, (numpy.random.Generator, numpy.random.RandomState)) else None
 
 
-@functools.cache
 def slots(kind: type) -> tuple[Any, ...]:
     """The descriptors of the slots that a class and its bases declare."""
     declared = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]

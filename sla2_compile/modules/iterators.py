@@ -9,7 +9,7 @@ from functools import partial
 from types import MethodWrapperType
 from typing import Any
 
-POSITIONED = (type(iter([])), type(iter(())), type(iter(range(0))), type(reversed([])))
+POSITIONED: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))), type(reversed([])))
 
 
 def stand_in(x: Any, made: dict[int, Any]) -> Any:

@@ -33,14 +33,19 @@ def left_alone(model: nn.Module, inputs: Any, largest: int) -> Iterator[CopyOnWr
     buffers = [b for b in model.buffers() if b.numel() <= largest and not b.is_meta and not _is_expanded(b)]
     values = [(b, b.clone()) for b in buffers]
     writes = CopyOnWrite([b for b in buffers if _is_whole(b)], is_managed(model))
-    try:
+    # the stack makes every step, the last one first, even if one of them raises
+    with contextlib.ExitStack() as undo:
+        undo.callback(_put_back, values)
+        undo.callback(writes.put_back)
+        undo.callback(lambda: memory.put_back(moved=writes.moved or writes.managed))
+        undo.enter_context(_random_states())
         memory.lend()
-        with _random_states():
-            yield writes
-    finally:
-        memory.put_back(moved=writes.moved or writes.managed)
-        writes.put_back()
-        for buffer, value in values:
+        yield writes
+
+
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in buffers:
             # a buffer that the forward did not change is not written to
             if buffer.device != value.device or not torch.equal(buffer, value):
                 buffer.copy_(value)

@@ -17,7 +17,7 @@ from sla2_compile.modules.frames import named_modules
 from sla2_compile.modules.iterators import stand_in
 
 # objects from these packages belong to the process, not to the model
-FOREIGN = {*sys.stdlib_module_names, "builtins", "torch", "numpy"}
+FOREIGN = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "triton"}
 # but these of them hold what a model puts there
 HOLDERS = {"types", "collections", "argparse", "weakref", "queue"}
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
