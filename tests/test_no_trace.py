@@ -393,3 +393,33 @@ def test_compiled_blocks_keep_their_state(x, plan):
     model = Model(lambda s, x: s.block(x), block=Block())
     plan(model, x)
     assert not model.block.seen.any()
+
+
+def test_a_fake_run_leaves_no_trace(x):
+    def change(s, x):
+        s.steps += 1
+        s.table.append(1)
+        s.one.add_(1)
+
+    model = Model(change, steps=0, table=deque(), one=torch.zeros(1))
+    sla2_compile.transform(model, example_inputs=(x,), discover="fake", **ANY)
+    assert (model.steps, len(model.table)) == (0, 0)
+    assert not model.one.any()
+
+
+@pytest.mark.parametrize("managed", [False, True])
+def test_hooks_that_move_weights_keep_their_state(x, managed):
+    """An object that swaps weights knows itself what is where; a library's attribute tells that there is one."""
+
+    class Manager:
+        active = False
+
+        def __call__(self, module, args):
+            self.active = True
+
+    model, manager = models.Attention(), Manager()
+    model.qkv.register_forward_pre_hook(manager)
+    if managed:
+        model.qkv._diffusers_hook = None
+    sla2_compile.inspect(model, example_inputs=(x,), **ANY)
+    assert manager.active is managed

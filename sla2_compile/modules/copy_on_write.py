@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
+    _disable_current_modes,
     _get_current_dispatch_mode,
     _pop_mode_temporarily,
     is_traceable_wrapper_subclass,
@@ -112,14 +113,17 @@ class CopyOnWrite(TorchDispatchMode):
         if storage is None:
             # a sparse or opaque tensor
             if id(x) not in self.whole:
-                self.whole[id(x)] = (x, x.detach().clone())
+                with _disable_current_modes():
+                    self.whole[id(x)] = (x, x.detach().clone())
         elif not any(storage._cdata in known for known in (self.new, self.copies, self.unwatched)):
-            self.copies[storage._cdata] = (storage, _bytes(storage).clone())
+            with _disable_current_modes():
+                self.copies[storage._cdata] = (storage, _bytes(storage).clone())
 
     def keep_form(self, x: Tensor) -> None:
         """Remember which memory a tensor shows, and in which form, before it becomes another view."""
         if id(x) not in self.forms and not isinstance(x, FakeTensor) and not self.is_new(x):
-            self.forms[id(x)] = (x, x.detach())
+            with _disable_current_modes():
+                self.forms[id(x)] = (x, x.detach())
 
     def put_back(self) -> None:
         """Restore all that was written to; the tensors stay the same objects."""
