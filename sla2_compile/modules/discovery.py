@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import _get_current_function_mode_stack
 
+from sla2_compile.modules.copy_on_write import CopyOnWrite
 from sla2_compile.modules.find import Found, find
 from sla2_compile.modules.leave_alone import left_alone, private_copy
 from sla2_compile.modules.record import Recorder
@@ -76,23 +77,29 @@ def _offloads(model: nn.Module) -> bool:
 
 
 def _real(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Found:
-    with left_alone(model, largest=sys.maxsize), torch.random.fork_rng(), torch.no_grad(), _no_autocast_cache():
+    with left_alone(model, (args, kwargs), largest=sys.maxsize) as writes, torch.no_grad(), _no_autocast_cache():
         args, kwargs = private_copy(args, kwargs)
-        found, _ = record_forward(model, model, args, kwargs)
+        found, _ = record_forward(model, model, args, kwargs, writes=writes)
     return found
 
 
 def record_forward(
-    model: nn.Module, run: Any, args: Sequence[Any], kwargs: Mapping[str, Any], how: str = "real"
+    model: nn.Module,
+    run: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    how: str = "real",
+    writes: CopyOnWrite | None = None,
 ) -> Any:
     """Run a forward of model, and return (the attention calls in it, its result).
 
-    run: the model, or its original forward.
+    run: the model, or its original forward; writes: remembers what the forward writes to, if that is to be undone.
     """
-    recorder = Recorder(model, _inside_checkpoint)
+    recorder = Recorder(model, _inside_checkpoint, contextlib.nullcontext if writes is None else writes.paused)
+    active = contextlib.nullcontext() if writes is None else writes.active()
     with (
         torch.compiler.set_stance("force_eager"), recorder.frames.watch(model, recorder.ended), recorder.threads,
-        recorder.below, recorder,
+        recorder.below, recorder, active,
     ):  # fmt: skip
         output = run(*args, **kwargs)
     return find(recorder.finish(output), how), output
@@ -118,11 +125,11 @@ def _fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], on_m
 
     try:
         # under fake tensors, one-element buffers such as a step counter are still updated for real
-        with left_alone(model, largest=1), torch.random.fork_rng(devices=[]), torch.no_grad(), _no_autocast_cache():
+        with left_alone(model, (args, kwargs), largest=1) as writes, torch.no_grad(), _no_autocast_cache():
             # a forward may change arguments that are not tensors too: a key/value cache, say
             fake_args, fake_kwargs = private_copy(args, kwargs, fake)
             with mode:
-                found, _ = record_forward(model, model, fake_args, fake_kwargs, "fake")
+                found, _ = record_forward(model, model, fake_args, fake_kwargs, "fake", writes)
             del fake_args, fake_kwargs, _
         return found
     finally:

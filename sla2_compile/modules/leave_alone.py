@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,112 +13,65 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sla2_compile.modules.frames import named_modules
-
-# plain objects from these packages belong to the process, not to the model
-FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
-MAX_DEPTH = 6
+from sla2_compile.modules.copy_on_write import CopyOnWrite
+from sla2_compile.modules.memory import Memory, is_managed
 
 
 @contextlib.contextmanager
-def left_alone(model: nn.Module, largest: int) -> Iterator[None]:
-    """Restore, on exit, the attributes of model's modules, and their buffers of at most `largest` elements.
+def left_alone(model: nn.Module, inputs: Any, largest: int) -> Iterator[CopyOnWrite]:
+    """Restore, on exit, what a forward changed.
 
-    Containers in attributes, and plain objects in those, get their old contents back, so lazy caches that a trial run
-    filled are empty again. The state of hooks, and of objects that manage modules (offloading, sharding), is not
-    touched: they move weights themselves and keep track of it.
+    - What model's modules and its inputs hold, as far as `Memory` follows it.
+    - Every tensor that operators wrote to, wherever it is held, and every random generator that they drew from.
+    - Buffers of at most `largest` elements, also where no operator shows the write.
+    - The random states of the process.
+
+    Yields what must be active while the forward runs.
     """
-    memory = Memory()
-    for _, module in named_modules(model):
-        memory.keep(module, 0)
-    buffers = [b for b in model.buffers() if b.numel() <= largest and not b.is_meta]
+    memory = Memory(model, inputs)
     # an expanded buffer cannot be written to, and so was not
-    values = [(b, b.clone()) for b in buffers if 0 not in b.stride() or b.numel() <= 1]
-    try:
-        yield
-    finally:
-        memory.put_back()
-        for buffer, value in values:
+    buffers = [b for b in model.buffers() if b.numel() <= largest and not b.is_meta and not _is_expanded(b)]
+    values = [(b, b.clone()) for b in buffers]
+    writes = CopyOnWrite([b for b in buffers if _is_whole(b)], is_managed(model))
+    # the stack makes every step, the last one first, even if one of them raises
+    with contextlib.ExitStack() as undo:
+        undo.callback(_put_back, values)
+        undo.callback(writes.put_back)
+        undo.callback(lambda: memory.put_back(moved=writes.moved or writes.managed))
+        undo.enter_context(_random_states())
+        memory.lend()
+        yield writes
+
+
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in buffers:
             # a buffer that the forward did not change is not written to
             if buffer.device != value.device or not torch.equal(buffer, value):
                 buffer.copy_(value)
 
 
-class Memory:
-    """The former contents of containers and of objects' __dict__."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[Any, Any]] = {}
-
-    def keep(self, x: Any, depth: int) -> None:
-        """Remember the contents of x, if it is mutable, and of the containers and plain objects in it."""
-        if id(x) in self.kept or depth > MAX_DEPTH or isinstance(x, Tensor):
-            return
-        if isinstance(x, dict):
-            self.kept[id(x)] = (x, dict(x))
-            inside = list(x.values())
-        elif isinstance(x, (list, set)):
-            self.kept[id(x)] = (x, list(x))
-            inside = list(x)
-        elif isinstance(x, tuple):
-            inside = list(x)
-        elif isinstance(x, nn.Module):
-            self.kept[id(x.__dict__)] = (x.__dict__, dict(x.__dict__))
-            for name, value in x.__dict__.items():
-                self._module_attribute(name, value, depth)
-            return
-        elif _is_plain_object(x) and not _manages_modules(x):
-            self.keep(x.__dict__, depth)
-            return
-        else:
-            return
-        for value in inside:
-            # modules are kept separately
-            if not isinstance(value, nn.Module):
-                self.keep(value, depth + 1)
-
-    def _module_attribute(self, name: str, value: Any, depth: int) -> None:
-        if "hook" in name and isinstance(value, dict):
-            # remember which hooks there are, but not their state
-            self.kept[id(value)] = (value, dict(value))
-        elif not isinstance(value, nn.Module):
-            self.keep(value, depth + 1)
-
-    def put_back(self) -> None:
-        """Restore everything remembered; the objects stay the same.
-
-        Uses the base types' own methods, because some libraries' configurations are dicts that refuse updates.
-        """
-        for x, content in self.kept.values():
-            if isinstance(x, dict):
-                dict.clear(x)
-                dict.update(x, content)
-            elif isinstance(x, list):
-                list.__setitem__(x, slice(None), content)
-            else:
-                set.clear(x)
-                set.update(x, content)
+def _is_expanded(x: Tensor) -> bool:
+    return 0 in x.stride() and x.numel() > 1
 
 
-def _manages_modules(x: Any) -> bool:
-    """Whether an object holds modules or parameters, and so is not plain data of the model."""
-    for value in x.__dict__.values():
-        items = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, (list, tuple, set))
-            else (value,)
-        )
-        if any(isinstance(item, (nn.Module, nn.Parameter)) for item in items):
-            return True
-    return False
+def _is_whole(x: Tensor) -> bool:
+    """Whether no other tensor shows more of a tensor's memory."""
+    return x.layout is torch.strided and x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
-def _is_plain_object(x: Any) -> bool:
-    if isinstance(x, (type, types.ModuleType, types.FunctionType, types.MethodType)) or not hasattr(x, "__dict__"):
-        return False
-    return isinstance(x.__dict__, dict) and type(x).__module__.partition(".")[0] not in FOREIGN
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    """Restore the random generators of PyTorch, Python and numpy."""
+    numpy = sys.modules.get("numpy")
+    python, legacy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(legacy)
 
 
 def private_copy(

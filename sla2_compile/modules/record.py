@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -120,10 +121,17 @@ class Recorder(TorchFunctionMode):
 
     Args:
         inside_checkpoint: tells whether the current call is inside a checkpoint that a module's forward made.
+        aside: a context for what the recorder itself computes.
     """
 
-    def __init__(self, model: nn.Module, inside_checkpoint: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inside_checkpoint: Callable[[nn.Module], bool],
+        aside: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         super().__init__()
+        self.aside = aside
         self.frames = Frames(model)
         self.inside_checkpoint = inside_checkpoint
         self.graph = fx.Graph()
@@ -170,7 +178,8 @@ class Recorder(TorchFunctionMode):
         self.below.inside += 1
         try:
             result = func(*args, **kwargs)
-            self._record(func, args, kwargs, result)
+            with self.aside():
+                self._record(func, args, kwargs, result)
         finally:
             self.below.inside -= 1
         return result
