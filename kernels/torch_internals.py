@@ -34,7 +34,7 @@ def in_forward_mode() -> bool:
 
 def in_backward() -> bool:
     """Whether this thread runs a node of an autograd graph now, or code that one called, such as a recomputation."""
-    task: int = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+    task: int = torch._C._current_graph_task_id()
     return task != -1
 
 

@@ -132,7 +132,7 @@ def test_copies_restore_and_what_came_before(reentrant):
 
 
 def test_an_error_in_the_first_backward_leaves_nothing_behind():
-    model, plain, x, y = first_forward(False, "block", False)
+    model, _, x, y = first_forward(False, "block", False)
     model(x.detach())
 
     def fail(gradients: Any) -> None:
