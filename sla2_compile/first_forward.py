@@ -35,8 +35,9 @@ class FirstForward(RemembersCopies):
     """Waits for a root's first forward, which finds the attention.
 
     That call is the user's own: it runs once, with full attention, and nothing is undone or rerun. SLA2 answers from
-    the next call on, and not in the backward of that one. If the root's forward is wrapped before that, this object stays inside the wrapper and passes
-    every later call on. A call that fails leaves the model pending. Calls from several threads make one plan.
+    the next call on; the backward of the first recomputes what that computed. If the root's forward is wrapped before
+    that, this object stays inside the wrapper and passes every later call on. A call that fails leaves the model
+    pending. Calls from several threads make one plan.
     """
 
     def __init__(self, root: nn.Module, recipe: Recipe, allow_none: bool) -> None:

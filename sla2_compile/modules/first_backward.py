@@ -1,9 +1,9 @@
 """`FirstBackward`: the backward of a first forward recomputes what that forward computed, without SLA2.
 
 A model that was transformed without example inputs computes full attention in its first forward, and gets its sites
-right after it. If activations are checkpointed, the backward of that forward calls owners again. The gradient is right
-only if they compute the same, so their own code must run, and code that is compiled must run uncompiled as it did
-then. Recomputations of later forwards must not: several forwards may come before one backward.
+right after it. If activations are checkpointed, the backward of that forward calls owners again. The gradient is
+right only if they compute the same. So their own code must run, and compiled code must run uncompiled, as it did
+then. Recomputations of later forwards must use SLA2, and several forwards may come before one backward.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sla2_compile.kernels.torch_internals import in_backward
 class FirstBackward:
     """Tells the owners of one plan whether they are called by the backward of the first forward.
 
-    Until an owner is called outside of a backward, every backward counts: no other forward can have begun. After that,
-    the nodes that the first forward recorded count, while they run, also for what they call (a checkpoint inside a
-    checkpoint). Copies of a model were not part of its first forward, so for them nothing counts.
+    Until an owner is called outside of a backward, every backward counts, since there was no other forward. From then
+    on the nodes that the first forward recorded count while they run, with all that they call, such as a checkpoint
+    inside a checkpoint. Copies of a model had no part in its first forward, so for them nothing counts.
 
     Attributes:
         awake: whether an owner was called outside of a backward since.

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Proxy
 
 TOLD = (
-    "torch.fx.symbolic_trace cannot see SLA2: its graph computes this model's full attention, and keeps no sites; use "
+    "torch.fx.symbolic_trace cannot see SLA2: its graph computes this model's full attention, without sites; use "
     "torch.export, which records SLA2, or trace the model first and transform the GraphModule"
 )
 

@@ -1,14 +1,15 @@
-"""Hand-written attention in a trace (torch.compile, torch.export, torch.jit.trace): traced as it is, and replaced where weights multiply the values.
+"""Hand-written attention in a trace: traced as it is, and replaced where weights multiply the values.
 
-Nothing is computed in a trace, so nothing needs to be deferred. What scores stand for is remembered beside them. Once
+Traces are those of torch.compile, torch.export and torch.jit.trace. What a program computes while it is traced does
+not matter, so nothing needs to be deferred. What scores stand for is remembered beside them. Once
 the site has answered, the scores are dead code, which every compiler removes.
 
 Function modes do not see every write in a trace (`torch._foreach_*` is missing in torch 2.13). Planning, which runs
 in eager mode, refuses owners that write to queries, keys or masks before that product.
 
 A graph break ends what is known. The mode stays active while the finished part runs and while code runs that Dynamo
-skips. Nothing tells the two apart, so calls there may be new and may write to tensors. They must not change the tables
-either, because compiled code has checked them by then and reads them afterwards. They only set a flag.
+skips. Nothing tells the two apart, so calls there may be new and may write to tensors. They must not change the
+tables either, because compiled code has checked them by then and reads them afterwards. They only set a flag.
 """
 
 from __future__ import annotations

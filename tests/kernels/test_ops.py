@@ -409,5 +409,5 @@ def test_a_second_derivative_is_refused_with_the_fix() -> None:
     for training in (False, True):
         o, _ = attend(x, x, x, AttentionOptions(), training=training)
         (gradient,) = torch.autograd.grad(o.square().sum(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="SLA2 must be differentiated once.*exclude the module"):
+        with pytest.raises(NotImplementedError, match=r"SLA2 must be differentiated once.*exclude the module"):
             gradient.sum().backward()
