@@ -75,7 +75,7 @@ def close(found: dict[str, Tensor], *wanted: dict[str, Tensor]) -> None:
     for name in found:
         # alpha learns in SLA2's forwards alone
         parts = [want[name] for want in wanted if name in want]
-        torch.testing.assert_close(found[name], sum(parts), rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], sum(parts), rtol=1e-3, atol=1e-4)
 
 
 def first_forward(by_hand: bool, place: str, reentrant: bool) -> tuple[Net, Net, Tensor, Tensor]:
@@ -189,7 +189,7 @@ def test_compiled_blocks_train(by_hand, reentrant, backend):
     model = Stack()
     plain = copy.deepcopy(model)
     model.blocks[0].compile(backend=backend)
-    model.blocks[1] = torch.compile(model.blocks[1], backend=backend)  # type: ignore[assignment]
+    model.blocks[1] = torch.compile(model.blocks[1], backend=backend)
     lit, twin = Lit(sla2_compile.transform(model, min_seq_len=0, topk_ratio=1.0)), Lit(plain)
     for _ in range(3):
         x = torch.randn(2, 96, 32, requires_grad=True)

@@ -184,7 +184,7 @@ class Sites(nn.Module):
         """Return the site of the index-th call, or the wrapper around it."""
         site = self._at(index)
         if site is None:
-            raise IndexError(f"index must be one of {', '.join(self._modules)}, got {index}; see report(model)")
+            raise KeyError(f"index must be one of {', '.join(self._modules)}, got {index}; see report(model)")
         return site  # type: ignore[return-value]
 
     def _at(self, index: int) -> nn.Module | None:
