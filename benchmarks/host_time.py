@@ -138,7 +138,10 @@ def rows(host: Host, compiled: bool) -> Iterator[dict[str, Any]]:
 
                 for _ in range(3):
                     call()
-                row = {"shape": list(shape), "dtype": "bf16" if dtype == torch.bfloat16 else "fp32, autocast"}
+                row: dict[str, Any] = {
+                    "shape": list(shape),
+                    "dtype": "bf16" if dtype == torch.bfloat16 else "fp32, autocast",
+                }
                 row |= {"what": what, "mode": mode, "host_ms": host.settle(1.0)}
                 yield row | measure(call, calls) | count(call, calls)
                 if mode == "eager" and calls == 1:

@@ -47,6 +47,12 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_backward() -> bool:
+    """Whether this thread runs a node of an autograd graph now, or code that one called, such as a recomputation."""
+    task: int = torch._C._current_graph_task_id()
+    return task != -1
+
+
 def surely(condition: Any) -> bool:
     """Whether a comparison of symbolic sizes holds for all their possible values; adds no guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true

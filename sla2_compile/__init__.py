@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sla2_compile.libraries.diffusers import diffusers_backend, reset_diffusers_backend, set_diffusers_backend
     from sla2_compile.libraries.transformers import register_transformers
     from sla2_compile.recipes import Recipe, RecipeError
-    from sla2_compile.reports.report import Report, report
     from sla2_compile.reports.recording import record_statistics
+    from sla2_compile.reports.report import Report, report
     from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
 
 __version__ = "0.1.0"
@@ -54,6 +54,7 @@ __all__ = [
     "get_sla2_statistics",
     "inspect",
     "log_sla2_config",
+    "record_statistics",
     "register_transformers",
     "report",
     "reset_diffusers_backend",

@@ -89,9 +89,9 @@ def _check(model: Any, example_inputs: Any) -> None:
         kind = type(example_inputs).__name__
         raise ValueError(f"example_inputs must be a tuple of forward's arguments, got {kind}; write (x,)")
     if isinstance(model, type) or not isinstance(model, (nn.Module, ExportedProgram)):
-        kind = model if isinstance(model, type) else type(model).__name__
+        given = model if isinstance(model, type) else type(model).__name__
         raise TypeError(
-            f"model must be an nn.Module, GraphModule or ExportedProgram, got {kind}; "
+            f"model must be an nn.Module, GraphModule or ExportedProgram, got {given}; "
             "pass the module itself, for a pipeline its transformer: pipe.transformer = transform(pipe.transformer)"
         )
     if isinstance(model, torch.jit.ScriptModule):

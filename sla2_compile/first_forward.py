@@ -12,10 +12,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sla2_compile.kernels.torch_internals import in_backward
 from sla2_compile.libraries.peft import check_adapters
 from sla2_compile.modules.bound import as_forward, is_bound
 from sla2_compile.modules.discovery import record_forward
+from sla2_compile.modules.first_backward import FirstBackward
 from sla2_compile.modules.parallel import wrapper_around
+from sla2_compile.modules.symbolic import symbolic, tell_symbolic
 from sla2_compile.modules.too_early import RemembersCopies, tell
 from sla2_compile.plan import Plan, set_plan
 from sla2_compile.planning import apply, plan_model
@@ -32,8 +35,9 @@ class FirstForward(RemembersCopies):
     """Waits for a root's first forward, which finds the attention.
 
     That call is the user's own: it runs once, with full attention, and nothing is undone or rerun. SLA2 answers from
-    the next call on. If the root's forward is wrapped before that, this object stays inside the wrapper and passes
-    every later call on. A call that fails leaves the model pending. Calls from several threads make one plan.
+    the next call on; the backward of the first recomputes what that computed. If the root's forward is wrapped before
+    that, this object stays inside the wrapper and passes every later call on. A call that fails leaves the model
+    pending. Calls from several threads make one plan.
     """
 
     def __init__(self, root: nn.Module, recipe: Recipe, allow_none: bool) -> None:
@@ -98,7 +102,7 @@ class FirstForward(RemembersCopies):
 
     def part_runs(self, part: nn.Module, args: Any) -> None:
         """Warn once that a part of the model was called and the model's own forward was not."""
-        if self.done or self.running or self.told or torch.compiler.is_compiling():
+        if self.done or self.running or self.told or torch.compiler.is_compiling() or in_backward():
             return
         self.told = True
         kind = type(self.root).__name__
@@ -111,14 +115,14 @@ class FirstForward(RemembersCopies):
 
     def find(self, args: Any, kwargs: Any) -> Any:
         """Run the original once, plan the model from the calls it made, and return its result."""
-        self.running = True
+        self.running, recomputed = True, FirstBackward()
         try:
-            found, output = record_forward(self.root, self.original, args, kwargs)
+            found, output = record_forward(self.root, self.original, args, kwargs, recomputed=recomputed)
             layout = plan_model(self.root, self.recipe, found, self.allow_none)
         finally:
             self.running = False
         self.withdraw()
-        apply(self.root, layout)
+        apply(self.root, layout, recomputed)
         tell(self.root, sum(isinstance(twin, FirstForward) and not twin.done for twin in self.alive()))
         return output
 
@@ -131,7 +135,11 @@ def _run(bound: FirstForward | nn.Module, *args: Any, **kwargs: Any) -> Any:
             "a model transformed without example_inputs must run once before it is compiled or exported, "
             "got a compiler's trace; call it once, or pass example_inputs to transform"
         )
-    if self.done or self.running:
+    if self.done or self.running or in_backward():
+        # a backward recomputes a forward from before transform
+        return self.original(*args, **kwargs)
+    if symbolic(args, kwargs):
+        tell_symbolic()
         return self.original(*args, **kwargs)
     if (wrapper := wrapper_around(self.root)) is not None:
         raise RuntimeError(

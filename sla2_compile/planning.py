@@ -14,6 +14,7 @@ from sla2_compile import debug
 from sla2_compile.kernels.checks import DTYPES
 from sla2_compile.libraries.transformers import adapter_of
 from sla2_compile.modules.find import CONTAINERS, Found
+from sla2_compile.modules.first_backward import FirstBackward
 from sla2_compile.modules.pretrained import begin_as_saved
 from sla2_compile.modules.redirect import CHILD, has_attribute, install
 from sla2_compile.modules.written import Written
@@ -92,8 +93,11 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
     return Layout(plan, dict(owners), written, watches, found.left(owners, written))
 
 
-def apply(model: nn.Module, layout: Layout) -> None:
-    """Give a model its sites."""
+def apply(model: nn.Module, layout: Layout, first: FirstBackward | None = None) -> None:
+    """Give a model its sites.
+
+    first: tells owners what belongs to the model's first forward, if that was planned from.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = {
         name: Sites({index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()})
@@ -106,7 +110,7 @@ def apply(model: nn.Module, layout: Layout) -> None:
     for name in dict.fromkeys([*sites, *sorted(layout.watches)]):
         written = dict(layout.written.get(name, {}))
         expected = layout.expected.get(name, 0)
-        install(modules[name], sites.get(name), name, written, name in layout.watches, expected)
+        install(modules[name], sites.get(name), name, written, name in layout.watches, expected, first)
     set_plan(model, layout.plan)
     debug.show_report(lambda: report(model))
 

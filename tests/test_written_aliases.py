@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import sla2_compile
 
-N, ANY = 96, {"min_seq_len": 0, "topk_ratio": 1.0}
+N = 96
+ANY: dict[str, Any] = {"min_seq_len": 0, "topk_ratio": 1.0}
 CAUSAL = torch.ones(N, N).triu(1).bool()
 
 
@@ -22,7 +23,8 @@ class Owner(nn.Module):
 
     def __init__(self, function: Any) -> None:
         super().__init__()
-        self.function, self.scale, self.late, self.kept = function, 0.25, False, []
+        self.function, self.scale, self.late = function, 0.25, False
+        self.kept: list[Any] = []
         self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
 
     def forward(self, x: Tensor) -> Tensor:

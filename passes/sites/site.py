@@ -188,7 +188,20 @@ class Sites(nn.Module):
 
     def __getitem__(self, index: int) -> Site:
         """Return the site of the index-th call, or the wrapper around it."""
-        return self._modules[str(index)]  # type: ignore[return-value]
+        site = self._at(index)
+        if site is None:
+            raise KeyError(f"index must be one of {', '.join(self._modules)}, got {index}; see report(model)")
+        return site  # type: ignore[return-value]
+
+    def _at(self, index: int) -> nn.Module | None:
+        """As `self[index]`; None if there is no such site.
+
+        Compares numbers, because compilers have no names of symbolic ones, which an index from outside of a trace is.
+        """
+        for name, site in self._modules.items():
+            if int(name) == index:
+                return site
+        return None
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -212,7 +225,7 @@ class Sites(nn.Module):
             padding: the boolean mask (B, Nk), True where a key is hidden, from which the key_padding_mask of
                 F.multi_head_attention_forward was made, if known.
         """
-        site = self._modules.get(str(index))
+        site = self._at(index)
         if site is None:
             self.count_unseen()
             return function(*args, **kwargs)

@@ -108,7 +108,7 @@ _RECORDING: WeakSet[nn.Module] = WeakSet()
 
 
 @contextlib.contextmanager
-def recording(modules: Iterable[nn.Module]) -> Iterator[None]:
+def keeping_choices(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Have the calls of some modules keep what SLA2 chose, also of those that make their first call later."""
     new = [module for module in modules if module not in _RECORDING]
     for module in new:

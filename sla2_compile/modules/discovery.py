@@ -24,6 +24,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 from sla2_compile.modules.copy_on_write import CopyOnWrite
 from sla2_compile.modules.find import Found, find
+from sla2_compile.modules.first_backward import FirstBackward, nodes_of
+from sla2_compile.modules.frames import returned
 from sla2_compile.modules.leave_alone import left_alone, private_copy
 from sla2_compile.modules.record import Recorder
 
@@ -79,8 +81,7 @@ def _offloads(model: nn.Module) -> bool:
 def _real(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Found:
     with left_alone(model, (args, kwargs), largest=sys.maxsize) as writes, torch.no_grad(), _no_autocast_cache():
         args, kwargs = private_copy(args, kwargs)
-        found, _ = record_forward(model, model, args, kwargs, writes=writes)
-    return found
+        return record_forward(model, model, args, kwargs, writes=writes)[0]
 
 
 def record_forward(
@@ -90,18 +91,25 @@ def record_forward(
     kwargs: Mapping[str, Any],
     how: str = "real",
     writes: CopyOnWrite | None = None,
+    recomputed: FirstBackward | None = None,
 ) -> Any:
     """Run a forward of model, and return (the attention calls in it, its result).
 
-    run: the model, or its original forward; writes: remembers what the forward writes to, if that is to be undone.
+    Args:
+        run: the model, or its original forward.
+        writes: remembers what the forward writes to, if that is to be undone.
+        recomputed: is given the forward's autograd graph if a checkpoint may compute some of it again.
     """
     recorder = Recorder(model, _inside_checkpoint, contextlib.nullcontext if writes is None else writes.paused)
+    before = nodes_of(returned((args, kwargs)))
     active = contextlib.nullcontext() if writes is None else writes.active()
     with (
         torch.compiler.set_stance("force_eager"), recorder.frames.watch(model, recorder.ended), recorder.threads,
         recorder.below, recorder, active,
     ):  # fmt: skip
         output = run(*args, **kwargs)
+    if recomputed is not None and recorder.checkpointed:
+        recomputed.watch([*recorder.alive(), *returned(output)], before)
     return find(recorder.finish(output), how), output
 
 
@@ -129,8 +137,8 @@ def _fake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], on_m
             # a forward may change arguments that are not tensors too: a key/value cache, say
             fake_args, fake_kwargs = private_copy(args, kwargs, fake)
             with mode:
-                found, _ = record_forward(model, model, fake_args, fake_kwargs, "fake", writes)
-            del fake_args, fake_kwargs, _
+                found = record_forward(model, model, fake_args, fake_kwargs, "fake", writes)[0]
+            del fake_args, fake_kwargs
         return found
     finally:
         # the frames of an exception in flight hold fake tensors too; those are no leak
@@ -144,16 +152,16 @@ def recording() -> bool:
     return any(isinstance(mode, Recorder) for mode in _get_current_function_mode_stack())
 
 
-def _inside_checkpoint(owner: nn.Module) -> bool:
-    """Whether the current call is inside a checkpoint that the owner's forward itself made.
+def _inside_checkpoint(owner: nn.Module | None) -> bool:
+    """Whether the current call is inside a checkpoint that the owner's forward itself made; None: inside any.
 
-    Its recomputation would run outside the owner's forward, and so without its sites.
+    The recomputation of one in the owner's forward would run outside of that, and so without its sites.
     """
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == CHECKPOINT_FILE:
             return True
-        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is owner:
+        if owner is not None and frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is owner:
             return False
         frame = frame.f_back  # type: ignore[assignment]
     return False

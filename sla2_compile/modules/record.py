@@ -120,18 +120,23 @@ class Recorder(TorchFunctionMode):
     """Records the torch functions that are called under it.
 
     Args:
-        inside_checkpoint: tells whether the current call is inside a checkpoint that a module's forward made.
+        inside_checkpoint: tells whether the current call is inside a checkpoint that a module's forward made, or,
+            of None, inside any.
         aside: a context for what the recorder itself computes.
+
+    Attributes:
+        checkpointed: whether attention, or what may be part of it, was called inside a checkpoint.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        inside_checkpoint: Callable[[nn.Module], bool],
+        inside_checkpoint: Callable[[nn.Module | None], bool],
         aside: Callable[[], AbstractContextManager[None]],
     ) -> None:
         super().__init__()
         self.aside = aside
+        self.checkpointed = False
         self.frames = Frames(model)
         self.inside_checkpoint = inside_checkpoint
         self.graph = fx.Graph()
@@ -158,6 +163,10 @@ class Recorder(TorchFunctionMode):
         unread = [n for n in self.graph.nodes if not n.users and n not in self.scores and n.op != "placeholder"]
         self.graph.output(tuple(dict.fromkeys([*results, *unread])))
         return self.found
+
+    def alive(self) -> list[Tensor]:
+        """The tensors that calls took or made and that are still referenced."""
+        return [x for ref, _ in self.nodes.values() if (x := ref()) is not None]
 
     def ended(self, tensors: list[Tensor]) -> None:
         """Note the scores and weights that the innermost forward returns."""
@@ -215,6 +224,7 @@ class Recorder(TorchFunctionMode):
                     item.meta |= self._place()
                     self._keep(x, item)
         if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward) or func in PRODUCTS:
+            self.checkpointed = self.checkpointed or self.inside_checkpoint(None)
             if self.inside_checkpoint(self.frames.stack[-1].module):
                 self.found.reasons[node] = Reason.CHECKPOINT
             elif func in PRODUCTS and torch._C._functorch.peek_interpreter_stack() is not None:

@@ -16,7 +16,9 @@ from torch import nn
 
 from sla2_compile.modules.bound import as_forward, is_bound
 from sla2_compile.modules.calls import RedirectAttention, enclosing
-from sla2_compile.modules.traced import TraceAttention
+from sla2_compile.modules.first_backward import FirstBackward
+from sla2_compile.modules.symbolic import symbolic, tell_symbolic
+from sla2_compile.modules.traced import TraceAttention, in_trace
 from sla2_compile.modules.watch import Watch
 from sla2_compile.modules.written import DeferAttention, Written
 from sla2_compile.passes.multihead import function as multihead
@@ -42,6 +44,7 @@ class SiteForward:
         written: the owner's hand-written attention calls, by the number of their product of queries and keys.
         watches: whether attention weights of a module inside outlive that module's forward, but not this one.
         expected: how many hand-written calls of one forward planning saw and left as they are.
+        first: tells whether a call belongs to the model's first forward, which had no sites; None if they were there.
         forwards, missed: counts of eager forwards, and of those that made none of the planned calls.
         from_class: whether `own` was looked up on the class, and must not be put back.
         function: the class's forward; stored, because looking it up inside a trace breaks the graph.
@@ -49,9 +52,9 @@ class SiteForward:
 
     def __init__(
         self, owner: nn.Module, name: str = "", written: dict[int, Written] | None = None, watches: bool = False,
-        expected: int = 0,
+        expected: int = 0, first: FirstBackward | None = None,
     ) -> None:  # fmt: skip
-        self.expected = expected
+        self.expected, self.first = expected, first
         self.owner, self.name, self.written, self.watches = owner, name, written or {}, watches
         self.forwards = self.missed = 0
         self.from_class = False
@@ -94,7 +97,14 @@ class SiteForward:
 def _run(bound: SiteForward | nn.Module, *args: Any, **kwargs: Any) -> Any:
     # accelerate rebinds the function of a root's forward to the root itself
     self: SiteForward = bound if isinstance(bound, SiteForward) else bound.__dict__[SLOT]
-    if self.watches and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _under_sites(self, args, kwargs)
+    if self.first is not None and self.first.recomputes():
+        return self.original(*args, **kwargs)
+    if symbolic(args, kwargs):
+        tell_symbolic()
+        return self.original(*args, **kwargs)
+    if self.watches:
         with Watch():
             return _under_sites(self, args, kwargs)
     return _under_sites(self, args, kwargs)
@@ -110,7 +120,7 @@ def _under_sites(self: SiteForward, args: Any, kwargs: Any) -> Any:
         padding = multihead.padding_of(args, kwargs)
     calls: Any = RedirectAttention(sites, padding, self.expected)  # type: ignore[arg-type]
     if self.written:
-        if torch.compiler.is_compiling():
+        if in_trace():
             calls = TraceAttention(sites, self.written, calls)  # type: ignore[arg-type]
         else:
             calls = DeferAttention(self.name, sites, self.written, calls)  # type: ignore[arg-type]
@@ -139,7 +149,7 @@ def site_forward(owner: nn.Module) -> SiteForward | None:
 
 def install(
     owner: nn.Module, sites: Sites | None, name: str = "", written: dict[int, Written] | None = None,
-    watches: bool = False, expected: int = 0,
+    watches: bool = False, expected: int = 0, first: FirstBackward | None = None,
 ) -> None:  # fmt: skip
     """Give owner its sites, or None where it only watches. The caller has checked that `owner.sla2` is free."""
     if sites is not None:
@@ -147,7 +157,7 @@ def install(
             # nn.TransformerEncoderLayer bypasses its attention module unless a module inside has a hook
             sites.register_forward_pre_hook(_only_seen)
         owner._modules[CHILD] = sites
-    carrier = SiteForward(owner, name, written, watches, expected)
+    carrier = SiteForward(owner, name, written, watches, expected, first)
     owner.__dict__[SLOT] = carrier
     owner.__dict__["forward"] = carrier.forward
 

@@ -1,10 +1,15 @@
-"""Hand-written attention in a compiler's trace: traced as it is, and replaced where weights multiply the values.
+"""Hand-written attention in a trace: traced as it is, and replaced where weights multiply the values.
 
-Nothing is computed in a trace, so nothing needs to be deferred. What scores stand for is remembered beside them. Once
+Traces are those of torch.compile, torch.export and torch.jit.trace. What a program computes while it is traced does
+not matter, so nothing needs to be deferred. What scores stand for is remembered beside them. Once
 the site has answered, the scores are dead code, which every compiler removes.
 
 Function modes do not see every write in a trace (`torch._foreach_*` is missing in torch 2.13). Planning, which runs
 in eager mode, refuses owners that write to queries, keys or masks before that product.
+
+A graph break ends what is known. The mode stays active while the finished part runs and while code runs that Dynamo
+skips. Nothing tells the two apart, so calls there may be new and may write to tensors. They must not change the
+tables either, because compiled code has checked them by then and reads them afterwards. They only set a flag.
 """
 
 from __future__ import annotations
@@ -38,6 +43,11 @@ WRITERS = ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ipow",
 METADATA = ("size", "dim", "numel", "ndimension", "nelement", "is_floating_point", "get_device", "__get__", "__len__")
 
 
+def in_trace() -> bool:
+    """Whether a compiler, torch.export or torch.jit.trace follows the code that runs now."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def writes(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a function may write to a tensor, judged by its name and arguments; a trace cannot read its schema."""
     name = getattr(func, "__name__", "")
@@ -51,12 +61,16 @@ class TraceAttention(OwnerMode):
     """Runs an owner's forward in a trace, and replaces its hand-written attention calls.
 
     Args: as in `DeferAttention`.
+
+    Attributes:
+        broken: whether a call under this mode ran outside of a trace, so that what was known may be out of date.
     """
 
     def __init__(self, sites: Sites, written: dict[int, Written], calls: RedirectAttention) -> None:
         super().__init__()
         self.sites, self.written, self.calls = sites, written, calls
         self.product = 0
+        self.broken = False
         # tensors, and for each what is known of it: (scores, planned call)
         self.tensors: list[Tensor] = []
         self.known: list[tuple[Scores, Written]] = []
@@ -64,6 +78,10 @@ class TraceAttention(OwnerMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        if not in_trace():
+            self.broken = True
+        if self.broken:
+            return self.calls.__torch_function__(func, types, args, kwargs)
         if func in PRODUCTS:
             if is_batched(func, args, kwargs):
                 number = self.product
@@ -72,6 +90,7 @@ class TraceAttention(OwnerMode):
             return func(*args, **kwargs)
         at, known = self._among(args)
         result = self.calls.__torch_function__(func, types, args, kwargs)
+        self.met = self.met or self.calls.met
         if known is not None and isinstance(result, Tensor):
             self._follow(func, at, known, args, kwargs, result)
         elif known is not None and getattr(func, "__name__", "") not in METADATA:
@@ -106,8 +125,11 @@ class TraceAttention(OwnerMode):
             answer = self._values(known, product, func, args, kwargs)
             return func(*args, **kwargs) if answer is None else answer
         result = func(*args, **kwargs)
-        if number in self.written:
-            self._keep(result, scores_of(product, result.shape), self.written[number])
+        for planned, written in self.written.items():
+            # after a graph break the number may be symbolic, and a dict finds no symbol
+            if planned == number:
+                self.met = True
+                self._keep(result, scores_of(product, result.shape), written)
         return result
 
     def _follow(self, func: Any, at: int, known: Any, args: Any, kwargs: Any, result: Tensor) -> None:
@@ -132,6 +154,9 @@ class TraceAttention(OwnerMode):
         if not scores.soft or product.bias is not None or product.scale != 1.0:
             return None
         v, shape = product.right, product.left.shape
+        if torch.jit.is_tracing() and v.shape[:-2] == shape[:-2]:
+            # in torch.jit.trace a size that is read is part of the program, and would keep the weights alive
+            shape = torch.Size((*v.shape[:-2], scores.left.shape[-2], v.shape[-2]))
         call = call_of(self.operands.behind(scores, v.dtype), shape, v, planned.heads)
         if call is None:
             return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from sla2_compile.libraries import adapter
+from sla2_compile.libraries.adapter import keeping_choices
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.reports.statistics import sites
 
@@ -25,7 +25,7 @@ def record_statistics(model: nn.Module) -> Iterator[None]:
         >>> stats = get_sla2_statistics(model)
     """
     before: list[tuple[Site, bool]] = [(site, site.recording) for _, site in sites(model)]
-    with adapter.recording(model.modules()):
+    with keeping_choices(model.modules()):
         for site, _ in before:
             site.recording = True
         try:

@@ -73,8 +73,8 @@ def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
     if not all_sites:
         got = "no call yet through " + ", ".join(sorted({use.adapter.name for use in adapters_of(model)}))
     return ValueError(
-        f"model must have run an eager forward that was recorded, got {got}; run one under "
-        "`with sla2_compile.record_statistics(model):`, outside torch.compile (torch.compiler.set_stance('force_eager'))"
+        f"model must have run an eager forward that was recorded, got {got}; run one under `with "
+        "sla2_compile.record_statistics(model):`, outside torch.compile (torch.compiler.set_stance('force_eager'))"
     )
 
 

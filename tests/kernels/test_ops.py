@@ -398,3 +398,12 @@ def test_memory_kept_between_calls_is_never_handed_out() -> None:
             sla2_attention(torch.ones(1, 2, 200, 16), torch.ones(1, 2, 300, 16), torch.ones(1, 2, 300, 8), options)
     for now, then in results:
         assert torch.equal(now, then)
+
+
+def test_a_second_derivative_is_refused_with_the_fix() -> None:
+    x = torch.randn(1, 1, 64, 16, requires_grad=True)
+    for training in (False, True):
+        o, _ = attend(x, x, x, AttentionOptions(), training=training)
+        (gradient,) = torch.autograd.grad(o.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=r"SLA2 must be differentiated once.*exclude the module"):
+            gradient.sum().backward()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -120,6 +121,21 @@ def test_in_forward_mode() -> None:
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             tracing.refuse_forward_mode(x, forward_ad.make_dual(x, x))
     assert not torch_internals.in_forward_mode()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_in_backward(reentrant: bool) -> None:
+    """Of a checkpoint: the forward is in none, the recomputation is."""
+    said: list[bool] = []
+
+    def call(x: Tensor) -> Tensor:
+        said.append(torch_internals.in_backward())
+        return x.sin()
+
+    x = torch.zeros(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(call, x, use_reentrant=reentrant).sum().backward()
+    assert said == [False, True]
+    assert not torch_internals.in_backward()
 
 
 def test_surely_adds_no_guard() -> None:
