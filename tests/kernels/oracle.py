@@ -32,7 +32,7 @@ class CallArguments:
             self.block_q, self.block_k, self.D**-0.5, self.feature_map, self.linear_scope, self.is_causal, *rest,
         )  # fmt: skip
 
-    def forward(self, x: dict[str, Any], run: Any, low_bit: str = "none") -> tuple[Tensor, ...]:
+    def forward(self, x: dict[str, Any], run: Any, low_bit: str = "none") -> Any:
         return run(
             x["q"], x["k"], x["v"], x["proj_q"], x["proj_k"], x["gain"], x["bias"], x["mask"],
             self.topk_ratio, self.compression_ratio, self.block_q, self.block_k, self.D**-0.5,

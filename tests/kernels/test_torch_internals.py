@@ -20,14 +20,17 @@ KERNELS = Path(torch_internals.__file__).parent
 class Wrapped(Tensor):
     """A tensor without memory, whose dispatch doubles another one twice: below autograd, and with it."""
 
+    x: Tensor
+    made: list[Tensor]
+
     @staticmethod
-    def __new__(cls, x: Tensor) -> Any:
-        wrapped = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
+    def __new__(cls: Any, x: Tensor) -> Any:
+        wrapped: Any = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
         wrapped.x = x
         return wrapped
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         (wrapped,) = args
         below = wrapped.x * 2
         with torch_internals.autograd_in_dispatch():
