@@ -89,3 +89,12 @@ def test_links_point_to_the_packages():
         link = ROOT / "sla2_compile" / name
         assert link.is_symlink()
         assert link.resolve() == ROOT / name
+
+
+def test_a_long_file_says_why():
+    """About 300 lines hold one idea; a file with more gives its reason in its docstring."""
+    files = [path for package in ALLOWED for path in (ROOT / package).rglob("*.py")]
+    assert len(files) > 100
+    for path in files:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300 or "Over 300 lines: " in (ast.get_docstring(ast.parse(text)) or ""), path

@@ -13,14 +13,15 @@ into their result, so every holder then has the real tensor. The rest of a progr
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from sla2_compile.kernels.torch_internals import autograd_in_dispatch, throw_on_address
+from sla2_compile.modules.likeness import Like, autocast_dtype, tensors
 
 if TYPE_CHECKING:
     from sla2_compile.modules.scores import Scores
@@ -50,13 +51,6 @@ class Origin:
         if not self.needed:
             self.needed = True
             self.tell(self)
-
-
-class Like(NamedTuple):
-    """Dtype and device of a call's result."""
-
-    dtype: torch.dtype
-    device: torch.device
 
 
 class Recorded:
@@ -107,66 +101,6 @@ class Recorded:
 def version(x: Tensor) -> int:
     """The number of in-place writes that autograd has counted; 0 for inference tensors, which have no counter."""
     return 0 if x.is_inference() else x._version
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype on a device, or None where it is off."""
-    kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def tensors(*nested: Any) -> list[Tensor]:
-    """All tensors in arguments, in lists, tuples and dicts too."""
-    found: list[Tensor] = []
-    for x in nested:
-        if isinstance(x, Tensor):
-            found.append(x)
-        elif isinstance(x, (list, tuple)):
-            found += tensors(*x)
-        elif isinstance(x, dict):
-            found += tensors(*x.values())
-    return found
-
-
-_LIKE: dict[Any, Like | None] = {}
-
-
-def like_of(func: Any, args: Any, kwargs: Any) -> Like | None:
-    """The kind of tensor that a call returns under the current autocast; None if that is no float tensor.
-
-    Found by making the call once with tensors of one element.
-    """
-    device = next(x for x in tensors(args, kwargs)).device
-    key = (func, autocast_dtype(device), _key(args), _key(kwargs))
-    if key not in _LIKE:
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            try:
-                made = func(*_small(args), **_small(kwargs))
-            except (RuntimeError, TypeError, ValueError, IndexError):
-                # the owner's own call will raise the error
-                made = None
-        fits = isinstance(made, Tensor) and made.is_floating_point()
-        _LIKE[key] = Like(made.dtype, made.device) if fits else None
-    return _LIKE[key]
-
-
-def _key(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return (x.dtype, x.device, x.dim())
-    if isinstance(x, (list, tuple)):
-        return tuple(_key(item) for item in x)
-    if isinstance(x, dict):
-        return tuple((name, _key(item)) for name, item in x.items())
-    # an unhashable argument gets a unique key, which matches no other call
-    return (type(x), x) if isinstance(x, Hashable) else object()
-
-
-def _small(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return torch.ones((1,) * x.dim(), dtype=x.dtype, device=x.device)
-    if isinstance(x, (list, tuple)):
-        return type(x)(_small(item) for item in x)
-    return {name: _small(item) for name, item in x.items()} if isinstance(x, dict) else x
 
 
 def shape_of(func: Any, recorded: Recorded, args: Any, kwargs: Any) -> tuple[int, ...] | None:

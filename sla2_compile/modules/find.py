@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sla2_compile.modules.frames import Frame
-from sla2_compile.modules.record import FRAMES, Answer, Recording, hidden_attention
+from sla2_compile.modules.recording import FRAMES, Answer, Recording, hidden_attention
 from sla2_compile.modules.scores import read_product
 from sla2_compile.modules.written import Written
 from sla2_compile.modules.written_call import call_of

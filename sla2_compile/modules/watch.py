@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from sla2_compile.modules.deferred import Deferred, Recorded, become, is_deferred, tensors
+from sla2_compile.modules.deferred import Deferred, Recorded, become, is_deferred
+from sla2_compile.modules.likeness import tensors
 from sla2_compile.modules.writes import exposes, written
 
 

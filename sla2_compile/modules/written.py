@@ -19,17 +19,15 @@ from sla2_compile.modules.calls import OwnerMode, RedirectAttention
 from sla2_compile.modules.deferred import (
     METADATA,
     Deferred,
-    Like,
     Origin,
     Recorded,
     defer,
     is_deferred,
-    like_of,
     real,
     shape_of,
-    tensors,
     version,
 )
+from sla2_compile.modules.likeness import Like, like_of, tensors
 from sla2_compile.modules.operands import FOLLOWED, Operands
 from sla2_compile.modules.scores import (
     CASTS,

@@ -16,6 +16,8 @@ LOW_BIT: 0 computes in q's dtype; 1 takes scores in INT8, 2 also weights and val
 (`cuda/forward/states.py` says how k8, v8 and their scales are made). An integer score is
 summed on top of 0x4B400000, so that its bits are those of 12582912 + s in fp32, and a conversion is saved; scores in
 units of log2 are then exact to half a millionth of what the largest possible integer would give.
+
+Over 300 lines: it is one kernel, whose parts share layouts, buffers and barriers and are read together.
 """
 
 from __future__ import annotations
