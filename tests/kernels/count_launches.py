@@ -1,0 +1,61 @@
+"""Count what a call of `cuda.forward` asks of a GPU that launches nothing; run by test_host_counts.py.
+
+    python -m tests.kernels.count_launches FOLDER
+
+prints a line per call: its name, kernels launched, and tensors allocated, once its kernels are compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.kernels import fake_gpu
+
+library = fake_gpu.start(Path(sys.argv[1]))
+
+from sla2_compile.kernels.arguments import ForwardArgs  # noqa: E402
+from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
+from sla2_compile.kernels.cuda.launch import rerun  # noqa: E402
+from sla2_compile.kernels.cuda.launch.repeat import parameter_bytes  # noqa: E402
+from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
+
+allocated = 0
+new_empty = Tensor.new_empty
+
+
+def counted(*args: Any, **kwargs: Any) -> Tensor:
+    global allocated
+    allocated += 1
+    return new_empty(*args, **kwargs)
+
+
+Tensor.new_empty = counted  # type: ignore[method-assign]
+# there is no context, and no memory of a GPU for PyTorch's own kernels
+rerun.use_context = lambda device: None  # type: ignore[assignment]
+
+
+def run(name: str, N: int, D: int = 64, causal: bool = False, masked: bool = False, low: str = "none") -> None:
+    q, proj = torch.empty(1, 2, N, D, dtype=torch.bfloat16), torch.empty(D, D)
+    mask = torch.ones(1, N, dtype=torch.bool) if masked else None
+    gain, bias = torch.ones(2), torch.zeros(2, 1)
+    args = ForwardArgs(
+        q, q, q, proj, proj, gain, bias, mask, 0.15, 8, 128, 64, D**-0.5, "softmax", "complement", causal, low
+    )
+    cuda.forward(args)
+    schedule, _ = cuda.scheduled_forward(cuda.laid_out(args)[1], False)  # type: ignore[misc]
+    launches = [step for step in schedule.steps if isinstance(step, Launch)]
+    sizes = {x.compiled.function: parameter_bytes(x.compiled.asm["ptx"]) for x in launches if x.compiled}
+    global allocated
+    allocated = 0
+    with fake_gpu.Recorder(library, sizes) as recorded:
+        cuda.forward(args)
+    print(name, len(recorded.launches), allocated, len(schedule.steps) - len(launches))
+
+
+run("short", 2048)
+run("short, causal masked", 1000, causal=True, masked=True)
