@@ -18,7 +18,7 @@ from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.cuda.tiles import ShapeClass, hopper_tile
 from sla2_compile.kernels.records import of
 from sla2_compile.kernels.support import Chip, Facts, support
-from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes, without_fused
+from tests.kernels.schedules import as_long_calls, forget_schedules, remember_tensors, state_bytes, without_fused
 from tests.kernels.test_triton_low_bit import check, routed
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs, scheduled_attention, scheduled_route
 
@@ -136,6 +136,7 @@ if not INTERPRETED:
     @pytest.mark.parametrize("low_bit", LEVELS)
     def test_heads_in_groups(low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Bounded memory for the states: many launches give what one gives."""
+        as_long_calls(monkeypatch)
         case, kept = replace(WIDE, B=2, heads=2), remember_tensors(monkeypatch)
         x = routed(case, case.tensors())
         whole = case.attention(x, scheduled_attention, False, low_bit)

@@ -56,15 +56,15 @@ def test_the_driver_is_told_what_triton_tells_it(tmp_path: Path) -> None:
     counts = {line.rsplit(" ", 2)[0]: line.split()[-2:] for line in done.stdout.splitlines()}
     known = device.triton_version() in GLUON_TRITONS
     assert counts == {
-        "D=64 none route": ["7", "0"],
+        "D=64 none route": ["2", "0"],
         "D=64 none attention": ["3", "8"] if known else ["4", "2"],
-        "D=256 none route": ["5", "0"],
+        "D=256 none route": ["4", "0"],
         "D=256 none attention": ["4", "2"],
-        "D=128 int8_fp8 route": ["5", "0"],
+        "D=128 int8_fp8 route": ["2", "0"],
         "D=128 int8_fp8 attention": ["3", "8"] if known else ["4", "0"],
-        "D=128 int8 route": ["5", "0"],
+        "D=128 int8 route": ["2", "0"],
         "D=128 int8 attention": ["3", "8"] if known else ["4", "0"],
-        "D=96 none masked route": ["5", "0"],
+        "D=96 none masked route": ["2", "0"],
         "D=96 none masked attention": ["4", "2"],
     }
 

@@ -24,7 +24,7 @@ from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.reference import low_bit as reference_low_bit
 from sla2_compile.kernels.reference import sla2 as reference
 from tests.kernels.oracle import assert_oracle
-from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes
+from tests.kernels.schedules import as_long_calls, forget_schedules, remember_tensors, state_bytes
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, exact, poison_outputs, scheduled_attention
 
 # a case takes a second, so a failing one is shown as it was drawn
@@ -289,6 +289,7 @@ def test_wild_table_reads_nothing_outside(Nk: int, low_bit: str, monkeypatch: py
 @body
 def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded memory for the states: many launches give what one gives, also where the last group is smaller."""
+    as_long_calls(monkeypatch)
     low_bit, kept = RUN[-1], remember_tensors(monkeypatch)
     case = replace(Case(), heads=3, groups=1, Nq=75, Nk=107, keep=False)
     x = routed(case, case.tensors())
