@@ -211,8 +211,11 @@ def test_statistics_say_what_is_missing():
     with pytest.raises(ValueError, match="got no call yet through transformers' attn_implementation='sla2'; run one"):
         sla2_compile.get_sla2_statistics(model)
     # each layer's last call decodes
-    model.generate(**inputs(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    with pytest.raises(ValueError, match=f"at 2 of 2 sites: 4 x {Reason.FEW_QUERIES.value}"):
+    with sla2_compile.record_statistics(model):
+        model.generate(**inputs(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    with pytest.raises(
+        ValueError, match=f"2 sites with none recorded .full attention: 4 x {Reason.FEW_QUERIES.value}"
+    ):
         sla2_compile.get_sla2_statistics(model)
     with pytest.raises(ValueError, match="or send it through register_transformers"):
         sla2_compile.get_sla2_statistics(llama("sdpa"))

@@ -88,9 +88,11 @@ class CopyOnWrite(TorchDispatchMode):
             return NotImplemented
         if effects.composite and torch.is_inference_mode_enabled():
             # operators come here before they are decomposed
-            with self:
+            with self, torch._C.DisableTorchFunction():
                 return func.decompose(*args, **kwargs)
-        result = func(*args, **kwargs)
+        # below Python there are no torch functions, which function modes would see
+        with torch._C.DisableTorchFunction():
+            result = func(*args, **kwargs)
         self._made(result, args, kwargs)
         return result
 

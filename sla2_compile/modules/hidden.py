@@ -35,6 +35,8 @@ class BelowPython(TorchDispatchMode):
         inside: how many torch functions are running, of which the recorder knows.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, tell: Tell) -> None:
         super().__init__()
         self.tell, self.inside = tell, 0
@@ -45,7 +47,7 @@ class BelowPython(TorchDispatchMode):
         # below Python there are no torch functions, which function modes would see
         with torch._C.DisableTorchFunction():
             result = func(*args, **kwargs)
-        if not self.inside:
+        if not self.inside and isinstance(func, torch._ops.OpOverload):
             name = func._schema.name.removeprefix("aten::")
             if traits_of(name) & Trait.KERNEL:
                 self.tell(name)

@@ -60,7 +60,8 @@ class Watch(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if not self.live:
+        # after an error mostly the traceback alone refers to them; a checkpoint ends its recomputation by one
+        if not self.live or error[0] is not None:
             return
         left = self.alive()
         outer = watching() if left else None

@@ -62,14 +62,14 @@ def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
 
 def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
     kept = sum((site.fallbacks for site in all_sites), Counter())
+    reasons = ", ".join(f"{times} x {reason}" for reason, times in kept.items())
     if kept and not any(site.runs for site in all_sites):
-        reasons = ", ".join(f"{times} x {reason}" for reason, times in kept.items())
         where = f"{sum(bool(site.fallbacks) for site in all_sites)} of {len(all_sites)} sites"
         return ValueError(
             "model must have a site whose calls SLA2 answers, got full attention at "
             f"{where}: {reasons}; give it inputs that SLA2 takes, or change the recipe"
         )
-    got = f"{len(all_sites)} sites with none recorded"
+    got = f"{len(all_sites)} sites with none recorded" + (f" (full attention: {reasons})" if kept else "")
     if not all_sites:
         got = "no call yet through " + ", ".join(sorted({use.adapter.name for use in adapters_of(model)}))
     return ValueError(

@@ -159,14 +159,11 @@ WHOLE = {
 }
 SHORT_CALLS = {
     "short, D64": call(64, (128, 64), N=2048),
-    "short, D128": call(128, (128, 64), N=4096),
     "short, D128, causal masked": call(128, (128, 64), "causal masked", N=4096, r=16),
-    "short, D64, r = 1": call(64, (128, 64), N=2048, r=1),
     "short, D64, block router": call(64, (128, 64), "plain", N=8192, r=128, dtype=torch.float16),
 }
 FRONT_CALLS = {
     "short forward, D64": call(64, (128, 64), "whole", N=2048),
-    "short forward, D64, plain": call(64, (128, 64), "whole plain", N=8192),
     "short forward, D128": call(128, (128, 64), "whole", N=4096),
     "short forward, D128, causal masked": call(128, (128, 64), "whole causal masked", N=4096, r=16),
     "short forward, D128, int8": call(128, (128, 64), "whole", "int8", N=4096),
@@ -250,6 +247,9 @@ def allowed_stack(launch: Launch, registers: int) -> int:
     if name == "attend_hopper_kernel":
         # two programs share a multiprocessor at head dim 64, although a few registers go to the stack
         return 96
+    if name == "attend_kernel" and given["D"] > 128 and given["BLOCK_M"] == 128:
+        # since o is written as (B, N, H, D), Triton 3.7 keeps a few values of the last write on the stack
+        return 80
     if name == "attend_kernel" and given["maxnreg"]:
         # the caps were timed and pay: two programs a multiprocessor
         return 32

@@ -74,7 +74,7 @@ def attend_kernel(
     q, k, v, k_tiles, v_tiles, k8, v8, scales, lut, log_rest, gain, bias, key_mask, linear, weight, shift,
     o, lse, o_sparse,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    o_stride_b, o_stride_h, o_stride_n, mask_stride, bias_stride_h, bias_stride_m, Hq, groups,
+    mask_stride, bias_stride_h, bias_stride_m, Hq, groups,
     Nq, Nk, Tm, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, ALPHA: tl.constexpr, CAUSAL: tl.constexpr,
@@ -89,7 +89,7 @@ def attend_kernel(
         k8, v8, scales: k and v in 8 bits, from `states_kernel` (if LOW_BIT: 1 is INT8, 2 INT8 and FP8).
         lut: (B, Hq, Tm, topk); log_rest: (B, Hq, Tm); gain: (Hq,), bias: strided (Hq, Tm) as ALPHA says.
         linear, weight, shift: `linear_kernel`'s o_linear (B, Hq, Nq, DV), its weight and q k_mean (B, Hq, Nq).
-        o: strided (B, Hq, Nq, DV), out, the same memory as linear unless KEEP. Then linear lies in one piece, and so
+        o: (B, Nq, Hq, DV), out, the same memory as linear unless KEEP. Then linear lies in one piece, and so
             does o_sparse, which is written too.
         lse: (B, Hq, Nq) fp32, out. ALPHA: 0 neither, 1 bias, 2 gain and bias.
     """
@@ -221,7 +221,7 @@ def attend_kernel(
     alpha = 1.0 / (1.0 + tl.exp(-logit))
     alpha = tl.where(has_linear, tl.where(has_sparse, alpha, 0.0), 1.0)
 
-    out = b * o_stride_b + h * o_stride_h + (rows.to(tl.int64) * o_stride_n)[:, None] + columns[None, :]
+    out = ((b * Nq + rows) * Hq + h)[:, None] * DV + columns[None, :]
     branch = at[:, None] * DV + columns[None, :] if KEEP else out
     inside = row_in[:, None] & (columns < DV)[None, :]
     other = tl.load(linear + branch, mask=inside, other=0.0).to(tl.float32)

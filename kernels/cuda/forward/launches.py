@@ -147,7 +147,7 @@ def add_attention(
         schedule, attend_kernel, lambda t: (B * Hq * tm * (block_q // t["BLOCK_M"]),),
         slots.q, slots.k, slots.v, k_tiles, v_tiles, *eight.slots, slots.lut, slots.log_rest, slots.alpha_gain,
         slots.alpha_bias, slots.key_mask, linear, weight, shift, o, lse, o_sparse,
-        *q.stride[:3], *k.stride[:3], *v.stride[:3], *o_strides,
+        *q.stride[:3], *k.stride[:3], *v.stride[:3],
         0 if mask is None else mask.stride[0], *bias_strides, Hq, groups, Nq, Nk, tm, topk, args.scale,
         D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k,
         ALPHA=alpha, CAUSAL=args.is_causal, HAS_MASK=mask is not None, KEEP=keep_branches, TMA=formats.tma,

@@ -79,5 +79,6 @@ def linear_kernel(
                 acc = tl.dot(phi_q.to(kv_sum.dtype), kv_sum, acc)
         has_linear = total > 0.0
         acc = tl.where(has_linear[:, None], acc * (1.0 / tl.where(has_linear, total, 1.0))[:, None], 0.0)
-        out = b * o_stride_b + h * o_stride_h + (rows.to(tl.int64) * o_stride_n)[:, None] + columns[None, :]
-        tl.store(o_linear + out, acc.to(o_linear.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
+        out = o_linear + b * o_stride_b + h * o_stride_h + rows.to(tl.int64) * o_stride_n
+        inside_o = row_in[:, None] & column_in[None, :]
+        tl.store(out[:, None] + columns[None, :], acc.to(o_linear.dtype.element_ty), mask=inside_o)
