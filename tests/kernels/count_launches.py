@@ -36,7 +36,7 @@ def counted(*args: Any, **kwargs: Any) -> Tensor:
 
 Tensor.new_empty = counted  # type: ignore[method-assign]
 # there is no context, and no memory of a GPU for PyTorch's own kernels
-rerun.use_context = lambda device: None  # type: ignore[assignment]
+rerun.use_context = lambda device: None
 
 
 def run(name: str, N: int, D: int = 64, causal: bool = False, masked: bool = False, low: str = "none") -> None:
