@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from typing import Any, TypeVar
 from weakref import ref
@@ -30,6 +31,9 @@ class RemembersCopies:
 
     def alive(self) -> list[RemembersCopies]:
         """The copies that still exist."""
+        if any(made() is not None for made in self.copies):
+            # a model that nobody holds waits for the collector, because its parts refer to one another
+            gc.collect()
         return [copied for made in self.copies if (copied := made()) is not None]
 
     def __deepcopy__(self: T, memo: dict[int, Any]) -> T:
