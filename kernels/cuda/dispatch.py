@@ -4,8 +4,9 @@
 
 A call's launches (`cuda/route/launches.py`, `cuda/forward/launches.py`) are worked out once for its layout and kept.
 Nothing waits for the device or depends on values, so a call can be captured in a CUDA graph. Lengths are plain
-arguments of the kernels. A new length is scheduled in about a millisecond and compiles nothing, except that
-`select_kernel` knows the next power of two of Tn. The 256 layouts used last are kept.
+arguments of the kernels. A new length is scheduled in about a millisecond and compiles nothing, except that the
+router's kernels know the next power of two of Tn, and those of short calls that of the key blocks kept and, below one
+tile, of Tm. The 256 layouts used last are kept.
 """
 
 from __future__ import annotations

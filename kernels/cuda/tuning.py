@@ -7,7 +7,8 @@ once. Call once before capturing a CUDA graph.
 
 A file or folder of that cache that cannot be used costs the trials again and a warning, never the call (`forgiving`).
 
-`attend_hopper_kernel` has no candidates and always runs by its table. The parameters of its tile (key blocks per
+The kernels of short calls alone (`choose_kernel`, `front_kernel`, `sums_kernel`) have no candidates. Nor has
+`attend_hopper_kernel`, which always runs by its table. The parameters of its tile (key blocks per
 step, programs per multiprocessor, registers per thread) constrain one another, are compile-time constants, and fix
 the grid and stage count (`cuda/forward/sm90.py`). It runs on one chip, the one that its table was measured on.
 """

@@ -247,9 +247,6 @@ def allowed_stack(launch: Launch, registers: int) -> int:
     if name == "attend_hopper_kernel":
         # two programs share a multiprocessor at head dim 64, although a few registers go to the stack
         return 96
-    if name == "attend_kernel" and given["D"] > 128 and given["BLOCK_M"] == 128:
-        # since o is written as (B, N, H, D), Triton 3.7 keeps a few values of the last write on the stack
-        return 80
     if name == "attend_kernel" and given["maxnreg"]:
         # the caps were timed and pay: two programs a multiprocessor
         return 32

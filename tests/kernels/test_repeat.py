@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +20,7 @@ from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Description, U
 from sla2_compile.kernels.cuda.launch.rerun import again
 from sla2_compile.kernels.cuda.launch.steps import Launch
 from sla2_compile.kernels.support import GLUON_TRITONS
+from tests.kernels.no_gpu import needs_compiler, on_no_gpu
 
 PTX = """
 .visible .entry kernel(
@@ -42,18 +38,11 @@ def test_a_kernel_takes_what_its_ptx_says() -> None:
     assert parameter_bytes(PTX) == [8, 128, 4, 4, 8, 8]
 
 
-HEADER = Path(sysconfig.get_path("include")) / "Python.h"
-
-
-@pytest.mark.skipif(shutil.which("cc") is None or not HEADER.exists(), reason="no C compiler, or no Python.h")
+@needs_compiler
 def test_the_driver_is_told_what_triton_tells_it(tmp_path: Path) -> None:
     """Byte for byte, for real kernels, Triton's real launcher and a driver that does nothing."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.kernels.launch_twice", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = {line.rsplit(" ", 2)[0]: line.split()[-2:] for line in done.stdout.splitlines()}
+    printed = on_no_gpu("tests.kernels.launch_twice", tmp_path)
+    counts = {line.rsplit(" ", 2)[0]: line.split()[-2:] for line in printed}
     known = device.triton_version() in GLUON_TRITONS
     assert counts == {
         "D=64 none route": ["2", "0"],

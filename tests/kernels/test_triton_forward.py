@@ -49,6 +49,7 @@ from tests.kernels.triton_case import (
 CASES = {
     "plain": Case(),
     "fp16": Case(dtype=torch.float16, keep=False),
+    "fp16, projected": Case(dtype=torch.float16, projected=True, keep=False),
     "batch, whole-block tokens": Case(B=2, compression_ratio=256, topk_ratio=0.15, keep=False),
     "every token, elu": Case(compression_ratio=1, feature_map="elu", block_q=32, block_k=16, Nq=75, Nk=107),
     "all keys, relu": Case(linear_scope="all", feature_map="relu", alpha="head", compression_ratio=16),
@@ -211,6 +212,11 @@ def test_forward_is_route_and_attention(name: str, length: str, monkeypatch: pyt
     for _ in range(2):
         got = case.forward(x, dispatched_forward)
         assert torch.equal(kept["lut"], x["lut"])
+        if length == "long":
+            # the same launches
+            assert torch.equal(got, o)
+            assert torch.equal(kept["log_rest"], x["log_rest"])
+            assert torch.equal(kept["k_mean"], x["k_mean"])
         for part, wanted in (("log_rest", x["log_rest"]), ("entropy", entropy), ("k_mean", x["k_mean"])):
             torch.testing.assert_close(kept[part], wanted, **near)
         torch.testing.assert_close(got, o)

@@ -89,8 +89,8 @@ def attend_kernel(
         k8, v8, scales: k and v in 8 bits, from `states_kernel` (if LOW_BIT: 1 is INT8, 2 INT8 and FP8).
         lut: (B, Hq, Tm, topk); log_rest: (B, Hq, Tm); gain: (Hq,), bias: strided (Hq, Tm) as ALPHA says.
         linear, weight, shift: `linear_kernel`'s o_linear (B, Hq, Nq, DV), its weight and q k_mean (B, Hq, Nq).
-        o: (B, Nq, Hq, DV), out, the same memory as linear unless KEEP. Then linear lies in one piece, and so
-            does o_sparse, which is written too.
+        o: (B, Nq, Hq, DV), out; the same memory as linear unless KEEP. If KEEP, linear (B, Hq, Nq, DV) has its own,
+            and o_sparse, laid out likewise, is written too.
         lse: (B, Hq, Nq) fp32, out. ALPHA: 0 neither, 1 bias, 2 gain and bias.
     """
     SPLITS: tl.constexpr = BLOCK_Q // BLOCK_M
@@ -221,14 +221,17 @@ def attend_kernel(
     alpha = 1.0 / (1.0 + tl.exp(-logit))
     alpha = tl.where(has_linear, tl.where(has_sparse, alpha, 0.0), 1.0)
 
-    out = ((b * Nq + rows) * Hq + h)[:, None] * DV + columns[None, :]
-    branch = at[:, None] * DV + columns[None, :] if KEEP else out
+    # from the tile's first row on in 32 bits, for the registers
+    local = tl.arange(0, BLOCK_M)
+    first = i * BLOCK_Q + (tile % SPLITS) * BLOCK_M
+    out = o + ((b * Nq + first) * Hq + h) * DV + (local[:, None] * (Hq * DV) + columns[None, :])
+    branch = (bh * Nq + first) * DV + (local[:, None] * DV + columns[None, :])
     inside = row_in[:, None] & (columns < DV)[None, :]
-    other = tl.load(linear + branch, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(linear + branch if KEEP else out, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.where(has_sparse, 1.0 / total, 0.0)
     if LOW_BIT == 2:
         inverse = inverse * (1.0 / 256.0)
     if KEEP:
         tl.store(o_sparse + branch, (acc * inverse[:, None]).to(o.dtype.element_ty), mask=inside)
     mixed = acc * (alpha * inverse)[:, None] + other * (1.0 - alpha)[:, None]
-    tl.store(o + out, mixed.to(o.dtype.element_ty), mask=inside)
+    tl.store(out, mixed.to(o.dtype.element_ty), mask=inside)

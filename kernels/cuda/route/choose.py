@@ -20,8 +20,8 @@ from sla2_compile.kernels.cuda.route.select import select_rows
 def project(x, proj_q, proj_k, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
     """Return W_k^T W_q x for x (BLOCK_D, BLOCK_T) fp32, CHUNK rows of W_q x at a time.
 
-    In TF32, which rounds four times finer than the 16 bits that the result is rounded to. Three products, as in
-    `project_kernel`, take registers that would cost half of the programs on a multiprocessor.
+    In TF32, which has three bits more than bfloat16 and as many as float16, to which the result is rounded. Three
+    products, as in `project_kernel`, take registers that would cost half of the programs on a multiprocessor.
     """
     dims, part = tl.arange(0, BLOCK_D), tl.arange(0, CHUNK)
     total = tl.zeros(x.shape, tl.float32)
