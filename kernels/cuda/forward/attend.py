@@ -221,11 +221,14 @@ def attend_kernel(
     alpha = 1.0 / (1.0 + tl.exp(-logit))
     alpha = tl.where(has_linear, tl.where(has_sparse, alpha, 0.0), 1.0)
 
-    # from the tile's first row on in 32 bits, for the registers
-    local = tl.arange(0, BLOCK_M)
-    first = i * BLOCK_Q + (tile % SPLITS) * BLOCK_M
-    out = o + ((b * Nq + first) * Hq + h) * DV + (local[:, None] * (Hq * DV) + columns[None, :])
-    branch = (bh * Nq + first) * DV + (local[:, None] * DV + columns[None, :])
+    if DV > 128:
+        # a wide head leaves no registers for 64-bit offsets: 32 bits from the tile's first row on
+        first = i * BLOCK_Q + (tile % SPLITS) * BLOCK_M
+        start = ((b * Nq + first) * Hq + h) * DV
+        out = o + start + (tl.arange(0, BLOCK_M)[:, None] * (Hq * DV) + columns[None, :])
+    else:
+        out = o + (((b * Nq + rows) * Hq + h)[:, None] * DV + columns[None, :])
+    branch = at[:, None] * DV + columns[None, :]
     inside = row_in[:, None] & (columns < DV)[None, :]
     other = tl.load(linear + branch if KEEP else out, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.where(has_sparse, 1.0 / total, 0.0)
