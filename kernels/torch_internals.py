@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -69,9 +71,60 @@ def constant_in_traces(function: F) -> F:
     return function
 
 
+def inductor_is_loaded() -> bool:
+    """Whether Inductor may be about to compile something; it is, whenever it traces."""
+    return "torch._inductor.lowering" in sys.modules
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has matrix units for bfloat16 (AMX); others emulate it."""
     return torch.cpu._is_amx_tile_supported()
+
+
+def key_set(*names: str) -> int:
+    """Number of the set of these dispatch keys."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[names[0]])
+    for name in names[1:]:
+        keys = keys.add(torch._C.DispatchKey.__members__[name])
+    number: int = keys.raw_repr()
+    return number
+
+
+def plain_keys(backend: str) -> frozenset[int]:
+    """Key sets of tensors that are nothing but memory of a backend: ordinary ones, and those of inference mode."""
+    inference = (backend, f"Autocast{backend}")
+    return frozenset({key_set(*inference), key_set(*inference, f"Autograd{backend}", "ADInplaceOrView")})
+
+
+@functools.cache
+def _without_modes() -> frozenset[int]:
+    """Key sets that a thread adds to each call while no mode is on, in inference mode and out of it."""
+    return frozenset({key_set("BackendSelect"), key_set("BackendSelect", "ADInplaceOrView")})
+
+
+def goes_straight(tensors: Iterable[Tensor], plain: frozenset[int]) -> bool:
+    """Whether the dispatcher would do nothing for a call on these tensors but run the backend's implementation.
+
+    No mode, subclass, function transform, tracer, lazy negation or profiler has a part in it, and no gradient.
+
+    Args:
+        plain: of `plain_keys`.
+    """
+    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _without_modes():
+        return False
+    if torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled() or in_forward_mode():
+        return False
+    differentiable = torch.is_grad_enabled()
+    for x in tensors:
+        if torch._C._dispatch_keys(x).raw_repr() not in plain or (differentiable and x.requires_grad):
+            return False
+    return True
+
+
+def current_stream(device: int) -> int:
+    """Handle of the stream that PyTorch's own kernels are launched on; `torch.cuda.current_stream` takes longer."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
 
 
 def shared_memory(device: torch.device) -> int:

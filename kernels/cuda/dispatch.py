@@ -59,6 +59,8 @@ def takes_attention(args: AttentionArgs[Layout]) -> bool:
     return found.kernel != "portable"
 
 
+STRIDED = ("q", "k", "v", "key_mask")
+"""Tensors that are read by their strides, the last of them 1. alpha_bias may have any; others lie in one piece."""
 Inputs = tuple[Any, ...]
 """The tensors of a call in the order of its arguments, None where there is none."""
 Scheduled = tuple[Schedule, tuple[Slot, ...]]
@@ -68,7 +70,7 @@ Scheduled = tuple[Schedule, tuple[Slot, ...]]
 @functools.cache
 def _preparations(record: Any) -> tuple[Callable[[Any], Any], ...]:
     """What makes each tensor of a record one that the kernels read."""
-    by_name = dict.fromkeys(("q", "k", "v", "key_mask"), packed)
+    by_name = dict.fromkeys(STRIDED, packed)
     # read by its own strides
     by_name["alpha_bias"] = lambda x: x
     return tuple(by_name.get(x.name, whole) for x in arguments(record)[: tensor_count(record)])
@@ -109,6 +111,14 @@ def scheduled_forward(args: ForwardArgs[Layout], trials: bool) -> Scheduled | No
     return forward_schedule(args, trials) if takes_attention(args.attention(made)) else None
 
 
+SCHEDULED: dict[str, tuple[Any, Callable[[Any, bool], Scheduled | None]]] = {
+    "route": (RouteArgs, scheduled_route),
+    "attention": (AttentionArgs, scheduled_attention),
+    "forward": (ForwardArgs, scheduled_forward),
+}
+"""By an op's name: its record, and what schedules a call."""
+
+
 def route(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
     """Compute what `reference.route` defines, by the kernels or by PyTorch."""
     tensors, layouts = laid_out(args)
@@ -129,12 +139,9 @@ def attention(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
 def forward(args: ForwardArgs[Tensor]) -> Tensor:
     """Compute what `route` and then `attention` do; returns o."""
     tensors, layouts = laid_out(args)
-    scheduled = scheduled_forward(layouts, by_trial())
+    scheduled = None if debugging() else scheduled_forward(layouts, by_trial())
     if scheduled is None:
+        # a debugger wants to look at the table between the two
         return attention(args.attention(route(args.route()))).o
-    schedule, (o, *routed) = scheduled
-    if debugging():
-        made, *chosen = schedule.run(*tensors, results=(o, *routed))
-        check_table(args.attention(RouteResult(*chosen)))
-        return made
-    return schedule.run(*tensors, results=(o,))[0]
+    (o,) = run(scheduled, tensors)
+    return o

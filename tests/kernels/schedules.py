@@ -48,7 +48,7 @@ def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     run = Schedule.run
 
-    def keep(self: Schedule, *inputs: Tensor | None, results: tuple[Slot, ...]) -> list[Tensor]:
+    def keep(self: Schedule, *inputs: Tensor | None, results: tuple[Slot, ...], **_: Any) -> list[Tensor]:
         tensors = run(self, *inputs, results=tuple(self.slots))
         kept.update({slot.name: x for slot, x in zip(self.slots, tensors, strict=True)})
         return [tensors[slot.at] for slot in results]

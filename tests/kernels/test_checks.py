@@ -183,7 +183,7 @@ def call(op: Any, wrong: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
-@pytest.mark.parametrize(("op", "wrong", "message"), CASES, ids=[f"{c[0]._name}-{c[2][:50]}" for c in CASES])
+@pytest.mark.parametrize(("op", "wrong", "message"), CASES, ids=[f"{c[0].name}-{c[2][:50]}" for c in CASES])
 def test_refusal(op: Any, wrong: dict[str, Any], message: str, fake: bool) -> None:
     with FakeTensorMode() if fake else nullcontext(), pytest.raises(ValueError, match="must") as refused:
         call(op, wrong)

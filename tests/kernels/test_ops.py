@@ -79,7 +79,7 @@ def test_route_passes_opcheck(layout: str, grad: bool, utils: tuple[str, ...], v
     if grad:
         # opcheck's dispatch test sums all outputs, which PyTorch refuses for an integer one; see the next test
         utils = tuple(name for name in utils if not name.startswith("test_aot"))
-    torch.library.opcheck(route, route_args(variant, q, k, learned(q, grad)), test_utils=utils)
+    torch.library.opcheck(route.dispatched, route_args(variant, q, k, learned(q, grad)), test_utils=utils)
 
 
 @layouts
@@ -111,7 +111,7 @@ def test_routes_gradient_survives_tracing(layout: str, variant: str, dynamic: bo
 def test_attention_passes_opcheck(layout: str, grad: bool, utils: tuple[str, ...], variant: str) -> None:
     q, k, v = qkv(layout, grad)
     args = attention_args(variant, q, k, v, learned(q, grad))
-    torch.library.opcheck(attention, (*args, grad), test_utils=utils)
+    torch.library.opcheck(attention.dispatched, (*args, grad), test_utils=utils)
 
 
 def forward_args(variant: str, q: Tensor, k: Tensor, v: Tensor, params: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -127,7 +127,7 @@ def forward_args(variant: str, q: Tensor, k: Tensor, v: Tensor, params: dict[str
 @variants
 def test_forward_passes_opcheck(layout: str, utils: tuple[str, ...], variant: str) -> None:
     q, k, v = qkv(layout, False)
-    torch.library.opcheck(forward, forward_args(variant, q, k, v, learned(q, False)), test_utils=utils)
+    torch.library.opcheck(forward.dispatched, forward_args(variant, q, k, v, learned(q, False)), test_utils=utils)
 
 
 @layouts
@@ -144,7 +144,7 @@ def test_forward_is_route_and_attention(layout: str, variant: str) -> None:
 def test_forward_passes_opcheck_where_a_gradient_is_wanted(layout: str, variant: str) -> None:
     q, k, v = qkv(layout, True)
     utils = (*STATIC, *DYNAMIC)
-    torch.library.opcheck(forward, forward_args(variant, q, k, v, learned(q, True)), test_utils=utils)
+    torch.library.opcheck(forward.dispatched, forward_args(variant, q, k, v, learned(q, True)), test_utils=utils)
 
 
 def gradients(run: Any, variant: str, layout: str, **options: Any) -> list[Tensor]:
@@ -237,7 +237,7 @@ def test_attention_backward_passes_opcheck(layout: str, utils: tuple[str, ...], 
     o, lse, o_sparse, o_linear = attention(*call)
     do = torch.randn_like(o) if layout == "contiguous" else torch.randn_like(o.transpose(1, 2)).transpose(1, 2)
     backward = BackwardArgs(do, Saved(lse, o_sparse, o_linear, call))
-    torch.library.opcheck(attention_backward, flat(backward), test_utils=utils)
+    torch.library.opcheck(attention_backward.dispatched, flat(backward), test_utils=utils)
 
 
 @layouts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,7 +57,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Repeated]:
     monkeypatch.setattr(rerun, "Again", Repeated)
     monkeypatch.setattr(rerun, "use_context", CONTEXTS.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(rerun, "current_stream", lambda device: 77)
     return Repeated.made
 
 
@@ -225,6 +224,22 @@ def test_scratch_lies_in_one_piece_without_overlap() -> None:
     assert room.tensors == [out]
     assert room.scratch == [(slots[0].at, 0), (slots[1].at, 0), (slots[2].at, 512), (last.at, 512 + 1536)]
     assert room.size == 512 + 1536 + 512
+
+
+def test_a_run_uses_the_memory_that_its_caller_gives(repeated: list[Repeated]) -> None:
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule = scheduled(kernel, x)
+    hidden = next(slot for slot in schedule.slots if slot.name == "hidden")
+    results = (schedule.slots[2],)
+    assert schedule.scratch_bytes(results) == 512
+    for n in range(3):
+        out, scratch = torch.zeros(4, 8), torch.zeros(512 if n < 2 else 3, dtype=torch.uint8)
+        (made,) = schedule.run(x, None, results=results, into=(out,), scratch=scratch)
+        assert made is out
+        addresses = [again.launches[-1][1] for again in repeated if again.launches]
+        if n > 0:
+            assert addresses[0][1] == out.data_ptr()
+            assert (addresses[1][1] == scratch.data_ptr()) == (n == 1), hidden
 
 
 def test_a_schedule_keeps_no_tensor_alive() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
+import torch.utils.flop_counter
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -192,6 +195,97 @@ def test_shared_memory() -> None:
     assert torch_internals.shared_memory(torch.device("cuda")) >= 99 * 1024
 
 
+PLAIN = torch_internals.plain_keys("CPU")
+
+
+def unmoved(x: Tensor) -> bool:
+    return torch_internals.goes_straight([torch.zeros(2), x], PLAIN)
+
+
+def test_plain_tensors_go_straight_to_the_backend() -> None:
+    x = torch.zeros(2)
+    assert unmoved(x)
+    assert unmoved(x[None].expand(3, 2))
+    parameter = torch.nn.Parameter(x)
+    assert not unmoved(parameter)
+    with torch.no_grad():
+        assert unmoved(parameter)
+    with torch.inference_mode():
+        assert unmoved(x)
+        assert unmoved(torch.zeros(2))
+        made = torch.zeros(2)
+    assert unmoved(made)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert unmoved(x)
+
+
+class Nothing(torch.overrides.TorchFunctionMode):
+    """Looks at each call."""
+
+
+class NothingBelow(torch.utils._python_dispatch.TorchDispatchMode):
+    """Looks at each call below autograd."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        Nothing, NothingBelow, torch._subclasses.FakeTensorMode, torch.profiler.profile,
+        torch.autograd.profiler.profile, functools.partial(torch.utils.flop_counter.FlopCounterMode, display=False),
+    ],
+)  # fmt: skip
+def test_who_listens_is_not_passed_by(mode: Any) -> None:
+    x = torch.zeros(2)
+    with mode():
+        assert not torch_internals.goes_straight([x], PLAIN)
+    assert unmoved(x)
+
+
+def test_whoever_changes_a_call_is_not_passed_by() -> None:
+    x, seen = torch.zeros(2, 2), []
+
+    def look(y: Tensor) -> Tensor:
+        seen.append(unmoved(y))
+        return y.sin().sum()
+
+    torch.func.vmap(look)(x)
+    torch.func.grad(look)(x)
+    torch.func.functionalize(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    look(torch.zeros(2, dtype=torch.complex64).conj().imag)
+    look(torch._efficientzerotensor(2))
+    look(Wrapped(x))
+    look(torch.zeros(2, device="meta"))
+    look(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]).to_padded_tensor(0.0))
+    assert seen == [False] * 8 + [True]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert not unmoved(dual)
+
+
+@pytest.mark.gpu
+def test_plain_tensors_of_a_gpu() -> None:
+    plain = torch_internals.plain_keys("CUDA")
+    assert torch_internals.goes_straight([torch.zeros(2, device="cuda")], plain)
+    with torch.inference_mode():
+        assert torch_internals.goes_straight([torch.zeros(2, device="cuda")], plain)
+
+
+@pytest.mark.gpu
+def test_current_stream() -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert torch_internals.current_stream(torch.cuda.current_device()) == stream.cuda_stream
+
+
+def test_inductor_is_loaded() -> None:
+    importlib.import_module("torch._inductor.compile_fx")
+    assert torch_internals.inductor_is_loaded()
+
+
 @pytest.mark.parametrize("n", [10, 1000])
 def test_shorter(n: int) -> None:
     assert tracing.shorter(n, 100) == (n < 100)
@@ -212,9 +306,9 @@ def test_an_open_length_counts_as_long_in_an_export() -> None:
 
 
 def test_private_names_stand_in_one_file() -> None:
-    """torch._x and torch.x._y; `torch.library` and the like are public."""
+    """torch._x and torch.x._y; `torch.library` and the like are public. Inductor's stand in a file that loads it."""
     private = re.compile(r"(?<![\w.])(?:torch(?:\.\w+)*\._\w+|_dynamo_\w+)|from torch(?:\.\w+)*\._\w+")
     for path in KERNELS.rglob("*.py"):
-        if path.name != "torch_internals.py":
+        if path.name not in ("torch_internals.py", "lowering.py"):
             assert not private.findall(path.read_text()), f"{path.name} must ask torch_internals.py"
     assert private.findall((KERNELS / "torch_internals.py").read_text())

@@ -352,7 +352,7 @@ if not INTERPRETED:
         lut, log_rest, _, k_mean = route(q, k, None, None, None, 0.3, 8, 64, 32, 0.125, False)
         for keep in (False, True):
             args = (q, k, v, k_mean, lut, log_rest, None, None, None, 64, 32, 0.125, "softmax", "complement", False)
-            torch.library.opcheck(attention, (*args, keep, low_bit))
+            torch.library.opcheck(attention.dispatched, (*args, keep, low_bit))
 
     class Call(torch.nn.Module):
         def __init__(self, options: Any) -> None:

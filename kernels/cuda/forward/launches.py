@@ -156,9 +156,7 @@ def add_attention(
     return made
 
 
-def add_forward(
-    schedule: Schedule, args: ForwardArgs[Layout], trials: bool
-) -> tuple[RouteResult[Slot], AttentionResult[Slot]]:
+def add_forward(schedule: Schedule, args: ForwardArgs[Layout], trials: bool) -> AttentionResult[Slot]:
     """Put route and attention on one schedule; in short calls selection and block states share a launch."""
     route_args, route_slots = args.route(), with_tensors(args, schedule.given).route()
     sizes = Sizes.of(route_args)
@@ -172,7 +170,7 @@ def add_forward(
         states = add_front(schedule, args, attention_slots, choice, formats, sizes)
     else:
         add_route(schedule, route_args, route_slots, made, trials)
-    return made, add_attention(schedule, attention_args, attention_slots, trials, formats, states)
+    return add_attention(schedule, attention_args, attention_slots, trials, formats, states)
 
 
 def add_front(
@@ -213,7 +211,6 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
 
 @functools.lru_cache(maxsize=256)
 def forward_schedule(args: ForwardArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
-    """Schedule route and attention in one, likewise; the slots are those of o and of the route's results."""
+    """Schedule route and attention in one, likewise; the only result is o."""
     schedule = Schedule(*split(args)[0])
-    routed, attended = add_forward(schedule, args, trials)
-    return schedule, (attended.o, *routed)
+    return schedule, (add_forward(schedule, args, trials).o,)

@@ -185,8 +185,10 @@ def state_of_block(
                 tl.store(row + dims_y, to_int8(y8, scale), mask=exists & (dims_y < D))
     if HALVES:
         x, y = feature_map_of_halves(x, y, dims < D, dims + PART < D, FEATURE_MAP)
-        x, y = tl.where(real[:, None], x, 0.0), tl.where(real[:, None], y, 0.0)
+        # each just before it is stored: both at once take 167 us, from 136, on (1, 12, 32760, 128)
+        x = tl.where(real[:, None], x, 0.0)
         store_state(x, value, out, dims, columns, part, D, DV, ROW_DV, Z_AT, BLOCK_K)
+        y = tl.where(real[:, None], y, 0.0)
         store_state(y, value, out, dims + PART, columns, part, D, DV, ROW_DV, Z_AT, BLOCK_K)
     else:
         x = tl.where(real[:, None], feature_map(x, dims < D, FEATURE_MAP), 0.0)

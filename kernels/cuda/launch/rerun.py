@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from sla2_compile.kernels.cuda.launch.driver import use_context
 from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Unknown
 from sla2_compile.kernels.cuda.launch.steps import Compute, Launch
+from sla2_compile.kernels.torch_internals import current_stream
 
 ENABLED = True
 """The switch. False: Triton makes every launch, which takes the host longer and gives the same."""
@@ -66,7 +68,7 @@ class Rerun:
 
     def __init__(
         self,
-        steps: list[Callable[[list[Tensor], int], None]],
+        steps: list[Callable[[list[Any], int], None]],
         cells: Cells,
         allocated: list[Slot],
         computed: set[int],
@@ -83,23 +85,38 @@ class Rerun:
         """
         return ENABLED and self._thread != threading.get_ident() and not watched()
 
-    def __call__(self, tensors: list[Tensor], results: tuple[int, ...]) -> None:
-        """Run; tensors has one for each slot, of which those of inputs count, and those of results are filled in."""
+    def room(self, results: tuple[int, ...]) -> Room:
+        """What a run allocates whose caller sees the slots of these numbers."""
         room = self._rooms.get(results)
         if room is None:
             room = self._rooms[results] = Room.of(self._allocated, self._computed.union(results))
+        return room
+
+    def __call__(self, tensors: list[Tensor | None], results: tuple[int, ...], scratch: Tensor | None = None) -> None:
+        """Run.
+
+        Args:
+            tensors: one for each slot: those of inputs, and of results that the caller allocated. Other results are
+                filled in.
+            scratch: bytes for what nobody sees; if None, or fewer than the room's, they are allocated.
+        """
+        room = self.room(results)
         first = tensors[0]
+        assert first is not None
         for slot in room.tensors:
-            tensors[slot.at] = first.new_empty(slot.shape, dtype=slot.dtype)
-        addresses = [x.data_ptr() for x in tensors]
+            if tensors[slot.at] is None:
+                tensors[slot.at] = first.new_empty(slot.shape, dtype=slot.dtype)
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
         if room.size:
             # held until the last launch is on the stream; then the allocator may give it to whatever comes behind
-            scratch = first.new_empty(room.size, dtype=torch.uint8)
+            if scratch is None or scratch.nbytes < room.size:
+                scratch = first.new_empty(room.size, dtype=torch.uint8)
             start = scratch.data_ptr()
             for at, offset in room.scratch:
                 addresses[at] = start + offset
-        stream = torch.cuda.current_stream().cuda_stream
-        use_context(torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        stream = current_stream(device)
+        use_context(device)
         # another thread may run the same schedule, and the cells are the schedule's
         with self._lock:
             self._thread = threading.get_ident()
@@ -111,12 +128,17 @@ class Rerun:
                 self._thread = 0
 
 
+def computed(steps: list[Launch | Compute]) -> set[int]:
+    """Numbers of the slots that steps of PyTorch's read, which are tensors in every run."""
+    return {slot.at for step in steps if isinstance(step, Compute) for slot in step.slots}
+
+
 def can_lay_out(steps: list[Launch | Compute]) -> bool:
     """Whether each launch was made by Triton once, and what it compiled can be kept."""
     return ENABLED and all(isinstance(step, Compute) or step.compiled is not None for step in steps)
 
 
-def lay_out(steps: list[Launch | Compute], tensors: list[Tensor], allocated: list[Slot]) -> Rerun:
+def lay_out(steps: list[Launch | Compute], tensors: list[Any], allocated: list[Slot]) -> Rerun:
     """Lay out a schedule's later runs.
 
     Args:
@@ -127,15 +149,14 @@ def lay_out(steps: list[Launch | Compute], tensors: list[Tensor], allocated: lis
     """
     cells = Cells(len(tensors))
     cells.fill([x.data_ptr() for x in tensors])
-    computed = {slot.at for step in steps if isinstance(step, Compute) for slot in step.slots}
-    return Rerun([again(step, cells) for step in steps], cells, allocated, computed)
+    return Rerun([again(step, cells) for step in steps], cells, allocated, computed(steps))
 
 
-def again(step: Launch | Compute, cells: Cells) -> Callable[[list[Tensor], int], None]:
+def again(step: Launch | Compute, cells: Cells) -> Callable[[list[Any], int], None]:
     """What takes a step again, given the run's tensors and stream; raises `Unknown` where only Triton can."""
     if isinstance(step, Compute):
 
-        def compute(tensors: list[Tensor], stream: int) -> None:
+        def compute(tensors: list[Any], stream: int) -> None:
             step(tensors)
             cells[step.into.at] = tensors[step.into.at].data_ptr()
 

@@ -17,7 +17,7 @@ While somebody listens to Triton's launch hooks, each run goes through Triton; w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,25 +75,42 @@ class Schedule:
         """Allocate a first run's own tensors, in the order of `empty`, on the device of like."""
         return [like.new_empty(slot.shape, dtype=slot.dtype) for slot in self._allocated]
 
-    def run(self, *inputs: Tensor | None, results: tuple[Slot, ...]) -> list[Tensor]:
-        """Make the launches; inputs have the layouts that the schedule was made for. Returns a tensor a result."""
+    def scratch_bytes(self, results: tuple[Slot, ...]) -> int:
+        """How much memory a run takes for what only its kernels see, given the results that its caller sees."""
+        computed = rerun.computed(self.steps)
+        return rerun.Room.of(self._allocated, computed.union(slot.at for slot in results)).size
+
+    def run(
+        self,
+        *inputs: Tensor | None,
+        results: tuple[Slot, ...],
+        into: Sequence[Tensor] = (),
+        scratch: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Make the launches; inputs have the layouts that the schedule was made for. Returns a tensor a result.
+
+        Args:
+            into: memory for the results, one each of the slot's shape; allocated if empty.
+            scratch: `scratch_bytes` of memory, uint8; allocated if None.
+        """
         first = inputs[0]
         assert first is not None
-        tensors = [first] * len(self.slots)
-        for n, x in enumerate(inputs):
-            if x is not None:
-                tensors[n] = x
+        tensors: list[Any] = [first if x is None else x for x in inputs]
+        tensors += [None] * (len(self.slots) - len(tensors))
+        for slot, x in zip(results, into, strict=False):
+            tensors[slot.at] = x
         wanted = tuple([slot.at for slot in results])
         with on_device(first):
             if self._rerun is not None and self._rerun.may_run():
-                self._rerun(tensors, wanted)
+                self._rerun(tensors, wanted, scratch)
             else:
                 self._run_by_triton(tensors)
         return [tensors[slot.at].transpose(1, 2) if slot.transposed else tensors[slot.at] for slot in results]
 
-    def _run_by_triton(self, tensors: list[Tensor]) -> None:
+    def _run_by_triton(self, tensors: list[Any]) -> None:
         for slot, x in zip(self._allocated, self.allocate(tensors[0]), strict=True):
-            tensors[slot.at] = x
+            if tensors[slot.at] is None:
+                tensors[slot.at] = x
         for step in self.steps:
             step(tensors)
         if self._rerun is None and not self._unknown and rerun.can_lay_out(self.steps):

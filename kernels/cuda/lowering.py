@@ -1,0 +1,151 @@
+"""How Inductor compiles the ops `sla2::*` on a GPU: to launches in its own code (`cuda/compiled.py`).
+
+Inductor then allocates results and scratch, uses memory again, and fuses what makes q, k and v and what takes o. A
+call stays a call of the op if the kernels do not take it, if its sizes are not known, or in code that is not Python
+(AOTInductor).
+
+All that is Inductor's here is private to it: `tests/kernels/test_lowering.py` fails on a PyTorch where it works
+otherwise. `ops.py` calls `install` when Inductor is about to meet an op, so that nobody loads Inductor for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, register_lowering
+from torch._inductor.virtualized import V
+
+from sla2_compile.kernels.checks import debugging
+from sla2_compile.kernels.cuda import dispatch
+from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.tuning import by_trial
+from sla2_compile.kernels.records import arguments, of, tensor_count
+
+DEVICES = {"cuda"}
+"""Types of devices whose calls become launches."""
+
+
+class LaunchesNode(ir.ExternKernel):
+    """A call of `compiled.Launches` among Inductor's operations.
+
+    Args:
+        constructor: the expression that makes the `Launches`.
+        inputs: buffers that it reads; made: those that it writes, results and scratch.
+    """
+
+    def __init__(self, constructor: str, inputs: Sequence[Any], made: Sequence[Any]) -> None:
+        self.tensors = [self.unwrap_storage_for_input(x) for x in (*inputs, *made)]
+        self.device = self.tensors[0].get_device()
+        super().__init__(None, ir.NoneLayout(device=self.device), self.tensors, ())
+        self.constructor = constructor
+        self.mutation_outputs = [ir.MutationOutput(ir.NoneLayout(device=self.device), x, self) for x in made]
+        V.graph.register_operation(self)
+
+    def codegen(self, wrapper: Any) -> None:
+        name = "sla2_" + hashlib.sha256(self.constructor.encode()).hexdigest()[:12]
+        wrapper.add_import_once(f"from {dispatch.__package__}.compiled import Launches as sla2_launches")
+        definition = f"{name} = {self.constructor}"
+        if definition not in wrapper.header.getvalue():
+            wrapper.header.writeline(definition)
+        wrapper.writeline(f"{name}({', '.join(x.codegen_reference() for x in self.tensors)})")
+
+    def get_outputs(self) -> list[ir.Buffer]:
+        return list(self.mutation_outputs)
+
+    def get_device(self) -> torch.device | None:
+        return self.device
+
+    def should_allocate(self) -> bool:
+        return False
+
+
+def readable(name: str, x: Any) -> Any:
+    """Realise an argument in a layout that the kernels read (`dispatch.laid_out`); None stays None."""
+    if x is None:
+        return None
+    x = ir.ExternKernel.realize_input(x)
+    # its strides are fixed from here on
+    ir.ExternKernel.unwrap_storage_for_input(x)
+    if name == "alpha_bias":
+        return x
+    fine = x.get_stride()[-1] == 1 if name in dispatch.STRIDED else x.get_layout().is_contiguous()
+    return x if fine else ir.ExternKernel.require_contiguous(x)
+
+
+def known(x: Any) -> bool:
+    """Whether a size or an option is a number."""
+    return not getattr(x, "free_symbols", None)
+
+
+def layout_of(x: Any) -> Layout | None:
+    """The layout of a realised argument; None if it is not known, or begins off 16 bytes."""
+    layout = x.get_layout()
+    if not all(map(known, (*layout.size, *layout.stride, layout.offset))):
+        return None
+    if int(layout.offset) * layout.dtype.itemsize % 16:
+        return None
+    # a buffer begins on 16 bytes, or `compiled.Launches` sees that it does not
+    shape, stride = torch.Size(map(int, layout.size)), tuple(map(int, layout.stride))
+    return Layout(shape, stride, layout.dtype, x.get_device(), True)
+
+
+def allocated(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """Have Inductor allocate a contiguous tensor."""
+    made = empty_strided(list(shape), None, dtype=dtype, device=device)
+    made.realize()
+    return made
+
+
+def result(x: Any, slot: Slot) -> Any:
+    """What of an allocated slot the graph sees."""
+    return lowerings[torch.ops.aten.permute.default](x, [0, 2, 1, 3]) if slot.transposed else x
+
+
+def lower(op: str, values: Sequence[Any]) -> Any:
+    """Lower a call of an op, given all its arguments, to launches; None if it must stay a call."""
+    record, scheduler = dispatch.SCHEDULED[op]
+    count = tensor_count(record)
+    device = values[0].get_device()
+    if device.type not in DEVICES or V.graph.cpp_wrapper or debugging() or not all(map(known, values[count:])):
+        return None
+    options = tuple(int(x) if isinstance(x, sympy.Integer) else x for x in values[count:])
+    tensors = [readable(about.name, x) for about, x in zip(arguments(record), values[:count], strict=False)]
+    layouts = [None if x is None else layout_of(x) for x in tensors]
+    if any(x is not None and layout is None for x, layout in zip(tensors, layouts, strict=True)):
+        return None
+    scheduled = scheduler(of(record, (*layouts, *options)), by_trial())
+    if scheduled is None:
+        return None
+    schedule, slots = scheduled
+    made = [allocated(slot.shape, slot.dtype, device) for slot in slots]
+    scratch = allocated([schedule.scratch_bytes(slots)], torch.uint8, device)
+    constructor = f"sla2_launches({op!r}, {tuple(x is not None for x in tensors)}, {options})"
+    LaunchesNode(constructor, [x for x in tensors if x is not None], [*made, scratch])
+    seen = tuple(result(x, slot) for x, slot in zip(made, slots, strict=True))
+    return seen[0] if len(seen) == 1 else seen
+
+
+def install_op(op: str) -> None:
+    """Tell Inductor of one op's launches."""
+    overload = getattr(torch.ops.sla2, op).default
+    call = fallback_handler(overload, add_to_fallback_set=False)
+    taken = arguments(dispatch.SCHEDULED[op][0])
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        made = lower(op, [*args, *(kwargs.get(x.name, x.default) for x in taken[len(args) :])])
+        return call(*args, **kwargs) if made is None else made
+
+    register_lowering(overload, type_promotion_kind=None)(lowered)
+
+
+@functools.cache
+def install() -> None:
+    """Tell Inductor of the ops' launches, once in a process."""
+    for op in dispatch.SCHEDULED:
+        install_op(op)
