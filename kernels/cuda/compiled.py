@@ -40,20 +40,19 @@ class Launches:
         self._scheduled: tuple[Schedule, tuple[Slot, ...]] | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Compute.
+        """Compute, where every call has the layout of the first.
 
         Args:
             tensors: the arguments that are present, in order and all on one device, in layouts that the kernels read;
                 then the results, each contiguous and of its slot's shape; then scratch, uint8.
         """
-        given: list[Tensor | None] = [*tensors[: self._count], None]
-        inputs, into, scratch = [given[n] for n in self._at], tensors[self._count : -1], tensors[-1]
+        inputs, into, scratch = self._inputs(tensors), tensors[self._count : -1], tensors[-1]
         address = 0
         for x in tensors:
             address |= x.data_ptr()
         if address % 16:
             # a view of a user's, which begins where it likes
-            self._misaligned(inputs, into)
+            self._by_op(inputs, into)
             return
         if self._scheduled is None:
             self._scheduled = self._scheduler(self._args(Layout.of_all(*inputs)), by_trial())
@@ -65,11 +64,26 @@ class Launches:
         schedule, results = self._scheduled
         schedule.run(*inputs, results=results, into=into, scratch=scratch)
 
+    def of_any_layout(self, *tensors: Tensor) -> None:
+        """Compute, where layouts differ from call to call; tensors as for `__call__`, without scratch."""
+        inputs, into = self._inputs(tensors), tensors[self._count :]
+        scheduled = self._scheduler(self._args(Layout.of_all(*inputs)), by_trial())
+        if scheduled is None:
+            self._by_op(inputs, into)
+            return
+        schedule, results = scheduled
+        schedule.run(*inputs, results=results, into=into)
+
+    def _inputs(self, tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """The arguments of the op that are tensors, present or not."""
+        given = (*tensors[: self._count], None)
+        return [given[n] for n in self._at]
+
     def _args(self, tensors: Any) -> Any:
         return of(self._record, (*tensors, *self._options))
 
-    def _misaligned(self, inputs: list[Tensor | None], into: tuple[Tensor, ...]) -> None:
-        """Compute by the op, whose launches suit any address."""
+    def _by_op(self, inputs: list[Tensor | None], into: tuple[Tensor, ...]) -> None:
+        """Compute by the op, which takes anything."""
         made = getattr(dispatch, self._op)(self._args(inputs))
         for x, y in zip(into, (made,) if isinstance(made, Tensor) else made, strict=True):
             x.copy_(y if x.shape == y.shape else y.transpose(1, 2))

@@ -1,8 +1,8 @@
 """How Inductor compiles the ops `sla2::*` on a GPU: to launches in its own code (`cuda/compiled.py`).
 
 Inductor then allocates results and scratch, uses memory again, and fuses what makes q, k and v and what takes o. A
-call stays a call of the op if the kernels do not take it, if its sizes are not known, or in code that is not Python
-(AOTInductor).
+call stays a call of the op if the kernels do not take it, and in code that is not Python (AOTInductor). Where sizes
+are symbols, launches are looked up by the layout of each call.
 
 All that is Inductor's here is private to it: `tests/kernels/test_lowering.py` fails on a PyTorch where it works
 otherwise. `ops.py` calls `install` when Inductor is about to meet an op, so that nobody loads Inductor for it.
@@ -78,33 +78,41 @@ def readable(name: str, x: Any) -> Any:
     return x if fine else ir.ExternKernel.require_contiguous(x)
 
 
-def known(x: Any) -> bool:
-    """Whether a size or an option is a number."""
+def numbers(values: Sequence[Any]) -> tuple[int, ...]:
+    """Sizes or strides as numbers; those of the example where they are symbols."""
+    return tuple(V.graph.sizevars.optimization_hint(x) for x in values)
+
+
+def is_number(x: Any) -> bool:
+    """Whether a size or an option is no symbol."""
     return not getattr(x, "free_symbols", None)
 
 
-def layout_of(x: Any) -> Layout | None:
-    """The layout of a realised argument; None if it is not known, or begins off 16 bytes."""
+def layout_of(x: Any) -> Layout:
+    """The layout of a realised argument in the example; a buffer begins on 16 bytes."""
     layout = x.get_layout()
-    if not all(map(known, (*layout.size, *layout.stride, layout.offset))):
-        return None
-    if int(layout.offset) * layout.dtype.itemsize % 16:
-        return None
-    # a buffer begins on 16 bytes, or `compiled.Launches` sees that it does not
-    shape, stride = torch.Size(map(int, layout.size)), tuple(map(int, layout.stride))
-    return Layout(shape, stride, layout.dtype, x.get_device(), True)
+    (offset,) = numbers([layout.offset])
+    shape, stride = torch.Size(numbers(layout.size)), numbers(layout.stride)
+    return Layout(shape, stride, layout.dtype, x.get_device(), offset * layout.dtype.itemsize % 16 == 0)
 
 
-def allocated(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+def allocated(shape: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
     """Have Inductor allocate a contiguous tensor."""
     made = empty_strided(list(shape), None, dtype=dtype, device=device)
     made.realize()
     return made
 
 
-def result(x: Any, slot: Slot) -> Any:
-    """What of an allocated slot the graph sees."""
-    return lowerings[torch.ops.aten.permute.default](x, [0, 2, 1, 3]) if slot.transposed else x
+def result_shapes() -> list[list[Any]]:
+    """The shapes, with symbols, of what the node that is being lowered returns."""
+    values = V.graph.current_node.meta["val"]
+    values = [values] if isinstance(values, torch.Tensor) else values
+    return [[n.node.expr if isinstance(n, torch.SymInt) else n for n in x.shape] for x in values]
+
+
+def swapped(shape: Sequence[Any], slot: Slot) -> Sequence[Any]:
+    """The shape of a result as its slot has it, given what the graph sees, or the other way round."""
+    return (shape[0], shape[2], shape[1], shape[3]) if slot.transposed else shape
 
 
 def lower(op: str, values: Sequence[Any]) -> Any:
@@ -112,22 +120,25 @@ def lower(op: str, values: Sequence[Any]) -> Any:
     record, scheduler = dispatch.SCHEDULED[op]
     count = tensor_count(record)
     device = values[0].get_device()
-    if device.type not in DEVICES or V.graph.cpp_wrapper or debugging() or not all(map(known, values[count:])):
+    if device.type not in DEVICES or V.graph.cpp_wrapper or debugging() or not all(map(is_number, values[count:])):
         return None
     options = tuple(int(x) if isinstance(x, sympy.Integer) else x for x in values[count:])
     tensors = [readable(about.name, x) for about, x in zip(arguments(record), values[:count], strict=False)]
+    present = [x for x in tensors if x is not None]
     layouts = [None if x is None else layout_of(x) for x in tensors]
-    if any(x is not None and layout is None for x, layout in zip(tensors, layouts, strict=True)):
-        return None
     scheduled = scheduler(of(record, (*layouts, *options)), by_trial())
     if scheduled is None:
         return None
     schedule, slots = scheduled
-    made = [allocated(slot.shape, slot.dtype, device) for slot in slots]
-    scratch = allocated([schedule.scratch_bytes(slots)], torch.uint8, device)
+    fixed = all(is_number(n) for x in present for n in (*x.get_size(), *x.get_stride(), x.get_layout().offset))
+    fixed = fixed and all(layout is None or layout.aligned for layout in layouts)
+    shapes = [swapped(shape, slot) for shape, slot in zip(result_shapes(), slots, strict=True)]
+    made = [allocated(shape, slot.dtype, device) for shape, slot in zip(shapes, slots, strict=True)]
+    scratch = [allocated([schedule.scratch_bytes(slots)], torch.uint8, device)] if fixed else []
     constructor = f"sla2_launches({op!r}, {tuple(x is not None for x in tensors)}, {options})"
-    LaunchesNode(constructor, [x for x in tensors if x is not None], [*made, scratch])
-    seen = tuple(result(x, slot) for x, slot in zip(made, slots, strict=True))
+    LaunchesNode(constructor if fixed else f"{constructor}.of_any_layout", present, [*made, *scratch])
+    permute = lowerings[torch.ops.aten.permute.default]
+    seen = tuple(permute(x, [0, 2, 1, 3]) if slot.transposed else x for x, slot in zip(made, slots, strict=True))
     return seen[0] if len(seen) == 1 else seen
 
 
