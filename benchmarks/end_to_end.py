@@ -11,8 +11,9 @@ train     jit_1024, forward and backward
 layer     one attention call against materialised attention, softmax(q k^T) v, at 256 to 16384 tokens
 wan_14b   Wan2.1-14B's shape at 720p, 40 layers, 75600 tokens, batch 1, forward; 28 GB of weights, minutes
 
-bf16. `eager` as it is; `compiled`: torch.compile(fullgraph, no dynamic shapes) of every block; `graph`: a CUDA graph
-of the compiled model (layer: of the eager call), which leaves the GPU's own time. `no attention` returns v instead of
+bf16; JiT, as its repository trains it, has float32 parameters under autocast. `eager` as it is; `compiled`:
+`@torch.compile` on the forward of the blocks' class; `graph`: a CUDA graph of the compiled model (layer: of the eager
+call), which leaves the GPU's own time. `no attention` returns v instead of
 self-attention: what is left is everything else, and a contender's attention time is its total less that, or "within
 noise" where that is less than the clock is off by. Calls that SLA2 leaves alone run on FlashAttention-2. Memory is
 the peak beyond weights and inputs. `host` is how much longer the host took for a fixed piece of Python than at its
@@ -136,6 +137,7 @@ def measure(
         row = dict(about)
         try:
             with (
+                torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=workload.autocast),
                 contending(workload, model, inputs, contender, row),
                 compiled_blocks(model, contender) if stage == "compiled" else nullcontext(),
             ):

@@ -32,6 +32,7 @@ class Workload:
         training: forward and backward, not forward alone.
         modes: how it may run.
         min_seq_len: of the recipes; 0 replaces every call, also where the crossover says that it does not pay.
+    autocast: whether bf16 autocast is on, over float32 parameters.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Workload:
     training: bool = False
     modes: tuple[str, ...] = ("eager", "compiled", "graph")
     min_seq_len: int | str = 0
+    autocast: bool = False
 
 
 class OneCall(nn.Module):
@@ -76,7 +78,7 @@ def workloads(part: str, tiny: bool) -> list[Workload]:
     what = ", forward and backward" if part == "train" else ""
     name = f"JiT-B/16, {(pixels // 16) ** 2} tokens, batch {batch}{what}"
     modes = ("eager", "compiled") if part == "train" else ("eager", "compiled", "graph")
-    return [Workload(name, lambda: jit(pixels, batch, tiny), part == "train", modes)]
+    return [Workload(name, lambda: jit(pixels, batch, tiny), part == "train", modes, autocast=True)]
 
 
 def dtype(tiny: bool) -> torch.dtype:
@@ -92,8 +94,7 @@ def wan(config: WanConfig, tiny: bool) -> Made:
 
 def jit(pixels: int, batch: int, tiny: bool) -> Made:
     model = JiTInContext(replace(B16, width=64, depth=2), context=8, start=1) if tiny else JiTInContext()
-    x = torch.randn(batch, 3, pixels, pixels, dtype=dtype(tiny))
-    return model.to(x.dtype), (x, torch.rand(batch), torch.randint(0, 20, (batch,)))
+    return model, (torch.randn(batch, 3, pixels, pixels), torch.rand(batch), torch.randint(0, 20, (batch,)))
 
 
 def layer(B: int, H: int, N: int, training: bool, tiny: bool) -> Made:

@@ -26,12 +26,20 @@ from sla2_compile.kernels.cuda.forward.states_launches import EightBit, StateLay
 from sla2_compile.kernels.cuda.forward.states_launches import is_short as sums_short
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
-from sla2_compile.kernels.cuda.route.launches import Choice, Sizes, add_route, results
+from sla2_compile.kernels.cuda.route.launches import Choice, Sizes, add_route, choose, results
 from sla2_compile.kernels.cuda.route.launches import is_short as routes_short
 from sla2_compile.kernels.cuda.tiles import ShapeClass, attend_tile, linear_chunk, linear_tile, states_tile
 from sla2_compile.kernels.cuda.tuning import launch
 from sla2_compile.kernels.records import split, with_tensors
 from sla2_compile.kernels.support import Facts, support
+
+MOST_IN_FRONT = 256
+"""Programs that choose, of a short call whose states are written beside them, by the same launch.
+
+With 96 of them that takes 104 us in place of 109 at (1, 12, 4096, 128), and spares the host a launch. With more they
+fill the GPU by themselves, and the registers and shared memory of both kinds hold either back: 163 us in place of 154
+at (4, 16, 4096, 64), with 512.
+"""
 
 
 def block_tiles(slot: Slot, x: Layout, rows: int, width: int) -> Tiles:
@@ -165,9 +173,12 @@ def add_forward(schedule: Schedule, args: ForwardArgs[Layout], trials: bool) -> 
     attention_slots = with_tensors(args, schedule.inputs).attention(made)
     formats = Formats.of(schedule, attention_args, attention_slots)
     states = None
-    if routes_short(route_args) and sums_short(attention_args, formats.layout):
+    if routes_short(route_args):
         choice = Choice.of(schedule, route_args, route_slots, sizes, made)
-        states = add_front(schedule, args, attention_slots, choice, formats, sizes)
+        if choice.programs <= MOST_IN_FRONT and sums_short(attention_args, formats.layout):
+            states = add_front(schedule, args, attention_slots, choice, formats, sizes)
+        else:
+            choose(schedule, choice)
     else:
         add_route(schedule, route_args, route_slots, made, trials)
     return add_attention(schedule, attention_args, attention_slots, trials, formats, states)
@@ -187,7 +198,7 @@ def add_front(
         front_kernel, (choice.programs + B * heads * sizes.tn * parts,),
         slots.k, slots.v, slots.key_mask, *choice.tensors, states, *eight.slots,
         *k.stride[:3], *v.stride[:3], 0 if mask is None else mask.stride[0], heads,
-        *choice.numbers, choice.programs, parts, args.scale,
+        *choice.numbers, choice.programs, parts,
         **choice.constants | layout.constants, BLOCK_DV=columns, HALVES=layout.block_d > 64, LOW_BIT=eight.level,
         num_warps=choice.warps,
     )  # fmt: skip

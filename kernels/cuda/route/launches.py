@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 
 from sla2_compile.kernels.arguments import RouteArgs, RouteResult
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
@@ -33,13 +32,12 @@ ENOUGH_PROGRAMS = 256
 """Of `scores_kernel`: where there are fewer, each takes fewer tiles (6.2 us, not 17.7, on (4, 16, 4096, 64))."""
 CENTER_TOKENS, PROJECTED_TOKENS = 32, 32
 """Tokens that a program of `center_kernel` and of `project_kernel` takes at a time."""
-CHOOSE = (4, 32, 2, 4)
-"""`choose_blocks`: query blocks per program (fewer if they have many tokens), key blocks per tile, stages, warps.
+CHOOSE = (4, 64, 2, 4)
+"""`choose_blocks`: query blocks per program (fewer if they have many tokens), key tokens per tile, stages, warps.
 
-Of a whole call at (4, 12, 4128, 64) and 15 %: 213 us; 240 with tiles of 64 key blocks, 229 with two query blocks.
+Of a whole call at (4, 12, 4128, 64) and 15 %: 200 us; 212 with three stages, 208 with tiles of 128 tokens in one
+stage, 244 with two query blocks, 249 with eight warps, 201 with eight query blocks in eight warps.
 """
-CHOOSE_WIDE = (4, 64, 2, 4)
-"""The same at head dims over 64: 111 us at (1, 12, 4096, 128), 134 with 8 warps. Tiles of 32 were not timed."""
 SHORT_DIM = 128
 """Largest head dim of a short route, whose head is not cut in slices."""
 
@@ -86,7 +84,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What `pool_kernel` writes: router tokens, keys in each, and sums of keys; what is not asked for is q."""
+    """What `pool_kernel` writes: router tokens, keys in each (q without a mask), and sums of keys."""
 
     q_tokens: Slot
     k_tokens: Slot
@@ -100,15 +98,13 @@ def is_short(args: RouteArgs[Layout]) -> bool:
     return few and args.q.shape[3] <= SHORT_DIM and (args.proj_q is None) == (args.proj_k is None)
 
 
-def pool(schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], sizes: Sizes, queries: bool) -> Pooled:
-    """Pool k, and q if asked, into router tokens."""
+def pool(schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], sizes: Sizes) -> Pooled:
+    """Pool q and k into router tokens."""
     q, k, mask, fp32 = args.q, args.k, args.key_mask, torch.float32
     (B, Hq, Nq, D), (_, heads, Nk, _) = q.shape, k.shape
     tile, warps = POOL
-    programs_q = B * Hq * num_blocks(Nq, tile) if queries else 0
-    q_tokens = slots.q
-    if queries:
-        q_tokens = schedule.empty("q_tokens", (B, Hq, sizes.Tq, D), q.dtype if args.proj_q is None else fp32)
+    programs_q = B * Hq * num_blocks(Nq, tile)
+    q_tokens = schedule.empty("q_tokens", (B, Hq, sizes.Tq, D), q.dtype if args.proj_q is None else fp32)
     k_tokens = schedule.empty("k_tokens", (B, heads, sizes.Tk, D), fp32)
     # what is not asked for is not touched, and costs no allocation
     count = slots.q if mask is None else schedule.empty("count", (B, sizes.Tk), fp32)
@@ -161,27 +157,25 @@ class Choice:
         cls, schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], sizes: Sizes,
         made: RouteResult[Slot],
     ) -> Choice:  # fmt: skip
-        pooled, (peak, typical) = pool(schedule, args, slots, sizes, False), block_scores(schedule, args, sizes)
+        pooled, (peak, typical) = pool(schedule, args, slots, sizes), block_scores(schedule, args, sizes)
         (B, Hq, Nq, D), (_, heads, Nk, _) = args.q.shape, args.k.shape
         projected = args.proj_q is not None
-        blocks, block_n, stages, warps = CHOOSE if padded(D) <= 64 else CHOOSE_WIDE
+        blocks, tokens, stages, warps = CHOOSE
         block_t = max(16, sizes.a, min(64, blocks * sizes.a))
         constants = {
-            "D": D, "BLOCK_D": padded(D), "A": sizes.a, "B": sizes.b, "ROWS_Q": sizes.rows_q,
-            "ROWS": sizes.rows_k, "BLOCK_T": block_t,
-            "BLOCK_N": min(block_n, padded(sizes.tn)), "WIDTH": padded(sizes.tn), "SUMS": CENTER_TOKENS,
+            "D": D, "BLOCK_D": padded(D), "A": sizes.a, "B": sizes.b, "ROWS": sizes.rows_k, "BLOCK_T": block_t,
+            "BLOCK_N": max(1, tokens // sizes.b), "WIDTH": padded(sizes.tn), "SUMS": CENTER_TOKENS,
             "BLOCK_Q": args.block_q, "BLOCK_K": args.block_k, "STAGES": stages,
-            "TYPE": tl.float16 if args.q.dtype == torch.float16 else tl.bfloat16,
             "FAST": args.q.device.type == "cuda", "CAUSAL": args.is_causal, "HAS_MASK": args.key_mask is not None,
             "PROJECTED": projected,
         }  # fmt: skip
         tensors = (
-            slots.q, pooled.k_tokens, pooled.count, pooled.partial, slots.proj_q or slots.q,
+            pooled.q_tokens, pooled.k_tokens, pooled.count, pooled.partial, slots.proj_q or slots.q,
             slots.proj_k or slots.q, peak, typical, made.lut, made.log_rest, made.entropy, made.k_mean,
         )  # fmt: skip
         numbers = (
-            *args.q.stride[:3], Hq, Hq // heads, Nq, Nk, sizes.Tq, sizes.Tk, sizes.tm, sizes.tn, sizes.tiles,
-            sizes.kept,
+            Hq, Hq // heads, Nq, Nk, sizes.Tq, sizes.Tk, sizes.tm, sizes.tn, sizes.tiles,
+            sizes.kept, args.scale,
         )  # fmt: skip
         programs = B * Hq * num_blocks(sizes.Tq, block_t)
         # in 4 warps, long rows and many tokens take more registers than there are
@@ -196,10 +190,14 @@ def add_route(
     if not is_short(args):
         _long(schedule, args, slots, sizes, made, trials)
         return
-    choice = Choice.of(schedule, args, slots, sizes, made)
+    choose(schedule, Choice.of(schedule, args, slots, sizes, made))
+
+
+def choose(schedule: Schedule, choice: Choice) -> None:
+    """Have blocks chosen by a launch of their own."""
     schedule.launch(
-        choose_kernel, (choice.programs,), *choice.tensors, *choice.numbers, args.scale,
-        **choice.constants, num_warps=choice.warps,
+        choose_kernel, (choice.programs,), *choice.tensors, *choice.numbers, **choice.constants,
+        num_warps=choice.warps,
     )  # fmt: skip
 
 
@@ -211,7 +209,7 @@ def _long(
     q, k, mask, fp32 = args.q, args.k, args.key_mask, torch.float32
     (B, Hq, Nq, D), (_, heads, Nk, _) = q.shape, k.shape
     Tq, Tk, tm, tn, a = sizes.Tq, sizes.Tk, sizes.tm, sizes.tn, sizes.a
-    pooled = pool(schedule, args, slots, sizes, True)
+    pooled = pool(schedule, args, slots, sizes)
     centered = schedule.empty("centered", pooled.k_tokens.shape, q.dtype if args.proj_k is None else fp32)
     bonus = schedule.empty("bonus", (B, Tk), fp32)
     groups = min(16, num_blocks(Tk, 2 * CENTER_TOKENS))
