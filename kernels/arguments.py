@@ -87,7 +87,6 @@ class AttentionArgs(NamedTuple, Generic[T]):
         key_mask, block_q, block_k, scale, is_causal: as `RouteArgs` has them.
         feature_map: phi of the linear branch: softmax, elu or relu.
         linear_scope: complement (keys that the sparse branch skips) or all.
-        keep_branches: return o_sparse and o_linear, which a backward needs.
         low_bit: format that the sparse branch computes in: none (the input's dtype), int8 or int8_fp8.
     """
 
@@ -106,7 +105,6 @@ class AttentionArgs(NamedTuple, Generic[T]):
     feature_map: str
     linear_scope: str
     is_causal: bool
-    keep_branches: bool
     low_bit: str = "none"
 
 
@@ -116,21 +114,17 @@ class AttentionResult(NamedTuple, Generic[T]):
     Attributes:
         o: (B, Hq, Nq, Dv) in q's dtype, laid out as `output` does it.
         lse: (B, Hq, Nq) acc, natural, of the sparse branch.
-        o_sparse, o_linear: the branches, as o; of shape (0,) unless keep_branches.
     """
 
     o: T
     lse: T
-    o_sparse: T
-    o_linear: T
 
 
 class Saved(NamedTuple, Generic[T]):
     """What the forward keeps for the backward: results, and the arguments of its `sla2::attention`."""
 
+    o: T
     lse: T
-    o_sparse: T
-    o_linear: T
     call: AttentionArgs[T]
 
 
@@ -178,13 +172,13 @@ class ForwardArgs(NamedTuple, Generic[T]):
         known: tuple[Any, ...] = self
         return RouteArgs(*[known[n] for n in _ROUTE])
 
-    def attention(self, routed: RouteResult[T], keep_branches: bool = False) -> AttentionArgs[T]:
+    def attention(self, routed: RouteResult[T]) -> AttentionArgs[T]:
         """The arguments of its attention, given what its route returned."""
-        known: tuple[Any, ...] = (*self, *routed, keep_branches)
+        known: tuple[Any, ...] = (*self, *routed)
         return AttentionArgs(*[known[n] for n in _ATTENTION])
 
 
 # positions of the parts' arguments, found once by name: an eager call cannot spare the time
 _ROUTE = [ForwardArgs._fields.index(name) for name in RouteArgs._fields]
-_KNOWN = (*ForwardArgs._fields, *RouteResult._fields, "keep_branches")
+_KNOWN = (*ForwardArgs._fields, *RouteResult._fields)
 _ATTENTION = [_KNOWN.index(name) for name in AttentionArgs._fields]

@@ -173,14 +173,11 @@ def check_backward(args: BackwardArgs[Described]) -> None:
     """All checks of `sla2::attention_backward`."""
     saved, call = args.saved, args.saved.call
     check_attention(call)
-    if not call.keep_branches:
-        raise fail("keep_branches", "be True where a gradient is wanted", False, "pass keep_branches=True")
     q, o_shape = call.q, (*call.q.shape[:3], call.v.shape[3])
     for name, x, shape, dtype in (
         ("do", args.do, o_shape, q.dtype),
         ("lse", saved.lse, o_shape[:3], accumulation_dtype(q.dtype)),
-        ("o_sparse", saved.o_sparse, o_shape, q.dtype),
-        ("o_linear", saved.o_linear, o_shape, q.dtype),
+        ("o", saved.o, o_shape, q.dtype),
     ):
         if x.shape != shape or x.dtype != dtype or x.device != q.device:
             rule = f"be {dtype} of shape {shape} on {q.device}"

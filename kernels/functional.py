@@ -105,10 +105,7 @@ def attend(
     params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
     keep_routing = keep_routing and not traced(q)
-    if training and differentiable:
-        routed, attended = _in_two(args, keep_branches=True)
-        o = attended.o
-    elif keep_routing and not differentiable:
+    if (training and differentiable) or (keep_routing and not differentiable):
         routed, attended = _in_two(args)
         o = attended.o
     else:
@@ -124,8 +121,8 @@ def attend(
 
 
 def _in_two(
-    args: ForwardArgs[Tensor], keep_branches: bool = False
+    args: ForwardArgs[Tensor],
 ) -> tuple[RouteResult[Tensor], AttentionResult[Tensor]]:
     """Run a call as route and attention."""
     routed = RouteResult(*route(*args.route()))
-    return routed, AttentionResult(*attention(*args.attention(routed, keep_branches)))
+    return routed, AttentionResult(*attention(*args.attention(routed)))

@@ -36,7 +36,7 @@ from sla2_compile.kernels.arguments import (
     output,
 )
 from sla2_compile.kernels.blocks import num_blocks, num_kept
-from sla2_compile.kernels.checks import check_attention, check_backward, check_route, check_table, fail
+from sla2_compile.kernels.checks import check_attention, check_backward, check_route, check_table
 from sla2_compile.kernels.records import flat, inner_record, named, of, schema, split, tensor_count
 
 
@@ -168,8 +168,7 @@ def _attention_fake(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
     q, v = args.q, args.v
     o = output(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-    o_sparse, o_linear = (q.new_empty(o.shape if args.keep_branches else (0,)) for _ in range(2))
-    return AttentionResult(o, lse, o_sparse, o_linear)
+    return AttentionResult(o, lse)
 
 
 attention = define(
@@ -177,16 +176,14 @@ attention = define(
 )
 """Sparse branch, linear branch and mix. Formula: `reference.attention`.
 
-Whatever low_bit is, the backward computes in the input's dtype, from the forward's o_sparse and lse.
+Whatever low_bit is, the backward computes in the input's dtype, from the forward's o and lse.
 """
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     args, made = AttentionArgs(*inputs), AttentionResult(*output)
-    if not args.keep_branches:
-        raise fail("keep_branches", "be True where a gradient is wanted", False, "pass keep_branches=True")
-    ctx.mark_non_differentiable(made.lse, made.o_sparse, made.o_linear)
-    tensors, ctx.options = split(Saved(made.lse, made.o_sparse, made.o_linear, args))
+    ctx.mark_non_differentiable(made.lse)
+    tensors, ctx.options = split(Saved(made.o, made.lse, args))
     ctx.save_for_backward(*tensors)
 
 
@@ -258,9 +255,9 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _forward_backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
     args = of(ForwardArgs, (*ctx.saved_tensors, *ctx.options))
-    call = args.attention(RouteResult(*route(*args.route())), keep_branches=True)._replace(low_bit="none")
+    call = args.attention(RouteResult(*route(*args.route())))._replace(low_bit="none")
     again = AttentionResult(*attention(*call))
-    found = _gradients_of(do, Saved(again.lse, again.o_sparse, again.o_linear, call))
+    found = _gradients_of(do, Saved(again.o, again.lse, call))
     found["k"] = found["k"] + _spread(found.pop("k_mean"), call.k, call.key_mask)
     return named(ForwardArgs, **found)
 

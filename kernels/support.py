@@ -64,7 +64,6 @@ class Facts(NamedTuple):
         plain: whether every query sees every key: no key_mask, not causal.
         few: whether at most `MOST_KEPT` of the key blocks are asked for; many: whether a query block then keeps at
             least `LEAST_KEPT` of them.
-        keep_branches: whether the branches are kept for a backward.
         copyable: whether the copy engine can read q, k and v, and k_mean is as the router returns it.
         direction: forward, or backward.
     """
@@ -80,7 +79,6 @@ class Facts(NamedTuple):
     plain: bool = True
     few: bool = False
     many: bool = False
-    keep_branches: bool = False
     copyable: bool = True
     direction: Literal["forward", "backward"] = "forward"
 
@@ -185,11 +183,6 @@ FUSED: tuple[Rule, ...] = (
         lambda f: f.chip.triton in GLUON_TRITONS,
         "Triton 3.6 or 3.7",
         lambda f: f"the fused kernel needs Triton 3.6 or 3.7, not {'.'.join(map(str, f.chip.triton))}",
-    ),
-    Rule(
-        lambda f: not f.keep_branches,
-        "no training step, which keeps the branches",
-        lambda f: "the fused kernel keeps no branches",
     ),
     Rule(lambda f: f.plain, "no key mask, not causal", lambda f: "the fused kernel takes no mask and no causality"),
     Rule(

@@ -30,7 +30,7 @@ class ShapeClass:
     Attributes:
         arch: compute capability, 90 for Hopper; block_d, block_dv: head dims padded to tiles.
         low_bit: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
-        more: whether `attend_kernel` also masks keys or keeps the branches, for which it needs more registers.
+        more: whether `attend_kernel` also masks keys, for which it needs more registers.
         causal: whether the call is; tma: whether `attend_kernel` reads k and v by the copy engine, if not in low bit.
         odd: whether a head dim is no multiple of 16, so that loads of a row are masked, for which more registers go.
     """

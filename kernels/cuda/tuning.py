@@ -54,7 +54,7 @@ CANDIDATES: dict[str, list[Tile]] = {
         for tiles in (1, 2, 4, 8)
     ],
 }
-CLASS = ("D", "DV", "BLOCK_Q", "BLOCK_K", "A", "B", "LOW_BIT", "CAUSAL", "HAS_MASK", "KEEP", "TMA", "FEATURE_MAP")
+CLASS = ("D", "DV", "BLOCK_Q", "BLOCK_K", "A", "B", "LOW_BIT", "CAUSAL", "HAS_MASK", "TMA", "FEATURE_MAP")
 """Arguments that make a shape class; each kernel has some of them."""
 WRITTEN = {"attend_kernel": ["o"]}
 """What a kernel reads and then overwrites, so that a second run would read something else."""

@@ -134,7 +134,7 @@ def sparse_branch(tiles: Tiles, o: Tensor) -> tuple[Tensor, Tensor]:
 def mix_weight(
     lse: Tensor, total: Tensor, log_rest: Tensor, gain: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return alpha, d alpha / d logit, and lse - log_rest, each (R, block_q).
+    """Return alpha, whether a row has both branches, and lse - log_rest, each (R, block_q).
 
     Args:
         lse: (R, block_q) of the sparse branch.
@@ -150,8 +150,7 @@ def mix_weight(
     else:
         logit = gap if bias is None else bias.expand_as(gap)
     alpha = torch.sigmoid(logit)
-    slope = torch.where(both, alpha * (1 - alpha), 0.0)
-    return torch.where(has_linear, torch.where(has_sparse, alpha, 0.0), 1.0), slope, gap
+    return torch.where(has_linear, torch.where(has_sparse, alpha, 0.0), 1.0), both, gap
 
 
 @dataclass
@@ -182,13 +181,12 @@ class AlphaRows:
 def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
     """Compute what `reference.attention` defines, in blocks."""
     q, k, v, block_q = args.q, args.k, args.v, args.block_q
-    feature_map, linear_scope, keep_branches = args.feature_map, args.linear_scope, args.keep_branches
+    feature_map, linear_scope = args.feature_map, args.linear_scope
     (B, Hq, Nq, _), tm = q.shape, args.lut.shape[2]
     groups = Hq // k.shape[1]
     alpha_rows = AlphaRows.lay_out(args.log_rest, args.alpha_gain, args.alpha_bias)
     Dv = v.shape[3]
     lse = q.new_empty(B, Hq, tm * block_q, 1, dtype=accumulation_dtype(q.dtype))
-    kept = [q.new_empty(B, Hq, tm * block_q, Dv) for _ in range(2)] if keep_branches else []
     # keeps 1 / sum finite in rows that see no key
     tiny = torch.finfo(lse.dtype).tiny
 
@@ -200,7 +198,7 @@ def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
             tiles = cut(args, bs, hs, hq, scratch)
             state = linear_state(tiles, feature_map, linear_scope)
             rest, gain, bias = alpha_rows.of(bs, hq)
-            o_rows, lse_rows, *kept_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse, *kept))
+            o_rows, lse_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse))
             # the output's own memory where it can hold the products
             sparse = o_rows if o_rows.dtype == tiles.acc else scratch("sparse", tuple(o_rows.shape), tiles.q.dtype)
             total, row_lse = sparse_branch(tiles, sparse)
@@ -216,9 +214,6 @@ def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
             for part in tiles.chunks(sparse.shape[2]):
                 linear = scratch("linear", tuple(sparse[part].shape), sparse.dtype)
                 torch.bmm(phi_q[part], state.kv_sum[part], out=linear)
-                if keep_branches:
-                    torch.mul(sparse[part], by_total[part], out=kept_rows[0][part])
-                    torch.mul(linear, by_weight[part], out=kept_rows[1][part])
                 # normalised and mixed in two passes
                 mixed = sparse[part].to(tiles.acc).mul_(sparse_share[part])
                 mixed.addcmul_(linear, linear_share[part])
@@ -227,5 +222,4 @@ def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
 
         made = output(q, Dv).copy_(o[:, :, :Nq])
 
-    lse, *kept = (x[:, :, :Nq].contiguous() for x in (lse, *kept))
-    return AttentionResult(made, lse.squeeze(-1), *(kept or (q.new_empty(0), q.new_empty(0))))
+    return AttentionResult(made, lse[:, :, :Nq, 0].contiguous())

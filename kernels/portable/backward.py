@@ -1,11 +1,14 @@
 """The backward of `sla2::attention` in blocked PyTorch (SLA2, Alg. 3), for any device.
 
-With a = alpha, dO_s = a dO, dO_l = (1 - a) dO, D_s = rowsum(dO_s * O_s), D_l = rowsum(dO_l * O_l):
-    logit:  dg = rowsum(dO * (O_s - O_l)) a (1 - a);   dlse = gain * dg
+With a = alpha, dO_s = a dO, dO_l = (1 - a) dO, t_i = phi(q_i) Z_i:
+    rows:   D_l = rowsum(dO_l * O_l) = rowsum(phi(q_i) * (dO_l H_i^T)) / t_i
+            D_s = rowsum(dO_s * O_s) = rowsum(dO * O) - D_l
+    logit:  dg = rowsum(dO * (O_s - O_l)) a (1 - a) = (1 - a) D_s - a D_l;   dlse = gain * dg
     sparse: P = exp(S - lse);  dV += P^T dO_s;  dS = P * (dO_s V^T - D_s + dlse);  dQ += dS K;  dK += dS^T Q
             (a row's exp(-lse) goes into its dO_s, D_s and dlse where it is no risk, so that P is exp(S))
-    linear: dH_i = (phi(q_i) / t_i)^T dO_l;  dZ_i = -(phi(q_i) / t_i)^T D_l,  t_i = phi(q_i) Z_i;
+    linear: dH_i = (phi(q_i) / t_i)^T dO_l;  dZ_i = -(phi(q_i) / t_i)^T D_l;
             key block j gathers dH_i, dZ_i of every i that did not select it
+So the forward saves o and lse, and neither branch.
 log_rest is the router's estimate and counts as a constant.
 """
 
@@ -60,13 +63,13 @@ class RowGradients:
 
 
 def row_backward(
-    tiles: Tiles, state: LinearState, do: Tensor, lse: Tensor, o_sparse: Tensor, o_linear: Tensor,
-    log_rest: Tensor, gain: Tensor | None, bias: Tensor | None, feature_map: str,
+    tiles: Tiles, state: LinearState, do: Tensor, o: Tensor, lse: Tensor, log_rest: Tensor,
+    gain: Tensor | None, bias: Tensor | None, feature_map: str,
 ) -> RowGradients:  # fmt: skip
     """Go back through the mix and through phi(q) H / (phi(q) Z).
 
     Args:
-        do, o_sparse, o_linear: (R, block_q, Dv); lse: (R, block_q); log_rest, gain, bias: (R, 1).
+        do, o: (R, block_q, Dv); lse: (R, block_q); log_rest, gain, bias: (R, 1).
     """
     (R, block_q, D), Dv, acc, new = tiles.q.shape, do.shape[2], tiles.acc, tiles.scratch
     # rows that see no key have no exp(S) either
@@ -87,10 +90,14 @@ def row_backward(
         phi_q = phi(tiles.q[part].to(acc), feature_map)
         total = torch.bmm(phi_q, k_sum)
         own_gain, own_bias = (None if x is None else x[part] for x in (gain, bias))
-        alpha, slope, gap = mix_weight(lse[part], total, log_rest[part], own_gain, own_bias)
-        along_sparse, along_linear = ((g * x[part]).sum(dim=-1) for x in (o_sparse, o_linear))
+        alpha, both, gap = mix_weight(lse[part], total, log_rest[part], own_gain, own_bias)
+        weight = torch.where(total > LEAST_WEIGHT, (1.0 - alpha[..., None]) / total, 0.0)
+        # d phi(q), but for what Z takes
+        d_phi_q = torch.bmm(g * weight, kv_sum.mT)
+        along_linear = (phi_q * d_phi_q).sum(dim=-1)
+        along_sparse = (g * o[part]).sum(dim=-1) - along_linear
 
-        d_logit = (along_sparse - along_linear) * slope
+        d_logit = torch.where(both, (1.0 - alpha) * along_sparse - alpha * along_linear, 0.0)
         rows.d_logit[part], rows.d_gain[part] = d_logit.sum(dim=1), (d_logit * gap).sum(dim=1)
         if own_gain is not None:
             d_lse = d_logit * own_gain
@@ -98,13 +105,12 @@ def row_backward(
             d_lse = d_logit if own_bias is None else torch.zeros_like(d_logit)
         own_factor = factor[part] if plain else 1.0
         torch.mul(g, (alpha * own_factor)[..., None], out=rows.do_sparse[part])
-        rows.shift[part] = ((d_lse - alpha * along_sparse) * own_factor)[:, None]
+        rows.shift[part] = ((d_lse - along_sparse) * own_factor)[:, None]
 
-        weight = torch.where(total > LEAST_WEIGHT, (1.0 - alpha[..., None]) / total, 0.0)
-        g, delta = g * weight, along_linear[..., None] * weight
-        torch.bmm(phi_q.mT, g, out=rows.d_kv[part])
+        delta = torch.where(total > LEAST_WEIGHT, along_linear[..., None] / total, 0.0)
+        torch.bmm(phi_q.mT, g * weight, out=rows.d_kv[part])
         torch.bmm(phi_q.mT, delta, out=rows.d_k[part]).neg_()
-        d_phi_q = torch.bmm(g, kv_sum.mT).sub_(delta * k_sum.mT)
+        d_phi_q.sub_(delta * k_sum.mT)
         rows.dq[part] = feature_map_backward(d_phi_q, phi_q, feature_map)
     return rows
 
@@ -158,13 +164,13 @@ def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
         for bs, hs in head_groups(B, k.shape[1], 2 * max(k.shape[2], groups * Nq), q.device):
             hq = slice(hs.start * groups, hs.stop * groups)
             tiles = cut(call, bs, hs, hq, scratch)
-            g, o_s, o_l = (
+            g, o = (
                 copy_to_blocks(x[bs, hq], block_q, tiles.acc, scratch, name)
-                for name, x in (("do", args.do), ("o_sparse", saved.o_sparse), ("o_linear", saved.o_linear))
+                for name, x in (("do", args.do), ("o", saved.o))
             )
             row_lse = to_blocks(saved.lse[bs, hq, :, None], block_q).squeeze(-1)
             state = linear_state(tiles, feature_map, call.linear_scope)
-            rows = row_backward(tiles, state, g, row_lse, o_s, o_l, *alpha_rows.of(bs, hq), feature_map)
+            rows = row_backward(tiles, state, g, o, row_lse, *alpha_rows.of(bs, hq), feature_map)
             dk_rows, dv_rows = key_backward(tiles, state, rows, feature_map)
             add_sparse_backward(tiles, rows, row_lse, dk_rows, dv_rows)
 

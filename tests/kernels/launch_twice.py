@@ -64,7 +64,7 @@ def run(D: int, low: str = "none", projected: bool = False, masked: bool = False
     tensors, layouts = cuda.laid_out(RouteArgs(q, q, proj, proj, mask, 0.1, 8, 128, 64, D**-0.5, False))
     compare(f"{name} route", route_schedule.__wrapped__(layouts, False)[0], tensors)
     lut, rest, mean = torch.zeros(1, 2, 8, 2, dtype=torch.int32), torch.zeros(1, 2, 8), torch.zeros(1, 2, D)
-    options: tuple[Any, ...] = (128, 64, D**-0.5, "softmax", "complement", False, False, low)
+    options: tuple[Any, ...] = (128, 64, D**-0.5, "softmax", "complement", False, low)
     tensors, layouts = cuda.laid_out(AttentionArgs(q, q, q, mean, lut, rest, None, None, mask, *options))
     compare(f"{name} attention", attention_schedule.__wrapped__(layouts, False)[0], tensors)
 

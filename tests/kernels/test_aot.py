@@ -1,7 +1,7 @@
 """Every launch of the CUDA path compiles for sm_80 to sm_120 without a GPU; hot kernels do not spill.
 
 The launches are recorded from the real launcher, so tiles, warps and stages are those that would run. The calls reach
-every row of the tables of tiles, with masks, kept branches and 8 bits where those take the most registers.
+every row of the tables of tiles, with masks and 8 bits where those take the most registers.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def call(
     phi: str = "softmax",
     N: int = 16384,
 ) -> Any:
-    """One whole call on CPU tensors, for its launches only; more: words of causal, masked, kept, plain, whole.
+    """One whole call on CPU tensors, for its launches only; more: words of causal, masked, plain, whole.
 
     plain: without projections. whole: by one schedule (`sla2::forward`).
     """
@@ -121,7 +121,7 @@ def call(
         # alpha as routing gives it, which takes the most registers
         gain, bias = torch.empty(2), torch.empty(2, 1)
         args = (q, q, q, mean, lut, rest, gain, bias, mask, *blocks, D**-0.5, phi, "complement", causal)
-        scheduled_attention(*args, "kept" in more, low)
+        scheduled_attention(*args, low)
 
     return run
 
@@ -131,7 +131,7 @@ SPARSE = ("attend_kernel", "states_kernel")
 SHORT = ("choose_kernel", "sums_kernel")
 FRONT = ("front_kernel",)
 HOPPER = ("attend_hopper_kernel",)
-ALL = "causal masked kept"
+ALL = "causal masked"
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ COMPILED = [
     *(x for arch in (80, 90, 100) for x in on(arch, FRONT, FRONT_CALLS)),
     *on(80, SPARSE, {
         "D64, 128 keys, int8": call(64, (128, 128), ALL, "int8"),
-        "D128, 128 keys": call(128, (128, 128), "kept"),
+        "D128, 128 keys": call(128, (128, 128), "masked"),
         "D128, 128 keys, all": call(128, (128, 128), ALL),
         "D128, int8": call(128, (128, 64), low="int8"),
         "D128, 128 keys, int8": call(128, (128, 128), low="int8"),
@@ -189,12 +189,12 @@ COMPILED = [
         "D256": call(256, (128, 64), ALL),
     }),
     *on(90, SPARSE, {
-        "D64, kept": call(64, (128, 64), "kept"),
+        "D64, masked": call(64, (128, 64), "masked"),
         "D64, all": call(64, (128, 64), ALL),
         "D64, 128 keys": call(64, (128, 128), ALL),
         "D64, int8 + fp8": call(64, (128, 64), low="int8_fp8"),
-        "D96, kept": call(96, (128, 64), "kept"),
-        "D128, kept": call(128, (128, 64), "kept"),
+        "D96, masked": call(96, (128, 64), "masked"),
+        "D128, masked": call(128, (128, 64), "masked"),
         "D128, all": call(128, (128, 64), ALL),
         "D128, masked, 32 keys": call(128, (128, 32), "masked"),
         "D128, half": call(128, (64, 64), ALL),
@@ -208,7 +208,7 @@ COMPILED = [
         "D256, all": call(256, (128, 64), ALL),
         "D136, causal": call(136, (128, 64), "causal"),
         "D200, int8 + fp8": call(200, (128, 64), low="int8_fp8"),
-        "D256, kept": call(256, (128, 64), "kept"),
+        "D256, masked": call(256, (128, 64), "masked"),
         "D256, int8, 32 keys": call(256, (128, 32), low="int8"),
         "D256, int8 + fp8": call(256, (128, 64), low="int8_fp8", dtype=torch.float16),
         "D256, masked, int8 + fp8": call(256, (64, 64), "causal masked", low="int8_fp8"),
@@ -220,7 +220,7 @@ COMPILED = [
     }),
     *on(100, SPARSE, {
         "D64, 128 keys, int8": call(64, (128, 128), ALL, "int8"),
-        "D128, kept": call(128, (128, 64), "kept"),
+        "D128, masked": call(128, (128, 64), "masked"),
         "D128, 128 keys": call(128, (128, 128), ALL),
         "D128, int8": call(128, (128, 64), low="int8"),
         "D128, int8 + fp8": call(128, (128, 64), low="int8_fp8"),

@@ -49,10 +49,10 @@ def test_schema_text() -> None:
     call = (
         "Tensor q, Tensor k, Tensor v, Tensor k_mean, Tensor lut, Tensor log_rest, Tensor? alpha_gain, "
         "Tensor? alpha_bias, Tensor? key_mask, SymInt block_q, SymInt block_k, float scale, str feature_map, "
-        'str linear_scope, bool is_causal, bool keep_branches, str low_bit="none")'
+        'str linear_scope, bool is_causal, str low_bit="none")'
     )
-    assert schema(AttentionArgs, AttentionResult) == f"({call} -> (Tensor, Tensor, Tensor, Tensor)"
-    saved = f"(Tensor do, Tensor lse, Tensor o_sparse, Tensor o_linear, {call}"
+    assert schema(AttentionArgs, AttentionResult) == f"({call} -> (Tensor, Tensor)"
+    saved = f"(Tensor do, Tensor o, Tensor lse, {call}"
     assert schema(BackwardArgs, BackwardResult) == f"{saved} -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
@@ -86,9 +86,7 @@ def test_parts_of_a_forward_have_its_arguments() -> None:
     args: ForwardArgs[Any] = of(ForwardArgs, ForwardArgs._fields)
     assert args.route() == RouteArgs._fields
     routed = RouteResult(*(f"routed {x}" for x in RouteResult._fields))
-    call = args.attention(routed, keep_branches=True)
-    assert call.keep_branches is True
-    assert (*call[:15], "keep_branches", call.low_bit) == tuple(
+    assert args.attention(routed) == tuple(
         f"routed {x}" if x in RouteResult._fields else x for x in AttentionArgs._fields
     )
 
@@ -103,11 +101,11 @@ def test_a_node_that_leaves_out_a_default() -> None:
     """The dispatcher drops arguments that equal their default, so a graph's node may lack the last ones."""
     graph = fx.Graph()
     tensors = [graph.placeholder(name) for name in AttentionArgs._fields[:9]]
-    options = (32, 16, 0.25, "softmax", "complement", False, True)
+    options = (32, 16, 0.25, "softmax", "complement", False)
     node = graph.call_function(torch.ops.sla2.attention.default, (*tensors, *options))
     given: Any = node.args
     call: AttentionArgs[fx.Node] = AttentionArgs(*given, **node.kwargs)  # type: ignore[arg-type]
-    assert (call.low_bit, call.keep_branches, call.lut.name) == ("none", True, "lut")
+    assert (call.low_bit, call.is_causal, call.lut.name) == ("none", False, "lut")
 
 
 class WithFlag(NamedTuple, Generic[T]):

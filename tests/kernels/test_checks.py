@@ -40,12 +40,10 @@ def good() -> dict[str, Any]:
         "feature_map": "softmax",
         "linear_scope": "complement",
         "is_causal": False,
-        "keep_branches": False,
         "low_bit": "none",
         "do": torch.zeros(2, 4, 40, 24),
+        "o": torch.zeros(2, 4, 40, 24),
         "lse": torch.zeros(2, 4, 40),
-        "o_sparse": torch.zeros(2, 4, 40, 24),
-        "o_linear": torch.zeros(2, 4, 40, 24),
     }
 
 
@@ -143,8 +141,6 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
      "low_bit must be one of none, int8, int8_fp8, got 'int4'; int8_fp8 is the paper's"),
     (A, {"low_bit": "int8"},
      "low_bit must be 'none' here (not run on cpu), got 'int8'; take what precision.low_bit_of returns"),
-    (W, {"keep_branches": False},
-     "keep_branches must be True where a gradient is wanted, got False; pass keep_branches=True"),
     (W, {"do": zeros(2, 4, 24, 40)},
      "do must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (2, 4, 24, 40) on cpu; "
      "take it as sla2::attention gave it"),
@@ -154,11 +150,8 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (W, {"lse": zeros(2, 4, 39)},
      "lse must be torch.float32 of shape (2, 4, 40) on cpu, got torch.float32 (2, 4, 39) on cpu; "
      "take it as sla2::attention gave it"),
-    (W, {"o_sparse": zeros(0)},
-     "o_sparse must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (0,) on cpu; "
-     "take it as sla2::attention gave it"),
-    (W, {"o_linear": zeros(2, 4, 40, 16)},
-     "o_linear must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (2, 4, 40, 16) on cpu; "
+    (W, {"o": zeros(2, 4, 40, 16)},
+     "o must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (2, 4, 40, 16) on cpu; "
      "take it as sla2::attention gave it"),
 ]  # fmt: skip
 CASES = [(op, wrong, message) for ops, wrong, message in REFUSALS for op in ops]
@@ -177,8 +170,7 @@ ON_ANOTHER_DEVICE = [
 
 
 def call(op: Any, wrong: dict[str, Any]) -> Any:
-    args = good() | {"keep_branches": op is attention_backward}
-    args |= {name: value() if callable(value) else value for name, value in wrong.items()}
+    args = good() | {name: value() if callable(value) else value for name, value in wrong.items()}
     return op(*flat(record(RECORDS[op], args)))
 
 
@@ -212,7 +204,7 @@ def test_what_is_right_is_taken(fake: bool) -> None:
 
     want = [
         (2, 4, 2, 1), (2, 4, 2), (2, 4, 2), (2, 2, 16),
-        (2, 4, 40, 24), (2, 4, 40), (0,), (0,),
+        (2, 4, 40, 24), (2, 4, 40),
         (2, 4, 40, 16), (2, 2, 50, 16), (2, 2, 50, 24), (2, 2, 16), (4,), (4, 1),
     ]  # fmt: skip
     with FakeTensorMode() if fake else nullcontext():

@@ -22,7 +22,7 @@ from tests.kernels.schedules import as_long_calls, forget_schedules, remember_te
 from tests.kernels.test_triton_low_bit import check, routed
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, poison_outputs, scheduled_attention, scheduled_route
 
-PLAIN = Case(D=64, Dv=64, block_q=128, block_k=64, Nq=300, Nk=459, keep=False)
+PLAIN = Case(D=64, Dv=64, block_q=128, block_k=64, Nq=300, Nk=459)
 WIDE = replace(PLAIN, D=128, Dv=128)
 CASES = {
     "plain": PLAIN,
@@ -55,7 +55,7 @@ def facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changes: Any) -> 
     lut, rest = torch.zeros(B, q.shape[1], 2, 2, dtype=torch.int32), torch.zeros(B, q.shape[1], 2)
     mean = changes.pop("k_mean", torch.zeros(B, heads, D))
     tensors = Layout.of_all(q, k, v, mean, lut, rest, None, None, changes.pop("key_mask", None))
-    options = (128, 64, D**-0.5, "softmax", "complement", False, False)
+    options = (128, 64, D**-0.5, "softmax", "complement", False)
     call: AttentionArgs[Layout] = of(AttentionArgs, (*tensors, *options))
     return facts_of(call._replace(**changes))._replace(chip=H100)
 
@@ -85,7 +85,6 @@ def test_takes_what_the_table_says() -> None:
     for change in (
         {"block_q": 64},
         {"block_k": 128},
-        {"keep_branches": True},
         {"is_causal": True},
         {"key_mask": mask},
     ):
@@ -139,10 +138,10 @@ if not INTERPRETED:
         as_long_calls(monkeypatch)
         case, kept = replace(WIDE, B=2, heads=2), remember_tensors(monkeypatch)
         x = routed(case, case.tensors())
-        whole = case.attention(x, scheduled_attention, False, low_bit)
+        whole = case.attention(x, scheduled_attention, low_bit)
         monkeypatch.setattr(states_schedule, "STATE_BYTES", state_bytes(kept, 3, of=4))
         forget_schedules()
-        parts = case.attention(x, scheduled_attention, False, low_bit)
+        parts = case.attention(x, scheduled_attention, low_bit)
         assert torch.equal(whole[0], parts[0])
         assert torch.equal(whole[1], parts[1])
 
@@ -153,9 +152,9 @@ if not INTERPRETED:
         """A race would show as results that differ."""
         case = replace(WIDE, Nq=128 * 300, Nk=64 * 100, topk_ratio=0.2)
         x = routed_cheaply(case)
-        first = case.attention(x, scheduled_attention, False, low_bit)
+        first = case.attention(x, scheduled_attention, low_bit)
         for _ in range(20):
-            again = case.attention(x, scheduled_attention, False, low_bit)
+            again = case.attention(x, scheduled_attention, low_bit)
             assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
 
     @pytest.mark.gpu
@@ -166,10 +165,10 @@ if not INTERPRETED:
         """Many steps of many blocks a program compute what the kernels do that this one replaces."""
         case = replace(WIDE, B=2, Nq=128 * 150 + 7, Nk=64 * 100 - 5, topk_ratio=topk_ratio, alpha="none")
         x = routed_cheaply(case)
-        got = case.attention(x, scheduled_attention, False, low_bit)
+        got = case.attention(x, scheduled_attention, low_bit)
         without_fused(monkeypatch)
         forget_schedules()
-        want = case.attention(x, scheduled_attention, False, low_bit)
+        want = case.attention(x, scheduled_attention, low_bit)
         for a, b in zip(got[:2], want[:2], strict=True):
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()
             print(f"norm of difference {error:.3e}")
@@ -183,7 +182,7 @@ if not INTERPRETED:
         x = routed_cheaply(case)
         for wild in (-7, 2**24):
             x["lut"] = torch.full_like(x["lut"], wild)
-            case.attention(x, scheduled_attention, False, low_bit)
+            case.attention(x, scheduled_attention, low_bit)
             torch.cuda.synchronize(DEVICE)
 
 

@@ -96,7 +96,7 @@ def test_a_call_becomes_launches_among_fused_code() -> None:
 def test_route_and_attention_return_all_that_they_make() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         lut, rest, entropy, mean = torch.ops.sla2.route(q, k, None, None, None, *ROUTE)
-        made = torch.ops.sla2.attention(q, k, v, mean, lut, rest, None, None, None, *ATTENTION, True)
+        made = torch.ops.sla2.attention(q, k, v, mean, lut, rest, None, None, None, *ATTENTION)
         return (lut, rest * 2, entropy, mean, *made)
 
     code = compile_and_compare(function, *heads())
@@ -131,7 +131,7 @@ def test_symbolic_lengths_and_odd_offsets_look_launches_up() -> None:
             # begins within 16 bytes
             v = v.permute(0, 2, 1, 3).reshape(-1)[4:-124].view(1, 149, 2, 64).transpose(1, 2)
         lut, rest, entropy, mean = torch.ops.sla2.route(q, k, None, None, None, *ROUTE)
-        made = torch.ops.sla2.attention(q, k, v, mean, lut, rest, None, None, None, *ATTENTION, False)
+        made = torch.ops.sla2.attention(q, k, v, mean, lut, rest, None, None, None, *ATTENTION)
         o = torch.ops.sla2.forward(q, k, v, None, None, None, None, None, *FORWARD)
         return (lut, entropy, *made, o.transpose(1, 2).flatten(2))
 

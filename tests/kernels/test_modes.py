@@ -69,15 +69,15 @@ def test_an_eval_models_gradients_are_those_of_training(x: Tensor) -> None:
         assert torch.equal(a, b)
 
 
-def ops_of(graph: torch.fx.Graph) -> list[tuple[str, str, bool]]:
-    """(op, low_bit, whether the branches are kept) of each SLA2 attention in a graph."""
+def ops_of(graph: torch.fx.Graph) -> list[tuple[str, str]]:
+    """(op, low_bit) of each SLA2 attention in a graph."""
     found = []
     for node in graph.nodes:
         if node.target is torch.ops.sla2.attention.default:
             call: AttentionArgs[Any] = AttentionArgs(*node.args, **node.kwargs)
-            found.append(("attention", call.low_bit, call.keep_branches))
+            found.append(("attention", call.low_bit))
         elif node.target is torch.ops.sla2.forward.default:
-            found.append(("forward", ForwardArgs(*node.args, **node.kwargs).low_bit, False))
+            found.append(("forward", ForwardArgs(*node.args, **node.kwargs).low_bit))
     return found
 
 
@@ -86,7 +86,7 @@ def ops_of(graph: torch.fx.Graph) -> list[tuple[str, str, bool]]:
 def test_an_export_has_the_op_of_its_modules_mode(x: Tensor, training: bool, strict: bool) -> None:
     """With a gradient wanted in both, as a learned alpha does."""
     program = torch.export.export(transformed(x).train(training), (x,), strict=strict)
-    assert ops_of(program.graph) == [("attention", "none", True) if training else ("forward", "none", False)]
+    assert ops_of(program.graph) == [("attention" if training else "forward", "none")]
 
 
 def test_an_export_in_eval_asks_for_its_low_bit(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_an_exported_program_is_an_inference(training: bool) -> None:
     program = torch.export.export(models.Masked().train(training), (q, q, q))
     assert program.module().training
     ours = sla2_compile.transform(program, **ANY)
-    assert ops_of(ours.graph) == [("forward", "none", False)]
+    assert ops_of(ours.graph) == [("forward", "none")]
     gm = sla2_compile.transform(program.module(), **ANY)
     assert [site.training for _, site in site_nodes(gm)] == [False]
 

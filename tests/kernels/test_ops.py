@@ -111,7 +111,7 @@ def test_routes_gradient_survives_tracing(layout: str, variant: str, dynamic: bo
 def test_attention_passes_opcheck(layout: str, grad: bool, utils: tuple[str, ...], variant: str) -> None:
     q, k, v = qkv(layout, grad)
     args = attention_args(variant, q, k, v, learned(q, grad))
-    torch.library.opcheck(attention.dispatched, (*args, grad), test_utils=utils)
+    torch.library.opcheck(attention.dispatched, args, test_utils=utils)
 
 
 def forward_args(variant: str, q: Tensor, k: Tensor, v: Tensor, params: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -135,7 +135,7 @@ def test_forward_passes_opcheck(layout: str, utils: tuple[str, ...], variant: st
 def test_forward_is_route_and_attention(layout: str, variant: str) -> None:
     q, k, v = qkv(layout, False)
     params = learned(q, False)
-    o = attention(*attention_args(variant, q, k, v, params), False)[0]
+    o = attention(*attention_args(variant, q, k, v, params))[0]
     assert torch.equal(forward(*forward_args(variant, q, k, v, params)), o)
 
 
@@ -163,7 +163,7 @@ def gradients(run: Any, variant: str, layout: str, **options: Any) -> list[Tenso
 @variants
 @pytest.mark.parametrize("dynamic", [None, False, True], ids=["eager", "static", "dynamic"])
 def test_an_inferences_gradient_is_the_trainings(layout: str, variant: str, dynamic: bool | None) -> None:
-    """Bit for bit: the backward computes the branches again that training keeps."""
+    """Bit for bit: the backward routes and attends again."""
     torch._dynamo.reset()
     run: Any = sla2_attention
     if dynamic is not None:
@@ -174,8 +174,8 @@ def test_an_inferences_gradient_is_the_trainings(layout: str, variant: str, dyna
         assert torch.equal(a, b)
 
 
-def test_an_inference_keeps_no_branches_for_its_backward() -> None:
-    """q, k, v and what the router returned are kept; in bytes: no more than without the branches, lse and o."""
+def test_what_is_kept_for_a_backward() -> None:
+    """Beside q, k and v, a training step keeps one tensor of o's size, o itself, and an inference none."""
     kept = {}
     for training in (False, True):
         q, k, v = qkv("contiguous", True)
@@ -183,7 +183,7 @@ def test_an_inference_keeps_no_branches_for_its_backward() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):  # type: ignore[misc]
             o = sla2_attention(q, k, v, AttentionOptions(0.3, 8, BLOCK_Q, BLOCK_K), training=training)
         kept[training] = [x for x in saved if x.shape == o.shape]
-    assert (len(kept[False]), len(kept[True])) == (0, 2)
+    assert (len(kept[False]), len(kept[True])) == (0, 1)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -233,10 +233,10 @@ def test_a_training_step_takes_the_two_ops_and_nothing_else_does(wanted: str | N
 def test_attention_backward_passes_opcheck(layout: str, utils: tuple[str, ...], variant: str) -> None:
     q, k, v = qkv(layout, False)
     args = attention_args(variant, q, k, v, learned(q, False))
-    call: AttentionArgs[Tensor] = of(AttentionArgs, (*args, True))
-    o, lse, o_sparse, o_linear = attention(*call)
+    call: AttentionArgs[Tensor] = of(AttentionArgs, args)
+    o, lse = attention(*call)
     do = torch.randn_like(o) if layout == "contiguous" else torch.randn_like(o.transpose(1, 2)).transpose(1, 2)
-    backward = BackwardArgs(do, Saved(lse, o_sparse, o_linear, call))
+    backward = BackwardArgs(do, Saved(o, lse, call))
     torch.library.opcheck(attention_backward.dispatched, flat(backward), test_utils=utils)
 
 
@@ -245,9 +245,9 @@ def test_attention_backward_passes_opcheck(layout: str, utils: tuple[str, ...], 
 def test_result_does_not_depend_on_layout(layout: str, variant: str) -> None:
     q, k, v = qkv(layout, False)
     params = learned(q, False)
-    got = attention(*attention_args(variant, q, k, v, params), True)
+    got = attention(*attention_args(variant, q, k, v, params))
     q, k, v = (x.contiguous() for x in (q, k, v))
-    want = attention(*attention_args(variant, q, k, v, params), True)
+    want = attention(*attention_args(variant, q, k, v, params))
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
@@ -286,12 +286,6 @@ def test_one_gradient_alone(wanted: str, training: bool) -> None:
         if full:
             torch.testing.assert_close(grad, full["grad"])
         full["grad"] = grad
-
-
-def test_attention_wants_its_branches_kept_where_a_gradient_is_wanted() -> None:
-    q, k, v = qkv("contiguous", True)
-    with pytest.raises(ValueError, match="keep_branches must be True where a gradient is wanted, got False"):
-        attention(*attention_args("plain", q, k, v, {}), False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -279,7 +279,7 @@ def plain_call(x: torch.Tensor, scale: float = 0.125) -> AttentionArgs[Layout]:
     lut = torch.zeros(B, H, -(-N // 128), 2, dtype=torch.int32)
     rest, mean = torch.zeros(lut.shape[:3]), torch.zeros(B, H, D)
     tensors = Layout.of_all(x, x, x, mean, lut, rest, None, None, None)
-    made: AttentionArgs[Layout] = of(AttentionArgs, (*tensors, 128, 64, scale, "softmax", "complement", False, False))
+    made: AttentionArgs[Layout] = of(AttentionArgs, (*tensors, 128, 64, scale, "softmax", "complement", False))
     return made
 
 

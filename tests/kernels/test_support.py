@@ -42,7 +42,6 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
     "fused": (FUSED, [
         ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
         ({"chip": H200._replace(triton=(3, 8))}, "the fused kernel needs Triton 3.6 or 3.7, not 3.8"),
-        ({"keep_branches": True}, "the fused kernel keeps no branches"),
         ({"plain": False}, "the fused kernel takes no mask and no causality"),
         ({"block_q": 64}, "the fused kernel takes blocks of 128 x 64, not 64 x 64"),
         ({"Dv": 64}, "the fused kernel does not take head dims 128 and 64"),

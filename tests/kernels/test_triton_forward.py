@@ -48,25 +48,25 @@ from tests.kernels.triton_case import (
 
 CASES = {
     "plain": Case(),
-    "fp16": Case(dtype=torch.float16, keep=False),
-    "fp16, projected": Case(dtype=torch.float16, projected=True, keep=False),
-    "batch, whole-block tokens": Case(B=2, compression_ratio=256, topk_ratio=0.15, keep=False),
+    "fp16": Case(dtype=torch.float16),
+    "fp16, projected": Case(dtype=torch.float16, projected=True),
+    "batch, whole-block tokens": Case(B=2, compression_ratio=256, topk_ratio=0.15),
     "every token, elu": Case(compression_ratio=1, feature_map="elu", block_q=32, block_k=16, Nq=75, Nk=107),
     "all keys, relu": Case(linear_scope="all", feature_map="relu", alpha="head", compression_ratio=16),
-    "causal": Case(is_causal=True, Nq=203, keep=False),
+    "causal": Case(is_causal=True, Nq=203),
     "causal, longer keys, fp16": Case(is_causal=True, Nq=75, Nk=203, dtype=torch.float16, block_q=32),
     "masked": Case(masked=True, B=2, heads=2, groups=1),
-    "causal masked": Case(is_causal=True, masked=True, Nq=203, Nk=75, alpha="block", keep=False),
+    "causal masked": Case(is_causal=True, masked=True, Nq=203, Nk=75, alpha="block"),
     "empty complement": Case(topk_ratio=1.0, alpha="none"),
-    "transposed, odd dims": Case(D=40, Dv=24, transposed=True, groups=1, heads=2, block_q=16, block_k=16, keep=False),
-    "D 96": Case(D=96, Dv=96, block_q=128, block_k=64, transposed=True, topk_ratio=0.5, keep=False),
+    "transposed, odd dims": Case(D=40, Dv=24, transposed=True, groups=1, heads=2, block_q=16, block_k=16),
+    "D 96": Case(D=96, Dv=96, block_q=128, block_k=64, transposed=True, topk_ratio=0.5),
     "D 128": Case(D=128, Dv=128, block_q=128, block_k=64, Nq=333, Nk=457, projected=True, compression_ratio=16),
-    "D 256": Case(D=256, Dv=256, block_q=64, block_k=64, compression_ratio=4, groups=1, keep=False),
+    "D 256": Case(D=256, Dv=256, block_q=64, block_k=64, compression_ratio=4, groups=1),
     "one block": Case(Nq=7, Nk=5, groups=1),
-    "three keys": Case(Nq=70, Nk=3, topk_ratio=0.5, keep=False),
-    "large values": Case(scale_of_values=1e3, keep=False, compression_ratio=4),
-    "D 256, block 128 x 128": Case(D=256, Dv=256, block_q=128, block_k=128, groups=1, Nq=150, Nk=400, keep=False),
-    "block 128 x 128": Case(block_q=128, block_k=128, Nq=300, Nk=700, topk_ratio=0.4, D=128, Dv=64, keep=False),
+    "three keys": Case(Nq=70, Nk=3, topk_ratio=0.5),
+    "large values": Case(scale_of_values=1e3, compression_ratio=4),
+    "D 256, block 128 x 128": Case(D=256, Dv=256, block_q=128, block_k=128, groups=1, Nq=150, Nk=400),
+    "block 128 x 128": Case(block_q=128, block_k=128, Nq=300, Nk=700, topk_ratio=0.4, D=128, Dv=64),
 }
 
 
@@ -184,14 +184,12 @@ def check_attention(case: Case) -> None:
     wide = exact(x, torch.float64)
     x["lut"], log_rest, _, k_mean = case.route(wide, reference.route)
     x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
-    got = case.attention(x, scheduled_attention, case.keep)
+    got = case.attention(x, scheduled_attention)
     low = case.attention(exact(x, case.dtype), reference.attention)
     want = case.attention(exact(x, torch.float64), reference.attention)
-    names = ("o", "lse", "o_sparse", "o_linear") if case.keep else ("o", "lse")
-    for part, a, b, c in zip(names, got, low, want, strict=False):
+    for part, a, b, c in zip(("o", "lse"), got, low, want, strict=False):
         assert a.dtype == (torch.float32 if part == "lse" else case.dtype)
         assert_oracle(part, a, b, c, torch.finfo(case.dtype).eps)
-    assert case.keep or got[2].numel() == got[3].numel() == 0
 
 
 @body
@@ -206,7 +204,7 @@ def test_forward_is_route_and_attention(name: str, length: str, monkeypatch: pyt
     case, kept = CASES[name], remember_tensors(monkeypatch)
     x = case.tensors()
     x["lut"], x["log_rest"], entropy, x["k_mean"] = case.route(x, scheduled_route)
-    o = case.attention(x, scheduled_attention, False)[0]
+    o = case.attention(x, scheduled_attention)[0]
     # the mean of the keys may be summed in another order
     near: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
     for _ in range(2):
@@ -242,7 +240,7 @@ def test_empty_complement_is_full_attention() -> None:
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
     assert (x["log_rest"] == float("-inf")).all()
-    o = case.attention(x, scheduled_attention, False)[0]
+    o = case.attention(x, scheduled_attention)[0]
     q, k, v = (x[n].double() for n in "qkv")
     k, v = (t.repeat_interleave(case.groups, dim=1) for t in (k, v))
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -261,7 +259,7 @@ def test_degenerate_inputs_stay_finite(change: str) -> None:
         for name in "qkv":
             x[name].fill_(0.0 if change == "zeros" else 3.0)
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
-    o, lse, _, _ = case.attention(x, scheduled_attention, False)
+    o, lse = case.attention(x, scheduled_attention)
     assert o.isfinite().all()
     if change == "no key at all":
         assert (lse == float("-inf")).all()
@@ -274,7 +272,7 @@ def test_degenerate_inputs_stay_finite(change: str) -> None:
 def test_wild_table_reads_nothing_outside(Nk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """k and v lie inside NaN: a read outside them would show. The values of such a call mean nothing."""
     monkeypatch.setattr(attention_schedule, "describable", lambda x: False)
-    case = replace(Case(), Nk=Nk, topk_ratio=1.0, keep=False)
+    case = replace(Case(), Nk=Nk, topk_ratio=1.0)
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
     for name in "kv":
@@ -283,7 +281,7 @@ def test_wild_table_reads_nothing_outside(Nk: int, monkeypatch: pytest.MonkeyPat
         x[name] = guarded[:, 1:2, 256 : 256 + Nk]
     for wild in (-7, 1000, 2**30):
         x["lut"].fill_(wild)
-        assert case.attention(x, scheduled_attention, False)[0].isfinite().all()
+        assert case.attention(x, scheduled_attention)[0].isfinite().all()
 
 
 @body
@@ -291,13 +289,13 @@ def test_wild_table_reads_nothing_outside(Nk: int, monkeypatch: pytest.MonkeyPat
 def test_heads_in_groups(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded memory for the states: many launches give what one gives, also where the last group is smaller."""
     as_long_calls(monkeypatch)
-    case, kept = replace(Case(), B=2, heads=3, keep=False), remember_tensors(monkeypatch)
+    case, kept = replace(Case(), B=2, heads=3), remember_tensors(monkeypatch)
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, scheduled_route)
-    whole = case.attention(x, scheduled_attention, False)[0]
+    whole = case.attention(x, scheduled_attention)[0]
     monkeypatch.setattr(states_schedule, "STATE_BYTES", state_bytes(kept, heads, of=6))
     forget_schedules()
-    assert torch.equal(whole, case.attention(x, scheduled_attention, False)[0])
+    assert torch.equal(whole, case.attention(x, scheduled_attention)[0])
     assert len(kept["states"]) == heads
 
 
@@ -319,7 +317,7 @@ def views(way: str, case: Case) -> dict[str, Any]:
 @pytest.mark.parametrize("way", ["transposed", "slices of qkv"])
 def test_views_are_read_where_they_lie(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No copy: the launches are given the tensors themselves, and give what they give of copies."""
-    case = replace(Case(), B=2, heads=2, groups=1, Nq=75, Nk=75, keep=False)
+    case = replace(Case(), B=2, heads=2, groups=1, Nq=75, Nk=75)
     x = {**case.tensors(), **views(way, case)}
     assert not any(x[name].is_contiguous() for name in "qkv")
     kept = remember_tensors(monkeypatch)
@@ -335,7 +333,7 @@ def test_views_are_read_where_they_lie(way: str, monkeypatch: pytest.MonkeyPatch
     x["lut"], x["log_rest"], _, x["k_mean"] = dispatched_route(x["q"], x["k"], None, None, x["mask"], *options)
     check_inputs(x["q"], x["k"], None, None, x["mask"])
     tensors = [x[name] for name in ("q", "k", "v", "k_mean", "lut", "log_rest", "gain", "bias", "mask")]
-    rest = (case.block_q, case.block_k, 0.125, "softmax", "complement", False, False, "none")
+    rest = (case.block_q, case.block_k, 0.125, "softmax", "complement", False, "none")
     o = dispatched_attention(*tensors, *rest)[0]
     check_inputs(*tensors)
     assert torch.equal(o, dispatched_attention(*(t.contiguous() for t in tensors), *rest)[0])
@@ -346,16 +344,16 @@ def test_views_are_read_where_they_lie(way: str, monkeypatch: pytest.MonkeyPatch
 def test_nan_is_seen_and_leads_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table stays within its range; NaN comes out, or debug mode names it where the router chose nothing."""
     monkeypatch.setenv("SLA2_DEBUG", "1")
-    case = replace(Case(), Nq=64, Nk=96, keep=False)
+    case = replace(Case(), Nq=64, Nk=96)
     x = case.tensors()
     x[name][0, 0, 5] = float("nan")
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(x, dispatched_route)
     assert ((x["lut"] >= -1) & (x["lut"] < num_blocks(case.Nk, case.block_k))).all()
     if (x["lut"] == -1).any():
         with pytest.raises(ValueError, match=r"got -1; take it from .*, or look for NaN in q or k if it is"):
-            case.attention(x, dispatched_attention, False, "none")
+            case.attention(x, dispatched_attention, "none")
     else:
-        assert case.attention(x, dispatched_attention, False, "none")[0].isnan().any()
+        assert case.attention(x, dispatched_attention, "none")[0].isnan().any()
 
 
 def test_rule_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from sla2_compile.kernels.cuda.route import launches as route_schedule  # noqa: 
 from tests.kernels.schedules import as_long_calls, forget_schedules  # noqa: E402
 from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_attention, scheduled_route  # noqa: E402
 
-SMALL = Case(D=64, Dv=64, block_q=64, block_k=32, Nq=70, Nk=100, heads=1, groups=1, keep=False)
+SMALL = Case(D=64, Dv=64, block_q=64, block_k=32, Nq=70, Nk=100, heads=1, groups=1)
 
 
 class Bench:
@@ -64,7 +64,7 @@ def attend(monkeypatch: pytest.MonkeyPatch, fastest: dict[str, int] | None) -> t
     # whose router has a kernel to be cut as well
     as_long_calls(monkeypatch)
     x["lut"], x["log_rest"], _, x["k_mean"] = SMALL.route(x, scheduled_route)
-    o, lse, *_ = SMALL.attention(x, scheduled_attention, False)
+    o, lse, *_ = SMALL.attention(x, scheduled_attention)
     tuning.tuned.cache_clear()
     forget_schedules()
     return [x["lut"], o, lse], made
@@ -102,7 +102,7 @@ if INTERPRETED:
         forget_schedules()
         monkeypatch.setattr(tuning, "tuned", lambda kernel, *_: made[kernel.fn.__name__])
         x["lut"], x["log_rest"], _, x["k_mean"] = SMALL.route(x, scheduled_route)
-        SMALL.attention(x, scheduled_attention, False)
+        SMALL.attention(x, scheduled_attention)
         assert {name: tuner.do_bench.trials for name, tuner in made.items()} == before
 
 else:

@@ -61,7 +61,6 @@ class Case(CallArguments):
     transposed: bool = False
     scale_of_values: float = 1.0
     dtype: torch.dtype = torch.bfloat16
-    keep: bool = True
     seed: int = 0
 
     def tensors(self) -> dict[str, Any]:

@@ -71,14 +71,14 @@ def table_counts(row, topk, q_start, Nk, BLOCK_K: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit(do_not_specialize=["Nq", "Nk", "Tm", "topk"])
 def attend_kernel(
-    q, k, v, k_tiles, v_tiles, k8, v8, scales, lut, log_rest, gain, bias, key_mask, linear, weight, shift,
-    o, lse, o_sparse,
+    q, k, v, k_tiles, v_tiles, k8, v8, scales, lut, log_rest, gain, bias, key_mask, weight, shift,
+    o, lse,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     mask_stride, bias_stride_h, bias_stride_m, Hq, groups,
     Nq, Nk, Tm, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, ALPHA: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr, KEEP: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    HAS_MASK: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
     LOW_BIT: tl.constexpr,
 ):  # fmt: skip
     """Compute o and lse of BLOCK_M rows of one query block.
@@ -88,9 +88,8 @@ def attend_kernel(
         k_tiles, v_tiles: tensor descriptors of k and v with tiles of one block (if TMA, which LOW_BIT excludes).
         k8, v8, scales: k and v in 8 bits, from `states_kernel` (if LOW_BIT: 1 is INT8, 2 INT8 and FP8).
         lut: (B, Hq, Tm, topk); log_rest: (B, Hq, Tm); gain: (Hq,), bias: strided (Hq, Tm) as ALPHA says.
-        linear, weight, shift: `linear_kernel`'s o_linear (B, Hq, Nq, DV), its weight and q k_mean (B, Hq, Nq).
-        o: (B, Nq, Hq, DV), out; the same memory as linear unless KEEP. If KEEP, linear (B, Hq, Nq, DV) has its own,
-            and o_sparse, laid out likewise, is written too.
+        weight, shift: `linear_kernel`'s weight and q k_mean (B, Hq, Nq).
+        o: (B, Nq, Hq, DV), its o_linear, and out.
         lse: (B, Hq, Nq) fp32, out. ALPHA: 0 neither, 1 bias, 2 gain and bias.
     """
     SPLITS: tl.constexpr = BLOCK_Q // BLOCK_M
@@ -228,13 +227,10 @@ def attend_kernel(
         out = o + start + (tl.arange(0, BLOCK_M)[:, None] * (Hq * DV) + columns[None, :])
     else:
         out = o + (((b * Nq + rows) * Hq + h)[:, None] * DV + columns[None, :])
-    branch = at[:, None] * DV + columns[None, :]
     inside = row_in[:, None] & (columns < DV)[None, :]
-    other = tl.load(linear + branch if KEEP else out, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(out, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.where(has_sparse, 1.0 / total, 0.0)
     if LOW_BIT == 2:
         inverse = inverse * (1.0 / 256.0)
-    if KEEP:
-        tl.store(o_sparse + branch, (acc * inverse[:, None]).to(o.dtype.element_ty), mask=inside)
     mixed = acc * (alpha * inverse)[:, None] + other * (1.0 - alpha)[:, None]
     tl.store(out, mixed.to(o.dtype.element_ty), mask=inside)

@@ -61,7 +61,7 @@ def facts_of(args: AttentionArgs[Layout]) -> Facts:
     return Facts(
         device.chip_of(q.device), q.dtype, q.shape[3], v.shape[3], args.block_q, args.block_k, args.low_bit,
         positive=args.scale > 0.0, plain=args.key_mask is None and not args.is_causal,
-        keep_branches=args.keep_branches, copyable=copyable,
+        copyable=copyable,
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ class Formats:
         tma = not eight.level and arch >= 90 and describable(k) and describable(v)
         shape = ShapeClass(
             arch, layout.block_d, layout.block_dv, args.block_q, args.block_k, eight.level,
-            more=args.key_mask is not None or args.keep_branches, causal=args.is_causal, tma=tma,
+            more=args.key_mask is not None, causal=args.is_causal, tma=tma,
             odd=D % 16 > 0 or Dv % 16 > 0,
         )  # fmt: skip
         return cls(shape, layout, eight, tma)
@@ -105,24 +105,18 @@ def add_attention(
         states: of all key blocks, if a launch before has written them.
     """
     q, k, v, mask, bias = args.q, args.k, args.v, args.key_mask, args.alpha_bias
-    block_q, block_k, keep_branches = args.block_q, args.block_k, args.keep_branches
+    block_q, block_k = args.block_q, args.block_k
     (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = q.shape, v.shape, args.lut.shape[2:]
     groups, shape, layout, eight = Hq // heads, formats.shape, formats.layout, formats.eight
     # in memory as (B, Nq, Hq, Dv); see `arguments.output`
     o, o_strides = schedule.empty("o", (B, Nq, Hq, Dv), q.dtype, transposed=True), (Nq * Hq * Dv, Dv, Hq * Dv)
-    whole = (B, Hq, Nq, Dv)
     lse = schedule.empty("lse", (B, Hq, Nq), torch.float32)
-    o_sparse, o_linear = (
-        schedule.empty(name, whole if keep_branches else (0,), q.dtype) for name in ("o_sparse", "o_linear")
-    )
     # bias (1 or Hq, 1 or Tm), read as (Hq, Tm)
     bias_strides = (
         (0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride, bias.shape, strict=True))
     )
     alpha = 0 if bias is None else (1 if args.alpha_gain is None else 2)
     fused = support(facts_of(args)).kernel == "fused"
-    # the linear branch lies in o until the sparse branch mixes it in
-    linear, linear_strides = (o_linear, (Hq * Nq * Dv, Nq * Dv, Dv)) if keep_branches else (o, o_strides)
     # of the two kernels that the fused one replaces
     weight, shift = (lse if fused else schedule.empty(name, lse.shape, torch.float32) for name in ("weight", "shift"))
     if states is None:
@@ -134,14 +128,15 @@ def add_attention(
             hopper.attend(schedule, args, slots, shape, layout, eight.slots, summed, o, lse, bias_strides, alpha)
             continue
         tile, limits = linear_tile(shape)
+        # the linear branch lies in o until the sparse branch mixes it in
         launch(
             schedule, linear_kernel, partial(linear_grid, summed.n * groups, tm * block_q),
-            slots.q, slots.k_mean, slots.log_rest, summed.slot, linear, weight, shift, *q.stride[:3],
-            *linear_strides, Hq, groups, Nq, tm, summed.first,
+            slots.q, slots.k_mean, slots.log_rest, summed.slot, o, weight, shift, *q.stride[:3],
+            *o_strides, Hq, groups, Nq, tm, summed.first,
             **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=block_q,
             CHUNK=linear_chunk(shape, args.feature_map), tile=tile, limits=limits, trials=trials,
         )  # fmt: skip
-    made = AttentionResult(o, lse, o_sparse, o_linear)
+    made = AttentionResult(o, lse)
     if fused:
         return made
     block_d, block_dv = layout.block_d, layout.block_dv
@@ -154,11 +149,11 @@ def add_attention(
     launch(
         schedule, attend_kernel, lambda t: (B * Hq * tm * (block_q // t["BLOCK_M"]),),
         slots.q, slots.k, slots.v, k_tiles, v_tiles, *eight.slots, slots.lut, slots.log_rest, slots.alpha_gain,
-        slots.alpha_bias, slots.key_mask, linear, weight, shift, o, lse, o_sparse,
+        slots.alpha_bias, slots.key_mask, weight, shift, o, lse,
         *q.stride[:3], *k.stride[:3], *v.stride[:3],
         0 if mask is None else mask.stride[0], *bias_strides, Hq, groups, Nq, Nk, tm, topk, args.scale,
         D=D, DV=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_Q=block_q, BLOCK_K=block_k,
-        ALPHA=alpha, CAUSAL=args.is_causal, HAS_MASK=mask is not None, KEEP=keep_branches, TMA=formats.tma,
+        ALPHA=alpha, CAUSAL=args.is_causal, HAS_MASK=mask is not None, TMA=formats.tma,
         LOW_BIT=eight.level, tile=tile, limits=limits, trials=trials,
     )  # fmt: skip
     return made
