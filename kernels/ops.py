@@ -218,7 +218,12 @@ def _gradients_fake(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
 
 
 attention_backward = define(
-    "attention_backward", BackwardArgs, BackwardResult, run=_gradients, cuda="", fake=_gradients_fake
+    "attention_backward",
+    BackwardArgs,
+    BackwardResult,
+    run=_gradients,
+    cuda="attention_backward",
+    fake=_gradients_fake,
 )
 """Gradients of `sla2::attention` (SLA2, Alg. 3). Formulas and shapes: `portable/backward.py`."""
 

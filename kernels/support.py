@@ -143,11 +143,6 @@ TRITON: tuple[Rule, ...] = (
         "a GPU",
         lambda f: f"not run on {f.chip.kind}" + (", which is not here" if f.chip.kind == "cuda" else ""),
     ),
-    Rule(
-        lambda f: f.direction == "forward",
-        "a forward",
-        lambda f: "the backward has no Triton kernels; they are to come",
-    ),
     Rule(lambda f: f.chip.nvidia, "made by NVIDIA", lambda f: "the Triton kernels are for NVIDIA, not ROCm"),
     Rule(
         lambda f: f.chip.arch >= 80,
@@ -177,7 +172,22 @@ TRITON: tuple[Rule, ...] = (
 )
 """What `cuda/forward/` and `cuda/route/` compute; blocked PyTorch takes the rest."""
 
+BACKWARD: tuple[Rule, ...] = (
+    Rule(
+        lambda f: max(f.D, f.Dv) <= 128,
+        "head dims up to 128",
+        lambda f: f"the backward's Triton kernels take head dims up to 128, not {max(f.D, f.Dv)}",
+    ),
+    Rule(
+        lambda f: max(f.D, f.Dv) * f.block_k <= 128 * 64,
+        "head dim times block_k at most 8192",
+        lambda f: f"the backward's Triton kernels have no registers for block_k {f.block_k} at head dim {f.D}",
+    ),
+)
+"""What `cuda/backward/` computes, of what `TRITON` admits; blocked PyTorch takes the rest."""
+
 FUSED: tuple[Rule, ...] = (
+    Rule(lambda f: f.direction == "forward", "a forward", lambda f: "the backward has no fused kernel"),
     Rule(lambda f: f.chip.arch == 90, "sm_90", lambda f: f"the fused kernel needs sm_90, not sm_{f.chip.arch}"),
     Rule(
         lambda f: f.chip.triton in GLUON_TRITONS,
@@ -250,6 +260,8 @@ def support(facts: Facts) -> Support:
     if asked not in LOW_BIT_CHOICES:
         raise fail("low_bit", f"be one of {', '.join(LOW_BIT_CHOICES)}", repr(asked), "auto runs what pays")
     triton = refusal(TRITON, facts)
+    if facts.direction == "backward":
+        triton = triton or refusal(BACKWARD, facts)
     runs, less = asked, ""
     if asked != "none" and triton:
         runs, less = "none", triton
@@ -278,7 +290,8 @@ def table() -> str:
         row("---", "---"),
         row("one fused kernel (Gluon): both branches and the mix", f"as the Triton kernels, and {needs(FUSED)}"),
         row("Triton kernels", needs(TRITON)),
-        row("blocked PyTorch", "any device; the backward; what the others do not take"),
+        row("Triton kernels, of a backward", f"as the Triton kernels, and {needs(BACKWARD)}"),
+        row("blocked PyTorch", "any device; what the others do not take"),
         "",
         row("`low_bit`", "computes the sparse branch of an inference in", "needs", "else"),
         row("---", "---", "---", "---"),

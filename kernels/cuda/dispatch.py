@@ -20,11 +20,21 @@ from torch import Tensor
 from sla2_compile.kernels.arguments import (
     AttentionArgs,
     AttentionResult,
+    BackwardArgs,
+    BackwardResult,
     ForwardArgs,
     RouteArgs,
     RouteResult,
 )
-from sla2_compile.kernels.checks import cannot_run, check_attention, check_route, check_table, debugging
+from sla2_compile.kernels.checks import (
+    cannot_run,
+    check_attention,
+    check_backward,
+    check_route,
+    check_table,
+    debugging,
+)
+from sla2_compile.kernels.cuda.backward.launches import backward_schedule
 from sla2_compile.kernels.cuda.device import chip_of, packed, whole
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule, facts_of, forward_schedule
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
@@ -32,8 +42,9 @@ from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.launches import route_schedule
 from sla2_compile.kernels.cuda.tuning import by_trial
 from sla2_compile.kernels.portable import attention as portable_attention
+from sla2_compile.kernels.portable import backward as portable_backward
 from sla2_compile.kernels.portable import route as portable_route
-from sla2_compile.kernels.records import arguments, tensor_count
+from sla2_compile.kernels.records import arguments, flat, of, tensor_count
 from sla2_compile.kernels.support import Facts, support
 
 
@@ -59,8 +70,18 @@ def takes_attention(args: AttentionArgs[Layout]) -> bool:
     return found.kernel != "portable"
 
 
-STRIDED = ("q", "k", "v", "key_mask")
+STRIDED = ("q", "k", "v", "key_mask", "do", "o")
 """Tensors that are read by their strides, the last of them 1. alpha_bias may have any; others lie in one piece."""
+
+
+def takes_backward(args: BackwardArgs[Layout]) -> bool:
+    """Check a backward; whether the kernels run it."""
+    check_backward(args)
+    # in the input's dtype, whatever the forward did
+    facts = facts_of(args.saved.call)._replace(direction="backward", low_bit="none")
+    return support(facts).kernel != "portable"
+
+
 Inputs = tuple[Any, ...]
 """The tensors of a call in the order of its arguments, None where there is none."""
 Scheduled = tuple[Schedule, tuple[Slot, ...]]
@@ -79,8 +100,9 @@ def _preparations(record: Any) -> tuple[Callable[[Any], Any], ...]:
 def laid_out(args: Any) -> tuple[Inputs, Any]:
     """Return a call's tensors, in layouts that the kernels read, and the call with layouts in their place."""
     record: Any = type(args)
-    prepared = tuple([prepare(x) for prepare, x in zip(_preparations(record), args, strict=False)])
-    return prepared, record(*Layout.of_all(*prepared), *args[len(prepared) :])
+    values = flat(args)
+    prepared = tuple([prepare(x) for prepare, x in zip(_preparations(record), values, strict=False)])
+    return prepared, of(record, (*Layout.of_all(*prepared), *values[len(prepared) :]))
 
 
 def run(scheduled: Scheduled, tensors: Inputs) -> Any:
@@ -111,10 +133,17 @@ def scheduled_forward(args: ForwardArgs[Layout], trials: bool) -> Scheduled | No
     return forward_schedule(args, trials) if takes_attention(args.attention(made)) else None
 
 
+@functools.lru_cache(maxsize=256)
+def scheduled_backward(args: BackwardArgs[Layout], trials: bool) -> Scheduled | None:
+    """Check and schedule a backward, once for its layouts; None where the kernels do not run it."""
+    return backward_schedule(args, trials) if takes_backward(args) else None
+
+
 SCHEDULED: dict[str, tuple[Any, Callable[[Any, bool], Scheduled | None]]] = {
     "route": (RouteArgs, scheduled_route),
     "attention": (AttentionArgs, scheduled_attention),
     "forward": (ForwardArgs, scheduled_forward),
+    "attention_backward": (BackwardArgs, scheduled_backward),
 }
 """By an op's name: its record, and what schedules a call."""
 
@@ -145,3 +174,12 @@ def forward(args: ForwardArgs[Tensor]) -> Tensor:
         return attention(args.attention(route(args.route()))).o
     (o,) = run(scheduled, tensors)
     return o
+
+
+def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
+    """Compute the gradients of `attention`, by the kernels or by PyTorch."""
+    tensors, layouts = laid_out(args)
+    scheduled = scheduled_backward(layouts, by_trial())
+    if scheduled is None:
+        return portable_backward.attention_backward(args)
+    return BackwardResult(*run(scheduled, tensors))

@@ -9,13 +9,14 @@ from torch import Tensor
 
 try:
     from sla2_compile.kernels.cuda import dispatch as cuda
+    from sla2_compile.kernels.cuda.backward.launches import backward_schedule
     from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule
     from sla2_compile.kernels.cuda.route.launches import route_schedule
 except ImportError:  # no Triton here, so nothing is scheduled
     CACHES: list[Any] = []
 else:
-    CACHES = [route_schedule, attention_schedule, forward_schedule]
-    CACHES += [cuda.scheduled_route, cuda.scheduled_attention, cuda.scheduled_forward]
+    CACHES = [route_schedule, attention_schedule, forward_schedule, backward_schedule]
+    CACHES += [cuda.scheduled_route, cuda.scheduled_attention, cuda.scheduled_forward, cuda.scheduled_backward]
 
 
 def forget_schedules() -> None:

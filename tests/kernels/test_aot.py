@@ -23,14 +23,21 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, Saved  # noqa: E402
 from sla2_compile.kernels.checks import LOW_BITS  # noqa: E402
 from sla2_compile.kernels.cuda import device, tiles  # noqa: E402
 from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles  # noqa: E402
 from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
 from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
+from sla2_compile.kernels.records import of  # noqa: E402
 from sla2_compile.kernels.support import GLUON_TRITONS  # noqa: E402
 from tests.kernels.schedules import forget_schedules, without_fused  # noqa: E402
-from tests.kernels.triton_case import scheduled_attention, scheduled_forward, scheduled_route  # noqa: E402
+from tests.kernels.triton_case import (  # noqa: E402
+    scheduled_attention,
+    scheduled_backward,
+    scheduled_forward,
+    scheduled_route,
+)
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TYPES = {
@@ -102,7 +109,7 @@ def call(
     phi: str = "softmax",
     N: int = 16384,
 ) -> Any:
-    """One whole call on CPU tensors, for its launches only; more: words of causal, masked, plain, whole.
+    """One whole call on CPU tensors, for its launches only; more: words of causal, masked, plain, whole, backward.
 
     plain: without projections. whole: by one schedule (`sla2::forward`).
     """
@@ -122,6 +129,10 @@ def call(
         gain, bias = torch.empty(2), torch.empty(2, 1)
         args = (q, q, q, mean, lut, rest, gain, bias, mask, *blocks, D**-0.5, phi, "complement", causal)
         scheduled_attention(*args, low)
+        if "backward" in more:
+            lse = torch.empty(1, 2, N)
+            made: AttentionArgs[torch.Tensor] = of(AttentionArgs, args)
+            scheduled_backward(BackwardArgs(q, Saved(q, lse, made)))
 
     return run
 
@@ -129,6 +140,7 @@ def call(
 HOT = ("attend_kernel", "scores_kernel", "states_kernel", "linear_kernel", "project_kernel")
 SPARSE = ("attend_kernel", "states_kernel")
 SHORT = ("choose_kernel", "sums_kernel")
+BACKWARD = ("rows_kernel", "gather_kernel", "queries_kernel", "keys_kernel")
 FRONT = ("front_kernel",)
 HOPPER = ("attend_hopper_kernel",)
 ALL = "causal masked"
@@ -168,8 +180,15 @@ FRONT_CALLS = {
     "short forward, D128, causal masked": call(128, (128, 64), "whole causal masked", N=4096, r=16),
     "short forward, D128, int8": call(128, (128, 64), "whole", "int8", N=4096),
 }
+BACKWARD_CALLS = {
+    "backward, D64": call(64, (128, 64), "backward"),
+    "backward, D128": call(128, (128, 64), "backward"),
+    "backward, D96, causal masked, elu": call(96, (64, 64), "backward causal masked", phi="elu"),
+    "backward, D64, 128 keys": call(64, (128, 128), "backward masked", dtype=torch.float16),
+}
 # FP8 came with sm_89
 COMPILED = [
+    *(x for arch in (80, 90, 100, 120) for x in on(arch, BACKWARD, BACKWARD_CALLS)),
     *(x for arch in (80, 90, 100) for x in on(arch, HOT, WHOLE)),
     *(x for arch in (80, 90, 100) for x in on(arch, SHORT, SHORT_CALLS)),
     *(x for arch in (80, 90, 100) for x in on(arch, FRONT, FRONT_CALLS)),
@@ -258,7 +277,9 @@ def allowed_stack(launch: Launch, registers: int) -> int:
         # without. In 16 bits Triton 3.7 needs none, 3.6 96
         return 152
     # not for want of registers, of which there are 255: the assembler's own choice, often to stop at 128
-    return 8 if name in ("attend_kernel", "choose_kernel", "front_kernel") and registers < 255 else 0
+    return (
+        8 if name in ("attend_kernel", "choose_kernel", "front_kernel", "queries_kernel") and registers < 255 else 0
+    )
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)

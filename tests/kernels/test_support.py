@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sla2_compile.cli import app
 from sla2_compile.kernels import support as table
 from sla2_compile.kernels.precision import size_class
-from sla2_compile.kernels.support import AUTO, FP8, FUSED, TRITON, Chip, Facts, Rule, support
+from sla2_compile.kernels.support import AUTO, BACKWARD, FP8, FUSED, TRITON, Chip, Facts, Rule, support
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -29,7 +29,6 @@ def on(arch: int, shared: int = 227 * 1024) -> Chip:
 REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = {
     "triton": (TRITON, [
         ({"chip": Chip("cpu")}, "not run on cpu"),
-        ({"direction": "backward"}, "the backward has no Triton kernels; they are to come"),
         ({"chip": H200._replace(nvidia=False)}, "the Triton kernels are for NVIDIA, not ROCm"),
         ({"chip": on(75)}, "the Triton kernels need sm_80, not sm_75"),
         ({"dtype": torch.float64}, "the Triton kernels take bfloat16 and float16, not float64"),
@@ -39,7 +38,14 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
         ({"chip": on(89, 99 * 1024), "D": 256, "block_k": 128},
          "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
     ]),
+    "backward": (BACKWARD, [
+        ({"direction": "backward", "D": 256, "block_k": 32},
+         "the backward's Triton kernels take head dims up to 128, not 256"),
+        ({"direction": "backward", "block_k": 128},
+         "the backward's Triton kernels have no registers for block_k 128 at head dim 128"),
+    ]),
     "fused": (FUSED, [
+        ({"direction": "backward"}, "the backward has no fused kernel"),
         ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
         ({"chip": H200._replace(triton=(3, 8))}, "the fused kernel needs Triton 3.6 or 3.7, not 3.8"),
         ({"plain": False}, "the fused kernel takes no mask and no causality"),
@@ -60,7 +66,7 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
         ({"low_bit": "auto", "many": False}, "does not pay on cuda (sm_90), as far as measured"),
     ]),
 }  # fmt: skip
-LESS = {"triton": "portable", "fused": "triton"}
+LESS = {"triton": "portable", "backward": "portable", "fused": "triton"}
 
 
 def test_a_plain_call_gets_the_best() -> None:
@@ -76,7 +82,8 @@ def test_every_row_refuses_something(name: str) -> None:
         facts = CALL._replace(**change)
         assert [rule.admits(facts) for rule in rules[: n + 1]] == [True] * n + [False], words
         found = support(facts)
-        assert getattr(found.why, "low_bit" if name == "auto" else name) == words
+        said = {"auto": "low_bit", "backward": "triton"}.get(name, name)
+        assert getattr(found.why, said) == words
         if name in LESS:
             assert found.kernel == LESS[name]
 
@@ -85,7 +92,12 @@ def test_a_format_falls_back_to_the_next_less() -> None:
     fp8 = CALL._replace(low_bit="int8_fp8")
     assert support(fp8._replace(chip=on(86))).low_bit == "int8"
     assert support(fp8._replace(block_k=16)).low_bit == "int8"
-    for change in ({"chip": Chip("cpu")}, {"chip": on(75)}, {"dtype": torch.float32}, {"direction": "backward"}):
+    for change in (
+        {"chip": Chip("cpu")},
+        {"chip": on(75)},
+        {"dtype": torch.float32},
+        {"direction": "backward", "D": 256},
+    ):
         for low_bit in ("auto", "int8", "int8_fp8"):
             found = support(CALL._replace(low_bit=low_bit, **change))
             assert (found.kernel, found.low_bit) == ("portable", "none")

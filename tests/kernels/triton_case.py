@@ -23,9 +23,16 @@ if INTERPRETED:
     # its time goes by programs; a state still takes several
     states_launches.SUMS = (64, 2048, 1, 4)
 
-from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs, RouteArgs  # noqa: E402
+from sla2_compile.kernels.arguments import (  # noqa: E402
+    AttentionArgs,
+    BackwardArgs,
+    BackwardResult,
+    ForwardArgs,
+    RouteArgs,
+)
 from sla2_compile.kernels.blocks import num_blocks  # noqa: E402
 from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
+from sla2_compile.kernels.cuda.backward.launches import backward_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.tuning import by_trial  # noqa: E402
@@ -114,6 +121,12 @@ def scheduled_forward(*args: Any) -> Any:
     """What `cuda.forward` runs on a GPU, likewise."""
     tensors, layouts = cuda.laid_out(ForwardArgs(*args))
     return cuda.run(forward_schedule(layouts, by_trial()), tensors)
+
+
+def scheduled_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
+    """What `cuda.attention_backward` runs on a GPU, likewise."""
+    tensors, layouts = cuda.laid_out(args)
+    return BackwardResult(*cuda.run(backward_schedule(layouts, by_trial()), tensors))
 
 
 def dispatched_route(*args: Any) -> Any:

@@ -177,14 +177,41 @@ def summed_states(
     layout: StateLayout, eight: EightBit, trials: bool,
 ) -> Iterator[Summed]:  # fmt: skip
     """Have states summed for as many heads at a time as memory is meant to hold; the slots are used again."""
-    k, Hq = args.k, args.q.shape[1]
-    (B, heads, Nk, _), (tm, topk) = k.shape, args.lut.shape[2:]
-    groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
+    k = args.k
+    (B, heads, Nk, _), groups = k.shape, args.q.shape[1] // k.shape[1]
     if is_short(args, layout):
-        states = schedule.empty("states", (B * heads, tn, layout.size), k.dtype)
+        states = schedule.empty("states", (B * heads, num_blocks(Nk, shape.block_k), layout.size), k.dtype)
         add_states(schedule, args, slots, shape, layout, eight, states, range(B * heads), trials)
         yield sums(schedule, args, slots, layout, states)
         return
+    for group in grouped_sums(schedule, args, slots, shape, layout, eight, trials):
+        yield Summed(group.summed, len(group.heads), group.heads.start * groups)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some key/value heads of all in the batch, with their states summed by a GEMM.
+
+    Attributes:
+        complement: (heads, groups * Tm, columns), `weight` where a query block's linear branch covers a key block.
+        states: (heads, columns, `StateLayout.size`), and summed: (heads, groups * Tm, `StateLayout.size`).
+    """
+
+    heads: range
+    complement: Slot
+    states: Slot
+    summed: Slot
+    weight: float
+
+
+def grouped_sums(
+    schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
+    layout: StateLayout, eight: EightBit, trials: bool,
+) -> Iterator[Group]:  # fmt: skip
+    """Have states summed by a GEMM for as many heads at a time as memory is meant to hold."""
+    k, Hq = args.k, args.q.shape[1]
+    (B, heads, Nk, _), (tm, topk) = k.shape, args.lut.shape[2:]
+    groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
     # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
     columns = num_blocks(tn, 8) * 8
     per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
@@ -192,14 +219,15 @@ def summed_states(
     states = schedule.empty("states", (step, columns, layout.size), k.dtype)
     complement = schedule.empty("complement", (step, groups * tm, columns), k.dtype)
     summed = schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
+    weight = 1.0 / triton.next_power_of_2(tn)
     for first in range(0, B * heads, step):
         some = range(first, min(first + step, B * heads))
         add_states(schedule, args, slots, shape, layout, eight, states, some, trials)
         schedule.launch(
             complement_kernel, (len(some) * groups * tm,),
-            slots.lut, complement, tm, tn, columns, topk, first * groups * tm, 1.0 / triton.next_power_of_2(tn),
+            slots.lut, complement, tm, tn, columns, topk, first * groups * tm, weight,
             BLOCK_Q=shape.block_q, BLOCK_K=shape.block_k, BLOCK_N=512, CAUSAL=args.is_causal,
             ALL=args.linear_scope == "all", num_warps=2,
         )  # fmt: skip
         schedule.compute(partial(product, len(some)), complement, states, into=summed)
-        yield Summed(summed, len(some), first * groups)
+        yield Group(some, complement, states, summed, weight)

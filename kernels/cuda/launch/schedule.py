@@ -105,6 +105,10 @@ class Schedule:
                 self._rerun(tensors, wanted, scratch)
             else:
                 self._run_by_triton(tensors)
+        for slot, x in zip(results, into, strict=False):
+            if tensors[slot.at] is not x:
+                # a step of PyTorch's made it
+                tensors[slot.at] = x.copy_(tensors[slot.at])
         return [tensors[slot.at].transpose(1, 2) if slot.transposed else tensors[slot.at] for slot in results]
 
     def _run_by_triton(self, tensors: list[Any]) -> None:

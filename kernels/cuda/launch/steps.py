@@ -50,5 +50,5 @@ class Compute:
     slots: tuple[Slot, ...]
     into: Slot
 
-    def __call__(self, tensors: list[Tensor]) -> None:
+    def __call__(self, tensors: list[Any]) -> None:
         tensors[self.into.at] = self.function(*(tensors[slot.at] for slot in self.slots))

@@ -1,0 +1,73 @@
+"""dQ of the sparse branch: a query block against the key blocks of its table (SLA2, Alg. 3).
+
+    P = 2^(scale log2(e) q k - log_sum),   dS = P * (a dO v + shift),   dq += scale dS K
+Scores are computed as the forward computes them, from the same 16-bit q and k with the scale behind the product: a
+recomputed score that differs from the one in lse would have no bound on its error.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sla2_compile.kernels.cuda.forward.states import LOG2_E
+
+
+@triton.jit(do_not_specialize=["Nq", "Nk", "Tm", "topk"])
+def queries_kernel(
+    q, k, v, do, lut, key_mask, alphas, shifts, log_sums, dq,
+    q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    do_stride_b, do_stride_h, do_stride_n, mask_stride, Hq, groups, Nq, Nk, Tm, topk, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add to dq for BLOCK_M rows of one query block.
+
+    Args:
+        q: (B, Hq, Nq, D), k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, DV), do: (B, Hq, Nq, DV), last dims contiguous.
+        lut: (B, Hq, Tm, topk); key_mask: (B, Nk) bool (if HAS_MASK).
+        alphas, shifts, log_sums: of `rows_kernel`. dq: (B, Hq, Nq, D), its dq, and out.
+    """
+    SPLITS: tl.constexpr = BLOCK_Q // BLOCK_M
+    pid = tl.program_id(0)
+    bh, tile = (pid // (Tm * SPLITS)).to(tl.int64), pid % (Tm * SPLITS)
+    i = tile // SPLITS
+    b, h = bh // Hq, bh % Hq
+    h_kv = h // groups
+    rows = i * BLOCK_Q + (tile % SPLITS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_in, at = rows < Nq, bh * Nq + rows
+    dims, columns, offsets = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_K)
+    wide = rows.to(tl.int64)[:, None]
+    x_in = row_in[:, None] & (dims < D)[None, :]
+    x = tl.load(q + b * q_stride_b + h * q_stride_h + wide * q_stride_n + dims[None, :], mask=x_in, other=0.0)
+    g_at = do + b * do_stride_b + h * do_stride_h + wide * do_stride_n + columns[None, :]
+    g = tl.load(g_at, mask=row_in[:, None] & (columns < DV)[None, :], other=0.0)
+    alpha = tl.load(alphas + at, mask=row_in, other=0.0)[:, None]
+    shift = tl.load(shifts + at, mask=row_in, other=0.0)[:, None]
+    log_sum = tl.load(log_sums + at, mask=row_in, other=float("inf"))[:, None]
+    k_tile = k + b * k_stride_b + h_kv * k_stride_h + dims[:, None]
+    v_tile = v + b * v_stride_b + h_kv * v_stride_h + columns[:, None]
+    table = lut + (bh * Tm + i) * topk
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for n in tl.range(0, topk, num_stages=STAGES):
+        j = tl.load(table + n)
+        # j first: j * BLOCK_K of a wild entry can wrap round to a valid row
+        key = j * BLOCK_K + offsets
+        seen = (j >= 0) & (j < tl.cdiv(Nk, BLOCK_K)) & (key < Nk)
+        if HAS_MASK:
+            seen = seen & (tl.load(key_mask + b * mask_stride + key, mask=seen, other=0) != 0)
+        far = key.to(tl.int64)[None, :]
+        keys = tl.load(k_tile + far * k_stride_n, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
+        values = tl.load(v_tile + far * v_stride_n, mask=seen[None, :] & (columns < DV)[:, None], other=0.0)
+        visible = seen[None, :]
+        if CAUSAL:
+            visible = visible & (key[None, :] <= rows[:, None])
+        p = tl.exp2(tl.dot(x, keys) * (scale * LOG2_E) - log_sum)
+        p = tl.where(visible, p, 0.0)
+        ds = p * (tl.dot(g, values) * alpha + shift)
+        acc = tl.dot(ds.to(keys.dtype), tl.trans(keys), acc)
+    out = dq + at[:, None] * D + dims[None, :]
+    acc = acc * scale + tl.load(out, mask=x_in, other=0.0).to(tl.float32)
+    tl.store(out, acc.to(dq.dtype.element_ty), mask=x_in)

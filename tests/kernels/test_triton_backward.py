@@ -1,0 +1,220 @@
+"""The Triton backward kernels compute the reference's gradients: one set of bodies, in the interpreter and on a GPU.
+
+Each gradient by the oracle rule, as the forward's results: err(kernel, fp64) <= 2 * (err(reference's autograd in the
+kernel's dtype, fp64) + eps * max|fp64|).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult, Saved
+from sla2_compile.kernels.cuda.backward.launches import lists_of_rows
+from sla2_compile.kernels.cuda.forward import states_launches
+from sla2_compile.kernels.records import of
+from sla2_compile.kernels.reference import sla2 as reference
+from tests.kernels.oracle import assert_oracle
+from tests.kernels.schedules import forget_schedules
+from tests.kernels.triton_case import (
+    DEVICE,
+    INTERPRETED,
+    Case,
+    body,
+    exact,
+    poison_outputs,
+    scheduled_attention,
+    scheduled_backward,
+)
+
+NAMES = ("q", "k", "v", "k_mean", "gain", "bias")
+CASES = {
+    "plain": Case(),
+    "fp16, all keys, relu": Case(dtype=torch.float16, alpha="none", feature_map="relu", linear_scope="all"),
+    "batch, elu, one alpha a head": Case(B=2, alpha="head", feature_map="elu", heads=2, groups=1),
+    "causal": Case(is_causal=True, Nq=203),
+    "causal masked, alpha of blocks": Case(is_causal=True, masked=True, Nq=203, Nk=150, alpha="block"),
+    "masked": Case(masked=True, topk_ratio=0.5),
+    "transposed, odd dims": Case(D=40, Dv=24, transposed=True, groups=1, heads=2, block_q=16, block_k=16),
+    "D 128, 128 x 64": Case(D=128, Dv=128, block_q=128, block_k=64, Nq=300, Nk=400, groups=1),
+    "D 256": Case(D=256, Dv=256, block_q=64, block_k=64, compression_ratio=4, groups=1),
+    "three keys": Case(Nq=70, Nk=3, topk_ratio=0.5),
+    "empty complement": Case(topk_ratio=1.0, groups=1),
+    "large values": Case(scale_of_values=30.0, compression_ratio=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_outputs(monkeypatch)
+
+
+def saved_call(case: Case, x: dict[str, Any]) -> Saved[Tensor]:
+    """What a forward of x keeps; its table is the reference's."""
+    x["lut"], log_rest, _, k_mean = case.route(exact(x, torch.float64), reference.route)
+    x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
+    o, lse = case.attention(x, scheduled_attention)
+    call: AttentionArgs[Tensor] = case.attention(x, lambda *args: of(AttentionArgs, args))  # type: ignore[assignment]
+    return Saved(o, lse, call)
+
+
+def gradient_of(o: Tensor, seed: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.device, o.dtype)
+
+
+def by_autograd(case: Case, x: dict[str, Any], do: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gradients of the reference in a dtype, by name."""
+    y = exact(x, dtype)
+    wanted = [name for name in NAMES if y[name] is not None]
+    y |= {name: y[name].detach().clone().requires_grad_() for name in wanted}
+    case.attention(y, reference.attention)[0].backward(do.to(dtype))
+    return {name: y[name].grad for name in wanted}
+
+
+@body
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name: str) -> None:
+    case = CASES[name]
+    x = case.tensors()
+    saved = saved_call(case, x)
+    do = gradient_of(saved.o)
+    got = dict(zip(NAMES, scheduled_backward(BackwardArgs(do, saved)), strict=True))
+    low, want = by_autograd(case, x, do, case.dtype), by_autograd(case, x, do, torch.float64)
+    for part, exactly in want.items():
+        assert got[part].shape == x[part].shape
+        assert got[part].dtype == x[part].dtype
+        eps = torch.finfo(case.dtype).eps
+        if part in ("k_mean", "gain", "bias"):
+            # sums over all rows that may cancel: each row's error counts
+            terms = do.numel() ** 0.5 * do.double().abs().mean().item()
+            eps = max(eps, eps * terms / max(exactly.abs().max().item(), 1e-9))
+        assert_oracle(part, got[part], low[part], exactly, eps)
+    for part in set(NAMES) - set(want):
+        assert got[part].numel() == 0
+
+
+@body
+def test_runs_are_bit_equal_and_heads_may_come_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(Case(), B=2, heads=2, groups=2, Nq=75, Nk=107)
+    x = case.tensors()
+    saved = saved_call(case, x)
+    do = gradient_of(saved.o)
+    first = scheduled_backward(BackwardArgs(do, saved))
+    runs = [scheduled_backward(BackwardArgs(do, saved))]
+    # three heads at a time, and one that is left
+    size, columns, rows = 64 * 64 + 64, 8, 2 * 2
+    monkeypatch.setattr(states_launches, "STATE_BYTES", 3 * size * (columns + rows) * 2)
+    forget_schedules()
+    runs.append(scheduled_backward(BackwardArgs(do, saved)))
+    for run in runs:
+        for name, a, b in zip(BackwardResult._fields, first, run, strict=True):
+            assert torch.equal(a, b), name
+
+
+@body
+def test_any_layout_of_the_gradient() -> None:
+    case = replace(Case(), Nq=75, Nk=107)
+    saved = saved_call(case, case.tensors())
+    o = saved.o
+    for do in (
+        torch.ones((), device=DEVICE, dtype=o.dtype).expand(o.shape),
+        gradient_of(o).transpose(1, 2).contiguous().transpose(1, 2),
+        gradient_of(o)[:, :, :1].expand(o.shape),
+        gradient_of(o.mT).mT,
+    ):
+        got, want = (scheduled_backward(BackwardArgs(g, saved)) for g in (do, do.contiguous()))
+        for name, a, b in zip(BackwardResult._fields, got, want, strict=True):
+            assert torch.equal(a, b), name
+
+
+@body
+@pytest.mark.parametrize("case", ["no key at all", "hidden keys hold NaN"])
+def test_what_is_not_seen_leads_nowhere(case: str) -> None:
+    made = replace(Case(masked=True), Nq=75, Nk=107)
+    x = made.tensors()
+    if case == "no key at all":
+        x["mask"][:] = False
+    saved = saved_call(made, x)
+    do = gradient_of(saved.o)
+    want = scheduled_backward(BackwardArgs(do, saved))
+    assert all(t.isfinite().all() for t in want)
+    if case == "no key at all":
+        assert not any(t.any() for t in want)
+        return
+    hidden = ~x["mask"][:, None, :, None]
+    wild = {name: x[name].masked_fill(hidden, float("nan")) for name in ("k", "v")}
+    got = scheduled_backward(BackwardArgs(do, saved._replace(call=saved.call._replace(**wild))))
+    for name, a, b in zip(BackwardResult._fields, got, want, strict=True):
+        assert torch.equal(a, b), name
+
+
+@body
+def test_wild_table_reads_nothing_outside() -> None:
+    """The values mean nothing, but they are numbers."""
+    case = replace(Case(), Nq=75, Nk=107, topk_ratio=1.0)
+    saved = saved_call(case, case.tensors())
+    do = gradient_of(saved.o)
+    for wild in (-7, 2**30):
+        lut = torch.full_like(saved.call.lut, wild)
+        got = scheduled_backward(BackwardArgs(do, saved._replace(call=saved.call._replace(lut=lut))))
+        assert got.dq.isfinite().all()
+        assert got.dk.isfinite().all()
+
+
+def test_lists_of_rows() -> None:
+    """Every entry once, in the order of key blocks and then of rows; absent entries in no list."""
+    lut = torch.tensor([[[0, 2], [1, 2], [2, -1]], [[2, 3], [0, -1], [-1, -1]]], dtype=torch.int32)[None]
+    for heads in (1, 2):
+        lists = lists_of_rows(heads, 4, lut)
+        assert lists.dtype == torch.int32
+        entries = 12 // heads
+        for head in range(heads):
+            rows = lut.view(heads, -1, 2)[head]
+            begins = lists[head, entries:].tolist()
+            for j in range(4):
+                wanted = [row for row in range(len(rows)) if j in rows[row].tolist()]
+                assert lists[head, begins[j] : begins[j + 1]].tolist() == wanted
+
+
+if not INTERPRETED:
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("D", [64, 128])
+    def test_training_steps_on_a_gpu(D: int) -> None:
+        """Against the portable backward in float32, at a length where every kernel takes many programs."""
+        from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+
+        torch.manual_seed(0)
+        tensors = [torch.randn(2, 4, 3000, D, device=DEVICE) for _ in range(3)]
+        gain, bias = torch.ones(4, device=DEVICE), torch.zeros(4, 1, device=DEVICE)
+        do = torch.randn(2, 4, 3000, D, device=DEVICE)
+        grads = []
+        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+            y = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in tensors]
+            y += [x.clone().requires_grad_() for x in (gain, bias)]
+            # over all blocks but a few, so that both choose alike
+            options = AttentionOptions(0.9, 8, 128, 64)
+            o = sla2_attention(y[0], y[1], y[2], options, alpha_gain=y[3], alpha_bias=y[4], training=True)
+            o.backward(do.to(dtype))
+            grads.append([x.grad for x in y])
+        for name, a, b, again in zip(("q", "k", "v", "gain", "bias"), *grads, strict=True):
+            assert torch.equal(a, again), name
+            error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+            assert error < 0.05, (name, error)
+
+    def test_bodies_in_the_interpreter() -> None:
+        """Run this file's bodies without a GPU."""
+        env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
