@@ -107,7 +107,7 @@ def test_a_transformed_model_under_autocast(mode: str) -> None:
         compiled = torch.compile(model, mode=mode)
         made, code = code_of(compiled, x)
         assert LAUNCHES in code
-        assert [line for line in code.splitlines() if OP in line] == []
+        assert [line for line in code.splitlines() if OP in line and not line.startswith("#")] == []
         for _ in range(4):
             assert near(made, wanted)
             made = compiled(x.clone()).clone()

@@ -80,7 +80,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Cuts:
-    """How each kernel is cut, so that none spills: `tests/kernels/test_aot.py`. Not timed yet."""
+    """How each kernel is cut. Timed on an H200 at 3 %, for Hopper; elsewhere so that none spills."""
 
     rows: Cut
     queries: Cut
@@ -94,7 +94,13 @@ class Cuts:
         small = Cut(min(32, shape.block_q), 2 if few else 1, 8)
         if not shape.hopper or not few:
             return cls(rows, small, small)
-        return cls(rows, rows, rows if shape.width <= 64 else small)
+        # 0.633 and 1.641 ms on (1, 12, 32760, 128), from 1.446 and 2.599 with 64 rows in 8 warps; 24 bytes of stack
+        queries = Cut(rows.rows, 2, 4)
+        # 0.123 and 0.375 ms on (1, 16, 16384, 64); keys by 32 rows 0.435
+        if shape.width <= 64:
+            return cls(rows, queries, queries)
+        # masks need registers of their own
+        return cls(rows, queries, small if shape.more or shape.causal else Cut(small.rows, 2, 4))
 
 
 @dataclass(frozen=True)
