@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, RouteResult
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.checks import check_qkv
+from sla2_compile.kernels.checks import Described, check_qkv
 from sla2_compile.kernels.ops import attention, forward, route
 from sla2_compile.kernels.options import AttentionOptions, State, asked
 from sla2_compile.kernels.precision import low_bit_of
@@ -73,6 +75,35 @@ def sla2_attention(
     return o
 
 
+class Kind(NamedTuple):
+    """What of a tensor decides how a call on it is computed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def resolve(
+    q: Described, k: Described, v: Described, options: AttentionOptions, low_bit: str, scale: float | None,
+    is_causal: bool, unmasked: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Check q, k and v; return the arguments of `sla2::forward` behind its tensors."""
+    check_qkv(q, k, v)
+    block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    runs = low_bit_of(
+        low_bit, q, v.shape[3], block_q, block_k, scale, num_blocks(k.shape[2], block_k), options.topk_ratio,
+        plain=unmasked and not is_causal,
+    )  # fmt: skip
+    ratio = options.router_ratio(block_q, block_k)
+    rest = (scale, options.feature_map, options.linear_scope, is_causal, runs)
+    return options.topk_ratio, ratio, block_q, block_k, *rest
+
+
+remembered = functools.lru_cache(maxsize=1024)(resolve)
+"""`resolve` once for each kind of call, since an eager call on a GPU waits for the host."""
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
@@ -88,23 +119,21 @@ def attend(
     if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
-    check_qkv(q, k, v)
-    block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    tn = num_blocks(k.shape[2], block_k)
-    low_bit = low_bit_of(
-        asked(options, state, training), q, v.shape[3], block_q, block_k, scale, tn, options.topk_ratio,
-        plain=key_mask is None and not is_causal,
-    )  # fmt: skip
-    args = ForwardArgs(
-        q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,
-        options.topk_ratio, options.router_ratio(block_q, block_k), block_q, block_k, scale,
-        options.feature_map, options.linear_scope, is_causal, low_bit,
-    )  # fmt: skip
+    low_bit = asked(options, state, training)
+    keep_routing = keep_routing and not traced(q)
+    if torch.compiler.is_compiling():
+        resolved = resolve(q, k, v, options, low_bit, scale, is_causal, key_mask is None)
+    else:
+        kinds = Kind(q.shape, q.dtype, q.device), Kind(k.shape, k.dtype, k.device), Kind(v.shape, v.dtype, v.device)
+        try:
+            resolved = remembered(*kinds, options, low_bit, scale, is_causal, key_mask is None)
+        except TypeError:
+            # a symbolic length, which has no hash
+            resolved = resolve(*kinds, options, low_bit, scale, is_causal, key_mask is None)
+    args = ForwardArgs(q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask, *resolved)
     # proj_q and proj_k get no gradient, but as with any op, the result requires one if they do
     params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
-    keep_routing = keep_routing and not traced(q)
     if (training and differentiable) or (keep_routing and not differentiable):
         routed, attended = _in_two(args)
         o = attended.o
@@ -116,8 +145,9 @@ def attend(
                 routed, attended = _in_two(args)
     if not keep_routing:
         return o, None
-    lse = attended.lse[..., ::block_q].clone()
-    return o, Routing(routed.lut, routed.log_rest, routed.entropy, lse, block_q, block_k, tn)
+    lse = attended.lse[..., :: args.block_q].clone()
+    tn = num_blocks(k.shape[2], args.block_k)
+    return o, Routing(routed.lut, routed.log_rest, routed.entropy, lse, args.block_q, args.block_k, tn)
 
 
 def _in_two(

@@ -11,10 +11,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_kept
-from sla2_compile.kernels.checks import fail
+from sla2_compile.kernels.checks import Described, fail
 from sla2_compile.kernels.support import LEAST_KEPT, LOW_BIT_CHOICES, MOST_KEPT, Chip, Facts, support
 from sla2_compile.kernels.torch_internals import constant_in_traces
 from sla2_compile.kernels.tracing import shorter
@@ -44,7 +43,7 @@ def low_bit_on(
 
 
 def low_bit_of(
-    low_bit: str, q: Tensor, v_dim: int, block_q: int, block_k: int, scale: float,
+    low_bit: str, q: Described, v_dim: int, block_q: int, block_k: int, scale: float,
     tn: int, topk_ratio: float, plain: bool,
 ) -> str:  # fmt: skip
     """Return the format that a call's low_bit resolves to: none, int8 or int8_fp8.

@@ -274,30 +274,3 @@ def support(facts: Facts) -> Support:
     fused = triton or refusal(FUSED, facts._replace(low_bit=runs))
     kernel: Literal["fused", "triton", "portable"] = "portable" if triton else "triton" if fused else "fused"
     return Support(kernel, runs, Why(fused, triton, less))
-
-
-def table() -> str:
-    """The rules as Markdown."""
-
-    def row(*cells: str) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    def needs(rules: tuple[Rule, ...]) -> str:
-        return "; ".join(rule.needs for rule in rules)
-
-    lines = [
-        row("what runs a call", "needs"),
-        row("---", "---"),
-        row("one fused kernel (Gluon): both branches and the mix", f"as the Triton kernels, and {needs(FUSED)}"),
-        row("Triton kernels", needs(TRITON)),
-        row("Triton kernels, of a backward", f"as the Triton kernels, and {needs(BACKWARD)}"),
-        row("blocked PyTorch", "any device; what the others do not take"),
-        "",
-        row("`low_bit`", "computes the sparse branch of an inference in", "needs", "else"),
-        row("---", "---", "---", "---"),
-        row("int8_fp8", "INT8 QK and FP8 PV", f"as the Triton kernels, and {needs(FP8)}", "int8"),
-        row("int8", "INT8 QK, PV in the input's dtype", "as the Triton kernels", "the input's dtype"),
-        row("auto", "as int8", f"as the Triton kernels, and {needs(AUTO)}", "the input's dtype"),
-        row("none", "the input's dtype", "nothing", ""),
-    ]
-    return "\n".join(lines)

@@ -71,7 +71,7 @@ def inspect(
 @app.command()
 def support() -> None:
     """Print which kernels and number formats run a call, and what each needs, as Markdown."""
-    from sla2_compile.kernels.support import table
+    from sla2_compile.kernels.support_table import table
 
     typer.echo(table())
 

@@ -89,6 +89,8 @@ ATTEND: Table = (
     (lambda s: s.wide_by_tma and not (s.more or s.causal or s.low_bit), attend(128, 8, 2)),
     # 0.92 ms in 8 bits, from 1.69; of 128 keys they spill. Not timed with masks, branches or causal
     (lambda s: s.wide_by_tma, attend(64, 8, 2)),
+    # of few keys: 8 warps take 8 to 24 bytes of stack on sm_80, 86 and 100
+    (lambda s: s.wide and s.block_k <= 32 and not s.low_bit, attend(32, 4, 2)),
     # 64 rows take all 255 registers of a thread on sm_80
     (lambda s: s.wide, attend(32, 8, 2)),
     # 128 keys: 64 rows take up to 840 bytes of stack

@@ -1,4 +1,4 @@
-"""Count what a call of `cuda.forward` asks of a GPU that launches nothing; run by test_host_counts.py.
+"""Count what calls of `cuda.forward` and its backward ask of a GPU that launches nothing; run by test_host_counts.py.
 
     python -m tests.kernels.count_launches FOLDER
 
@@ -8,6 +8,7 @@ prints a line per call: its name, kernels launched, and tensors allocated, once 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from tests.kernels import fake_gpu
 
 library = fake_gpu.start(Path(sys.argv[1]))
 
-from sla2_compile.kernels.arguments import ForwardArgs  # noqa: E402
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, ForwardArgs, Saved  # noqa: E402
 from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
 from sla2_compile.kernels.cuda.launch import rerun  # noqa: E402
 from sla2_compile.kernels.cuda.launch.repeat import parameter_bytes  # noqa: E402
+from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
 from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
 
 allocated = 0
@@ -48,14 +50,32 @@ def run(name: str, N: int, D: int = 64, causal: bool = False, masked: bool = Fal
     )
     cuda.forward(args)
     schedule, _ = cuda.scheduled_forward(cuda.laid_out(args)[1], False)  # type: ignore[misc]
+    report(name, schedule, lambda: cuda.forward(args))
+
+
+def report(name: str, schedule: Schedule, call: Callable[[], Any]) -> None:
+    """Print what a later run of a schedule asks for."""
     launches = [step for step in schedule.steps if isinstance(step, Launch)]
     sizes = {x.compiled.function: parameter_bytes(x.compiled.asm["ptx"]) for x in launches if x.compiled}
     global allocated
     allocated = 0
     with fake_gpu.Recorder(library, sizes) as recorded:
-        cuda.forward(args)
+        call()
     print(name, len(recorded.launches), allocated, len(schedule.steps) - len(launches))
+
+
+def run_backward(name: str, N: int, D: int = 64) -> None:
+    q, do = (torch.empty(1, 2, N, D, dtype=torch.bfloat16) for _ in range(2))
+    tm, gain, bias = -(-N // 128), torch.ones(2), torch.zeros(2, 1)
+    lut = torch.arange(4, dtype=torch.int32).expand(1, 2, tm, 4).contiguous()
+    rest, mean = torch.zeros(1, 2, tm), torch.zeros(1, 2, D)
+    call = AttentionArgs(q, q, q, mean, lut, rest, gain, bias, None, 128, 64, D**-0.5, "softmax", "complement", False)
+    args = BackwardArgs(do, Saved(q, torch.zeros(1, 2, N), call))
+    cuda.attention_backward(args)
+    schedule, _ = cuda.scheduled_backward(cuda.laid_out(args)[1], False)  # type: ignore[misc]
+    report(name, schedule, lambda: cuda.attention_backward(args))
 
 
 run("short", 2048)
 run("short, causal masked", 1000, causal=True, masked=True)
+run_backward("backward", 2048)

@@ -17,8 +17,9 @@ from tests.kernels import fake_gpu
 
 library = fake_gpu.start(Path(sys.argv[1]))
 
-from sla2_compile.kernels.arguments import AttentionArgs, RouteArgs  # noqa: E402
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArgs, Saved  # noqa: E402
 from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
+from sla2_compile.kernels.cuda.backward.launches import backward_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.launch.layout import Tiles  # noqa: E402
 from sla2_compile.kernels.cuda.launch.repeat import Cells, parameter_bytes  # noqa: E402
@@ -67,6 +68,10 @@ def run(D: int, low: str = "none", projected: bool = False, masked: bool = False
     options: tuple[Any, ...] = (128, 64, D**-0.5, "softmax", "complement", False, low)
     tensors, layouts = cuda.laid_out(AttentionArgs(q, q, q, mean, lut, rest, None, None, mask, *options))
     compare(f"{name} attention", attention_schedule.__wrapped__(layouts, False)[0], tensors)
+    if low == "none" and D <= 128:
+        call = AttentionArgs(q, q, q, mean, lut, rest, None, None, mask, *options)
+        tensors, layouts = cuda.laid_out(BackwardArgs(q, Saved(q, torch.zeros(1, 2, 1000), call)))
+        compare(f"{name} backward", backward_schedule.__wrapped__(layouts, False)[0], tensors)
 
 
 run(64, projected=True)

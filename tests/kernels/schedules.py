@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from sla2_compile.kernels.functional import remembered
+
 try:
     from sla2_compile.kernels.cuda import dispatch as cuda
     from sla2_compile.kernels.cuda.backward.launches import backward_schedule
@@ -21,6 +23,7 @@ else:
 
 def forget_schedules() -> None:
     """Have calls checked and scheduled anew: what a test changed of the chip or of limits is not in their key."""
+    remembered.cache_clear()
     for cache in CACHES:
         cache.cache_clear()
 

@@ -343,6 +343,7 @@ def test_the_mode_of_a_call_decides_its_format_and_autograd_does_not(monkeypatch
     for grad in (True, False):
         for training in (True, False):
             q = torch.randn(1, 1, 64, 16, requires_grad=True)
+            functional.remembered.cache_clear()
             with torch.set_grad_enabled(grad):
                 sla2_attention(q, q, q, AttentionOptions(low_bit="int8"), training=training)
     assert seen == ["none", "int8"] * 2

@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from sla2_compile.cli import app
-from sla2_compile.kernels import support as table
 from sla2_compile.kernels.precision import size_class
 from sla2_compile.kernels.support import AUTO, BACKWARD, FP8, FUSED, TRITON, Chip, Facts, Rule, support
+from sla2_compile.kernels.support_table import table
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -125,7 +125,7 @@ def test_a_size_class_stands_for_its_sizes(low_bit: str) -> None:
 
 def test_the_command_prints_every_row() -> None:
     result = CliRunner().invoke(app, ["support"])
-    assert (result.exit_code, result.stdout.rstrip("\n")) == (0, table.table())
+    assert (result.exit_code, result.stdout.rstrip("\n")) == (0, table())
     for rule in (*TRITON, *FUSED, *FP8, *AUTO):
         assert rule.needs in result.stdout
 
@@ -133,5 +133,5 @@ def test_the_command_prints_every_row() -> None:
 def test_the_page_shows_what_the_command_prints() -> None:
     page = (ROOT / "docs" / "support.md").read_text()
     assert "`sla2 support`" in page
-    for part in table.table().split("\n\n"):
+    for part in table().split("\n\n"):
         assert part in page
