@@ -40,6 +40,7 @@ class Layout:
         written: per owner's name, its hand-written calls, by the number of their product of queries and keys.
         watches: modules inside which attention weights stay alive after their owner's forward.
         expected: per owner's name, how many hand-written calls of one forward stay as they are.
+        left: per owner's name, the positions of calls that stay as they are.
     """
 
     plan: Plan
@@ -47,6 +48,7 @@ class Layout:
     written: Mapping[str, Mapping[int, Written]]
     watches: frozenset[str]
     expected: Mapping[str, int]
+    left: Mapping[str, frozenset[int]]
 
 
 def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool = False) -> Layout:
@@ -90,7 +92,8 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
     }
     watches = frozenset(where for (name, index), where in found.watches.items() if index in owners.get(name, {}))
     plan = Plan(recipe, tuple(outcomes), found.how)
-    return Layout(plan, dict(owners), written, watches, found.left(owners, written))
+    left = {name: frozenset(i for owner, i in calls if owner == name and i not in owners[name]) for name in owners}
+    return Layout(plan, dict(owners), written, watches, found.left(owners, written), left)
 
 
 def apply(model: nn.Module, layout: Layout, first: FirstBackward | None = None) -> None:
@@ -100,7 +103,9 @@ def apply(model: nn.Module, layout: Layout, first: FirstBackward | None = None) 
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = {
-        name: Sites({index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()})
+        name: Sites(
+            {index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()}, layout.left[name]
+        )
         for name, calls in layout.owners.items()
     }
     begin_as_saved(

@@ -396,3 +396,39 @@ def test_inductor_modes_and_options(x):
     by_mode = torch.compile(model, backend="sla2", mode="reduce-overhead")
     sla2_compile.transform(sla2_compile.restore(twin), example_inputs=(long,))
     torch.testing.assert_close(by_mode(long), twin(long), rtol=1e-4, atol=1e-5)
+
+
+class Biased(nn.Module):
+    """Calls that SLA2 leaves alone, before and between those that it takes."""
+
+    bias: torch.Tensor
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.qkv, self.breaks = nn.Linear(32, 96), breaks
+        self.register_buffer("bias", torch.randn(200, 200))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+        for n in range(4):
+            q = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias if n % 2 == 0 else None)
+            if self.breaks:
+                torch._dynamo.graph_break()
+        return q[:, 0]
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_calls_that_planning_left_alone_are_no_news(backend: str | None, breaks: bool) -> None:
+    """Each planned call gets its own site, and one that was left alone counts as nothing that was missed."""
+    torch._dynamo.reset()
+    model, x = Biased(breaks).eval(), torch.randn(2, 200, 32)
+    sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0, topk_ratio=0.3)
+    run = model if backend is None else torch.compile(model, backend=backend)
+    with torch.no_grad():
+        wanted = model(x)
+        for _ in range(2):
+            assert torch.equal(run(x), wanted)
+    report = sla2_compile.report(model)
+    assert [(x.where.index, x.reason) for x in report.misses] == [(0, Reason.BIAS), (2, Reason.BIAS)]
+    assert report.fallbacks == {}

@@ -176,11 +176,13 @@ class Sites(nn.Module):
     offloading) takes part in each call. Its children are named "0", "1", ...
 
     Attributes:
+        left: positions of the calls that planning saw and left alone; the plan has their reasons.
         unseen: eager calls at positions that planning did not see; they kept full attention.
     """
 
-    def __init__(self, sites: dict[int, Site]) -> None:
+    def __init__(self, sites: dict[int, Site], left: frozenset[int] = frozenset()) -> None:
         super().__init__()
+        self.left = left
         for index, site in sites.items():
             self.add_module(str(index), site)
         self.unseen = 0
@@ -227,7 +229,7 @@ class Sites(nn.Module):
         """
         site = self._at(index)
         if site is None:
-            self.count_unseen()
+            self.count_unseen(index)
             return function(*args, **kwargs)
         if reason is None and function is F.multi_head_attention_forward:
             given = multihead.with_padding(multihead.arguments(args, kwargs), padding)
@@ -242,10 +244,10 @@ class Sites(nn.Module):
             return site(*args, declined=Declined(reason, function), **kwargs)
         return site(*args, **kwargs)
 
-    def count_unseen(self) -> None:
-        """Count an eager call that planning did not see."""
+    def count_unseen(self, index: int | None = None) -> None:
+        """Count an eager call if planning did not see it; index: its position, None for a hand-written one."""
         # an owner without sites only keeps its calls away from the owners around it
-        if len(self) > 0 and not torch.compiler.is_dynamo_compiling():
+        if len(self) > 0 and not torch.compiler.is_dynamo_compiling() and index not in self.left:
             self.unseen += 1
 
 
