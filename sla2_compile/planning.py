@@ -18,7 +18,8 @@ from sla2_compile.modules.first_backward import FirstBackward
 from sla2_compile.modules.pretrained import begin_as_saved
 from sla2_compile.modules.redirect import CHILD, has_attribute, install
 from sla2_compile.modules.written import Written
-from sla2_compile.passes.sites.outcome import Rewrite
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
+from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.select import SeenCall, check_patterns, select
 from sla2_compile.passes.sites.site import Site, Sites
 from sla2_compile.plan import Plan, set_plan
@@ -41,6 +42,7 @@ class Layout:
         watches: modules inside which attention weights stay alive after their owner's forward.
         expected: per owner's name, how many hand-written calls of one forward stay as they are.
         left: per owner's name, the positions of calls that stay as they are.
+        scripted: owners inside which scripted attention runs.
     """
 
     plan: Plan
@@ -49,6 +51,7 @@ class Layout:
     watches: frozenset[str]
     expected: Mapping[str, int]
     left: Mapping[str, frozenset[int]]
+    scripted: frozenset[str]
 
 
 def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool = False) -> Layout:
@@ -93,7 +96,9 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
     watches = frozenset(where for (name, index), where in found.watches.items() if index in owners.get(name, {}))
     plan = Plan(recipe, tuple(outcomes), found.how)
     left = {name: frozenset(i for owner, i in calls if owner == name and i not in owners[name]) for name in owners}
-    return Layout(plan, dict(owners), written, watches, found.left(owners, written), left)
+    hidden = [x.where.owner for x in outcomes if isinstance(x, Miss) and x.reason is Reason.SCRIPTED]
+    scripted = frozenset(name for name in owners if any(x == name or _inside(x, [name]) for x in hidden))
+    return Layout(plan, dict(owners), written, watches, found.left(owners, written), left, scripted)
 
 
 def apply(model: nn.Module, layout: Layout, first: FirstBackward | None = None) -> None:
@@ -104,7 +109,9 @@ def apply(model: nn.Module, layout: Layout, first: FirstBackward | None = None) 
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = {
         name: Sites(
-            {index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()}, layout.left[name]
+            {index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()},
+            layout.left[name],
+            name in layout.scripted,
         )
         for name, calls in layout.owners.items()
     }

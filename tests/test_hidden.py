@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,31 @@ def test_scripted_calls_do_not_shift_the_others(x):
     model(x)
     found = sla2_compile.report(model)
     assert (len(found.rewrites), found.ran, found.fallbacks) == (1, {"sla2.0": 1}, {})
+
+
+@pytest.mark.parametrize("where", ["owner", "child"])
+def test_compiled_code_keeps_full_attention_beside_scripted_calls(where, x):
+    """Dynamo traces what a scripted function was made of: its call would meet the site of another."""
+    function = torch.jit.script(called)
+
+    class Child(nn.Module):
+        def forward(self, q, k, v):
+            return function(q, k, v)
+
+    def body(s, q, k, v):
+        first = function(q, k, v) if where == "owner" else s.child(q, k, v)
+        return F.scaled_dot_product_attention(3 * first, k, v)
+
+    model = Owner(body)
+    model.child = Child()
+    original = copy.deepcopy(model)
+    planned(model, x, topk_ratio=0.1)
+    with torch.no_grad():
+        wanted = original(x)
+        assert not torch.allclose(model(x), wanted)
+        for backend in ("eager", "aot_eager"):
+            torch._dynamo.reset()
+            torch.testing.assert_close(torch.compile(model, backend=backend)(x), wanted)
 
 
 def in_thread(s, q, k, v):

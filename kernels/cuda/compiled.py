@@ -1,12 +1,12 @@
-"""What code that Inductor writes calls in place of an op: its launches, on memory that Inductor allocated.
+"""What Inductor's generated code calls in place of an op: its launches, on memory that Inductor allocated.
 
 `cuda/lowering.py` has Inductor write, once and then per call:
 
     sla2_3f9a = Launches('forward', (True, True, True, False, ...), (0.15, 8, 128, 64, ...))
     sla2_3f9a(q, k, v, alpha_gain, alpha_bias, o, scratch)
 
-There is no dispatcher, check or look-up on the way: Inductor has fixed shapes, strides and dtypes, and guards them.
-On an H200's host a compiled call of (4, 12, 4128, 64) takes 143 us, by the op 273, and SDPA 129.
+No dispatcher, check or look-up comes in between: Inductor has fixed shapes, strides and dtypes, and guards them.
+On an H200's host a compiled call of (4, 12, 4128, 64) takes 143 us, a call of the op 273, and SDPA 129.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Launches:
 
     Args:
         op: its name in the namespace `sla2`.
-        present: of each argument that is a tensor, whether the call has it.
+        present: for each tensor argument, whether the call has it.
         options: the other arguments.
     """
 
@@ -35,12 +35,12 @@ class Launches:
         self._op, self._options = op, options
         self._record, self._scheduler = dispatch.SCHEDULED[op]
         self._count = sum(present)
-        # where each argument stands in a call; the None behind the given ones stands for those that are absent
+        # position of each tensor argument in a call; absent ones take the None after those given
         self._at = [sum(present[:n]) if here else self._count for n, here in enumerate(present)]
         self._scheduled: tuple[Schedule, tuple[Slot, ...]] | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Compute, where every call has the layout of the first.
+        """Compute, given that every call has the layout of the first.
 
         Args:
             tensors: the arguments that are present, in order and all on one device, in layouts that the kernels read;
@@ -51,7 +51,7 @@ class Launches:
         for x in tensors:
             address |= x.data_ptr()
         if address % 16:
-            # a view of a user's, which begins where it likes
+            # a user's view, which may begin at any address
             self._by_op(inputs, into)
             return
         if self._scheduled is None:
@@ -65,7 +65,7 @@ class Launches:
         schedule.run(*inputs, results=results, into=into, scratch=scratch)
 
     def of_any_layout(self, *tensors: Tensor) -> None:
-        """Compute, where layouts differ from call to call; tensors as for `__call__`, without scratch."""
+        """Compute, given that layouts may differ from call to call; tensors as for `__call__`, without scratch."""
         inputs, into = self._inputs(tensors), tensors[self._count :]
         scheduled = self._scheduler(self._args(Layout.of_all(*inputs)), by_trial())
         if scheduled is None:
@@ -83,7 +83,7 @@ class Launches:
         return of(self._record, (*tensors, *self._options))
 
     def _by_op(self, inputs: list[Tensor | None], into: tuple[Tensor, ...]) -> None:
-        """Compute by the op, which takes anything."""
+        """Compute by the op, which takes any layout."""
         made = getattr(dispatch, self._op)(self._args(inputs))
         for x, y in zip(into, (made,) if isinstance(made, Tensor) else made, strict=True):
             x.copy_(y if x.shape == y.shape else y.transpose(1, 2))

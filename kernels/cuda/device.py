@@ -47,17 +47,17 @@ def triton_version() -> tuple[int, int]:
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The GPU that launches are worked out for; where there is none, one of the smallest tiles."""
+    """The GPU that launches are scheduled for; where there is none, one with the smallest tiles."""
     return Chip("cuda", capability(device), shared_limit(device), torch.version.hip is None, triton_version())
 
 
 def packed(x: _T) -> _T:
-    """Return x with a contiguous last dim: itself, but for layouts no projection makes. None stays None."""
+    """Return x with a contiguous last dim: x itself, except for layouts that no projection makes. None stays None."""
     return x if x is None or x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 def whole(x: _T) -> _T:
-    """Return x in one piece. None stays None."""
+    """Return x contiguous. None stays None."""
     return x if x is None else x.contiguous()
 
 

@@ -1,12 +1,12 @@
 """The ops `sla2::*` on a GPU: which calls the Triton kernels take, and the calls themselves.
 
-`kernels/support.py` is the one rule; what it refuses runs the portable path.
+`kernels/support.py` alone decides; calls that it refuses run the portable path.
 
-A call's launches (`cuda/route/launches.py`, `cuda/forward/launches.py`) are worked out once for its layout and kept.
+A call's launches (`cuda/route/launches.py`, `cuda/forward/launches.py`) are scheduled once per layout and kept.
 Nothing waits for the device or depends on values, so a call can be captured in a CUDA graph. Lengths are plain
-arguments of the kernels. A new length is scheduled in about a millisecond and compiles nothing, except that the
-router's kernels know the next power of two of Tn, and those of short calls that of the key blocks kept and, below one
-tile, of Tm. The 256 layouts used last are kept.
+arguments of the kernels. A new length is scheduled in about a millisecond. It compiles nothing unless it changes a
+power of two that kernels are compiled for: the next one of Tn in the router's kernels; in those of short calls also
+of the key blocks kept and, below one tile, of Tm. The 256 layouts used last are kept.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from sla2_compile.kernels.support import Facts, support
 
 
 def takes_route(args: RouteArgs[Layout]) -> bool:
-    """Check a route; whether the kernels run it."""
+    """Check a route, and return whether the kernels run it."""
     check_route(args)
     q = args.q
     D, positive = q.shape[3], args.scale > 0.0
@@ -58,7 +58,7 @@ def takes_route(args: RouteArgs[Layout]) -> bool:
 
 
 def takes_attention(args: AttentionArgs[Layout]) -> bool:
-    """Check an attention call; whether the kernels run it.
+    """Check an attention call, and return whether the kernels run it.
 
     Raises:
         ValueError: as `check_attention` does, and for a low_bit that does not run.
@@ -71,11 +71,11 @@ def takes_attention(args: AttentionArgs[Layout]) -> bool:
 
 
 STRIDED = ("q", "k", "v", "key_mask", "do", "o")
-"""Tensors that are read by their strides, the last of them 1. alpha_bias may have any; others lie in one piece."""
+"""Tensors that are read by their strides, the last of them 1. alpha_bias may have any; others are contiguous."""
 
 
 def takes_backward(args: BackwardArgs[Layout]) -> bool:
-    """Check a backward; whether the kernels run it."""
+    """Check a backward, and return whether the kernels run it."""
     check_backward(args)
     # in the input's dtype, whatever the forward did
     facts = facts_of(args.saved.call)._replace(direction="backward", low_bit="none")
@@ -83,14 +83,14 @@ def takes_backward(args: BackwardArgs[Layout]) -> bool:
 
 
 Inputs = tuple[Any, ...]
-"""The tensors of a call in the order of its arguments, None where there is none."""
+"""The tensors of a call in the order of its arguments; None for absent ones."""
 Scheduled = tuple[Schedule, tuple[Slot, ...]]
-"""Launches, and which tensors they make."""
+"""A schedule, and the slots of its results."""
 
 
 @functools.cache
 def _preparations(record: Any) -> tuple[Callable[[Any], Any], ...]:
-    """What makes each tensor of a record one that the kernels read."""
+    """For each tensor of a record, the function that gives it a layout that the kernels read."""
     by_name = dict.fromkeys(STRIDED, packed)
     # read by its own strides
     by_name["alpha_bias"] = lambda x: x
@@ -106,7 +106,7 @@ def laid_out(args: Any) -> tuple[Inputs, Any]:
 
 
 def run(scheduled: Scheduled, tensors: Inputs) -> Any:
-    """Make a schedule's launches; returns the tensors of its result."""
+    """Make a schedule's launches, and return the tensors of its result."""
     schedule, results = scheduled
     return tuple(schedule.run(*tensors, results=results))
 
@@ -145,7 +145,7 @@ SCHEDULED: dict[str, tuple[Any, Callable[[Any, bool], Scheduled | None]]] = {
     "forward": (ForwardArgs, scheduled_forward),
     "attention_backward": (BackwardArgs, scheduled_backward),
 }
-"""By an op's name: its record, and what schedules a call."""
+"""For each op's name: its record, and the function that schedules a call."""
 
 
 def route(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:

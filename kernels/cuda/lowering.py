@@ -1,11 +1,11 @@
 """How Inductor compiles the ops `sla2::*` on a GPU: to launches in its own code (`cuda/compiled.py`).
 
-Inductor then allocates results and scratch, uses memory again, and fuses what makes q, k and v and what takes o. A
+Inductor then allocates results and scratch, reuses memory, and fuses what produces q, k and v and what consumes o. A
 call stays a call of the op if the kernels do not take it, and in code that is not Python (AOTInductor). Where sizes
-are symbols, launches are looked up by the layout of each call.
+are symbols, each call looks up its launches by its layout.
 
-All that is Inductor's here is private to it: `tests/kernels/test_lowering.py` fails on a PyTorch where it works
-otherwise. `ops.py` calls `install` when Inductor is about to meet an op, so that nobody loads Inductor for it.
+All of Inductor that is used here is private to it: `tests/kernels/test_lowering.py` fails on a PyTorch where it works
+differently. `ops.py` calls `install` when Inductor is about to meet an op, so that Inductor is not loaded for this.
 """
 
 from __future__ import annotations
@@ -79,17 +79,17 @@ def readable(name: str, x: Any) -> Any:
 
 
 def numbers(values: Sequence[Any]) -> tuple[int, ...]:
-    """Sizes or strides as numbers; those of the example where they are symbols."""
+    """Sizes or strides as numbers; the example's where they are symbols."""
     return tuple(V.graph.sizevars.optimization_hint(x) for x in values)
 
 
 def is_number(x: Any) -> bool:
-    """Whether a size or an option is no symbol."""
+    """Whether a size or an option contains no symbol."""
     return not getattr(x, "free_symbols", None)
 
 
 def layout_of(x: Any) -> Layout:
-    """The layout of a realised argument in the example; a buffer begins on 16 bytes."""
+    """The layout of a realised argument in the example; a buffer's address is a multiple of 16 bytes."""
     layout = x.get_layout()
     (offset,) = numbers([layout.offset])
     shape, stride = torch.Size(numbers(layout.size)), numbers(layout.stride)
@@ -104,14 +104,14 @@ def allocated(shape: Sequence[Any], dtype: torch.dtype, device: torch.device) ->
 
 
 def result_shapes() -> list[list[Any]]:
-    """The shapes, with symbols, of what the node that is being lowered returns."""
+    """The shapes, with symbols, of the results of the node that is being lowered."""
     values = V.graph.current_node.meta["val"]
     values = [values] if isinstance(values, torch.Tensor) else values
     return [[n.node.expr if isinstance(n, torch.SymInt) else n for n in x.shape] for x in values]
 
 
 def swapped(shape: Sequence[Any], slot: Slot) -> Sequence[Any]:
-    """The shape of a result as its slot has it, given what the graph sees, or the other way round."""
+    """Turn the shape of a result in the graph into that of its slot, or the other way round."""
     return (shape[0], shape[2], shape[1], shape[3]) if slot.transposed else shape
 
 
@@ -143,7 +143,7 @@ def lower(op: str, values: Sequence[Any]) -> Any:
 
 
 def install_op(op: str) -> None:
-    """Tell Inductor of one op's launches."""
+    """Register one op's lowering with Inductor."""
     overload = getattr(torch.ops.sla2, op).default
     call = fallback_handler(overload, add_to_fallback_set=False)
     taken = arguments(dispatch.SCHEDULED[op][0])
@@ -157,6 +157,6 @@ def install_op(op: str) -> None:
 
 @functools.cache
 def install() -> None:
-    """Tell Inductor of the ops' launches, once in a process."""
+    """Register the ops' lowerings with Inductor, once per process."""
     for op in dispatch.SCHEDULED:
         install_op(op)

@@ -1,9 +1,9 @@
-"""How the kernels of `sla2::attention` are cut: one table a kernel, of which the first row that fits a call counts.
+"""How the kernels of `sla2::attention` are cut: one table per kernel, whose first row that fits a call is used.
 
 Rows of sm_90 are the best of those tried on an H200 (times: benchmarks/NOTES.md), unless they say that they were not
-timed. Nobody timed those of other chips, which are meant to compile without spills. Sizes are upper bounds: a block
-or a head dim may be smaller. With SLA2_AUTOTUNE=1 trials begin with a row's tile, and keep to the limits that come
-with it (`cuda/tuning.py`).
+timed. Those of other chips were not timed; they are meant to compile without spills. Sizes are upper bounds: a block
+or a head dim may be smaller. With SLA2_AUTOTUNE=1, trials begin with a row's tile and stay within its limits
+(`cuda/tuning.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from sla2_compile.kernels.cuda.tuning import Limits, Tile
 
 SHORT_BLOCKS = 128
-"""A call over at most so many key blocks is short: few launches count for more than how each is cut."""
+"""A call over at most this many key blocks is short: few launches matter more than how each is cut."""
 
 
 def few_blocks(tn: int) -> bool:
@@ -25,14 +25,14 @@ def few_blocks(tn: int) -> bool:
 
 @dataclass(frozen=True)
 class ShapeClass:
-    """What a tile is chosen by.
+    """What decides the choice of a tile.
 
     Attributes:
         arch: compute capability, 90 for Hopper; block_d, block_dv: head dims padded to tiles.
         low_bit: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
         more: whether `attend_kernel` also masks keys, for which it needs more registers.
         causal: whether the call is; tma: whether `attend_kernel` reads k and v by the copy engine, if not in low bit.
-        odd: whether a head dim is no multiple of 16, so that loads of a row are masked, for which more registers go.
+        odd: whether a head dim is no multiple of 16, so that loads of a row are masked, which takes more registers.
     """
 
     arch: int
@@ -61,17 +61,17 @@ class ShapeClass:
 
     @property
     def wide_by_tma(self) -> bool:
-        """Whether a wide head's blocks come by Hopper's copy engine or in 8 bits, which spares registers."""
+        """Whether a wide head's blocks are read by Hopper's copy engine or in 8 bits, which saves registers."""
         return self.hopper and self.wide and self.block_k <= 64 and (self.tma or self.low_bit > 0)
 
     @property
     def in_registers(self) -> bool:
-        """Whether tensor cores take factors and sums from registers, as all do but those of sm_90 and sm_10x."""
+        """Whether tensor cores take operands and sums from registers, as all do but those of sm_90 and sm_10x."""
         return not 90 <= self.arch < 120
 
 
 Table = tuple[tuple[Callable[[ShapeClass], Any], Any], ...]
-"""Rows of what a row is for, and its tile; above it why."""
+"""Rows of a condition and its tile; the comment above a row says why."""
 
 
 def chosen(table: Table, shape: ShapeClass) -> Any:
@@ -80,35 +80,35 @@ def chosen(table: Table, shape: ShapeClass) -> Any:
 
 
 def attend(rows: int, warps: int, stages: int, registers: int | None = None) -> Tile:
-    """Rows a program, warps, pipeline stages, registers a thread."""
+    """Rows per program, warps, pipeline stages, registers per thread."""
     return {"BLOCK_M": rows, "STAGES": stages, "num_warps": warps, "maxnreg": registers}
 
 
 ATTEND: Table = (
-    # 0.512 ms, from 1.291 with 32 rows, on (1, 16, 16384, 256); these spill where a call has more to do
+    # 0.512 ms, from 1.291 with 32 rows, on (1, 16, 16384, 256); it spills where a call has more to do
     (lambda s: s.wide_by_tma and not (s.more or s.causal or s.low_bit), attend(128, 8, 2)),
-    # 0.92 ms in 8 bits, from 1.69; of 128 keys they spill. Not timed with masks, branches or causal
+    # 0.92 ms in 8 bits, from 1.69; at 128 keys it spills. Not timed with masks, branches or causal
     (lambda s: s.wide_by_tma, attend(64, 8, 2)),
-    # of few keys: 8 warps take 8 to 24 bytes of stack on sm_80, 86 and 100
+    # few keys: 8 warps spill 8 to 24 bytes on sm_80, 86 and 100
     (lambda s: s.wide and s.block_k <= 32 and not s.low_bit, attend(32, 4, 2)),
     # 64 rows take all 255 registers of a thread on sm_80
     (lambda s: s.wide, attend(32, 8, 2)),
-    # 128 keys: 64 rows take up to 840 bytes of stack
+    # 128 keys: 64 rows spill up to 840 bytes
     (lambda s: s.width <= 64 and s.in_registers and s.block_k > 64, attend(32, 4, 2)),
-    # 64 rows take 16 bytes of stack on sm_80, and 4 warps 40 on sm_120
+    # 64 rows spill 16 bytes on sm_80, and 4 warps 40 on sm_120
     (lambda s: s.width == 128 and s.in_registers and s.block_k > 64 and s.more, attend(32, 8, 2)),
-    # 128 rows take 243 registers on sm_80, and 4 warps all; on sm_120 up to 400 bytes of stack
+    # 128 rows take 243 registers on sm_80, and 4 warps all of them; on sm_120 they spill up to 400 bytes
     (lambda s: s.width == 128 and s.in_registers, attend(64, 8, 2)),
     # 128 rows take 246 registers, and spill on sm_100
     (lambda s: s.width == 128 and s.block_k > 64, attend(64, 8, 2)),
     # 0.107 ms, from 0.194 on (1, 16, 16384, 64)
     (lambda s: s.hopper and s.width <= 64 and s.block_k <= 64, attend(64, 4, 3, 96)),
-    # the same without that cap, under which 128 keys take 472 bytes of stack; not timed
+    # the same without that cap, under which 128 keys spill 472 bytes; not timed
     (lambda s: s.hopper and s.width <= 64, attend(64, 4, 3)),
     # half the rows, half the warps
     (lambda s: s.block_q < 128, attend(64, 4, 2)),
-    # the cap below takes 64 to 184 bytes of stack; these take 191 registers, and two programs fit as well. Not timed
-    # with masks or branches; on plain calls they came second (0.54 ms; capped 0.48, 128 rows without a cap 0.62)
+    # under the cap below it spills 64 to 184 bytes; this tile takes 191 registers, and two programs fit as well. Not
+    # timed with masks or branches; on plain calls it came second (0.54 ms; capped 0.48, 128 rows without a cap 0.62)
     (lambda s: s.hopper and s.more and not s.low_bit, attend(64, 4, 2)),
     # 128 registers let two programs share a multiprocessor: one computes while the other waits
     (lambda s: s.hopper, attend(128, 8, 2, 128)),
@@ -118,7 +118,7 @@ ATTEND: Table = (
 
 
 def attend_tile(shape: ShapeClass, shared: int) -> tuple[Tile, Limits]:
-    """Choose for `attend_kernel` with `shared` bytes of shared memory; STAGES < 1 where they are too few."""
+    """Choose for `attend_kernel` with `shared` bytes of shared memory; STAGES < 1 if they are too few."""
     tile = chosen(ATTEND, shape)
     rows = min(tile["BLOCK_M"], shape.block_q)
     # tiles of k and v that fit beside one of q
@@ -130,12 +130,12 @@ def attend_tile(shape: ShapeClass, shared: int) -> tuple[Tile, Limits]:
 
 
 def linear(rows: int, warps: int, tiles: int, stages: int) -> Tile:
-    """Rows a tile, warps, tiles a program, pipeline stages."""
+    """Rows per tile, warps, tiles per program, pipeline stages."""
     return {"BLOCK_M": rows, "JOBS": tiles, "STAGES": stages, "num_warps": warps}
 
 
 LINEAR: Table = (
-    # with all dims of q at a time: 0.337 ms, from 0.500, on (1, 16, 16384, 256)
+    # with all dims of q at once: 0.337 ms, from 0.500, on (1, 16, 16384, 256)
     (lambda s: s.hopper and s.wide, linear(64, 8, 1, 1)),
     # 64 rows spill on sm_80; loads ahead take 164 KiB of shared memory
     (lambda s: s.wide, linear(32, 8, 1, 1)),
@@ -154,27 +154,27 @@ def linear_tile(shape: ShapeClass) -> tuple[Tile, Limits]:
 def linear_chunk(shape: ShapeClass, feature_map: str) -> int:
     """Dims of q that `linear_kernel` takes at a time: all, unless a state's 160 KiB are too much shared memory.
 
-    With elu all dims of a wide head take 24 bytes of stack on Hopper; not timed.
+    With elu, all dims of a wide head spill 24 bytes on Hopper; not timed.
     """
     return 64 if shape.wide and not (shape.hopper and feature_map != "elu") else shape.block_d
 
 
 def states(columns: int, warps: int, registers: int | None = None) -> Tile:
-    """Columns of v a program, warps, registers a thread."""
+    """Columns of v per program, warps, registers per thread."""
     return {"BLOCK_DV": columns, "num_warps": warps, "maxnreg": registers}
 
 
 STATES: Table = (
-    # the tile below takes 8 to 56 bytes of stack; this one was timed at 256 dims: 0.507 ms, 0.524 and 1.205
+    # the tile below spills 8 to 56 bytes; this one was timed at 256 dims: 0.507 ms, 0.524 and 1.205
     (lambda s: s.hopper and s.wide and s.block_k <= 64 and s.odd, states(128, 8)),
     # phi once for all columns: 0.381 ms, from 0.741 by 64 columns, on (1, 16, 16384, 256); 0.437 from 0.734 in INT8,
     # 0.499 from 2.301 with FP8
     (lambda s: s.hopper and s.wide and s.block_k <= 64, states(256, 8)),
-    # a head in slices. Of 128 keys: 64 columns take 216 to 312 bytes of stack; these 96 to 136 in 8 bits, else none
+    # a head in slices. 128 keys: 64 columns spill 216 to 312 bytes; these 96 to 136 in 8 bits, else none
     (lambda s: s.wide and s.in_registers and s.block_k > 64, states(32, 8)),
-    # of few keys: with 8 warps the assembler of sm_120 fails over FP8 (C7907)
+    # few keys: with 8 warps the assembler of sm_120 fails on FP8 (C7907)
     (lambda s: s.wide and s.in_registers and s.block_k < 64, states(64, 4)),
-    # 72 bytes of stack on sm_90; 64 columns 168
+    # spills 72 bytes on sm_90; 64 columns 168
     (lambda s: s.wide and s.low_bit == 2 and s.block_k > 64, states(128, 8)),
     # with 4 warps they spill on sm_80
     (lambda s: s.wide, states(64, 8)),
@@ -182,11 +182,11 @@ STATES: Table = (
     (lambda s: s.hopper and s.low_bit and s.block_k > 64, states(128, 8)),
     # 0.034 ms, from 0.038 with 4 warps
     (lambda s: s.hopper and s.width <= 64 and s.block_k <= 64, states(64, 2)),
-    # a few registers less, and three programs share a multiprocessor, not two: 0.196 ms, from 0.237
+    # with a few registers fewer, three programs share a multiprocessor instead of two: 0.196 ms, from 0.237
     (lambda s: s.hopper and s.low_bit, states(128, 4, 168)),
     # 0.138 ms; 8 warps 0.246
     (lambda s: s.hopper, states(128, 4)),
-    # 64 columns: 4 warps take 232 to 320 bytes of stack, 8 in 8 bits up to 96 with Triton 3.6
+    # 64 columns: 4 warps spill 232 to 320 bytes, 8 in 8 bits up to 96 with Triton 3.6
     (lambda s: s.in_registers and s.width == 128 and s.block_k > 64, states(128, 8)),
     # 4 warps spill, as on sm_90
     (lambda s: s.low_bit and s.block_k > 64, states(64, 8)),
@@ -206,9 +206,9 @@ class HopperTile:
     """How `attend_hopper_kernel` is cut.
 
     Attributes:
-        pair: key blocks a step.
-        programs: that share a multiprocessor.
-        registers: of a thread that computes; at_launch: of any thread before that.
+        pair: key blocks per step.
+        programs: how many share a multiprocessor.
+        registers: of a computing thread; at_launch: of every thread before that.
     """
 
     pair: int
@@ -217,14 +217,14 @@ class HopperTile:
     at_launch: int | None = None
 
 
-# 240 registers are all that two groups of 128 threads and one warp that loads can have
+# 240 registers are the most that two groups of 128 threads and one loading warp can have
 HOPPER: Table = (
-    # 112 registers are almost enough for one key block a step, and one program works while the other waits:
+    # 112 registers are almost enough for one key block per step, and one program works while the other waits:
     # 0.100 ms, from 0.122 on (1, 16, 16384, 64)
     (lambda s: s.width == 64, HopperTile(1, 2, 112, 80)),
-    # 8-bit products are too short to work beside: 1.41 ms, from 1.59 with one key block a step (76 blocks a row)
+    # 8-bit products are too short to overlap with: 1.41 ms, from 1.59 with one key block per step (76 blocks per row)
     (lambda s: s.low_bit, HopperTile(2, 1, 240)),
-    # 0.404 ms, from 0.428 with two key blocks a step (15 blocks a row)
+    # 0.404 ms, from 0.428 with two key blocks per step (15 blocks per row)
     (lambda s: True, HopperTile(1, 1, 240)),
 )
 

@@ -5,9 +5,9 @@ block sizes, dtype, format; not lengths) runs a kernel with the table's tile and
 the fastest: for the process, and on disk in Triton's cache for the next one (`triton.autotune`). That takes seconds,
 once. Call once before capturing a CUDA graph.
 
-A file or folder of that cache that cannot be used costs the trials again and a warning, never the call (`forgiving`).
+If a file or folder of that cache cannot be used, the trials run again with a warning; no call fails (`forgiving`).
 
-The kernels of short calls alone (`choose_kernel`, `front_kernel`, `sums_kernel`) have no candidates. Nor has
+The kernels used only in short calls (`choose_kernel`, `front_kernel`, `sums_kernel`) have no candidates. Nor has
 `attend_hopper_kernel`, which always runs by its table. The parameters of its tile (key blocks per
 step, programs per multiprocessor, registers per thread) constrain one another, are compile-time constants, and fix
 the grid and stage count (`cuda/forward/sm90.py`). It runs on one chip, the one that its table was measured on.
@@ -30,7 +30,7 @@ from sla2_compile.kernels.cuda.launch.schedule import Schedule
 Tile = dict[str, Any]
 Limits = dict[str, tuple[int, int]]
 OF_TRITON = ("num_warps", "maxnreg")
-"""What in a tile is Triton's word and not an argument of the kernel."""
+"""Entries of a tile that are Triton's options, not arguments of the kernel."""
 
 CANDIDATES: dict[str, list[Tile]] = {
     "attend_kernel": [
@@ -55,9 +55,9 @@ CANDIDATES: dict[str, list[Tile]] = {
     ],
 }
 CLASS = ("D", "DV", "BLOCK_Q", "BLOCK_K", "A", "B", "LOW_BIT", "CAUSAL", "HAS_MASK", "TMA", "FEATURE_MAP")
-"""Arguments that make a shape class; each kernel has some of them."""
+"""Arguments that define a shape class; each kernel has some of them."""
 WRITTEN = {"attend_kernel": ["o"]}
-"""What a kernel reads and then overwrites, so that a second run would read something else."""
+"""Tensors that a kernel reads and then overwrites, so that a second run would read other values."""
 
 
 def by_trial() -> bool:
@@ -66,21 +66,21 @@ def by_trial() -> bool:
 
 
 def fits(tile: Tile, limits: Limits) -> bool:
-    """Whether the sizes in a tile lie within what the call has room for."""
+    """Whether the sizes in a tile lie within the limits of the call."""
     return all(least <= tile[name] <= most for name, (least, most) in limits.items())
 
 
 UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
-"""What Triton raises over a file or a folder of its cache."""
+"""What Triton raises for an unusable file or folder of its cache."""
 
 
 def complaint(error: Exception, name: str) -> str:
-    """Say what of the cache cannot be used for a kernel, and what to do."""
+    """Say which part of the cache cannot be used for a kernel, and what to do."""
     if isinstance(error, OSError):
         return (
             f"TRITON_CACHE_DIR must be a folder that Triton can read and write, got {error}; mend it or name another"
         )
-    # which file of that name it is, only the frame knows that read it
+    # only the frame that read the file knows its path
     seen = [frame.f_locals.get("path") for frame, _ in traceback.walk_tb(error.__traceback__)]
     every = os.path.join(knobs.cache.dir, "*", f"{name}.autotune.json")
     path = next((x for x in seen if isinstance(x, str)), every)
@@ -88,7 +88,7 @@ def complaint(error: Exception, name: str) -> str:
 
 
 def forgiving(tuner: Any) -> Any:
-    """Have a cache that cannot be read or written cost trials and a warning, where Triton would raise."""
+    """Make a cache that cannot be read or written cost trials and a warning, where Triton would raise."""
     check, name = tuner.check_disk_cache, tuner.base_fn.__name__
 
     def careful(key: Any, configs: list[Any], bench: Callable[[], None]) -> bool:
@@ -102,18 +102,18 @@ def forgiving(tuner: Any) -> Any:
 
         try:
             found: bool = check(key, configs, trials)
-            # an entry that Triton can read may still be of a tile that this kernel has not
+            # an entry that Triton can read may still name a tile that this kernel does not have
             if found and tuner.cache[key] not in configs:
                 raise LookupError(f"a tile of {tuner.cache[key]}")
             return found
         except UNUSABLE as error:
             if begun and not done:
-                # the kernel's own
+                # raised by the kernel, not by the cache
                 raise
             text = f"{complaint(error, name)}. Until then each process tries the tiles again"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         if not done:
-            # what a bad file named must not outlive trials that fail
+            # if the trials fail, the tile that a bad file named must not stay
             tuner.cache.pop(key, None)
             bench()
         return False

@@ -28,7 +28,7 @@ from sla2_compile.kernels.portable.tiling import (
 
 @dataclass
 class LinearState:
-    """What the linear branch computes once a group; h kv heads of M query-block rows each (R = h * M).
+    """What the linear branch computes once per group, of h kv heads with M query-block rows each (R = h * M).
 
     Attributes:
         phi_k: (C, block_k, D), zero at keys that do not count.
@@ -74,12 +74,12 @@ def query_features(tiles: Tiles, state: LinearState, feature_map: str) -> tuple[
 
 @dataclass
 class SparseRows:
-    """Some query-block rows of the sparse branch: part says which, the rest are views of theirs.
+    """Some query-block rows of the sparse branch: `part` selects them, the other fields are views of them.
 
     Attributes:
         picked: (n * K,), flat rows of `Tiles.rows`; q: (n, block_q, D).
-        o: (n, block_q, Dv), total, top: (n, 1, block_q), to be written: with s the scores, the sums of
-            exp(s - top) v and of exp(s - top), and the largest s.
+        o: (n, block_q, Dv), out, sums of exp(s - top) v over the scores s.
+        total, top: (n, 1, block_q), out, sums of exp(s - top), and the largest s.
     """
 
     part: slice
@@ -91,20 +91,20 @@ class SparseRows:
 
     @classmethod
     def of(cls, tiles: Tiles, o: Tensor, total: Tensor, top: Tensor) -> list[SparseRows]:
-        """Cut all rows at once: between products that fill the cache each small call costs several times as much."""
+        """Cut all rows at once: small calls cost several times as much between products that fill the cache."""
         step = tiles.rows_at_once(tiles.keys)
         picked = tiles.rows.flatten().split(step * tiles.rows.shape[1])
         cut = (x.split(step) for x in (tiles.q, o, total, top))
         return [cls(*x) for x in zip(tiles.chunks(tiles.keys), picked, *cut, strict=True)]
 
     def attend(self, tiles: Tiles, shift: bool) -> None:
-        """Write o, total and top; without shift top counts as 0 and is left alone."""
+        """Write o, total and top; without shift, top counts as 0 and is not written."""
         s = tiles.scores(self.part, self.q, tiles.gather(tiles.k, self.picked, "gathered"))
         if shift:
-            # the least finite number keeps exp(-inf - top) at 0 in rows that see no key
+            # the lowest finite number keeps exp(-inf - top) at 0 in rows that see no key
             s.sub_(torch.amax(s, dim=1, keepdim=True, out=self.top).clamp_(min=torch.finfo(s.dtype).min))
         torch.sum(s.exp_(), dim=1, keepdim=True, out=self.total)
-        # in the keys' memory, which is in the cache and no longer needed
+        # reuses the keys' memory, which is in the cache and no longer needed
         values = tiles.gather(tiles.v, self.picked, "gathered")
         torch.bmm(s.to(values.dtype).mT, values, out=self.o)
 
@@ -118,7 +118,7 @@ def sparse_branch(tiles: Tiles, o: Tensor) -> tuple[Tensor, Tensor]:
     total, top = (tiles.scratch(name, (R, 1, block_q), tiles.acc) for name in ("total", "top"))
     parts = SparseRows.of(tiles, o, total, top)
     if tiles.q.device.type == "cpu":
-        # two passes less, if no exp overflows or vanishes; the first rows mostly tell before much is lost
+        # saves two passes if no exp overflows or vanishes; if one does, the first rows usually show it early
         for rows in parts:
             rows.attend(tiles, shift=False)
             if rows is parts[0] and not is_moderate(rows.total):
@@ -199,7 +199,7 @@ def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
             state = linear_state(tiles, feature_map, linear_scope)
             rest, gain, bias = alpha_rows.of(bs, hq)
             o_rows, lse_rows = (block_rows(x, bs, hq, block_q) for x in (o, lse))
-            # the output's own memory where it can hold the products
+            # the output's own memory where its dtype can hold the products
             sparse = o_rows if o_rows.dtype == tiles.acc else scratch("sparse", tuple(o_rows.shape), tiles.q.dtype)
             total, row_lse = sparse_branch(tiles, sparse)
             lse_rows.copy_(row_lse[..., None])
@@ -208,7 +208,7 @@ def attention_forward(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
             alpha = alpha[..., None]
             by_total, by_weight = 1.0 / total[..., None].clamp(min=tiny), 1.0 / weight.clamp(min=tiny)
             if linear_scope == "all":
-                # with nothing left over the branch counts as empty, though it covers all keys
+                # where no block is left over, the branch counts as empty, though it covers all keys
                 by_weight.masked_fill_((rest == NEG_INF)[..., None], 0.0)
             sparse_share, linear_share = alpha * by_total, (1.0 - alpha) * by_weight
             for part in tiles.chunks(sparse.shape[2]):

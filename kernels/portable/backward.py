@@ -5,10 +5,10 @@ With a = alpha, dO_s = a dO, dO_l = (1 - a) dO, t_i = phi(q_i) Z_i:
             D_s = rowsum(dO_s * O_s) = rowsum(dO * O) - D_l
     logit:  dg = rowsum(dO * (O_s - O_l)) a (1 - a) = (1 - a) D_s - a D_l;   dlse = gain * dg
     sparse: P = exp(S - lse);  dV += P^T dO_s;  dS = P * (dO_s V^T - D_s + dlse);  dQ += dS K;  dK += dS^T Q
-            (a row's exp(-lse) goes into its dO_s, D_s and dlse where it is no risk, so that P is exp(S))
+            (if exp(-lse) is moderate in all rows, it goes into dO_s, D_s and dlse, so that P is exp(S))
     linear: dH_i = (phi(q_i) / t_i)^T dO_l;  dZ_i = -(phi(q_i) / t_i)^T D_l;
             key block j gathers dH_i, dZ_i of every i that did not select it
-So the forward saves o and lse, and neither branch.
+So the forward saves only o and lse, and neither branch.
 log_rest is the router's estimate and counts as a constant.
 """
 
@@ -35,19 +35,19 @@ from sla2_compile.kernels.portable.tiling import (
     to_blocks,
 )
 
-# a row whose phi(q) Z lies below has no gradient through its linear branch: 1 / (phi(q) Z) would overflow
+# a row with a smaller phi(q) Z gets no gradient through its linear branch: 1 / (phi(q) Z) would overflow
 LEAST_WEIGHT = 1e-30
 
 
 @dataclass
 class RowGradients:
-    """What the backward knows of a group's query rows before it turns to the keys.
+    """Gradients at a group's query rows, computed before those at the keys.
 
     Attributes:
         do_sparse: (R, block_q, Dv), dO_s, with exp(-lse) as a factor if `plain`.
         d_logit, d_gain: (R,), gradients for each query block's bias and gain.
-        shift: (R, 1, block_q), what is added to dP before it is weighted: dlse - D_s, with that factor.
-        plain: whether exp(S) can be taken as it is.
+        shift: (R, 1, block_q), dlse - D_s, added to dP before it is multiplied by P; with the same factor.
+        plain: whether P is taken as exp(S), without subtracting lse.
         dq: (R, block_q, D), of the linear branch.
         d_kv: (R, D, Dv) and d_k: (R, D, 1), for the row's sums over its complement.
     """
@@ -66,13 +66,13 @@ def row_backward(
     tiles: Tiles, state: LinearState, do: Tensor, o: Tensor, lse: Tensor, log_rest: Tensor,
     gain: Tensor | None, bias: Tensor | None, feature_map: str,
 ) -> RowGradients:  # fmt: skip
-    """Go back through the mix and through phi(q) H / (phi(q) Z).
+    """Backpropagate through the mix and through phi(q) H / (phi(q) Z).
 
     Args:
         do, o: (R, block_q, Dv); lse: (R, block_q); log_rest, gain, bias: (R, 1).
     """
     (R, block_q, D), Dv, acc, new = tiles.q.shape, do.shape[2], tiles.acc, tiles.scratch
-    # rows that see no key have no exp(S) either
+    # any factor does for rows that see no key: their exp(S) is 0
     factor = lse.masked_fill(lse == NEG_INF, 0.0).neg_().exp_()
     plain = is_moderate(factor)
     rows = RowGradients(
@@ -92,7 +92,7 @@ def row_backward(
         own_gain, own_bias = (None if x is None else x[part] for x in (gain, bias))
         alpha, both, gap = mix_weight(lse[part], total, log_rest[part], own_gain, own_bias)
         weight = torch.where(total > LEAST_WEIGHT, (1.0 - alpha[..., None]) / total, 0.0)
-        # d phi(q), but for what Z takes
+        # d phi(q) without the term of Z, which is subtracted below
         d_phi_q = torch.bmm(g * weight, kv_sum.mT)
         along_linear = (phi_q * d_phi_q).sum(dim=-1)
         along_sparse = (g * o[part]).sum(dim=-1) - along_linear
@@ -116,7 +116,7 @@ def row_backward(
 
 
 def key_backward(tiles: Tiles, state: LinearState, rows: RowGradients, feature_map: str) -> tuple[Tensor, Tensor]:
-    """Return dk (C, block_k, D) and dv (C, block_k, Dv) of the linear branch: every row that covers a block adds."""
+    """Return dk (C, block_k, D) and dv (C, block_k, Dv) of the linear branch, summed over the rows that cover a block."""
     (heads, _, tn), acc = state.complement.shape, tiles.acc
     back = state.complement.to(acc).mT
     d_kv, d_k = (
@@ -160,7 +160,7 @@ def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
     d_logit, d_gain = log_rest.new_empty(B, Hq, tm), log_rest.new_empty(B, Hq, tm)
 
     with call_memory(q.device) as scratch:
-        # it holds about twice the forward's memory for each token
+        # the backward takes about twice the forward's memory per token
         for bs, hs in head_groups(B, k.shape[1], 2 * max(k.shape[2], groups * Nq), q.device):
             hq = slice(hs.start * groups, hs.stop * groups)
             tiles = cut(call, bs, hs, hq, scratch)

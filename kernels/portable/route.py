@@ -1,6 +1,6 @@
-"""`sla2::route` in blocked PyTorch, for any device: the (N/r)^2 token scores are never in memory at once.
+"""`sla2::route` in blocked PyTorch, for any device: the (N/r)^2 token scores are never all in memory at once.
 
-A few query blocks at a time: scores of their router tokens against all key tokens, laid out
+It takes a few query blocks at a time and scores their router tokens against all key tokens, laid out as
 (tokens of the query block, tokens of a key block, Tn) so that every reduction runs along the long axis.
 """
 
@@ -25,7 +25,7 @@ from sla2_compile.kernels.portable.tiling import (
 
 
 def pool_tokens(x: Tensor, rows: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Average each `rows` neighbouring tokens of x (B, H, N, D), real rows only.
+    """Average every `rows` neighbouring tokens of x (B, H, N, D), counting real rows only.
 
     Returns:
         tokens (B, H, T, D) in the accumulation dtype and count (B or 1, T), the rows behind each.
@@ -57,12 +57,12 @@ def block_scores(
     """Return peak and typical, (B, Hq, Tm, Tn) each, as `reference.block_scores` defines them.
 
     Args:
-        q_pool: (B, Hq, Tq, D), a tokens a block; k_pool: (B, Hkv, Tk, D), b tokens a block.
+        q_pool: (B, Hq, Tq, D), a tokens per block; k_pool: (B, Hkv, Tk, D), b tokens per block.
         count: (B or 1, Tk), keys behind each key token.
     """
     (B, Hq, Tq, D), heads = q_pool.shape, k_pool.shape[1]
     small = products_are_small(q_pool, k_pool, scale)
-    # the log of the count rides along as one more feature of the keys, against a 1 in the queries
+    # the log of the count is one more feature of the keys, multiplied by a 1 in the queries
     log_count = token_grid(count.log()[..., None], b, NEG_INF).squeeze(-1).mT
     empty = bool((log_count == NEG_INF).any())
     tn = log_count.shape[2]
@@ -129,7 +129,7 @@ def log_sum_exp(s: Tensor, may_be_empty: bool) -> Tensor:
 
 
 def causal_blocks(Nq: int, Nk: int, block_q: int, block_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (allowed, forced), (Tm, Tn) bool: some row of the block sees a key; some row does not see all."""
+    """Return (allowed, forced), each (Tm, Tn) bool: some query-key pair is visible; some but not all are."""
     first_q = torch.arange(0, Nq, block_q, device=device)[:, None]
     first_k = torch.arange(0, Nk, block_k, device=device)[None, :]
     last_q, last_k = (first_q + block_q).clamp(max=Nq) - 1, (first_k + block_k).clamp(max=Nk) - 1

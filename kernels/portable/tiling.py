@@ -30,18 +30,18 @@ NEG_INF = float("-inf")
 TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
 
-# what a thread keeps between calls at most
+# most memory that a thread keeps between calls
 KEPT_BYTES = 2**26
 
-# exp(40) times any sensible value, summed over any sensible length, is far from float32's end
+# exp(40) times any sensible value, summed over any sensible length, is far below float32's maximum
 SMALL_SCORE = 40.0
 
-# a sum of exponentials between 1 / MODERATE and MODERATE has lost nothing, and times any sensible value is finite
+# a sum of exponentials from 1 / MODERATE to MODERATE is precise, and its product with any sensible value is finite
 MODERATE = 1e20
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype to multiply in: x's own, but float32 where a CPU would only emulate x's."""
+    """Return the dtype to multiply in: x's own, or float32 where a CPU would only emulate it."""
     if x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64):
         return x.dtype
     native = x.dtype == torch.bfloat16 and multiplies_bfloat16()
@@ -49,7 +49,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def products_are_small(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Whether exp(scale * q . k) can neither overflow nor vanish, by |q . k| <= |q| |k|; never asked of a GPU."""
+    """Whether exp(scale * q . k) can neither overflow nor vanish, by |q . k| <= |q| |k|; False on a GPU."""
     if q.device.type != "cpu" or q.numel() == 0 or k.numel() == 0:
         return False
     longest = [torch.linalg.vector_norm(x, dim=-1).max().item() for x in (q, k)]
@@ -57,7 +57,7 @@ def products_are_small(q: Tensor, k: Tensor, scale: float) -> bool:
 
 
 def is_moderate(x: Tensor) -> bool:
-    """Whether all of x is positive and far from both ends of float32; never asked of a GPU."""
+    """Whether all of x is positive and far from both limits of float32; False on a GPU."""
     if x.device.type != "cpu" or x.numel() == 0:
         return False
     least, most = x.aminmax()
@@ -77,7 +77,7 @@ def head_groups(B: int, heads: int, tokens: int, device: torch.device) -> Iterat
 class Scratch:
     """Memory that a call reuses from chunk to chunk and from group to group.
 
-    Fresh pages cost a CPU several times the arithmetic that is done in them (benchmarks/NOTES_CPU.md).
+    Fresh pages cost a CPU several times as much as the arithmetic done in them (benchmarks/NOTES_CPU.md).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -86,7 +86,7 @@ class Scratch:
         self.last: dict[str, Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the memory of this name as an uninitialised tensor; what it held before is gone."""
+        """Return the memory of this name as an uninitialised tensor; its earlier contents are lost."""
         last = self.last.get(name)
         if last is not None and last.shape == shape and last.dtype == dtype:
             return last
@@ -104,7 +104,7 @@ _of_thread = threading.local()
 
 @contextmanager
 def call_memory(device: torch.device) -> Iterator[Scratch]:
-    """Lend one call its `Scratch`: on a CPU the thread's own, which stays for the next call while it is small."""
+    """Lend one call its `Scratch`. On a CPU it is the thread's own, kept for the next call while it is small."""
     kept = _of_thread.__dict__.pop("scratch", None) if device.type == "cpu" else None
     scratch = kept or Scratch(device)
     yield scratch
@@ -120,7 +120,7 @@ def to_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def padded(x: Tensor, block: int, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
-    """Return uninitialised (b, h, ceil(N / block) * block, D) memory for x, zero behind its N tokens."""
+    """Return (b, h, ceil(N / block) * block, D) memory for x: uninitialised, but zero after its N tokens."""
     b, h, N, D = x.shape
     memory = scratch(name, (b, h, num_blocks(N, block) * block, D), dtype)
     memory[:, :, N:] = 0
@@ -148,7 +148,7 @@ def from_blocks(x: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass
 class Tiles:
-    """One group of heads, flat. R query-block rows, C key-block rows; `Tn` key blocks a head.
+    """One group of heads, flat. R query-block rows, C key-block rows; `Tn` key blocks per head.
 
     Attributes:
         q: (R, block_q, D); k: (C, block_k, D), smoothed, zero where padded; v: (C, block_k, Dv).
@@ -188,9 +188,9 @@ class Tiles:
         return accumulation_dtype(self.q.dtype)
 
     def rows_at_once(self, width: int) -> int:
-        """Query-block rows such that a tile of `width` columns for each query fits the cache."""
+        """How many query-block rows have a tile, of `width` columns per query, that fits the cache."""
         rows = max(1, TILE_ELEMENTS.get(self.q.device.type, 2**26) // (self.q.shape[1] * width))
-        # each core has a cache of its own, and a product's rows are dealt out to the cores
+        # each core has its own cache, and a product's rows are divided among the cores
         return rows * torch.get_num_threads() if self.q.device.type == "cpu" else rows
 
     def chunks(self, width: int) -> Iterator[slice]:
@@ -208,7 +208,7 @@ class Tiles:
     def scores(self, part: slice, q: Tensor, keys: Tensor) -> Tensor:
         """Scaled and masked scores of the rows `part`, (n, K * block_k, block_q), in the accumulation dtype.
 
-        A row of the tile is a key: BLAS then reads the gathered keys as they lie.
+        A row of the tile is a key, so that BLAS reads the gathered keys in memory order.
         """
         s = self.scratch("scores", (q.shape[0], keys.shape[1], q.shape[1]), q.dtype)
         s = torch.baddbmm(s, keys, q.mT, beta=0.0, alpha=self.scale, out=s).to(self.acc)
@@ -241,7 +241,7 @@ class Tiles:
         tm_all = self.q.shape[0] // heads
         keep = self.q.new_ones(self.q.shape[0], self.Tn)
         if self.q_start is not None and self.k_start is not None:
-            # blocks seen by some rows only are always selected, so what is left is seen by the whole block
+            # blocks that only some rows see are always selected, so all rows see those that are left
             keep = keep * (self.k_start[None, : self.Tn] <= self.q_start[:, None])
         if linear_scope == "complement":
             first = torch.arange(heads, device=self.rows.device).repeat_interleave(tm_all) * self.Tn
@@ -269,7 +269,7 @@ def cut(args: AttentionArgs[Tensor], bs: slice, hs: slice, hq: slice, scratch: S
         real = torch.ones(b, Nk, dtype=torch.bool, device=k.device) if key_mask is None else key_mask
         real = F.pad(real, (0, -Nk % block_k))
         k_valid = real[:, None].expand(b, heads, -1).reshape(-1, block_k)
-    # the table of one group counts its own key-block rows, query heads of one kv head next to each other
+    # the group's table indexes its own key-block rows; query heads that share a kv head are adjacent
     groups = lut.shape[1] // heads
     first = torch.arange(b * heads, device=lut.device).repeat_interleave(groups * tm) * tn
     rows = lut.reshape(-1, lut.shape[3]).long()

@@ -1,7 +1,7 @@
 """The sparse branch in low bit, emulated: the specification of the 8-bit format and of its arithmetic.
 
-After SLA2 (arXiv 2602.12675), Sec. 5, with three changes of ours: q has one scale a row instead of one a block, v one
-scale a key block instead of one a channel (so that no pass over all of v comes first), and p is scaled by 256.
+After SLA2 (arXiv 2602.12675), Sec. 5, with three changes of ours: q has one scale per row instead of one per block,
+v one per key block instead of one per channel (so that no pass over all of v comes first), and p is scaled by 256.
 
     k8 = round((k - k_mean) / k_scale_j),  k_scale_j = max |k - k_mean| / 127           per key block j
     q8 = round(q / q_scale_i),             q_scale_i = max |q| / 127                    per row i
@@ -9,12 +9,12 @@ scale a key block instead of one a channel (so that no pass over all of v comes 
     t  = (q8 . k8) q_scale_i k_scale_j scale log2(e) + v_log_j,   v_log_j = log2(v_scale_j)
     m  = ceil(max t),  p = 2^(t - m),  p8 = e4m3(256 p) / 256
     o_sparse = sum p8 v8 / sum p 2^-v_log_j,   lse = ln sum 2^(t - v_log_j)
-v's scale thus rides on the exponent, and p8 is small where v is. int8 keeps v, with v_log 0, and p in q's dtype.
-m is a whole number, so that p is rounded alike whatever maximum a kernel has when it meets a block: a later one
-multiplies by a power of two.
+v's scale is thus part of the exponent, and p8 is small where v is. int8 keeps v, with v_log 0, and p in q's dtype.
+m is a whole number, so that a later maximum multiplies p by a power of two: p is rounded alike whatever maximum a
+kernel has when it reads a block.
 
-Scales and roundings are float32 whatever the inputs are, in operations that every device rounds alike (a division by
-a constant is none: PyTorch multiplies on CUDA); products are float64 for float64 inputs, else float32.
+Scales and roundings are float32 for inputs of any dtype, in operations that every device rounds alike. Division by a
+constant is not one of them: PyTorch multiplies on CUDA. Products are float64 for float64 inputs, else float32.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TINY = 1e-20
-"""Least scale of a row of q and of a block of k: what is all zero is divided by it."""
+"""Least scale of a row of q and of a block of k; rows and blocks of zeros are divided by it."""
 V_SCALE = (2.0**-40, 2.0**80)
-"""Range of the scale of a block of v: a row's sum over it stays in float32."""
+"""Range of the scale of a block of v, so that a row's sum over it stays in float32's range."""
 
 
 def in_blocks(x: Tensor, rows: int) -> Tensor:
@@ -37,7 +37,7 @@ def in_blocks(x: Tensor, rows: int) -> Tensor:
 
 
 def to_int8(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return int8 of x and its scale, one over dims (kept as 1)."""
+    """Return x in int8, and its scale, one for all of dims (kept with size 1)."""
     scale = (x.abs().amax(dim=dims, keepdim=True) * (1.0 / 127.0)).clamp(min=TINY)
     return (x * (1.0 / scale)).clamp(-127.0, 127.0).round().to(torch.int8), scale
 
@@ -69,7 +69,7 @@ def key_order(block_k: int) -> Tensor:
     """Return idx (block_k,): position x of a stored v8 block holds its key idx[x].
 
     Position (g, t, h, e) of shape (block_k / 16, 4, 2, 2) holds key (g, h, t, e): the order in which the scores
-    that a thread of a Hopper tensor core holds become its operand of the next product.
+    held by a thread of a Hopper tensor core become its operand of the next product.
     """
     return torch.arange(block_k).view(-1, 2, 4, 2).transpose(1, 2).reshape(-1)
 
@@ -101,7 +101,7 @@ def sparse_branch(
         values, v_log = v.to(wide), t.new_zeros(1)
         values = values if real is None else values.masked_fill(~real[:, None, :, None], 0.0)
     t = (t + v_log).masked_fill(~allowed, float("-inf"))
-    # the least finite number keeps exp2(-inf - top) at 0 in rows that see no key
+    # the lowest finite number keeps exp2(-inf - top) at 0 in rows that see no key
     top = t.amax(dim=-1, keepdim=True).ceil().clamp(min=torch.finfo(wide).min)
     p = (t - top).exp2()
     total = (p * (-v_log).exp2()).sum(dim=-1, keepdim=True)

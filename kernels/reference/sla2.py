@@ -4,7 +4,7 @@ Source: SLA2, arXiv 2602.12675, Alg. 2 and Eq. 7-16. Shapes: q (B, Hq, Nq, D), k
 v (B, Hkv, Nk, Dv); blocks of block_q rows of q and block_k rows of k; Tm, Tn their numbers.
 Memory is O(Nq * Nk); differentiable by autograd; computes in the dtype of its inputs.
 
-What is ours, and measured (docs/method.md): a block's router score is the log-sum-exp over its router
+Our additions, measured in docs/method.md: a block's router score is the log-sum-exp over its router
 tokens, and the untrained alpha compares the exact log-sum-exp of the selected keys with the router's
 estimate of the others.
 """
@@ -40,7 +40,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def pool(x: Tensor, rows: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Average each `rows` neighbouring tokens of x (B, H, N, D).
+    """Average every `rows` neighbouring tokens of x (B, H, N, D).
 
     Returns:
         tokens (B, H, ceil(N / rows), D), and count (B, ceil(N / rows)), the rows that entered each mean.
@@ -84,7 +84,7 @@ def block_scores(
 
 
 def causal_blocks(Nq: int, Nk: int, block_q: int, block_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (allowed, forced), each (Tm, Tn) bool: seen by some row of the block; seen by some but not all."""
+    """Return (allowed, forced), each (Tm, Tn) bool: some query-key pair is visible; some but not all are."""
     visible = torch.ones(Nq, Nk, dtype=torch.bool, device=device).tril()
     rows = [part.split(block_k, dim=1) for part in visible.split(block_q, dim=0)]
     allowed = torch.stack([torch.stack([tile.any() for tile in row]) for row in rows])
@@ -157,7 +157,7 @@ def attention(
         s = ((q @ k.mT) * scale).masked_fill(~(visible & selected), NEG_INF)
         lse = s.logsumexp(dim=-1)
         has_sparse = lse > NEG_INF
-        # not exp(s - lse): in 16 bits a large lse is rounded by more than exp can bear
+        # not exp(s - lse): in 16 bits the rounding error of a large lse is too large for exp
         p = s.masked_fill(~has_sparse[..., None], 0.0).softmax(dim=-1) * has_sparse[..., None]
         o_sparse = p @ v
     else:

@@ -177,12 +177,14 @@ class Sites(nn.Module):
 
     Attributes:
         left: positions of the calls that planning saw and left alone; the plan has their reasons.
+        scripted: whether scripted attention runs beside them. Dynamo traces the Python that a scripted function was
+            made of, which moves the positions of other calls, so that compiled code keeps full attention.
         unseen: eager calls at positions that planning did not see; they kept full attention.
     """
 
-    def __init__(self, sites: dict[int, Site], left: frozenset[int] = frozenset()) -> None:
+    def __init__(self, sites: dict[int, Site], left: frozenset[int] = frozenset(), scripted: bool = False) -> None:
         super().__init__()
-        self.left = left
+        self.left, self.scripted = left, scripted
         for index, site in sites.items():
             self.add_module(str(index), site)
         self.unseen = 0
@@ -227,6 +229,8 @@ class Sites(nn.Module):
             padding: the boolean mask (B, Nk), True where a key is hidden, from which the key_padding_mask of
                 F.multi_head_attention_forward was made, if known.
         """
+        if self.scripted and torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)
         site = self._at(index)
         if site is None:
             self.count_unseen(index)

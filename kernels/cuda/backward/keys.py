@@ -1,9 +1,9 @@
-"""dK and dV of one key block: of the query blocks that selected it, and of those that did not (SLA2, Alg. 3).
+"""dK and dV of one key block: from the query blocks that selected it, and from the others (SLA2, Alg. 3).
 
     sparse: dv += (a P)^T dO,   dk += scale dS^T q,   P and dS as in `queries.py`
     linear: d_phi(k) = v dh^T + dz,   dv += phi(k) dh
 dh and dz are the sums of dH and dZ over the query blocks that did not select this key block.
-Each key block has a list of its query blocks, ascending. Sums are taken in one order: two runs are bit-equal.
+Each key block has a list of its query blocks, ascending. Sums are taken in a fixed order, so two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def keys_kernel(
     Args:
         q: (B, groups * heads, Nq, D), k: (B, heads, Nk, D), v: (B, heads, Nk, DV), do: as q, DV wide, last dims
             contiguous; k_mean: (B, heads, D) fp32; key_mask: (B, Nk) bool (if HAS_MASK).
-        lists: (B * heads, entries + Tn + 1) int32: query blocks (of all of a head's groups, block by block) in the
-            order of the key blocks that they selected, and behind them where each key block's begin.
+        lists: (B * heads, entries + Tn + 1) int32: query blocks (of all query heads of a key head), in the
+            order of the key blocks that they selected, then the position where each key block's list begins.
         alphas, shifts, log_sums: of `rows_kernel`.
-        d_states: (n, columns_n, STATE), [dh, dz] of the key heads from `first` on, but for `factor`.
+        d_states: (n, columns_n, STATE), [dh, dz] of the key heads from `first` on, to be multiplied by `factor`.
         dk: (B, heads, Nk, D), dv: (B, heads, Nk, DV), out. d_means: (B * heads, Tn, D) fp32, out, sums of -dk of the
-            linear branch, which saw the keys less their mean.
+            linear branch, whose keys have their mean subtracted.
     """
     SPLITS: tl.constexpr = BLOCK_Q // BLOCK_M
     pid = tl.program_id(0)

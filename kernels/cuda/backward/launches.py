@@ -1,12 +1,12 @@
 """The launches of `sla2::attention_backward` on a GPU, head group by head group; see `rows.py` for what is computed.
 
     states and their sums again, as the forward has them    (`forward/states_launches.py`)
-    rows      what query rows know, then dH over H          (`rows.py`)
+    rows      terms of each query row, then dH over H       (`rows.py`)
     GEMM      dH of each key block's complement
     keys      dK, dV                                        (`keys.py`)
-and for all heads at once, the lists of query blocks before, dQ and small sums after.
+For all heads at once, the lists of query blocks come before, and dQ and small sums after.
 
-Everything is added up in one order, whatever the order of programs.
+Everything is added up in a fixed order, whatever the order of programs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def lists_of_rows(heads: int, tn: int, lut: Tensor) -> Tensor:
         heads: key/value heads in the batch. lut: (B, Hq, Tm, K) int32.
 
     Returns:
-        (heads, entries + Tn + 1) int32: query blocks, those of key block 0 first, ascending for each; and behind them
-        where each key block's begin, and where the last one's end.
+        (heads, entries + Tn + 1) int32: query blocks, those of key block 0 first, ascending for each; then the positions
+        where each key block's list begins, and where the last one ends.
     """
     chosen, order = lut.view(heads, -1).sort(dim=1, stable=True)
     blocks = torch.arange(tn + 1, device=lut.device, dtype=lut.dtype).expand(heads, tn + 1).contiguous()
@@ -54,18 +54,18 @@ def complement_product(n: int, complement: Tensor, rows: Tensor) -> Tensor:
 
 
 def mean_gradient(heads: int, of_keys: Tensor, of_rows: Tensor) -> Tensor:
-    """Add up what key blocks (B * Hkv, Tn, D) and query blocks (B, Hq, Tm, D) ask of k_mean (B, Hkv, D)."""
+    """Sum the gradients for k_mean (B, Hkv, D) of key blocks (B * Hkv, Tn, D) and query blocks (B, Hq, Tm, D)."""
     B, _, _, D = of_rows.shape
     return of_keys.sum(dim=1).view(B, heads, D) + of_rows.view(B, heads, -1, D).sum(dim=2)
 
 
 def gain_gradient(dtype: torch.dtype, of_rows: Tensor) -> Tensor:
-    """Add up what query blocks (B, Hq, Tm) ask of alpha_gain (Hq,)."""
+    """Sum the query blocks' gradients (B, Hq, Tm) for alpha_gain (Hq,)."""
     return of_rows.sum(dim=(0, 2)).to(dtype)
 
 
 def bias_gradient(shape: tuple[int, ...], dtype: torch.dtype, of_rows: Tensor) -> Tensor:
-    """Add up what query blocks (B, Hq, Tm) ask of alpha_bias (1 or Hq, 1 or Tm)."""
+    """Sum the query blocks' gradients (B, Hq, Tm) for alpha_bias (1 or Hq, 1 or Tm)."""
     return of_rows.sum(dim=0).sum_to_size(shape).to(dtype)
 
 
@@ -80,7 +80,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Cuts:
-    """How each kernel is cut. Timed on an H200 at 3 %, for Hopper; elsewhere so that none spills."""
+    """How each kernel is cut: for Hopper as timed on an H200 at 3 %, elsewhere so that none spills."""
 
     rows: Cut
     queries: Cut
@@ -94,9 +94,9 @@ class Cuts:
         small = Cut(min(32, shape.block_q), 2 if few else 1, 8)
         if not shape.hopper or not few:
             return cls(rows, small, small)
-        # 0.633 and 1.641 ms on (1, 12, 32760, 128), from 1.446 and 2.599 with 64 rows in 8 warps; 24 bytes of stack
+        # 0.633 and 1.641 ms on (1, 12, 32760, 128), from 1.446 and 2.599 with 64 rows in 8 warps; spills 24 bytes
         queries = Cut(rows.rows, 2, 4)
-        # 0.123 and 0.375 ms on (1, 16, 16384, 64); keys by 32 rows 0.435
+        # 0.123 and 0.375 ms on (1, 16, 16384, 64); keys with 32 rows 0.435
         if shape.width <= 64:
             return cls(rows, queries, queries)
         # masks need registers of their own
@@ -105,7 +105,7 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Rows:
-    """What `rows_kernel` writes for the others."""
+    """What `rows_kernel` and `gather_kernel` write for the other steps."""
 
     alphas: Slot
     shifts: Slot
@@ -131,7 +131,7 @@ def add_rows(
     schedule: Schedule, args: BackwardArgs[Layout], slots: BackwardArgs[Slot], formats: Formats, group: Group,
     cut: Cut, rows: Rows, dq: Slot,
 ) -> None:  # fmt: skip
-    """Have the query rows of a group of heads taken."""
+    """Schedule the kernels for the query rows of a group of heads."""
     call, given, layout = args.saved.call, slots.saved.call, formats.layout
     bias, tm, (Hq, Nq), heads = call.alpha_bias, call.lut.shape[2], call.q.shape[1:3], call.k.shape[1]
     bias_strides = (
@@ -163,7 +163,7 @@ def add_keys(
     schedule: Schedule, args: BackwardArgs[Layout], slots: BackwardArgs[Slot], formats: Formats, group: Group,
     cut: Cut, rows: Rows, lists: Slot, d_states: Slot, dk: Slot, dv: Slot, d_means: Slot,
 ) -> None:  # fmt: skip
-    """Have dk and dv of a group of heads written."""
+    """Schedule the kernel that writes dk and dv of a group of heads."""
     call, given, layout = args.saved.call, slots.saved.call, formats.layout
     (_, Hq, Nq, _), (_, heads, Nk, _), (tm, topk) = call.q.shape, call.k.shape, call.lut.shape[2:]
     tn, mask = num_blocks(Nk, call.block_k), call.key_mask
@@ -183,7 +183,7 @@ def add_queries(
     schedule: Schedule, args: BackwardArgs[Layout], slots: BackwardArgs[Slot], formats: Formats, cut: Cut,
     rows: Rows, dq: Slot,
 ) -> None:  # fmt: skip
-    """Have the sparse branch's share added to dq."""
+    """Schedule the kernel that adds the sparse branch's share to dq."""
     call, given, layout = args.saved.call, slots.saved.call, formats.layout
     (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = call.q.shape, call.v.shape, call.lut.shape[2:]
     mask = call.key_mask

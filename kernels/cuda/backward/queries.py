@@ -1,8 +1,8 @@
 """dQ of the sparse branch: a query block against the key blocks of its table (SLA2, Alg. 3).
 
     P = 2^(scale log2(e) q k - log_sum),   dS = P * (a dO v + shift),   dq += scale dS K
-Scores are computed as the forward computes them, from the same 16-bit q and k with the scale behind the product: a
-recomputed score that differs from the one in lse would have no bound on its error.
+Scores are computed as the forward computes them, from the same 16-bit q and k, with the scale after the product:
+the error of a recomputed score that differs from the one in lse would have no bound.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def queries_kernel(
     Args:
         q: (B, Hq, Nq, D), k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, DV), do: (B, Hq, Nq, DV), last dims contiguous.
         lut: (B, Hq, Tm, topk); key_mask: (B, Nk) bool (if HAS_MASK).
-        alphas, shifts, log_sums: of `rows_kernel`. dq: (B, Hq, Nq, D), its dq, and out.
+        alphas, shifts, log_sums: of `rows_kernel`. dq: (B, Hq, Nq, D), in from `rows_kernel`, and out.
     """
     SPLITS: tl.constexpr = BLOCK_Q // BLOCK_M
     pid = tl.program_id(0)
@@ -53,7 +53,7 @@ def queries_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n in tl.range(0, topk, num_stages=STAGES):
         j = tl.load(table + n)
-        # j first: j * BLOCK_K of a wild entry can wrap round to a valid row
+        # j itself is checked: j * BLOCK_K of an invalid entry can wrap round to a valid row
         key = j * BLOCK_K + offsets
         seen = (j >= 0) & (j < tl.cdiv(Nk, BLOCK_K)) & (key < Nk)
         if HAS_MASK:

@@ -1,4 +1,4 @@
-"""What query rows know before any key block is read again: alpha, and all of the linear branch.
+"""The terms of each query row, before any key block is read again: alpha, and all of the linear branch.
 
 With a = alpha, t = phi(q) Z, and `along` a row's dO . O (SLA2, Alg. 3; `portable/backward.py` has all of it):
     D_l = (1 - a) rowsum(phi(q) * (dO H^T)) / t,   D_s = along - D_l          of the linear and the sparse branch
@@ -6,10 +6,10 @@ With a = alpha, t = phi(q) Z, and `along` a row's dO . O (SLA2, Alg. 3; `portabl
     d_phi(q) = (1 - a) dO H^T / t - (D_l / t) Z
     dH = phi(q)^T (1 - a) dO / t,                  dZ = -phi(q)^T D_l / t     (`gather_kernel`)
 Neither branch's output is needed, and nothing is divided by alpha. H and Z are the forward's sums, which lack a
-factor that all ratios here cancel; dH and dZ are given it, and take the place of H and Z in memory.
+factor that cancels in all ratios here. dH and dZ are multiplied by it, and overwrite H and Z in memory.
 
-Scores are taken of keys as they are, while lse counts keys less their mean. So dq begins with - scale d_lse k_mean,
-and what the rows ask of k_mean is - scale sum d_lse q.
+Scores are of the keys as they are, while lse is of the keys less their mean. So dq begins with - scale d_lse k_mean,
+and the rows' gradient for k_mean is - scale sum d_lse q.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sla2_compile.kernels.cuda.forward.states import LOG2_E, feature_map
 
 NEG_INF = tl.constexpr(float("-inf"))
 LEAST_WEIGHT = tl.constexpr(1e-30)
-"""A row whose phi(q) Z lies below has no gradient through its linear branch: 1 / (phi(q) Z) would overflow."""
+"""A row with a smaller phi(q) Z gets no gradient through its linear branch: 1 / (phi(q) Z) would overflow."""
 
 
 @triton.jit
 def feature_map_backward(grad, phi, NAME: tl.constexpr):
-    """Gradient for x (rows, dims), given that for phi(x) and phi(x), which is 0 outside of the head dim."""
+    """Gradient for x (rows, dims), given that for phi(x) and phi(x) itself, which is 0 outside the head dim."""
     if NAME == "softmax":
         return phi * (grad - tl.sum(grad * phi, axis=1)[:, None])
     if NAME == "elu":
@@ -44,18 +44,18 @@ def rows_kernel(
     STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
     FEATURE_MAP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """Take BLOCK_M rows of one query block.
+    """Compute the terms of BLOCK_M rows of one query block.
 
     Args:
         q: (B, Hq, Nq, D), do, o: (B, Hq, Nq, DV), last dims contiguous; k_mean: (B, Hkv, D) fp32.
         lse: (B, Hq, Nq) fp32; log_rest: (B, Hq, Tm) fp32; gain: (Hq,), bias: strided (Hq, Tm), as ALPHA says: 0
             neither, 1 bias, 2 both.
         states: (n, Tm, STATE), [H, Z] of the query heads from `first` on.
-        dq: (B, Hq, Nq, D), out: what does not come from scores.
+        dq: (B, Hq, Nq, D), out: the part that does not come from scores.
         alphas, shifts, log_sums: (B, Hq, Nq) fp32, out: a, d_lse - D_s, and the lse of raw scores in units of log2,
             +inf for a row that sees no key.
         weights, deltas, pulls: (B, Hq, Nq) fp32, out: (1 - a) / t, D_l / t and scale d_lse.
-        row_logits, row_gains: (B, Hq, Nq) fp32, out, what each row asks of bias and gain.
+        row_logits, row_gains: (B, Hq, Nq) fp32, out, each row's gradients for bias and gain.
     """
     SPLITS: tl.constexpr = BLOCK_Q // BLOCK_M
     pid = tl.program_id(0)
@@ -137,8 +137,8 @@ def gather_kernel(
     Args:
         q: (B, Hq, Nq, D), do: (B, Hq, Nq, DV), last dims contiguous; weights to row_gains: of `rows_kernel`.
         states: (n, Tm, STATE), out, [dH, dZ] of the query heads from `first` on.
-        d_means: (B, Hq, Tm, D), d_logits, d_gains: (B, Hq, Tm), fp32, out: what is asked of k_mean, bias and gain.
-        factor: what H and Z lack.
+        d_means: (B, Hq, Tm, D), d_logits, d_gains: (B, Hq, Tm), fp32, out: gradients for k_mean, bias and gain.
+        factor: the one that H and Z lack.
     """
     pid = tl.program_id(0)
     local, i = (pid // Tm).to(tl.int64), pid % Tm

@@ -2,13 +2,13 @@
 
     o_sparse = softmax(q K_sel^T * scale) V_sel                                                (SLA2, Eq. 14)
     o = alpha * o_sparse + (1 - alpha) * o_linear,  alpha = sigmoid(gain * (lse - log_rest) + bias)   (Eq. 13)
-K is read as it is: subtracting k_mean shifts a row's scores by one constant, so the softmax does not see it and
+K is read as it is: subtracting k_mean shifts a row's scores by one constant, which does not change the softmax, and
 lse is corrected at the end by - scale * q k_mean. That saves a smoothed copy of K and its rounding.
 
 In low bit, with k8, v8 and their scales from `states_kernel`, q8 = round(q / q_scale_i) by rows, and no such shift:
     t = (q8 . k8) q_scale_i k_scale_j scale log2(e) + v_log_j,  m = ceil(max t),  p = 2^(t - m)
     o_sparse = sum e4m3(256 p) v8 / (256 sum p 2^-v_log_j),     lse = ln sum 2^(t - v_log_j)
-v's scale rides on the exponent, so p in 8 bits is small where v is. INT8 alone: v_log = 0, p v as above.
+v's scale is part of the exponent, so p in 8 bits is small where v is. INT8 alone: v_log = 0, p v as above.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def softmax_step(s, v, acc, top, total, log2_scale, MASKED: tl.constexpr):
 @triton.jit
 def low_bit_step(t, v, v_log, acc, top, total, MASKED: tl.constexpr, LOW_BIT: tl.constexpr):
     """Take one tile of t (rows, keys), scores in units of log2 plus v_log, into the running softmax."""
-    # a whole number: a later maximum then multiplies by a power of two, and does not move how p was rounded
+    # a whole number: a later maximum then multiplies by a power of two, which does not change how p was rounded
     new_top = tl.maximum(top, tl.ceil(tl.max(t, axis=1)))
     safe = tl.where(new_top > NEG_INF, new_top, 0.0) if MASKED else new_top
     # the compiler may fuse t's product with the subtraction, and p must not pass 1 where scores are huge
@@ -48,7 +48,7 @@ def low_bit_step(t, v, v_log, acc, top, total, MASKED: tl.constexpr, LOW_BIT: tl
     acc = acc * correction[:, None]
     if LOW_BIT == 2:
         total = total * correction + tl.sum(p, axis=1) * tl.exp2(-v_log)
-        # Hopper keeps 14 bits in a sum of FP8 products: to be added to acc in float32 once a block
+        # Hopper keeps 14 bits in a sum of FP8 products: it is added to acc in float32 once per block
         acc = tl.dot((p * 256.0).to(tl.float8e4nv), v, acc, max_num_imprecise_acc=v.shape[0])
     else:
         total = total * correction + tl.sum(p, axis=1)
@@ -58,7 +58,7 @@ def low_bit_step(t, v, v_log, acc, top, total, MASKED: tl.constexpr, LOW_BIT: tl
 
 @triton.jit
 def table_counts(row, topk, q_start, Nk, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr):
-    """Return how many leading entries every row of the block sees whole, and how many are real at all."""
+    """Return how many leading entries are wholly visible to every row of the block, and how many are real."""
     whole, real = 0, 0
     for start in range(0, topk, WIDTH):
         at = start + tl.arange(0, WIDTH)
@@ -89,7 +89,7 @@ def attend_kernel(
         k8, v8, scales: k and v in 8 bits, from `states_kernel` (if LOW_BIT: 1 is INT8, 2 INT8 and FP8).
         lut: (B, Hq, Tm, topk); log_rest: (B, Hq, Tm); gain: (Hq,), bias: strided (Hq, Tm) as ALPHA says.
         weight, shift: `linear_kernel`'s weight and q k_mean (B, Hq, Nq).
-        o: (B, Nq, Hq, DV), its o_linear, and out.
+        o: (B, Nq, Hq, DV), in o_linear from `linear_kernel`, and out.
         lse: (B, Hq, Nq) fp32, out. ALPHA: 0 neither, 1 bias, 2 gain and bias.
     """
     SPLITS: tl.constexpr = BLOCK_Q // BLOCK_M
@@ -137,7 +137,7 @@ def attend_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for n in tl.range(0, whole, num_stages=STAGES):
         if TMA:
-            # fewer registers than pointers, so that two programs fit a multiprocessor; fills with 0 outside
+            # takes fewer registers than pointers, so that two programs fit a multiprocessor; reads 0 outside
             place = [b.to(tl.int32), h_kv.to(tl.int32), tl.load(table + n) * BLOCK_K, 0]
             keys = tl.trans(tl.reshape(k_tiles.load(place), (BLOCK_K, BLOCK_D)))
             values = tl.reshape(v_tiles.load(place), (BLOCK_K, BLOCK_DV))
@@ -163,7 +163,7 @@ def attend_kernel(
     for n in tl.range(whole, real, num_stages=1 if STAGES == 1 else 2):
         j = tl.load(table + n)
         at = j * BLOCK_K + offsets
-        # j first: j * BLOCK_K of a wild entry can wrap round to a valid row
+        # j itself is checked: j * BLOCK_K of an invalid entry can wrap round to a valid row
         exists = (j >= 0) & (j < tl.cdiv(Nk, BLOCK_K))
         seen = exists & (at < Nk)
         if HAS_MASK:
@@ -221,7 +221,7 @@ def attend_kernel(
     alpha = tl.where(has_linear, tl.where(has_sparse, alpha, 0.0), 1.0)
 
     if DV > 128:
-        # a wide head leaves no registers for 64-bit offsets: 32 bits from the tile's first row on
+        # a wide head leaves no registers for 64-bit offsets: 32-bit ones from the tile's first row on
         first = i * BLOCK_Q + (tile % SPLITS) * BLOCK_M
         start = ((b * Nq + first) * Hq + h) * DV
         out = o + start + (tl.arange(0, BLOCK_M)[:, None] * (Hq * DV) + columns[None, :])

@@ -1,20 +1,20 @@
-"""Both branches and their mix on Hopper (sm_90), in one persistent kernel with warps of its own for loading.
+"""Both branches and their mix on Hopper (sm_90), in one persistent kernel with a separate warp for loading.
 
     o = alpha * softmax(q K_sel^T * scale) V_sel + (1 - alpha) * phi(q) H_i / (phi(q) Z_i)          (SLA2, Eq. 13-14)
-What `linear_kernel` and `attend_kernel` compute together, for the calls that `kernels/support.py` admits. Written in
-Gluon, Triton's lower level, because it needs what Triton does not say: products in flight while a softmax runs, tiles
-that the copy engine brings ahead of their use, registers that go from one product into the next without being moved.
+It replaces `linear_kernel` and `attend_kernel` for the calls that `kernels/support.py` admits. It is written in Gluon,
+Triton's lower level, because it needs what Triton cannot express: products in flight while a softmax runs, tiles that
+the copy engine loads ahead of their use, registers that go from one product into the next without being moved.
 
 A program takes query blocks one after the other. Of its warps, one asks the copy engine for tiles (`load_tiles`) and
 two groups of four take 64 of the block's 128 rows each (`take_rows`):
     for each step of one key block, or of two (PAIR), from the table's end (only its last entry can be ragged):
         start the next scores and the product of the last weights with their values, then wait for the scores alone
         running softmax of the scores while the other product goes on
-    phi(q) H, the mix, and the tile goes back through shared memory
+    phi(q) H, the mix, and the write of the tile through shared memory
 
 LOW_BIT: 0 computes in q's dtype; 1 takes scores in INT8, 2 also weights and values in FP8
 (`cuda/forward/states.py` says how k8, v8 and their scales are made). An integer score is
-summed on top of 0x4B400000, so that its bits are those of 12582912 + s in fp32, and a conversion is saved; scores in
+summed on top of 0x4B400000, so that its bits are those of 12582912 + s in fp32, which saves a conversion. Scores in
 units of log2 are then exact to half a millionth of what the largest possible integer would give.
 
 Over 300 lines: it is one kernel, whose parts share layouts, buffers and barriers and are read together.
@@ -97,7 +97,7 @@ def load_tiles(
                 tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_bufs.index(PAIR * stage + part))
             done += 1
             if n == gl.maximum(steps - 2, 0):
-                # wanted at the block's end only: behind most of its tiles
+                # needed only at the block's end: loaded after most of its tiles
                 mbarrier.wait(h_empty, (turn + 1) & 1)
                 mbarrier.expect(
                     h_full, h_desc.block_type.nbytes + z_desc.block_type.nbytes + mean_desc.block_type.nbytes
@@ -110,7 +110,7 @@ def load_tiles(
 
 @gluon.jit
 def entry(table, at, topk, Tn):
-    """Entry `at` of a row of the table; an odd row ends with a block behind the last key, which loads zeros."""
+    """Entry `at` of a row of the table; an odd row ends with a block after the last key, which loads zeros."""
     return gl.where(at < topk, gl.load(table + gl.minimum(at, topk - 1)), Tn)
 
 
@@ -119,12 +119,12 @@ def start_scores(
     q, k_bufs, stage, mma: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr,
     LOW_BIT: gl.constexpr,
 ):  # fmt: skip
-    """Start the scores of a stage's key blocks; returns what to wait for, a tuple as everything of a step is."""
+    """Start the scores of a stage's key blocks; return what to wait for, a tuple like all values of a step."""
     if LOW_BIT > 0:
         zero = gl.full([ROWS, BLOCK_K], 0x4B400000, gl.int32, layout=mma)
     else:
         zero = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=mma)
-    # a comprehension of Gluon's goes over a tuple, not over a range
+    # a comprehension in Gluon takes a tuple, not a range
     return [
         warpgroup_mma(
             q, k_bufs.index(PAIR * stage + part).reshape([BLOCK_K, BLOCK_D]).permute((1, 0)), zero,
@@ -136,10 +136,10 @@ def start_scores(
 
 @gluon.jit
 def wait_scores(s, running: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Wait for scores while `running` later products go on; read as fp32, with MAGIC on top in low bit."""
+    """Wait for scores while `running` later products go on; return them as fp32, with MAGIC added in low bit."""
     done = warpgroup_mma_wait(running, deps=s)
     if len(s) == 1:
-        # one alone comes without its tuple
+        # a single result comes without its tuple
         done = (done,)
     if LOW_BIT > 0:
         done = [x.to(gl.float32, bitcast=True) for x in done]
@@ -168,7 +168,7 @@ def operands(p, layout: gl.constexpr, LOW_BIT: gl.constexpr):
 def packed(p, layout: gl.constexpr):
     """Return weights in FP8; no value changes its thread."""
     BLOCK_K: gl.constexpr = p.shape[1]
-    # the columns that one thread holds, in the order in which an 8-bit operand wants them: v8 lies in that order
+    # the columns that one thread holds, in the order that an 8-bit operand needs: v8 is stored in that order
     p = gl.permute(gl.reshape(p, [ROWS, BLOCK_K // 32, 2, 2, 4, 2]), [0, 1, 2, 4, 3, 5])
     p = gl.convert_layout(gl.reshape(p, [ROWS, BLOCK_K]), layout)
     return gl.inline_asm_elementwise(
@@ -184,7 +184,7 @@ def packed(p, layout: gl.constexpr):
 
 @gluon.jit
 def start_values(p, v_bufs, stage, acc, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, LOW_BIT: gl.constexpr):
-    """Start acc += p v of a stage's key blocks; returns what to wait for."""
+    """Start acc += p v of a stage's key blocks; return what to wait for."""
     for part in gl.static_range(len(p)):
         tile = v_bufs.index(len(p) * stage + part)
         if LOW_BIT == 2:
@@ -200,7 +200,7 @@ def scaled(both, c, row: gl.constexpr, LOW_BIT: gl.constexpr):
     """What the scores of a key block are multiplied by, and log2 of its values' scale."""
     if LOW_BIT > 0:
         both = both.reshape([32])
-        # a product of two least scales is 0, and so is the scale behind the last key: a masked score times 0 is NaN
+        # a product of two least scales is 0, and so is the scale after the last key: a masked score times 0 is NaN
         c = gl.maximum(c * both.slice(0, 1).load(row), 1e-30)
     if LOW_BIT == 2:
         return c, both.slice(1, 1).load(row)
@@ -216,7 +216,7 @@ def block_scales(scale_bufs, stage, c, row: gl.constexpr, PAIR: gl.constexpr, LO
 
 @gluon.jit
 def fold(p, part: gl.constexpr):
-    """Sum columns that lie 8 apart, which one thread holds: (ROWS, 8), and no exchange between threads."""
+    """Sum columns that lie 8 apart, which one thread holds: (ROWS, 8), without exchange between threads."""
     return gl.convert_layout(gl.sum(gl.reshape(p, [ROWS, p.shape[1] // 8, 8]), axis=1), part)
 
 
@@ -265,7 +265,7 @@ def softmax_step(s, scales, top, total, part: gl.constexpr, LOW_BIT: gl.constexp
     for n in gl.static_range(1, len(s)):
         new = gl.maximum(new, peak(s[n], scales[n], LOW_BIT))
     if LOW_BIT > 0:
-        # a whole number: a later maximum then multiplies by a power of two, and does not move how p was rounded
+        # a whole number: a later maximum then multiplies by a power of two, which does not change how p was rounded
         new = gl.ceil(new)
     new = gl.maximum(top, new)
     p, add = weigh(s[0], scales[0], new, part, LOW_BIT)
@@ -282,7 +282,7 @@ def softmax_step(s, scales, top, total, part: gl.constexpr, LOW_BIT: gl.constexp
 
 @gluon.jit
 def masked(s, j, Nk, columns: gl.constexpr):
-    """Scores of block j, -inf behind the last key."""
+    """Scores of block j, -inf after the last key."""
     BLOCK_K: gl.constexpr = s.shape[1]
     at = j * BLOCK_K + gl.arange(0, BLOCK_K, layout=columns)
     return gl.where(gl.expand_dims(at < Nk, 0), s, NEG_INF)
@@ -290,10 +290,10 @@ def masked(s, j, Nk, columns: gl.constexpr):
 
 @gluon.jit
 def held(total):
-    """Return total (ROWS, 8), which is never negative, so that what made it stands before the wait that follows.
+    """Return total (ROWS, 8), which is never negative, and keep its computation before the wait that follows.
 
-    Without this the assembler moves the wait up: all exponentials then run behind the product they were to hide. It
-    pays where both products are short (15 %: 6 % of the kernel in low bit, nothing in bf16).
+    Without this the assembler moves the wait up: the exponentials then run after the product instead of overlapping
+    it. It pays where both products are short (15 %: 6 % of the kernel in low bit, nothing in bf16).
     """
     return gl.inline_asm_elementwise(
         """{
@@ -315,7 +315,7 @@ def held(total):
 
 @gluon.jit
 def feature_map(x, D: gl.constexpr, columns: gl.constexpr, NAME: gl.constexpr):
-    """phi over the first D of the last axis of x (rows, dims) fp32; what is behind meets zeros of H and Z."""
+    """phi over the first D of the last axis of x (rows, dims) fp32; later dims meet zeros of H and Z."""
     if NAME == "softmax":
         if x.shape[1] > D:
             at = gl.arange(0, x.shape[1], layout=columns)
@@ -393,7 +393,7 @@ def take_rows(
         total = gl.zeros([ROWS, 8], gl.float32, layout=part)
         w, top, shrink, total = softmax_step(shown, scales, top, total, part, LOW_BIT)
         p = carried(w, v_bufs.dtype, p_layout, LOW_BIT)
-        # the last block has left through its tile of q, which can be loaded again
+        # the last block was written through its tile of q, which can be loaded again
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(1 - side), count=1, pred=turn > 0)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=mma_o)
@@ -465,7 +465,7 @@ def take_rows(
         linear = warpgroup_mma_wait(0, deps=[linear])
         mbarrier.arrive(h_empty, count=1)
         acc = acc + gl.convert_layout(linear, mma_o) * gl.expand_dims(of_linear, 1)
-        # through the tile of q, which nobody needs any more, so that whole lines are written
+        # through the tile of q, which is no longer needed, so that whole lines are written
         q_tile.store(acc.to(q_bufs.dtype))
         fence_async_shared()
         place = [bh // Hq, h, (2 * i + HALF) * ROWS, 0]
@@ -484,8 +484,8 @@ def attend_hopper_kernel(
     """Compute o and lse of `items` query blocks of 128 rows, from flat block `first` (of B * Hq * Tm) on.
 
     Args:
-        q_desc, o_desc: tiles (1, 1, 64, BLOCK_D) of q and o, whose head dim is D: behind it the copy engine brings
-            zeros and writes nothing, here and in what follows. k_desc: (1, 1, BLOCK_K, BLOCK_D) of k or k8.
+        q_desc, o_desc: tiles (1, 1, 64, BLOCK_D) of q and o, whose head dim is D: after it the copy engine reads
+            zeros and writes nothing, here and below. k_desc: (1, 1, BLOCK_K, BLOCK_D) of k or k8.
         v_desc: (1, 1, BLOCK_K, BLOCK_D) of v, or (1, 1, BLOCK_D, BLOCK_K) of v8.
         scale_desc: (1, 1, 32) of the scales (B * Hkv, Tn, 4): key scale, log2 of the value scale (if LOW_BIT).
         h_desc, z_desc: (1, BLOCK_D, BLOCK_D) and (1, BLOCK_D) of the summed states (items, STATE).

@@ -1,6 +1,6 @@
 """The second launch of a short call: selection and block states, each by programs of its own.
 
-Both need what pooling gives and nothing of each other, so they run side by side in one launch.
+Both need the results of pooling and nothing from each other, so they run side by side in one launch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Block states and their sums, then the linear branch and the sparse one, or on Hopper one kernel for both.
 
-How each is cut into programs stands in `cuda/tiles.py`.
+`cuda/tiles.py` says how each is cut into programs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from sla2_compile.kernels.records import split, with_tensors
 from sla2_compile.kernels.support import Facts, support
 
 MOST_IN_FRONT = 256
-"""Programs that choose, of a short call whose states are written beside them, by the same launch.
+"""Most programs that choose blocks in a short call whose states are written by the same launch.
 
-With 96 of them that takes 104 us in place of 109 at (1, 12, 4096, 128), and spares the host a launch. With more they
-fill the GPU by themselves, and the registers and shared memory of both kinds hold either back: 163 us in place of 154
-at (4, 16, 4096, 64), with 512.
+With 96 of them that takes 104 us instead of 109 at (1, 12, 4096, 128), and saves the host a launch. More of them fill
+the GPU by themselves, and the registers and shared memory of either kind limit the other: 163 us instead of 154 at
+(4, 16, 4096, 64), with 512.
 """
 
 
@@ -99,10 +99,10 @@ def add_attention(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], trials: bool,
     formats: Formats, states: Slot | None = None,
 ) -> AttentionResult[Slot]:  # fmt: skip
-    """Put an attention call's launches on a schedule; returns where its results will lie.
+    """Put an attention call's launches on a schedule; return the slots of its results.
 
     Args:
-        states: of all key blocks, if a launch before has written them.
+        states: of all key blocks, if an earlier launch writes them.
     """
     q, k, v, mask, bias = args.q, args.k, args.v, args.key_mask, args.alpha_bias
     block_q, block_k = args.block_q, args.block_k
@@ -117,7 +117,7 @@ def add_attention(
     )
     alpha = 0 if bias is None else (1 if args.alpha_gain is None else 2)
     fused = support(facts_of(args)).kernel == "fused"
-    # of the two kernels that the fused one replaces
+    # used by the two kernels that the fused one replaces
     weight, shift = (lse if fused else schedule.empty(name, lse.shape, torch.float32) for name in ("weight", "shift"))
     if states is None:
         all_sums = summed_states(schedule, args, slots, shape, layout, eight, trials)
@@ -128,7 +128,7 @@ def add_attention(
             hopper.attend(schedule, args, slots, shape, layout, eight.slots, summed, o, lse, bias_strides, alpha)
             continue
         tile, limits = linear_tile(shape)
-        # the linear branch lies in o until the sparse branch mixes it in
+        # o holds the linear branch until the sparse branch mixes it in
         launch(
             schedule, linear_kernel, partial(linear_grid, summed.n * groups, tm * block_q),
             slots.q, slots.k_mean, slots.log_rest, summed.slot, o, weight, shift, *q.stride[:3],
@@ -183,7 +183,7 @@ def add_front(
     schedule: Schedule, args: ForwardArgs[Layout], slots: AttentionArgs[Slot], choice: Choice, formats: Formats,
     sizes: Sizes,
 ) -> Slot:  # fmt: skip
-    """Have blocks chosen and their states written by one launch; returns where the states will lie."""
+    """Choose blocks and write block states in one launch; return the slot of the states."""
     k, v, mask, layout, eight = args.k, args.v, args.key_mask, formats.layout, formats.eight
     B, heads = k.shape[:2]
     states = schedule.empty("states", (B * heads, sizes.tn, layout.size), k.dtype)
@@ -217,6 +217,6 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
 
 @functools.lru_cache(maxsize=256)
 def forward_schedule(args: ForwardArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
-    """Schedule route and attention in one, likewise; the only result is o."""
+    """Schedule route and attention together; the only result is o."""
     schedule = Schedule(*split(args)[0])
     return schedule, (add_forward(schedule, args, trials).o,)

@@ -21,7 +21,7 @@ def linear_kernel(
     STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
     FEATURE_MAP: tl.constexpr, JOBS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write o_linear, its weight and q k_mean for JOBS tiles of BLOCK_M rows, the next one's loads under way.
+    """Write o_linear, its weight and q k_mean for JOBS tiles of BLOCK_M rows, loading the next one meanwhile.
 
     Args:
         q: (B, Hq, Nq, D), last dim contiguous; k_mean: (B, Hkv, D) fp32; log_rest: (B, Hq, Tm).
@@ -61,7 +61,7 @@ def linear_kernel(
         if CHUNK == BLOCK_D:
             acc = tl.dot(phi_q.to(kv_sum.dtype), kv_sum)
         else:
-            # a wide head: H in slices, and phi again for each slice of q from its row statistics
+            # a wide head: H in slices; phi is recomputed for each slice of q from its row statistics
             top = tl.max(tl.where(inside[None, :], x, NEG_INF), axis=1)
             norm = 1.0 / tl.sum(tl.where(inside[None, :], tl.exp(x - top[:, None]), 0.0), axis=1)
             acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)

@@ -1,6 +1,6 @@
 """The launch of `cuda/forward/attend_sm90.py`, for the calls that `kernels/support.py` calls fused.
 
-Tiles are 64 or 128 dims wide: the copy engine brings zeros behind a head's last one, and writes nothing there.
+Tiles are 64 or 128 dims wide: the copy engine reads zeros after a head's last dim, and writes nothing there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def kernel() -> Any:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has, each of whose programs takes query blocks in turn; an H100's where there is no GPU."""
+    """How many multiprocessors a GPU has, whose programs take query blocks in turn; an H100's where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -53,7 +53,7 @@ def swizzled_tiles(
 
 
 def whole_tiles(slot: Slot, shape: tuple[int, ...], *block: int) -> Tiles:
-    """`swizzled_tiles` of a slot that lies in one piece, seen in another shape."""
+    """`swizzled_tiles` of a contiguous slot, seen in another shape."""
     strides = [1]
     for n in reversed(shape[1:]):
         strides.insert(0, n * strides[0])
@@ -61,7 +61,7 @@ def whole_tiles(slot: Slot, shape: tuple[int, ...], *block: int) -> Tiles:
 
 
 def steps_that_fit(D: int, bytes_k: int, bytes_v: int, tile: HopperTile) -> int:
-    """How many steps' key blocks fit into a program's shared memory beside q, H and the small things."""
+    """How many steps' key blocks fit into a program's shared memory beside q, H and small buffers."""
     fixed = 2 * BLOCK_Q * D * 2 + D * D * 2 + 6 * D + 1024
     return min(4, (SHARED // tile.programs - fixed) // (tile.pair * (BLOCK_K * D * (bytes_k + bytes_v) + 128)))
 
@@ -75,7 +75,7 @@ def attend(
 
     Args:
         args, slots: the call's layouts, and where its tensors lie.
-        eight: k8 (B, Hkv, Tn * 64, D), v8 (B, Hkv, Tn, D, 64), scales (B, Hkv, Tn, 4), as far as low_bit has them.
+        eight: k8 (B, Hkv, Tn * 64, D), v8 (B, Hkv, Tn, D, 64), scales (B, Hkv, Tn, 4), where low_bit uses them.
         bias_strides, alpha: as `attend_hopper_kernel` has them.
     """
     q, k, v, (tm, topk) = args.q, args.k, args.v, args.lut.shape[2:]
@@ -92,7 +92,7 @@ def attend(
         values = whole_tiles(v8, (B * heads, tn, D, BLOCK_K), 1, 1, block_d, BLOCK_K)
     else:
         values = swizzled_tiles(slots.v, v.shape, v.stride, 1, 1, BLOCK_K, block_d)
-    # never read without low bit, but must be a thing that can be described
+    # never read without low bit, but must be a valid descriptor
     scale_tiles = (
         whole_tiles(scales, (B * heads, tn, 4), 1, 1, 32) if low_bit else whole_tiles(mean, (B, heads, D), 1, 1, 32)
     )

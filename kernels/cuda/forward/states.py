@@ -3,7 +3,7 @@
     h_j = phi(k_j - k_mean)^T v_j (D, Dv),   z_j = sum over rows of phi(k_j - k_mean) (D,)
     H_i = sum_{j not in lut_i} h_j,          Z_i = sum_{j not in lut_i} z_j
 A state is one row of [h_j, z_j], so that one GEMM, complement map times states, gives H and Z. States carry
-1 / block_k and the map 2^-ceil(log2 Tn): o_linear is a ratio and does not see it, and fp16 does not overflow.
+a factor 1 / block_k and the map 2^-ceil(log2 Tn), so that fp16 does not overflow; both cancel in the ratio o_linear.
 
 Since it reads k and v anyway, `states_kernel` also writes them in 8 bits for the sparse branch, if LOW_BIT:
     k8 = round((k - k_mean) / k_scale_j),  k_scale_j = max |k - k_mean| / 127
@@ -26,7 +26,7 @@ V_SCALE_MAX = tl.constexpr(2.0**80)
 def feature_map(x, inside, NAME: tl.constexpr):
     """phi over the last axis of x (rows, dims) fp32; 0 where not inside (dims,)."""
     if NAME == "softmax":
-        # exp2 and one reciprocal a row: exp and a division an element cost three times the instructions
+        # exp2 and one reciprocal per row: exp and a division per element cost three times the instructions
         x = tl.where(inside[None, :], x, float("-inf"))
         x = tl.exp2((x - tl.max(x, axis=1)[:, None]) * LOG2_E)
         return x * (1.0 / tl.sum(x, axis=1))[:, None]
@@ -57,7 +57,7 @@ def centered_keys(
 ):  # fmt: skip
     """Load the columns dims of a key block less their mean, (rows, dims) fp32.
 
-    The mean is k_mean's or, if SUMS, what `pool_kernel`'s sums give; see `keys_mean`.
+    The mean is read from k_mean or, if SUMS, computed from `pool_kernel`'s sums; see `keys_mean`.
     """
     x = tl.load(k_rows[:, None] + dims[None, :], mask=real[:, None] & (dims < D)[None, :], other=0.0)
     if SUMS > 0:
@@ -71,24 +71,24 @@ def centered_keys(
 def key_order(position):
     """Which key of a block stands at this position of v8.
 
-    Position (g, t, h, e) of shape (BLOCK_K / 16, 4, 2, 2) holds key (g, h, t, e): as a thread of a Hopper tensor core
-    holds scores, so that they become an operand of the next product in place.
+    Position (g, t, h, e) of shape (BLOCK_K / 16, 4, 2, 2) holds key (g, h, t, e): the order in which a thread of a Hopper
+    tensor core holds scores, so that they become an operand of the next product in place.
     """
     return (position & ~15) + ((position & 2) << 2) + ((position & 12) >> 1) + (position & 1)
 
 
 @triton.jit
 def scale_of(top):
-    """The INT8 scale of numbers of at most top; the same bits as the reference's."""
+    """The INT8 scale of numbers whose largest magnitude is top; bit-equal to the reference's."""
     return tl.maximum(top * (1.0 / 127.0), 1e-20)
 
 
 @triton.jit
 def to_int8(x, scale):
-    """Round x / scale to the nearest; the same bits as the reference's. Broadcasts scale."""
-    # between product and sum, so that the compiler does not fuse them: at a tie that rounds to the other side
+    """Round x / scale to the nearest, broadcasting scale; bit-equal to the reference's."""
+    # clamped, so that the compiler does not fuse product and sum, which would round ties the other way
     x = tl.clamp(x * tl.div_rn(1.0, scale), -127.0, 127.0)
-    # 1.5 * 2^23 on top rounds, and leaves the whole number in the lowest byte
+    # adding 1.5 * 2^23 rounds, and leaves the whole number in the lowest byte
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
@@ -142,7 +142,7 @@ def state_of_block(
     """
     b, h = bh // heads, bh % heads
     offsets = tl.arange(0, BLOCK_K)
-    # in sums over keys their order does not count
+    # sums over keys do not depend on their order
     order = key_order(offsets) if LOW_BIT == 2 else offsets
     keys = j * BLOCK_K + order
     columns = part * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -159,7 +159,7 @@ def state_of_block(
     exists = j * BLOCK_K < Nk
     block = bh * tl.cdiv(Nk, BLOCK_K) + j
     if LOW_BIT == 2:
-        # before the keys are loaded, for their registers
+        # before the keys are loaded, to save registers
         log = store_value_block(v_at, real, columns, v8 + block * DV * BLOCK_K, exists, DV, BLOCK_DV, BLOCK_K)
         if part == 0:
             tl.store(scales + block * 4 + 1, log, mask=exists)
@@ -185,7 +185,7 @@ def state_of_block(
                 tl.store(row + dims_y, to_int8(y8, scale), mask=exists & (dims_y < D))
     if HALVES:
         x, y = feature_map_of_halves(x, y, dims < D, dims + PART < D, FEATURE_MAP)
-        # each just before it is stored: both at once take 167 us, from 136, on (1, 12, 32760, 128)
+        # each masked just before it is stored: both at once take 167 us, from 136, on (1, 12, 32760, 128)
         x = tl.where(real[:, None], x, 0.0)
         store_state(x, value, out, dims, columns, part, D, DV, ROW_DV, Z_AT, BLOCK_K)
         y = tl.where(real[:, None], y, 0.0)
@@ -236,7 +236,7 @@ def complement_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     out = complement + row * columns
-    # same expression for all: blocks that only some rows of a causal block see are always selected
+    # one test for all rows: blocks that only some rows of a causal block see are always selected
     last = ((row + first) % Tm) * BLOCK_Q
     for start in range(0, columns, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)

@@ -25,10 +25,10 @@ from sla2_compile.kernels.cuda.tuning import launch
 SUMS = (64, 128, 3, 4)
 """`sums_kernel`: query blocks and numbers of a state per program, pipeline stages, warps.
 
-21 us at (4, 12, 4128, 64); 19 with 256 numbers in 8 warps, which takes 13 in place of 11 at (1, 12, 4096, 128).
+21 us at (4, 12, 4128, 64); 19 with 256 numbers in 8 warps, which takes 13 instead of 11 at (1, 12, 4096, 128).
 """
 STATE_BYTES = 1 << 30
-"""Heads are taken in groups whose block states and their sums stay under this, so that memory does not grow."""
+"""Heads are taken in groups whose block states and sums stay below this, so that memory does not grow."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EightBit:
         k8: (B, Hkv, Tn * block_k, D) int8, smoothed, 0 at rows that are no real keys.
         v8: (B, Hkv, Tn, Dv, block_k) float8_e4m3fn, the keys in `key_order`.
         scales: (B, Hkv, Tn, 4) fp32: k's scale, log2 of v's, and two of no meaning, for rows of 16 bytes.
-        What a level has not is k, and never read.
+        Tensors that a level does not use are set to k and never read.
     """
 
     level: int
@@ -50,10 +50,10 @@ class EightBit:
 
     @classmethod
     def of(cls, schedule: Schedule, k: Slot, v: Slot, block_k: int, low_bit: str) -> EightBit:
-        """Have what low_bit needs allocated for k (B, Hkv, Nk, D) and v (B, Hkv, Nk, Dv)."""
+        """Allocate what low_bit needs for k (B, Hkv, Nk, D) and v (B, Hkv, Nk, Dv)."""
         level, (B, heads, Nk, D), Dv = LOW_BITS.index(low_bit), k.shape, v.shape[3]
         tn = num_blocks(Nk, block_k)
-        # absent ones are not of an 8-bit type: older chips do not know it
+        # unused ones must not have an 8-bit type, which older chips do not know
         k8 = v8 = scales = k
         if level >= 1:
             k8 = schedule.empty("k8", (B, heads, tn * block_k, D), torch.int8)
@@ -70,7 +70,7 @@ class EightBit:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """How the state [h, z] of one key block lies in memory, and what the kernels that touch it are told.
+    """The memory layout of the state [h, z] of one key block, and the constants of the kernels that use it.
 
     Attributes:
         D, Dv: head dims; block_d, block_dv: those padded to tiles; feature_map: phi.
@@ -89,7 +89,7 @@ class StateLayout:
 
     @property
     def z_at(self) -> int:
-        """Where z begins, behind h."""
+        """Where z begins, after h."""
         return num_blocks(self.D, 16) * 16 * self.row
 
     @property
@@ -141,7 +141,7 @@ def add_states(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
     layout: StateLayout, eight: EightBit, states: Slot, heads: range, trials: bool,
 ) -> None:  # fmt: skip
-    """Have the states of some key/value heads, of all in the batch, written into `states` (n, columns, size)."""
+    """Schedule the kernel that writes states of some of the batch's key/value heads into `states` (n, columns, size)."""
     k, v, mask = args.k, args.v, args.key_mask
     columns = states.shape[1]
     tile, limits = states_tile(shape)
@@ -157,7 +157,7 @@ def add_states(
 def sums(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], layout: StateLayout, states: Slot
 ) -> Summed:
-    """Have the states (B * heads, Tn, size) of a short call summed over each query block's complement."""
+    """Sum the states (B * heads, Tn, size) of a short call over each query block's complement."""
     (heads, tn, size), (tm, topk), (B, Hq) = states.shape, args.lut.shape[2:], args.q.shape[:2]
     rows = B * Hq // heads * tm
     summed = schedule.empty("summed", (heads, rows, size), states.dtype)
@@ -176,7 +176,7 @@ def summed_states(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
     layout: StateLayout, eight: EightBit, trials: bool,
 ) -> Iterator[Summed]:  # fmt: skip
-    """Have states summed for as many heads at a time as memory is meant to hold; the slots are used again."""
+    """Sum states for as many heads at a time as `STATE_BYTES` allows; the slots are reused."""
     k = args.k
     (B, heads, Nk, _), groups = k.shape, args.q.shape[1] // k.shape[1]
     if is_short(args, layout):
@@ -190,7 +190,7 @@ def summed_states(
 
 @dataclass(frozen=True)
 class Group:
-    """Some key/value heads of all in the batch, with their states summed by a GEMM.
+    """Some of the batch's key/value heads, with their states summed by a GEMM.
 
     Attributes:
         complement: (heads, groups * Tm, columns), `weight` where a query block's linear branch covers a key block.
@@ -208,11 +208,11 @@ def grouped_sums(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
     layout: StateLayout, eight: EightBit, trials: bool,
 ) -> Iterator[Group]:  # fmt: skip
-    """Have states summed by a GEMM for as many heads at a time as memory is meant to hold."""
+    """Sum states by a GEMM for as many heads at a time as `STATE_BYTES` allows."""
     k, Hq = args.k, args.q.shape[1]
     (B, heads, Nk, _), (tm, topk) = k.shape, args.lut.shape[2:]
     groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
-    # rows of 16 bytes, or the GEMM is three times slower; what is added is zero
+    # rows of whole 16-byte pieces, or the GEMM is three times slower; the padding is zero
     columns = num_blocks(tn, 8) * 8
     per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
     step = max(1, min(B * heads, STATE_BYTES // per_head))

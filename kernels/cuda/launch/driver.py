@@ -1,4 +1,4 @@
-"""NVIDIA's driver, as far as launches that are made again need it, through ctypes (cuda.h, CUDA 12 and 13)."""
+"""NVIDIA's driver, as far as repeated launches need it, through ctypes (cuda.h, CUDA 12 and 13)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def driver() -> Any:
 
 
 def check(code: int, doing: str = "") -> None:
-    """Raise what the driver says of a call that returned this code, after what was being done.
+    """Raise an error with the driver's text for a code that it returned, after `doing`.
 
     Raises:
         RuntimeError: code is not 0.
@@ -39,7 +39,7 @@ def check(code: int, doing: str = "") -> None:
 
 
 def use_context(device: int) -> None:
-    """Have this thread work in the context that PyTorch and Triton use, should it have none yet."""
+    """Give this thread the context that PyTorch and Triton use, if it has none yet."""
     context = ctypes.c_void_p()
     check(driver().cuCtxGetCurrent(ctypes.byref(context)))
     if context.value is None:

@@ -1,4 +1,4 @@
-"""What stands for the tensors of a call before there are any: their layouts, their slots, and slots seen as tiles."""
+"""Stand-ins for the tensors of a call before they exist: their layouts, their slots, and slots seen as tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """What of a tensor decides how kernels are launched on it; aligned: its address is a multiple of 16 bytes."""
+    """The facts of a tensor that decide how kernels are launched on it; aligned: its address is a multiple of 16 bytes."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -24,19 +24,19 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_slot(cls, slot: Slot, device: torch.device) -> Layout:
-        """Of a tensor that a run makes, which lies in one piece and where the allocator puts it."""
+        """The layout of a tensor that a run makes: contiguous, and aligned as the allocator does."""
         strides = torch.empty(slot.shape, device="meta").stride()
         return cls(slot.shape, strides, slot.dtype, device, True)
 
     @classmethod
     def of_all(cls, *tensors: Tensor | None) -> tuple[Layout | None, ...]:
-        """The layouts of a call's tensors, None where there is none."""
+        """The layouts of a call's tensors; None for absent ones."""
         return tuple([None if x is None else cls.of(x) for x in tensors])
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of a call to come, the at-th of a schedule.
+    """A tensor of a future call, number `at` of a schedule.
 
     Attributes:
         transposed: whether a run returns it with axes 1 and 2 swapped.
@@ -54,8 +54,8 @@ class Tiles:
     """What a slot holds, as the copy engine reads it.
 
     Attributes:
-        shape, strides: in elements, from `offset` on, the last stride 1; block: those of one tile.
-        layout: how Gluon wants a tile to lie in shared memory; None for Triton, which chooses.
+        shape, strides: in elements, from `offset` on, the last stride 1; block: the shape of one tile.
+        layout: Gluon's layout of a tile in shared memory; None for Triton, which chooses its own.
     """
 
     slot: Slot

@@ -1,7 +1,7 @@
-"""One launch of a compiled kernel made again, straight through NVIDIA's driver.
+"""Repeats one launch of a compiled kernel, directly through NVIDIA's driver.
 
 Triton's launcher reads every argument as a Python object, asks the driver about every address and describes every
-tile anew, which takes a third of a call's host time. Of all that only addresses change from call to call. So a
+tile anew, which takes a third of a call's host time. Of all this, only addresses change from call to call. So a
 launch's arguments are laid out once in memory that the driver reads, with a cell for every address:
 
     cells = Cells(len(slots))
@@ -9,8 +9,8 @@ launch's arguments are laid out once in memory that the driver reads, with a cel
     cells.fill(addresses)
     again(stream)
 
-What a kernel takes is read from its signature and compared with its PTX: where a Triton passes anything that is not
-known here, `Again` raises `Unknown`, and Triton's own launcher goes on making the launches.
+A kernel's parameters are read from its signature and compared with its PTX. Where a version of Triton passes anything
+unknown here, `Again` raises `Unknown`, and Triton's own launcher goes on making the launches.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DESCRIPTION_BYTES = 128
 TENSOR_MAP_TYPES = {
     torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9,
 }  # fmt: skip
-"""CUtensorMapDataType; a byte is a byte to it."""
+"""CUtensorMapDataType, which has one type for all bytes."""
 L2_128_BYTES = 2
 
 
@@ -69,10 +69,10 @@ class Cells:
 
 
 class Description:
-    """What the copy engine is told of a slot's tiles (CUtensorMap), kept true to the slot's address.
+    """The copy engine's description of a slot's tiles (CUtensorMap), kept up to date with the slot's address.
 
     Args:
-        tiles: of which slot; meta: how Triton compiled the kernel to find a tile in shared memory.
+        tiles: what it describes; meta: the layout of a tile in shared memory that Triton compiled the kernel for.
     """
 
     def __init__(self, tiles: Tiles, meta: dict[str, Any], cells: Cells) -> None:
@@ -81,7 +81,7 @@ class Description:
         if meta["fp4_padded"] or meta["elem_size"] != size or dtype not in TENSOR_MAP_TYPES:
             raise Unknown(f"tiles of {dtype} in {meta}")
         self._cells, self._at, self._offset = cells, tiles.slot.at, tiles.offset * size
-        # the driver wants an address divisible by 64
+        # the driver requires an address divisible by 64
         self._memory = (ctypes.c_uint8 * (DESCRIPTION_BYTES + 64))()
         start = ctypes.addressof(self._memory)
         self.address = start + -start % 64
@@ -105,7 +105,7 @@ class Description:
 
 
 class Parameters:
-    """A kernel's parameters in order: where the driver finds each, and of how many bytes."""
+    """A kernel's parameters in order: where the driver finds each, and its size in bytes."""
 
     def __init__(self, cells: Cells) -> None:
         self.addresses: list[int] = []
@@ -136,11 +136,11 @@ class Parameters:
 
 
 class Again:
-    """One launch, its arguments laid out; calling it makes the launch, with what lies in the cells.
+    """One launch with its arguments laid out; calling it makes the launch, with the addresses in the cells.
 
     Args:
         compiled: what Triton made; grid: programs; args: the kernel's arguments up to its constants, with `Slot` and
-            `Tiles` for tensors; cells: filled with the addresses of the launch that compiled.
+            `Tiles` for tensors; cells: filled with the addresses of the launch that compiled it.
 
     Raises:
         Unknown: see the module's text.
@@ -152,7 +152,7 @@ class Again:
             raise Unknown("clusters, cooperative or dependent launches")
         if meta.global_scratch_size or meta.profile_scratch_size:
             raise Unknown("scratch of Triton's own")
-        # what the driver reads by address, and the kernel, which a Triton may unload, live as long as this object
+        # keeps alive what the driver reads by address, and the kernel, which Triton may unload
         self._compiled = compiled
         self._laid = laid = Parameters(cells)
         metas = iter(meta.tensordesc_meta or ())
@@ -167,7 +167,7 @@ class Again:
                 laid.tiles(value, next(metas))
             else:
                 raise Unknown(f"an argument of type {kind}")
-        # scratch of Triton's own, which there is none of
+        # Triton's own scratch, of which there is none
         laid.number(ctypes.c_uint64, 0)
         laid.number(ctypes.c_uint64, 0)
         wanted = parameter_bytes(compiled.asm["ptx"])

@@ -1,6 +1,6 @@
 """Replays a schedule's launches through the driver, with one allocation for all kernel-private tensors.
 
-Schedules reach this module, and through it `repeat.py` and `driver.py`, by `lay_out` alone, and only while `ENABLED`.
+Schedules reach this module, and through it `repeat.py` and `driver.py`, only by `lay_out`, and only while `ENABLED`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sla2_compile.kernels.cuda.launch.steps import Compute, Launch
 from sla2_compile.kernels.torch_internals import current_stream
 
 ENABLED = True
-"""The switch. False: Triton makes every launch, which takes the host longer and gives the same."""
+"""The switch. False: Triton makes every launch, which takes the host longer and gives the same results."""
 
 ALIGNMENT = 512
-"""Bytes; that of PyTorch's allocator, so that a later run's addresses divide as the first one's did."""
+"""Bytes, as in PyTorch's allocator, so that a later run's addresses are aligned as the first one's were."""
 
 
 def watched() -> bool:
-    """Whether somebody wants to hear of launches, which only Triton's launcher tells."""
+    """Whether launch hooks are set, which only Triton's launcher calls."""
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
     return any(getattr(hook, "calls", hook) for hook in hooks)
 
@@ -39,8 +39,8 @@ class Room:
     """What a later run allocates.
 
     Attributes:
-        tensors: slots that PyTorch or the caller sees, a tensor each.
-        scratch: slot number and offset of the others; size: bytes of these in all.
+        tensors: slots that PyTorch or the caller sees, one tensor each.
+        scratch: slot number and offset of the others; size: total bytes of these.
     """
 
     tensors: list[Slot]
@@ -59,11 +59,11 @@ class Room:
 
 
 class Rerun:
-    """Makes a schedule's steps again.
+    """Repeats a schedule's steps.
 
     Args:
         steps: in order, each given the run's tensors and stream; cells: what they read addresses from.
-        allocated: slots to allocate; computed: numbers of those that steps of PyTorch's read.
+        allocated: slots to allocate; computed: numbers of those that PyTorch's steps read.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Rerun:
     def may_run(self) -> bool:
         """Whether this thread may run it now.
 
-        Not from within a step, as a signal handler or a finaliser might, nor while somebody listens to launches.
+        Not from within a step, as a signal handler or a finaliser might ask, nor while launch hooks are set.
         """
         return ENABLED and self._thread != threading.get_ident() and not watched()
 
     def room(self, results: tuple[int, ...]) -> Room:
-        """What a run allocates whose caller sees the slots of these numbers."""
+        """What a run allocates if its caller sees the slots of these numbers."""
         room = self._rooms.get(results)
         if room is None:
             room = self._rooms[results] = Room.of(self._allocated, self._computed.union(results))
@@ -98,7 +98,7 @@ class Rerun:
         Args:
             tensors: one for each slot: those of inputs, and of results that the caller allocated. Other results are
                 filled in.
-            scratch: bytes for what nobody sees; if None, or fewer than the room's, they are allocated.
+            scratch: memory for kernel-private tensors; allocated if None or smaller than the room's.
         """
         room = self.room(results)
         first = tensors[0]
@@ -108,7 +108,7 @@ class Rerun:
                 tensors[slot.at] = first.new_empty(slot.shape, dtype=slot.dtype)
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         if room.size:
-            # held until the last launch is on the stream; then the allocator may give it to whatever comes behind
+            # held until the last launch is on the stream; then the allocator may give it to later launches
             if scratch is None or scratch.nbytes < room.size:
                 scratch = first.new_empty(room.size, dtype=torch.uint8)
             start = scratch.data_ptr()
@@ -117,7 +117,7 @@ class Rerun:
         device = torch.cuda.current_device()
         stream = current_stream(device)
         use_context(device)
-        # another thread may run the same schedule, and the cells are the schedule's
+        # another thread may run the same schedule, which has only these cells
         with self._lock:
             self._thread = threading.get_ident()
             try:
@@ -129,7 +129,7 @@ class Rerun:
 
 
 def computed(steps: list[Launch | Compute]) -> set[int]:
-    """Numbers of the slots that steps of PyTorch's read, which are tensors in every run."""
+    """Numbers of the slots that PyTorch's steps read, which are tensors in every run."""
     return {slot.at for step in steps if isinstance(step, Compute) for slot in step.slots}
 
 
@@ -153,7 +153,7 @@ def lay_out(steps: list[Launch | Compute], tensors: list[Any], allocated: list[S
 
 
 def again(step: Launch | Compute, cells: Cells) -> Callable[[list[Any], int], None]:
-    """What takes a step again, given the run's tensors and stream; raises `Unknown` where only Triton can."""
+    """Return what repeats a step, given the run's tensors and stream; raise `Unknown` where only Triton can."""
     if isinstance(step, Compute):
 
         def compute(tensors: list[Any], stream: int) -> None:
@@ -164,6 +164,6 @@ def again(step: Launch | Compute, cells: Cells) -> Callable[[list[Any], int], No
     try:
         launch = Again(step.compiled, step.grid, step.args, cells)
     except (AttributeError, KeyError, OSError, StopIteration, TypeError, ValueError) as error:
-        # another Triton, or no driver by the name that we know: whatever is not as expected
+        # another version of Triton, or a driver of another name: anything unexpected
         raise Unknown(f"{type(error).__name__}: {error}") from error
     return lambda tensors, stream: launch(stream)

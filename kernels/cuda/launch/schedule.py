@@ -1,4 +1,4 @@
-"""`Schedule`: a call's launches, worked out once for its layout, then made with the addresses of each call.
+"""`Schedule`: a call's launches, prepared once for its layout, then made with the addresses of each call.
 
 Choosing tiles and grids in Python, and letting Triton specialise three hundred arguments, takes a millisecond of host
 time. None of it depends on values, so calls with the same shapes, strides, dtypes and options share a schedule:
@@ -10,8 +10,8 @@ time. None of it depends on values, so calls with the same shapes, strides, dtyp
 
 A first run goes through Triton, which compiles, with a tensor for each argument. Later ones (`cuda/launch/rerun.py`)
 go straight to the driver, with the compiled kernels, bare addresses and one allocation for kernel-private tensors.
-While somebody listens to Triton's launch hooks, each run goes through Triton; what else Triton reads at a launch
-(debug knobs, pre-run hooks) counts at the first one.
+While Triton's launch hooks are set, each run goes through Triton. What else Triton reads at a launch (debug knobs,
+pre-run hooks) takes effect at the first one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Schedule:
     """Launches in order; see the module's text.
 
     Attributes:
-        inputs: slots of the tensors that `run` is given; an absent one stands for the first (kernels take it and do
-            not read it). given: the same, with None for absent ones.
+        inputs: slots of the tensors that `run` is given; in place of an absent one, the first (kernels take it and
+            do not read it). given: the same, with None for absent ones.
         steps: what runs; slots: every tensor, inputs first.
     """
 
@@ -76,7 +76,7 @@ class Schedule:
         return [like.new_empty(slot.shape, dtype=slot.dtype) for slot in self._allocated]
 
     def scratch_bytes(self, results: tuple[Slot, ...]) -> int:
-        """How much memory a run takes for what only its kernels see, given the results that its caller sees."""
+        """Bytes that a run takes for kernel-private tensors, given the results that its caller sees."""
         computed = rerun.computed(self.steps)
         return rerun.Room.of(self._allocated, computed.union(slot.at for slot in results)).size
 
@@ -87,10 +87,10 @@ class Schedule:
         into: Sequence[Tensor] = (),
         scratch: Tensor | None = None,
     ) -> list[Tensor]:
-        """Make the launches; inputs have the layouts that the schedule was made for. Returns a tensor a result.
+        """Make the launches; inputs have the layouts that the schedule was made for. Returns one tensor per result.
 
         Args:
-            into: memory for the results, one each of the slot's shape; allocated if empty.
+            into: memory for the results, one tensor each, of the slot's shape; allocated if empty.
             scratch: `scratch_bytes` of memory, uint8; allocated if None.
         """
         first = inputs[0]
@@ -107,7 +107,7 @@ class Schedule:
                 self._run_by_triton(tensors)
         for slot, x in zip(results, into, strict=False):
             if tensors[slot.at] is not x:
-                # a step of PyTorch's made it
+                # made by a step that PyTorch computes
                 tensors[slot.at] = x.copy_(tensors[slot.at])
         return [tensors[slot.at].transpose(1, 2) if slot.transposed else tensors[slot.at] for slot in results]
 

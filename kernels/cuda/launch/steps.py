@@ -19,7 +19,7 @@ class Launch:
     Attributes:
         grid: programs; a function of a tile where the tile is found by trial.
         args: positional arguments, with `Slot` and `Tiles` for tensors; constants: those by name.
-        compiled: what Triton made of it, once there is something to keep.
+        compiled: the kernel that Triton compiled, once it can be kept.
     """
 
     kernel: Any
@@ -44,7 +44,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compute:
-    """One step that PyTorch takes: what function makes of some slots goes into another."""
+    """One step that PyTorch computes: `function` of some slots, put into another."""
 
     function: Callable[..., Tensor]
     slots: tuple[Slot, ...]

@@ -1,8 +1,8 @@
 """The router of a short call after pooling: one program does the rest for a few query blocks.
 
 It scores its query tokens against every key block. It writes the scores to memory, as `scores_kernel`
-does, and reads them back to select (`select_rows`); both stay in the caches. What the projections do to both sides is
-done to q alone:
+does, and reads them back to select (`select_rows`); both stay in the caches. Both projections are applied to
+q alone:
     (W_q q) . (W_k k) = (W_k^T W_q q) . k
 """
 
@@ -20,8 +20,8 @@ from sla2_compile.kernels.cuda.route.select import select_rows
 def project(x, proj_q, proj_k, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
     """Return W_k^T W_q x for each row x (BLOCK_T, BLOCK_D) fp32, CHUNK dims of W_q x at a time.
 
-    In TF32, as the scores are. Three products, as in `project_kernel`, take registers that would cost half of the
-    programs on a multiprocessor.
+    In TF32, as the scores are. Three products, as in `project_kernel`, would take so many registers that half as many
+    programs fit a multiprocessor.
     """
     dims, part = tl.arange(0, BLOCK_D), tl.arange(0, CHUNK)
     total = tl.zeros(x.shape, tl.float32)
@@ -83,7 +83,7 @@ def choose_blocks(
         pid: which tile of which head.
         q_tokens: (batch * Hq, Tq, D), fp32 if PROJECTED. k_tokens: (batch * Hkv, Tk, D) fp32.
         count, partial: as `pool_kernel` writes them. proj_q, proj_k: (D, D), any float type (if PROJECTED).
-        peak, typical: (batch * Hq, Tm, cdiv(Tn, 4) * 4) fp32, out: nobody else's.
+        peak, typical: (batch * Hq, Tm, cdiv(Tn, 4) * 4) fp32, out, read by no other kernel.
         lut, log_rest, entropy: out, as `select_rows` has them. k_mean: (batch * Hkv, D) fp32, out.
         groups: query heads per key head. A, B: tokens of a query and a key block; ROWS: keys of a token.
         tiles: of partial; SUMS: how many of them `keys_mean` adds at a time. WIDTH: at least Tn.

@@ -29,13 +29,13 @@ SCORES = (64, 64, 4, 3, 4)
 WIDE_BLOCKS = 32
 """Key blocks per tile at head dims over 128, for the 99 KiB of shared memory that smaller chips have."""
 ENOUGH_PROGRAMS = 256
-"""Of `scores_kernel`: where there are fewer, each takes fewer tiles (6.2 us, not 17.7, on (4, 16, 4096, 64))."""
+"""Programs of `scores_kernel`; if there were fewer, each takes fewer tiles (6.2 us, not 17.7, on (4, 16, 4096, 64))."""
 CENTER_TOKENS, PROJECTED_TOKENS = 32, 32
 """Tokens that a program of `center_kernel` and of `project_kernel` takes at a time."""
 CHOOSE = (4, 64, 2, 4)
 """`choose_blocks`: query blocks per program (fewer if they have many tokens), key tokens per tile, stages, warps.
 
-Of a whole call at (4, 12, 4128, 64) and 15 %: 200 us; 212 with three stages, 208 with tiles of 128 tokens in one
+A whole call at (4, 12, 4128, 64) and 15 % takes 200 us; 212 with three stages, 208 with tiles of 128 tokens in one
 stage, 244 with two query blocks, 249 with eight warps, 201 with eight query blocks in eight warps.
 """
 SHORT_DIM = 128
@@ -106,7 +106,7 @@ def pool(schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], si
     programs_q = B * Hq * num_blocks(Nq, tile)
     q_tokens = schedule.empty("q_tokens", (B, Hq, sizes.Tq, D), q.dtype if args.proj_q is None else fp32)
     k_tokens = schedule.empty("k_tokens", (B, heads, sizes.Tk, D), fp32)
-    # what is not asked for is not touched, and costs no allocation
+    # without a mask, count is never used and needs no allocation
     count = slots.q if mask is None else schedule.empty("count", (B, sizes.Tk), fp32)
     partial = schedule.empty("partial", (B * heads, sizes.tiles, D), fp32)
     schedule.launch(
@@ -131,7 +131,7 @@ def results(schedule: Schedule, args: RouteArgs[Layout], sizes: Sizes) -> RouteR
 def block_scores(schedule: Schedule, args: RouteArgs[Layout], sizes: Sizes) -> tuple[Slot, Slot]:
     """Have memory allocated for peak and typical: rows of whole 16-byte pieces.
 
-    Their last few columns are never written, and of no effect when read.
+    Their last few columns are never written, and have no effect when read.
     """
     B, Hq = args.q.shape[:2]
     shape = (B, Hq, sizes.tm, num_blocks(sizes.tn, 4) * 4)
@@ -143,7 +143,7 @@ class Choice:
     """What `choose_blocks` is given in a short call.
 
     Attributes:
-        programs: that it takes. tensors, numbers, constants: its arguments, in order and by name.
+        programs: how many it takes. tensors, numbers, constants: its arguments, in order and by name.
     """
 
     programs: int
@@ -185,7 +185,7 @@ class Choice:
 def add_route(
     schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], made: RouteResult[Slot], trials: bool
 ) -> None:
-    """Put the launches of a route into `made` on a schedule."""
+    """Put the launches of a route, with results in `made`, on a schedule."""
     sizes = Sizes.of(args)
     if not is_short(args):
         _long(schedule, args, slots, sizes, made, trials)
@@ -194,7 +194,7 @@ def add_route(
 
 
 def choose(schedule: Schedule, choice: Choice) -> None:
-    """Have blocks chosen by a launch of their own."""
+    """Choose blocks in a separate launch."""
     schedule.launch(
         choose_kernel, (choice.programs,), *choice.tensors, *choice.numbers, **choice.constants,
         num_warps=choice.warps,
@@ -205,7 +205,7 @@ def _long(
     schedule: Schedule, args: RouteArgs[Layout], slots: RouteArgs[Slot], sizes: Sizes, made: RouteResult[Slot],
     trials: bool,
 ) -> None:  # fmt: skip
-    """Route a call with many key blocks, each step cut by itself."""
+    """Route a call with many key blocks; each step is a separate launch."""
     q, k, mask, fp32 = args.q, args.k, args.key_mask, torch.float32
     (B, Hq, Nq, D), (_, heads, Nk, _) = q.shape, k.shape
     Tq, Tk, tm, tn, a = sizes.Tq, sizes.Tk, sizes.tm, sizes.tn, sizes.a

@@ -1,6 +1,6 @@
 """Router tokens: means over neighbouring rows of q and k, and the mean of k (SLA2, Alg. 2, lines 1-2).
 
-`pool_kernel` reads x (B, H, N, D) once and writes the mean of each ROWS neighbouring rows; for keys it also
+`pool_kernel` reads x (B, H, N, D) once and writes the mean of every ROWS neighbouring rows; for keys it also
 writes the sum of each tile, from which `center_kernel` makes k_mean and the smoothed key tokens
 (mean over rows of k - k_mean = pooled k - k_mean). `project_kernel` applies the learned projections.
 No atomics: results do not depend on the order of programs.
@@ -21,9 +21,9 @@ def pool_rows(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     HAS_MASK: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Average each ROWS neighbouring rows among the TILE rows of one tile of x; see `pool_kernel`."""
+    """Average every ROWS neighbouring rows among the TILE rows of one tile of x; see `pool_kernel`."""
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    # rows are summed in runs of at most 16 by a loop, each thread on its own columns: no exchange between threads
+    # a loop sums runs of at most 16 rows, each thread in its own columns: no exchange between threads
     RUN: tl.constexpr = ROWS if ROWS < 16 else 16
     RUNS: tl.constexpr = TILE // RUN
     first = tile * TILE + tl.arange(0, RUNS) * RUN
@@ -92,7 +92,7 @@ def keys_mean(
 ):
     """Mean of the keys of one head in some dims, from what `pool_kernel` wrote.
 
-    Every program that needs it sums the same partial sums in the same order: cheap, and no launch more.
+    Every program that needs it adds the same partial sums in the same order, which is cheap and saves a launch.
     """
     run = tl.arange(0, BLOCK_T)
     total = tl.zeros((BLOCK_T, dims.shape[0]), tl.float32)
@@ -113,7 +113,7 @@ def keys_mean(
 
 @triton.jit
 def keys_behind(count, b, at, N, T, ROWS: tl.constexpr, HAS_MASK: tl.constexpr):
-    """log2 of the keys behind each key token, `EMPTY` where there are none."""
+    """log2 of the number of keys behind each key token, `EMPTY` where there are none."""
     if HAS_MASK:
         rows = tl.load(count + b * T + at, mask=at < T, other=0.0)
     else:
@@ -128,7 +128,7 @@ def center_kernel(
 ):  # fmt: skip
     """Write k_mean (B * H, D) fp32, centered = tokens - k_mean (B * H, T, D) and bonus (B, T) fp32.
 
-    bonus is `keys_behind`. One program a group of tokens.
+    bonus is `keys_behind`. One program per group of tokens.
 
     Args:
         tokens: (B * H, T, D) fp32; count: (B, T) fp32; partial: (B * H, tiles, D) fp32.
@@ -155,7 +155,7 @@ def center_kernel(
 def project_kernel(
     tokens, proj, out, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Write out = tokens proj^T, BLOCK_T rows a program: the router's learned projection.
+    """Write out = tokens proj^T, BLOCK_T rows per program: the router's learned projection.
 
     Args:
         tokens: (rows, D) fp32; proj: (D, D), any float type; out: (rows, D), out.

@@ -1,11 +1,11 @@
 """The router's block scores, reduced from token scores on the fly (SLA2, Eq. 15, on router tokens).
 
-With s_ab the scaled score of query token a and key token b, n_b the keys behind b, A tokens a query block:
+With s_ab the scaled score of query token a and key token b, n_b the keys behind b, A tokens per query block:
     z_aj     = log sum_{b in block j} n_b exp(s_ab)
     peak     = log sum_a exp(z_aj) - log A,   typical = mean_a z_aj          (`reference.block_scores`)
-The (N / r)^2 token scores never reach memory, and no sum needs an exchange between threads: a tile takes one token of
-each of BLOCK_N key blocks at a time, so the sum over b is elementwise, and the query tokens stand in such columns
-(`token_in`) that a tensor core leaves all A scores of a query block with one thread.
+The (N / r)^2 token scores never reach memory, and no sum needs an exchange between threads. A tile takes one token of
+each of BLOCK_N key blocks at a time, so the sum over b is elementwise. The query tokens are ordered in columns
+(`token_in`) so that a tensor core leaves all A scores of a query block with one thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def log2(x, FAST: tl.constexpr):
 
 @triton.jit
 def add_score(top, total, s):
-    """Take s into a running log-sum-exp (log2 units) with a single exponential an element."""
+    """Take s into a running log-sum-exp (log2 units) with a single exponential per element."""
     step = s - top
     e = tl.exp2(-tl.abs(step))
     return tl.maximum(top, s), tl.where(step > 0.0, total * e + 1.0, total + e)
@@ -41,7 +41,7 @@ def token_in(column, A: tl.constexpr, BLOCK_T: tl.constexpr):
     """Which query token of a tile stands in a column of the scores.
 
     Of every 8 columns of a product, one thread holds two neighbours. Where a tile has four query blocks or more, the
-    A tokens of one stand in the same thread's pairs: column (u, x, y, z) of shape (BLOCK_T / 4A, A / 2, 4, 2) holds
+    A tokens of a query block stand in one thread's pairs: column (u, x, y, z) of shape (BLOCK_T / 4A, A / 2, 4, 2) holds
     token (u, y, x, z).
     """
     if A > 1 and BLOCK_T >= 4 * A:
@@ -98,7 +98,7 @@ def scores_kernel(
     Args:
         q_tokens: (batch * Hq, Tq, D); k_tokens: (batch * Hkv, Tk, D); bonus: (batch, Tk) fp32, log2 n_b.
         peak, typical: (batch * Hq, Tm, cdiv(Tn, 4) * 4) fp32, out, natural log; -inf for a block with no real key.
-        groups: query heads a key head. A, B: tokens of a query and a key block.
+        groups: query heads per key head. A, B: tokens of a query and a key block.
     """
     tiles_t, runs = tl.cdiv(Tq, BLOCK_T), tl.cdiv(Tn, BLOCK_N * TILES)
     pid = tl.program_id(0)

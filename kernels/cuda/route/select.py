@@ -1,8 +1,8 @@
 """Row-wise top-k of the block scores to an ascending look-up table, log_rest and entropy (SLA2, Eq. 16).
 
 A threshold that just `kept` scores reach is found by bisection on an order-preserving integer image of the scores,
-between the row's least and largest: at most 32 counts, usually a dozen, and no sort. Ties go to the lower index. A
-prefix sum of the chosen gives each its place. A program takes R rows at once: one in long calls (`select_kernel`),
+between the row's least and largest. It takes at most 32 counts, usually a dozen, and no sort. Ties go to the lower
+index. A prefix sum over the chosen ones gives each its place. A program takes R rows at once: one in long calls (`select_kernel`),
 a few in short ones (`choose.py`), which then share the steps of one bisection.
 """
 
@@ -20,7 +20,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scores_of_rows(scores, row, j, Tn):
-    """Load rows (R,) as (R, BLOCK_N) fp32, -inf behind their end, in whole pieces of 16 bytes."""
+    """Load rows (R,) as (R, BLOCK_N) fp32, -inf after their end, in whole pieces of 16 bytes."""
     columns = tl.cdiv(Tn, 4) * 4
     at = scores + row.to(tl.int64)[:, None] * columns + j[None, :]
     x = tl.load(at, mask=(j < columns)[None, :], other=NEG_INF)
@@ -29,7 +29,7 @@ def scores_of_rows(scores, row, j, Tn):
 
 @triton.jit
 def image(x):
-    """Return integers in the order of x (fp32)."""
+    """Return integers that are ordered as x (fp32) is."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -64,9 +64,9 @@ def reached_by(key, topk):
 def places(chosen, R: tl.constexpr, BLOCK_N: tl.constexpr):
     """Exclusive prefix sum of each row of chosen (R, BLOCK_N) bool, as int32.
 
-    A long row is cut into pieces of 128, of which each of a warp's threads holds four neighbours. The sums over
-    threads of four pieces, at most 128, go through one scan as the bytes of a word: a plain scan spends its time on
-    exchanges between threads.
+    A long row is cut into pieces of 128, so that each thread of a warp holds four neighbours. The sums over threads of
+    four pieces, at most 128 each, are scanned together as the bytes of a word, because a plain scan spends its time
+    on exchanges between threads.
     """
     PIECES: tl.constexpr = BLOCK_N // 128
     if PIECES < 4:
@@ -98,7 +98,7 @@ def select_rows(
         lut: (rows, topk) int32, out, ascending, trailing -1; log_rest, entropy: (rows,) fp32, out.
         row, exists: (R,): which rows, and whether each is to be written; all can be read.
 
-    NaN as the GPU makes it ranks first, as in `torch.topk`; with its sign set it is never chosen. Entries lie in
+    A NaN as the GPU makes it ranks first, as in `torch.topk`; with its sign bit set it is never chosen. Entries lie in
     -1..Tn - 1 whatever the scores are.
     """
     j = tl.arange(0, BLOCK_N)
@@ -106,13 +106,13 @@ def select_rows(
     if CAUSAL:
         first_q = ((row % Tm) * BLOCK_Q)[:, None]
         allowed = (j * BLOCK_K)[None, :] <= tl.minimum(first_q + BLOCK_Q, Nq) - 1
-        # blocks that only some rows see are always kept: the mask inside a block exists in the sparse branch only
+        # blocks that only some rows see are always kept: only the sparse branch masks inside a block
         partly = (tl.minimum((j + 1) * BLOCK_K, Nk) - 1)[None, :] > first_q
         rank = tl.where(allowed, tl.where(partly & (rank > NEG_INF), float("inf"), rank), NEG_INF)
     key = image(rank)
     floor, reach, kept = reached_by(key, topk)
     if tl.max(reach - kept, axis=0) > 0:
-        # of those that are just equal to it, the first ones
+        # of the keys equal to the threshold, keep the first ones
         equal = key == floor[:, None]
         room = kept - tl.sum((key > floor[:, None]).to(tl.int32), axis=1)
         key = tl.where(equal & (places(equal, R, BLOCK_N) >= room[:, None]), NO_KEY, key)
@@ -125,7 +125,7 @@ def select_rows(
         missing = (j[None, :] >= kept[:, None]) & (j < topk)[None, :] & exists[:, None]
         tl.store(out + j[None, :], tl.full((R, BLOCK_N), -1, tl.int32), mask=missing)
 
-    # scores are read when they are wanted, for the registers
+    # scores are read again only when needed, to save registers
     rest = tl.where(chosen, NEG_INF, scores_of_rows(typical, row, j, Tn))
     p = scores_of_rows(peak, row, j, Tn)
     if CAUSAL:
