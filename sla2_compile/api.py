@@ -13,9 +13,9 @@ from torch.export import ExportedProgram
 from sla2_compile import debug
 from sla2_compile.first_forward import FirstForward, first_forward
 from sla2_compile.libraries.peft import check_adapters
-from sla2_compile.modules import discovery
-from sla2_compile.modules.discovery import check_how
 from sla2_compile.modules.parallel import wrapper_around
+from sla2_compile.modules.recording import discovery
+from sla2_compile.modules.recording.discovery import check_how
 from sla2_compile.modules.redirect import check_removable, is_owner, remove, site_forward
 from sla2_compile.plan import plan_of, roots, set_plan
 from sla2_compile.planning import apply, plan_model

@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from sla2_compile.kernels.torch_internals import in_backward
 from sla2_compile.libraries.peft import check_adapters
 from sla2_compile.modules.bound import as_forward, is_bound
-from sla2_compile.modules.discovery import record_forward
 from sla2_compile.modules.first_backward import FirstBackward
 from sla2_compile.modules.parallel import wrapper_around
+from sla2_compile.modules.recording.discovery import record_forward
 from sla2_compile.modules.symbolic import symbolic, tell_symbolic
 from sla2_compile.modules.too_early import RemembersCopies, tell
 from sla2_compile.plan import Plan, set_plan

@@ -13,11 +13,11 @@ from torch import nn
 from sla2_compile import debug
 from sla2_compile.kernels.checks import DTYPES
 from sla2_compile.libraries.transformers import adapter_of
-from sla2_compile.modules.find import CONTAINERS, Found
+from sla2_compile.modules.deferral.written import Written
 from sla2_compile.modules.first_backward import FirstBackward
 from sla2_compile.modules.pretrained import begin_as_saved
+from sla2_compile.modules.recording.find import CONTAINERS, Found
 from sla2_compile.modules.redirect import CHILD, has_attribute, install
-from sla2_compile.modules.written import Written
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.select import SeenCall, check_patterns, select

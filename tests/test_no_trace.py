@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sla2_compile
-from sla2_compile.modules.copy_on_write import CopyOnWrite
-from sla2_compile.modules.leave_alone import left_alone
+from sla2_compile.modules.restoring.copy_on_write import CopyOnWrite
+from sla2_compile.modules.restoring.leave_alone import left_alone
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}
@@ -168,7 +168,7 @@ def test_only_what_was_there_before_is_copied(x, monkeypatch):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr("sla2_compile.modules.leave_alone.CopyOnWrite", Kept)
+    monkeypatch.setattr("sla2_compile.modules.restoring.leave_alone.CopyOnWrite", Kept)
     t = torch.zeros(3)
 
     def change(s, x):

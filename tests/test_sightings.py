@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sla2_compile
-from sla2_compile.modules.scores import PRODUCTS
-from sla2_compile.modules.sightings import MULTIPLIES, Sightings
+from sla2_compile.modules.deferral.scores import PRODUCTS
+from sla2_compile.modules.deferral.sightings import MULTIPLIES, Sightings
 from tests.written_by_hand import Owner
 
 UNSEEN = "call not seen when the model was planned"

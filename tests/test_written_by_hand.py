@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sla2_compile
-from sla2_compile.modules.deferred import Deferred
+from sla2_compile.modules.deferral.deferred import Deferred
 from tests.written_by_hand import KEPT, TAKEN, Owner, plain, weights_stored
 
 # nobody runs these in a compiler: threads, files, memory handed out, hooks on gradients

@@ -87,7 +87,7 @@ def attend(rows: int, warps: int, stages: int, registers: int | None = None) -> 
 ATTEND: Table = (
     # 0.512 ms, from 1.291 with 32 rows, on (1, 16, 16384, 256); it spills where a call has more to do
     (lambda s: s.wide_by_tma and not (s.more or s.causal or s.low_bit), attend(128, 8, 2)),
-    # 0.92 ms in 8 bits, from 1.69; at 128 keys it spills. Not timed with masks, branches or causal
+    # 0.92 ms in 8 bits, from 1.69; at 128 keys it spills. Not timed with masks or causality
     (lambda s: s.wide_by_tma, attend(64, 8, 2)),
     # few keys: 8 warps spill 8 to 24 bytes on sm_80, 86 and 100
     (lambda s: s.wide and s.block_k <= 32 and not s.low_bit, attend(32, 4, 2)),
@@ -107,8 +107,8 @@ ATTEND: Table = (
     (lambda s: s.hopper and s.width <= 64, attend(64, 4, 3)),
     # half the rows, half the warps
     (lambda s: s.block_q < 128, attend(64, 4, 2)),
-    # under the cap below it spills 64 to 184 bytes; this tile takes 191 registers, and two programs fit as well. Not
-    # timed with masks or branches; on plain calls it came second (0.54 ms; capped 0.48, 128 rows without a cap 0.62)
+    # the capped tile below spills 64 to 184 bytes; this one takes 191 registers, and two programs fit as well. Not
+    # timed with masks; on plain calls it came second (0.54 ms; capped 0.48, 128 rows without a cap 0.62)
     (lambda s: s.hopper and s.more and not s.low_bit, attend(64, 4, 2)),
     # 128 registers let two programs share a multiprocessor: one computes while the other waits
     (lambda s: s.hopper, attend(128, 8, 2, 128)),

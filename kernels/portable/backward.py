@@ -116,7 +116,7 @@ def row_backward(
 
 
 def key_backward(tiles: Tiles, state: LinearState, rows: RowGradients, feature_map: str) -> tuple[Tensor, Tensor]:
-    """Return dk (C, block_k, D) and dv (C, block_k, Dv) of the linear branch, summed over the rows that cover a block."""
+    """Return dk (C, block_k, D) and dv (C, block_k, Dv) of the linear branch, summed over rows that cover a block."""
     (heads, _, tn), acc = state.complement.shape, tiles.acc
     back = state.complement.to(acc).mT
     d_kv, d_k = (

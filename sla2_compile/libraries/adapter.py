@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.modules.calls import under_plan
-from sla2_compile.modules.discovery import recording
+from sla2_compile.modules.recording.discovery import recording
 from sla2_compile.modules.redirect import is_owner
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from sla2_compile.modules.sightings import MULTIPLIES, Sightings
+from sla2_compile.modules.deferral.sightings import MULTIPLIES, Sightings
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Sites, sites_of
 

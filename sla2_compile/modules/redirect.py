@@ -16,11 +16,11 @@ from torch import nn
 
 from sla2_compile.modules.bound import as_forward, is_bound
 from sla2_compile.modules.calls import RedirectAttention, enclosing
+from sla2_compile.modules.deferral.traced import TraceAttention, in_trace
+from sla2_compile.modules.deferral.watch import Watch
+from sla2_compile.modules.deferral.written import DeferAttention, Written
 from sla2_compile.modules.first_backward import FirstBackward
 from sla2_compile.modules.symbolic import symbolic, tell_symbolic
-from sla2_compile.modules.traced import TraceAttention, in_trace
-from sla2_compile.modules.watch import Watch
-from sla2_compile.modules.written import DeferAttention, Written
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.site import Sites
 

@@ -39,8 +39,8 @@ def lists_of_rows(heads: int, tn: int, lut: Tensor) -> Tensor:
         heads: key/value heads in the batch. lut: (B, Hq, Tm, K) int32.
 
     Returns:
-        (heads, entries + Tn + 1) int32: query blocks, those of key block 0 first, ascending for each; then the positions
-        where each key block's list begins, and where the last one ends.
+        (heads, entries + Tn + 1) int32: query blocks, those of key block 0 first, ascending for each; then where each
+        key block's list begins, and where the last one ends.
     """
     chosen, order = lut.view(heads, -1).sort(dim=1, stable=True)
     blocks = torch.arange(tn + 1, device=lut.device, dtype=lut.dtype).expand(heads, tn + 1).contiguous()

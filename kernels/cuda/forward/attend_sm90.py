@@ -1,9 +1,9 @@
 """Both branches and their mix on Hopper (sm_90), in one persistent kernel with a separate warp for loading.
 
     o = alpha * softmax(q K_sel^T * scale) V_sel + (1 - alpha) * phi(q) H_i / (phi(q) Z_i)          (SLA2, Eq. 13-14)
-It replaces `linear_kernel` and `attend_kernel` for the calls that `kernels/support.py` admits. It is written in Gluon,
-Triton's lower level, because it needs what Triton cannot express: products in flight while a softmax runs, tiles that
-the copy engine loads ahead of their use, registers that go from one product into the next without being moved.
+It replaces `linear_kernel` and `attend_kernel` for the calls that `kernels/support.py` admits. It is written in
+Gluon, Triton's lower level, because it needs what Triton cannot express: products in flight while a softmax runs,
+tiles that the copy engine loads ahead of their use, registers that pass from one product to the next without moves.
 
 A program takes query blocks one after the other. Of its warps, one asks the copy engine for tiles (`load_tiles`) and
 two groups of four take 64 of the block's 128 rows each (`take_rows`):

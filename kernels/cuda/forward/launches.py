@@ -34,7 +34,7 @@ from sla2_compile.kernels.records import split, with_tensors
 from sla2_compile.kernels.support import Facts, support
 
 MOST_IN_FRONT = 256
-"""Most programs that choose blocks in a short call whose states are written by the same launch.
+"""Largest number of programs that choose blocks in a short call whose states are written by the same launch.
 
 With 96 of them that takes 104 us instead of 109 at (1, 12, 4096, 128), and saves the host a launch. More of them fill
 the GPU by themselves, and the registers and shared memory of either kind limit the other: 163 us instead of 154 at

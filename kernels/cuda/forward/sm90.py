@@ -33,7 +33,7 @@ def kernel() -> Any:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has, whose programs take query blocks in turn; an H100's where there is no GPU."""
+    """How many multiprocessors a GPU has, whose programs take query blocks in turn; an H100's if there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

@@ -71,8 +71,8 @@ def centered_keys(
 def key_order(position):
     """Which key of a block stands at this position of v8.
 
-    Position (g, t, h, e) of shape (BLOCK_K / 16, 4, 2, 2) holds key (g, h, t, e): the order in which a thread of a Hopper
-    tensor core holds scores, so that they become an operand of the next product in place.
+    Position (g, t, h, e) of shape (BLOCK_K / 16, 4, 2, 2) holds key (g, h, t, e): the order in which a thread of a
+    Hopper tensor core holds scores, so that they become an operand of the next product in place.
     """
     return (position & ~15) + ((position & 2) << 2) + ((position & 12) >> 1) + (position & 1)
 

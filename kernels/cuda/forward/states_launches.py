@@ -141,7 +141,7 @@ def add_states(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
     layout: StateLayout, eight: EightBit, states: Slot, heads: range, trials: bool,
 ) -> None:  # fmt: skip
-    """Schedule the kernel that writes states of some of the batch's key/value heads into `states` (n, columns, size)."""
+    """Schedule writing the states of some of the batch's key/value heads into `states` (n, columns, size)."""
     k, v, mask = args.k, args.v, args.key_mask
     columns = states.shape[1]
     tile, limits = states_tile(shape)

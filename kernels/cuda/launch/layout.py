@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """The facts of a tensor that decide how kernels are launched on it; aligned: its address is a multiple of 16 bytes."""
+    """What decides how kernels are launched on a tensor; aligned: its address is a multiple of 16 bytes."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -24,7 +24,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_slot(cls, slot: Slot, device: torch.device) -> Layout:
-        """The layout of a tensor that a run makes: contiguous, and aligned as the allocator does."""
+        """The layout of a tensor that a run makes: contiguous, and aligned by the allocator."""
         strides = torch.empty(slot.shape, device="meta").stride()
         return cls(slot.shape, strides, slot.dtype, device, True)
 

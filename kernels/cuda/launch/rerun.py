@@ -1,6 +1,6 @@
 """Replays a schedule's launches through the driver, with one allocation for all kernel-private tensors.
 
-Schedules reach this module, and through it `repeat.py` and `driver.py`, only by `lay_out`, and only while `ENABLED`.
+Only schedules use this module, and only it uses `repeat.py` and `driver.py`. Nothing is replayed unless `ENABLED`.
 """
 
 from __future__ import annotations

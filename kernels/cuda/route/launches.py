@@ -29,7 +29,7 @@ SCORES = (64, 64, 4, 3, 4)
 WIDE_BLOCKS = 32
 """Key blocks per tile at head dims over 128, for the 99 KiB of shared memory that smaller chips have."""
 ENOUGH_PROGRAMS = 256
-"""Programs of `scores_kernel`; if there were fewer, each takes fewer tiles (6.2 us, not 17.7, on (4, 16, 4096, 64))."""
+"""Programs of `scores_kernel`; with fewer, each takes fewer tiles (6.2 us, not 17.7, on (4, 16, 4096, 64))."""
 CENTER_TOKENS, PROJECTED_TOKENS = 32, 32
 """Tokens that a program of `center_kernel` and of `project_kernel` takes at a time."""
 CHOOSE = (4, 64, 2, 4)

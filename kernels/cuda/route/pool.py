@@ -171,7 +171,7 @@ def project_kernel(
         w = tl.load(
             proj + columns[None, :] * D + dims[:, None], mask=(columns < D)[None, :] & (dims < D)[:, None], other=0.0
         )
-        # three products of TF32, close to fp32: learned weights must not be rounded where the pooled ones were not
+        # three products of TF32, close to fp32: the weights must not be rounded, since the pooled tokens are not
         total = tl.dot(x, w.to(tl.float32), total, input_precision="tf32x3")
     inside = (t < rows)[:, None] & (columns < D)[None, :]
     tl.store(out + t[:, None] * D + columns[None, :], total.to(out.dtype.element_ty), mask=inside)

@@ -41,8 +41,8 @@ def token_in(column, A: tl.constexpr, BLOCK_T: tl.constexpr):
     """Which query token of a tile stands in a column of the scores.
 
     Of every 8 columns of a product, one thread holds two neighbours. Where a tile has four query blocks or more, the
-    A tokens of a query block stand in one thread's pairs: column (u, x, y, z) of shape (BLOCK_T / 4A, A / 2, 4, 2) holds
-    token (u, y, x, z).
+    A tokens of a query block stand in one thread's pairs: column (u, x, y, z) of shape (BLOCK_T / 4A, A / 2, 4, 2)
+    holds token (u, y, x, z).
     """
     if A > 1 and BLOCK_T >= 4 * A:
         eight, thread, HALF = column // 8, (column // 2) % 4, A // 2

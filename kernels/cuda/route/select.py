@@ -2,8 +2,8 @@
 
 A threshold that just `kept` scores reach is found by bisection on an order-preserving integer image of the scores,
 between the row's least and largest. It takes at most 32 counts, usually a dozen, and no sort. Ties go to the lower
-index. A prefix sum over the chosen ones gives each its place. A program takes R rows at once: one in long calls (`select_kernel`),
-a few in short ones (`choose.py`), which then share the steps of one bisection.
+index. A prefix sum over the chosen ones gives each its place. A program takes R rows at once: one in long calls
+(`select_kernel`), a few in short ones (`choose.py`), which then share the steps of one bisection.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def reached_by(key, topk):
 def places(chosen, R: tl.constexpr, BLOCK_N: tl.constexpr):
     """Exclusive prefix sum of each row of chosen (R, BLOCK_N) bool, as int32.
 
-    A long row is cut into pieces of 128, so that each thread of a warp holds four neighbours. The sums over threads of
-    four pieces, at most 128 each, are scanned together as the bytes of a word, because a plain scan spends its time
-    on exchanges between threads.
+    A long row is cut into pieces of 128, so that each thread of a warp holds four neighbours. The sums over threads
+    of four pieces, at most 128 each, are scanned together as the bytes of a word, because a plain scan spends its
+    time on exchanges between threads.
     """
     PIECES: tl.constexpr = BLOCK_N // 128
     if PIECES < 4:
@@ -98,8 +98,8 @@ def select_rows(
         lut: (rows, topk) int32, out, ascending, trailing -1; log_rest, entropy: (rows,) fp32, out.
         row, exists: (R,): which rows, and whether each is to be written; all can be read.
 
-    A NaN as the GPU makes it ranks first, as in `torch.topk`; with its sign bit set it is never chosen. Entries lie in
-    -1..Tn - 1 whatever the scores are.
+    A NaN as the GPU makes it ranks first, as in `torch.topk`; with its sign bit set it is never chosen. Entries lie
+    in -1..Tn - 1 whatever the scores are.
     """
     j = tl.arange(0, BLOCK_N)
     rank = scores_of_rows(peak, row, j, Tn)

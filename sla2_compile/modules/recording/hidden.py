@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sla2_compile.modules.sightings import Sightings
+from sla2_compile.modules.deferral.sightings import Sightings
 from sla2_compile.passes.fuse.explain import MANY
 from sla2_compile.passes.graph.traits import Trait, traits_of
 

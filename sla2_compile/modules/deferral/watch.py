@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from sla2_compile.modules.deferred import Deferred, Recorded, become, is_deferred
-from sla2_compile.modules.likeness import tensors
-from sla2_compile.modules.writes import exposes, written
+from sla2_compile.modules.deferral.deferred import Deferred, Recorded, become, is_deferred
+from sla2_compile.modules.deferral.likeness import tensors
+from sla2_compile.modules.deferral.writes import exposes, written
 
 
 class Watch(TorchFunctionMode):

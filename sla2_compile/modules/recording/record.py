@@ -20,10 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sla2_compile.modules.frames import Frame, Frames, returned
-from sla2_compile.modules.hidden import BelowPython, StartedThreads
-from sla2_compile.modules.recording import FRAMES, Answer, Recording, Sighting, UnrunGraph, hidden_attention
-from sla2_compile.modules.scores import (
+from sla2_compile.modules.deferral.scores import (
     IN_PLACE,
     PRODUCTS,
     SHAPES,
@@ -35,9 +32,12 @@ from sla2_compile.modules.scores import (
     regrouped,
     scores_of,
 )
-from sla2_compile.modules.sightings import Sightings
-from sla2_compile.modules.spelling import spelling
-from sla2_compile.modules.writes import written
+from sla2_compile.modules.deferral.sightings import Sightings
+from sla2_compile.modules.deferral.writes import written
+from sla2_compile.modules.frames import Frame, Frames, returned
+from sla2_compile.modules.recording.hidden import BelowPython, StartedThreads
+from sla2_compile.modules.recording.recorded import FRAMES, Answer, Recording, Sighting, UnrunGraph, hidden_attention
+from sla2_compile.modules.recording.spelling import spelling
 from sla2_compile.passes.graph.nodes import LEARNED
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import bind

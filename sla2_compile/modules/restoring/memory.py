@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sla2_compile.modules.contents import ClassData, Closure, Contents, Items, Slots, contents_of, slots
 from sla2_compile.modules.frames import named_modules
-from sla2_compile.modules.iterators import stand_in
+from sla2_compile.modules.restoring.contents import ClassData, Closure, Contents, Items, Slots, contents_of, slots
+from sla2_compile.modules.restoring.iterators import stand_in
 
 # objects from these packages belong to the process, not to the model
 FOREIGN = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "triton"}

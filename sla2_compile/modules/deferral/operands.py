@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sla2_compile.modules.scores import CASTS, DIVISIONS, MULTIPLICATIONS, Scores, number
-from sla2_compile.modules.watch import storage
+from sla2_compile.modules.deferral.scores import CASTS, DIVISIONS, MULTIPLICATIONS, Scores, number
+from sla2_compile.modules.deferral.watch import storage
 
 TRANSPOSES = (Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.mT.__get__)  # type: ignore[attr-defined]
 FOLLOWED: frozenset[Any] = frozenset((*CASTS, *TRANSPOSES, *MULTIPLICATIONS, *DIVISIONS))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sla2_compile.modules.calls import OwnerMode, RedirectAttention
-from sla2_compile.modules.deferred import (
+from sla2_compile.modules.deferral.deferred import (
     METADATA,
     Deferred,
     Origin,
@@ -27,9 +27,9 @@ from sla2_compile.modules.deferred import (
     shape_of,
     version,
 )
-from sla2_compile.modules.likeness import Like, like_of, tensors
-from sla2_compile.modules.operands import FOLLOWED, Operands
-from sla2_compile.modules.scores import (
+from sla2_compile.modules.deferral.likeness import Like, like_of, tensors
+from sla2_compile.modules.deferral.operands import FOLLOWED, Operands
+from sla2_compile.modules.deferral.scores import (
     CASTS,
     IN_PLACE,
     PRODUCTS,
@@ -42,9 +42,9 @@ from sla2_compile.modules.scores import (
     regrouped,
     scores_of,
 )
-from sla2_compile.modules.watch import Watch, chain, storage
-from sla2_compile.modules.writes import written as written_by
-from sla2_compile.modules.written_call import call_of
+from sla2_compile.modules.deferral.watch import Watch, chain, storage
+from sla2_compile.modules.deferral.writes import written as written_by
+from sla2_compile.modules.deferral.written_call import call_of
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site, Sites, site_at
 

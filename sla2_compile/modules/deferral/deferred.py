@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from sla2_compile.kernels.torch_internals import autograd_in_dispatch, throw_on_address
-from sla2_compile.modules.likeness import Like, autocast_dtype, tensors
+from sla2_compile.modules.deferral.likeness import Like, autocast_dtype, tensors
 
 if TYPE_CHECKING:
-    from sla2_compile.modules.scores import Scores
+    from sla2_compile.modules.deferral.scores import Scores
 
 LOCK = threading.RLock()
 """Held while a tensor becomes real, because several threads may hold the same tensor."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sla2_compile.modules.scores import PRODUCTS, argument
+from sla2_compile.modules.deferral.scores import PRODUCTS, argument
 
 aten = torch.ops.aten
 LINEAR = (F.linear, torch._C._nn.linear)

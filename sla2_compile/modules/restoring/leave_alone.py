@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sla2_compile.modules.copy_on_write import CopyOnWrite
-from sla2_compile.modules.memory import Memory, is_managed
+from sla2_compile.modules.restoring.copy_on_write import CopyOnWrite
+from sla2_compile.modules.restoring.memory import Memory, is_managed
 
 
 @contextlib.contextmanager

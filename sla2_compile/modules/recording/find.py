@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sla2_compile.modules.deferral.scores import read_product
+from sla2_compile.modules.deferral.written import Written
+from sla2_compile.modules.deferral.written_call import call_of
 from sla2_compile.modules.frames import Frame
-from sla2_compile.modules.recording import FRAMES, Answer, Recording, hidden_attention
-from sla2_compile.modules.scores import read_product
-from sla2_compile.modules.written import Written
-from sla2_compile.modules.written_call import call_of
+from sla2_compile.modules.recording.recorded import FRAMES, Answer, Recording, hidden_attention
 from sla2_compile.passes.fuse.explain import NoFit, near_attention
 from sla2_compile.passes.fuse.flat import unusual_attention
 from sla2_compile.passes.fuse.match import Matcher

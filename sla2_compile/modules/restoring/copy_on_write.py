@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass,
 )
 
-from sla2_compile.modules.writes import exposes
+from sla2_compile.modules.deferral.writes import exposes
 
 # arguments that batch norms write to although their schemas do not say so
 HIDDEN_WRITES = frozenset({"running_mean", "running_var"})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sla2_compile.modules.scores import Mask, Scores
+from sla2_compile.modules.deferral.scores import Mask, Scores
 from sla2_compile.passes.sites.call import AttentionCall
 
 # masks made for calls, by the tensor that they were made of, so that their values are read once

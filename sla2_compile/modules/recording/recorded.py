@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
+from sla2_compile.modules.deferral.scores import Scores
 from sla2_compile.modules.frames import Frame
-from sla2_compile.modules.scores import Scores
 from sla2_compile.passes.sites.rules import Reason
 
 FRAMES = "sla2_frames"

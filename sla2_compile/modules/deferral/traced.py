@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sla2_compile.modules.calls import OwnerMode, RedirectAttention
-from sla2_compile.modules.operands import FOLLOWED, Operands
-from sla2_compile.modules.scores import (
+from sla2_compile.modules.deferral.operands import FOLLOWED, Operands
+from sla2_compile.modules.deferral.scores import (
     IN_PLACE,
     PRODUCTS,
     SHAPES,
@@ -34,8 +34,8 @@ from sla2_compile.modules.scores import (
     regrouped,
     scores_of,
 )
-from sla2_compile.modules.written import Written
-from sla2_compile.modules.written_call import call_of
+from sla2_compile.modules.deferral.written import Written
+from sla2_compile.modules.deferral.written_call import call_of
 from sla2_compile.passes.sites.site import Sites, site_at
 
 WRITERS = ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ipow", "__iadd__", "__isub__", "__imul__")

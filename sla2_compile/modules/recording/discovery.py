@@ -22,12 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import _get_current_function_mode_stack
 
-from sla2_compile.modules.copy_on_write import CopyOnWrite
-from sla2_compile.modules.find import Found, find
 from sla2_compile.modules.first_backward import FirstBackward, nodes_of
 from sla2_compile.modules.frames import returned
-from sla2_compile.modules.leave_alone import left_alone, private_copy
-from sla2_compile.modules.record import Recorder
+from sla2_compile.modules.recording.find import Found, find
+from sla2_compile.modules.recording.record import Recorder
+from sla2_compile.modules.restoring.copy_on_write import CopyOnWrite
+from sla2_compile.modules.restoring.leave_alone import left_alone, private_copy
 
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 HOW = ("auto", "real", "fake")

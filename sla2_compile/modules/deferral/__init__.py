@@ -1,0 +1,1 @@
+"""Attention written out by hand: its scores are deferred in eager code, and found again in a compiler's trace."""

@@ -1,0 +1,1 @@
+"""One forward of a model, recorded: where its attention calls are, and what each is."""

@@ -1,0 +1,1 @@
+"""What a recorded forward writes to, and how it is put back."""
