@@ -90,14 +90,16 @@ def resolve(
     """Check q, k and v; return the arguments of `sla2::forward` behind its tensors."""
     check_qkv(q, k, v)
     block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    # plain floats: a number of numpy's or of a tensor is equal to one, and would be handed to calls that gave one
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    topk_ratio = float(options.topk_ratio)
     runs = low_bit_of(
-        low_bit, q, v.shape[3], block_q, block_k, scale, num_blocks(k.shape[2], block_k), options.topk_ratio,
+        low_bit, q, v.shape[3], block_q, block_k, scale, num_blocks(k.shape[2], block_k), topk_ratio,
         plain=unmasked and not is_causal,
     )  # fmt: skip
     ratio = options.router_ratio(block_q, block_k)
     rest = (scale, options.feature_map, options.linear_scope, is_causal, runs)
-    return options.topk_ratio, ratio, block_q, block_k, *rest
+    return topk_ratio, ratio, block_q, block_k, *rest
 
 
 remembered = functools.lru_cache(maxsize=1024)(resolve)

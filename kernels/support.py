@@ -173,6 +173,12 @@ TRITON: tuple[Rule, ...] = (
 """What `cuda/forward/` and `cuda/route/` compute; blocked PyTorch takes the rest."""
 
 BACKWARD: tuple[Rule, ...] = (
+    # dH of a query block, which is in the thousandth part of dO, underflows in float16
+    Rule(
+        lambda f: f.dtype == torch.bfloat16,
+        "bfloat16",
+        lambda f: f"the backward's Triton kernels take bfloat16, not {_name(f.dtype)}",
+    ),
     Rule(
         lambda f: max(f.D, f.Dv) <= 128,
         "head dims up to 128",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -102,7 +102,7 @@ def _without_modes() -> frozenset[int]:
     return frozenset({key_set("BackendSelect"), key_set("BackendSelect", "ADInplaceOrView")})
 
 
-def goes_straight(tensors: Iterable[Tensor], plain: frozenset[int]) -> bool:
+def goes_straight(tensors: Sequence[Tensor], plain: frozenset[int]) -> bool:
     """Whether the dispatcher would do nothing for a call on these tensors but run the backend's implementation.
 
     No mode, subclass, function transform, tracer, lazy negation or profiler has a part in it, and no gradient.
@@ -113,6 +113,8 @@ def goes_straight(tensors: Iterable[Tensor], plain: frozenset[int]) -> bool:
     if torch._C._dispatch_tls_local_include_set().raw_repr() not in _without_modes():
         return False
     if torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled() or in_forward_mode():
+        return False
+    if torch.overrides.has_torch_function(tensors):
         return False
     differentiable = torch.is_grad_enabled()
     for x in tensors:

@@ -2,7 +2,7 @@
 
 `cuda/lowering.py` has Inductor write, once and then per call:
 
-    sla2_3f9a = Launches('forward', (True, True, True, False, ...), (0.15, 8, 128, 64, ...))
+    sla2_3f9a = Launches('forward', (((1, 12, 4128, 64), (...), 'bfloat16', 'cuda:0'), ...), (0.15, 8, 128, 64, ...))
     sla2_3f9a(q, k, v, alpha_gain, alpha_bias, o, scratch)
 
 No dispatcher, check or look-up comes in between: Inductor has fixed shapes, strides and dtypes, and guards them.
@@ -13,34 +13,51 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sla2_compile.kernels.checks import debugging
 from sla2_compile.kernels.cuda import dispatch
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.tuning import by_trial
 from sla2_compile.kernels.records import of
 
+TRANSPOSED = ("forward", "attention")
+"""Ops whose first result, o, lies in memory with axes 1 and 2 swapped."""
+
+
+def written(layout: Layout) -> tuple[Any, ...]:
+    """A layout as generated code writes it."""
+    return tuple(layout.shape), layout.stride, str(layout.dtype).removeprefix("torch."), str(layout.device)
+
+
+def read(shape: tuple[int, ...], stride: tuple[int, ...], dtype: str, device: str) -> Layout:
+    """The layout that was `written`, of a tensor that begins on 16 bytes."""
+    return Layout(torch.Size(shape), stride, getattr(torch, dtype), torch.device(device), True)
+
 
 class Launches:
-    """The launches of one op's call.
+    """The launches of one op's calls.
 
     Args:
         op: its name in the namespace `sla2`.
-        present: for each tensor argument, whether the call has it.
+        layouts: for each tensor argument what `written` gives, which is the layout in every call, or () if that
+            differs from call to call; None if the calls do not have it.
         options: the other arguments.
     """
 
-    def __init__(self, op: str, present: tuple[bool, ...], options: tuple[Any, ...]) -> None:
-        self._op, self._options = op, options
+    def __init__(self, op: str, layouts: tuple[Any, ...], options: tuple[Any, ...]) -> None:
+        self._op, self._options, self._layouts = op, options, layouts
         self._record, self._scheduler = dispatch.SCHEDULED[op]
+        present = [x is not None for x in layouts]
         self._count = sum(present)
         # position of each tensor argument in a call; absent ones take the None after those given
         self._at = [sum(present[:n]) if here else self._count for n, here in enumerate(present)]
         self._scheduled: tuple[Schedule, tuple[Slot, ...]] | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Compute, given that every call has the layout of the first.
+        """Compute, in the layouts that were given.
 
         Args:
             tensors: the arguments that are present, in order and all on one device, in layouts that the kernels read;
@@ -50,12 +67,13 @@ class Launches:
         address = 0
         for x in tensors:
             address |= x.data_ptr()
-        if address % 16:
-            # a user's view, which may begin at any address
+        # a user's view may begin at any address, and a debugger wants to see the table
+        if address % 16 or debugging():
             self._by_op(inputs, into)
             return
         if self._scheduled is None:
-            self._scheduled = self._scheduler(self._args(Layout.of_all(*inputs)), by_trial())
+            layouts = [None if x is None else read(*x) for x in self._layouts]
+            self._scheduled = self._scheduler(self._args(layouts), by_trial())
         if self._scheduled is None:
             raise RuntimeError(
                 f"code that was compiled for the kernels of sla2::{self._op} must run where they do, got tensors "
@@ -65,9 +83,9 @@ class Launches:
         schedule.run(*inputs, results=results, into=into, scratch=scratch)
 
     def of_any_layout(self, *tensors: Tensor) -> None:
-        """Compute, given that layouts may differ from call to call; tensors as for `__call__`, without scratch."""
+        """Compute, in whatever layouts; tensors as for `__call__`, without scratch."""
         inputs, into = self._inputs(tensors), tensors[self._count :]
-        scheduled = self._scheduler(self._args(Layout.of_all(*inputs)), by_trial())
+        scheduled = None if debugging() else self._scheduler(self._args(Layout.of_all(*inputs)), by_trial())
         if scheduled is None:
             self._by_op(inputs, into)
             return
@@ -85,5 +103,7 @@ class Launches:
     def _by_op(self, inputs: list[Tensor | None], into: tuple[Tensor, ...]) -> None:
         """Compute by the op, which takes any layout."""
         made = getattr(dispatch, self._op)(self._args(inputs))
-        for x, y in zip(into, (made,) if isinstance(made, Tensor) else made, strict=True):
-            x.copy_(y if x.shape == y.shape else y.transpose(1, 2))
+        first, *others = (made,) if isinstance(made, Tensor) else made
+        results = (first.transpose(1, 2) if self._op in TRANSPOSED else first, *others)
+        for x, y in zip(into, results, strict=True):
+            x.copy_(y)

@@ -21,8 +21,8 @@ from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from sla2_compile.kernels.checks import debugging
 from sla2_compile.kernels.cuda import dispatch
+from sla2_compile.kernels.cuda.compiled import written
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
 from sla2_compile.kernels.cuda.tuning import by_trial
 from sla2_compile.kernels.records import arguments, of, tensor_count
@@ -65,17 +65,23 @@ class LaunchesNode(ir.ExternKernel):
         return False
 
 
+def decided(x: Any) -> Any:
+    """Have Inductor decide the strides of a realised argument now, since launches are scheduled for them."""
+    buffer = ir.ExternKernel.unwrap_storage_for_input(x)
+    if isinstance(buffer, ir.Buffer):
+        buffer.decide_layout()
+    return x
+
+
 def readable(name: str, x: Any) -> Any:
     """Realise an argument in a layout that the kernels read (`dispatch.laid_out`); None stays None."""
     if x is None:
         return None
-    x = ir.ExternKernel.realize_input(x)
-    # its strides are fixed from here on
-    ir.ExternKernel.unwrap_storage_for_input(x)
+    x = decided(ir.ExternKernel.realize_input(x))
     if name == "alpha_bias":
         return x
     fine = x.get_stride()[-1] == 1 if name in dispatch.STRIDED else x.get_layout().is_contiguous()
-    return x if fine else ir.ExternKernel.require_contiguous(x)
+    return x if fine else decided(ir.ExternKernel.require_contiguous(x))
 
 
 def numbers(values: Sequence[Any]) -> tuple[int, ...]:
@@ -120,7 +126,7 @@ def lower(op: str, values: Sequence[Any]) -> Any:
     record, scheduler = dispatch.SCHEDULED[op]
     count = tensor_count(record)
     device = values[0].get_device()
-    if device.type not in DEVICES or V.graph.cpp_wrapper or debugging() or not all(map(is_number, values[count:])):
+    if device.type not in DEVICES or V.graph.cpp_wrapper or not all(map(is_number, values[count:])):
         return None
     options = tuple(int(x) if isinstance(x, sympy.Integer) else x for x in values[count:])
     tensors = [readable(about.name, x) for about, x in zip(arguments(record), values[:count], strict=False)]
@@ -135,7 +141,9 @@ def lower(op: str, values: Sequence[Any]) -> Any:
     shapes = [swapped(shape, slot) for shape, slot in zip(result_shapes(), slots, strict=True)]
     made = [allocated(shape, slot.dtype, device) for shape, slot in zip(shapes, slots, strict=True)]
     scratch = [allocated([schedule.scratch_bytes(slots)], torch.uint8, device)] if fixed else []
-    constructor = f"sla2_launches({op!r}, {tuple(x is not None for x in tensors)}, {options})"
+    # calls of one constructor share its object, so that it must name all that is fixed
+    kinds = tuple(None if x is None else (written(x) if fixed else ()) for x in layouts)
+    constructor = f"sla2_launches({op!r}, {kinds}, {options})"
     LaunchesNode(constructor if fixed else f"{constructor}.of_any_layout", present, [*made, *scratch])
     permute = lowerings[torch.ops.aten.permute.default]
     seen = tuple(permute(x, [0, 2, 1, 3]) if slot.transposed else x for x, slot in zip(made, slots, strict=True))

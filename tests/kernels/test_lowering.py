@@ -19,6 +19,7 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from sla2_compile.kernels.cuda import compiled, dispatch, lowering
+from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.records import arguments, of, tensor_count
 
 ROUTE = (0.3, 8, 32, 16, 0.125, False)
@@ -31,12 +32,17 @@ OP = "torch.ops.sla2."
 def of_any_layout(self: compiled.Launches, *tensors: Tensor) -> None:
     """Stand in for launches: compute by the op, into the memory that was given."""
     made = getattr(torch.ops.sla2, self._op)(*self._inputs(tensors), *self._options)
-    for x, y in zip(tensors[self._count :], (made,) if isinstance(made, Tensor) else made, strict=True):
+    first, *others = (made,) if isinstance(made, Tensor) else made
+    first = first if self._op == "route" else first.transpose(1, 2)
+    for x, y in zip(tensors[self._count :], (first, *others), strict=True):
         assert x.is_contiguous()
-        x.copy_(y if x.shape == y.shape else y.transpose(1, 2))
+        x.copy_(y)
 
 
 def of_one_layout(self: compiled.Launches, *tensors: Tensor) -> None:
+    # what is scheduled for one layout must be given that one
+    given = [compiled.written(x) for x in Layout.of_all(*self._inputs(tensors)) if x is not None]
+    assert given == [x for x in self._layouts if x is not None]
     of_any_layout(self, *tensors[:-1])
     # whoever else got this memory would notice
     assert tensors[-1].dtype == torch.uint8
@@ -125,6 +131,36 @@ def test_a_call_that_cannot_be_launched_stays_an_op() -> None:
     assert (LAUNCHES in code, OP in code) == (False, True)
 
 
+def test_calls_of_two_layouts_are_two_objects() -> None:
+    """The same options at two lengths, in two dtypes and two layouts, and each gets what it was made for."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o: Tensor = torch.ops.sla2.forward(q, k, v, None, None, None, None, None, *FORWARD)
+            return o
+
+        short = call(q[:, :, :70], k[:, :, :70], v[:, :, :70])
+        return call(q, k, v), short, call(q.half(), k.half(), v.half()), call((q * 2).mT.contiguous().mT, q, v)
+
+    code = compile_and_compare(function, *heads())
+    assert (code.count(LAUNCHES), OP in code) == (4, False)
+
+
+def test_debugging_code_that_was_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers' caches do not know the switch: it is read at each call."""
+    monkeypatch.undo()
+    monkeypatch.setattr(dispatch, "forward", lambda args: args.v + 1)
+    monkeypatch.setenv("SLA2_DEBUG", "1")
+    q, k, v = heads(N=2)
+    layouts = [compiled.written(Layout.of(x)) for x in (q, k, v)]
+    for extra, kinds in ((1, layouts), (0, [()] * 3)):
+        launches = compiled.Launches("forward", (*kinds, *[None] * 5), FORWARD)
+        o = torch.empty(1, 2, 2, 64, dtype=v.dtype)
+        run = launches if extra else launches.of_any_layout
+        run(q, k, v, o, *[torch.empty(1)] * extra)
+        assert torch.equal(o.transpose(1, 2), v + 1)
+
+
 def test_symbolic_lengths_and_odd_offsets_look_launches_up() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         if q.shape[2] == 149:
@@ -196,18 +232,20 @@ def test_launches_give_each_tensor_its_place(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(dispatch.SCHEDULED, "forward", (record, schedules))
     monkeypatch.setattr(dispatch, "forward", lambda args: args.v + 1)
     names = [x.name for x in arguments(record)[: tensor_count(record)]]
-    present = tuple(name not in ("proj_q", "proj_k", "key_mask") for name in names)
-    q, k, v = heads(N=8)
-    gain, bias, o, scratch = torch.rand(2), torch.zeros(2, 1), torch.empty(1, 8, 2, 64), torch.empty(1)
-    launches = compiled.Launches("forward", present, FORWARD)
+    q, k, v = heads(N=2)
+    gain, bias, o, scratch = torch.rand(2), torch.zeros(2, 1), torch.empty(1, 2, 2, 64), torch.empty(1)
+    given = {"q": q, "k": k, "v": v, "alpha_gain": gain, "alpha_bias": bias}
+    written = {name: compiled.written(Layout.of(x)) for name, x in given.items()}
+    launches = compiled.Launches("forward", tuple(written.get(name) for name in names), FORWARD)
     for _ in range(2):
         launches(q, k, v, gain, bias, o, scratch)
     args = of(record, (q, k, v, None, None, gain, bias, None, *FORWARD))
     assert schedule.runs == [(tuple(args[: len(names)]), {"results": ("o",), "into": (o,), "scratch": scratch})] * 2
     (layouts,) = asked
-    assert layouts.v.shape == v.shape
+    assert (layouts.v, layouts.proj_q) == (Layout.of(v), None)
     assert layouts[len(names) :] == FORWARD
-    off = torch.randn(v.numel() + 1)[1:].view(1, 8, 2, 64).transpose(1, 2)
+    # as many tokens as heads, so that shapes do not tell which is which
+    off = torch.randn(v.numel() + 1)[1:].view(1, 2, 2, 64).transpose(1, 2)
     launches(q, k, off, gain, bias, o, scratch)
     assert len(schedule.runs) == 2
     assert torch.equal(o, off.transpose(1, 2) + 1)
@@ -218,6 +256,7 @@ def test_old_code_for_kernels_that_are_gone_says_so(monkeypatch: pytest.MonkeyPa
     record, _ = dispatch.SCHEDULED["route"]
     monkeypatch.setitem(dispatch.SCHEDULED, "route", (record, lambda args, trials: None))
     q = torch.zeros(1, 1, 8, 64)
-    launches = compiled.Launches("route", (True, True, False, False, False), ROUTE)
+    layout = compiled.written(Layout.of(q))
+    launches = compiled.Launches("route", (layout, layout, None, None, None), ROUTE)
     with pytest.raises(RuntimeError, match=r"sla2::route must run where they do.*TORCHINDUCTOR_CACHE_DIR"):
         launches(q, q, *(torch.empty(4) for _ in range(4)), torch.empty(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -94,3 +96,17 @@ def test_options_survive_a_trace() -> None:
         for n in (30, 700, 3000):
             x = torch.zeros(n)
             assert torch.equal(compiled(x, options), call(x, options))
+
+
+def test_numbers_of_numpy_are_not_handed_to_later_calls() -> None:
+    """They are equal to Python's and hash alike, but a kernel's launcher does not take them."""
+    import numpy as np
+    import torch
+
+    from sla2_compile.kernels.functional import Kind, remembered
+
+    q = Kind(torch.Size((1, 2, 64, 16)), torch.float32, torch.device("cpu"))
+    number: Any
+    for number in (np.float32(0.25), 0.25):
+        found = remembered(q, q, q, AttentionOptions(topk_ratio=number), "none", number, False, True)
+        assert [type(x) for x in (found[0], found[4])] == [float, float]

@@ -39,6 +39,8 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
          "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
     ]),
     "backward": (BACKWARD, [
+        ({"direction": "backward", "dtype": torch.float16},
+         "the backward's Triton kernels take bfloat16, not float16"),
         ({"direction": "backward", "D": 256, "block_k": 32},
          "the backward's Triton kernels take head dims up to 128, not 256"),
         ({"direction": "backward", "block_k": 128},

@@ -244,6 +244,21 @@ def test_who_listens_is_not_passed_by(mode: Any) -> None:
     assert unmoved(x)
 
 
+class Tagged(Tensor):
+    """A subclass that looks at functions alone."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_subclass_without_dispatch_is_not_passed_by() -> None:
+    x = torch.zeros(2)
+    assert not unmoved(x.as_subclass(Tagged))
+    with torch.no_grad():
+        assert unmoved(torch.nn.Buffer(x))
+
+
 def test_whoever_changes_a_call_is_not_passed_by() -> None:
     x, seen = torch.zeros(2, 2), []
 

@@ -104,6 +104,35 @@ def test_gradients(name: str) -> None:
 
 
 @body
+def test_what_all_keys_share_costs_no_digits() -> None:
+    """Scores are of raw keys, but dq takes them less their mean, however large that is."""
+    case = replace(Case(), Nq=90, Nk=130, block_q=32, block_k=16)
+    x = case.tensors()
+    x["k"] = (x["k"].double() + 100 * gradient_of(x["k"][:, :, :1], 3).double()).to(case.dtype)
+    saved = saved_call(case, x)
+    do = gradient_of(saved.o)
+    got = scheduled_backward(BackwardArgs(do, saved)).dq.double()
+    want = by_autograd(case, x, do, torch.float64)["q"]
+    assert (got - want).norm() < 5e-3 * want.norm()
+
+
+@body
+def test_rows_that_few_key_blocks_are_left_for() -> None:
+    """Their phi(q) Z is small, and its inverse times dO large."""
+    case = Case(
+        is_causal=True, Nq=256, Nk=2048, groups=1, block_q=128, block_k=16, compression_ratio=16, topk_ratio=0.1
+    )
+    for dtype, size in ((torch.float16, 100.0), (torch.bfloat16, 1e4), (torch.bfloat16, 1e-4)):
+        x = replace(case, dtype=dtype).tensors()
+        saved = saved_call(replace(case, dtype=dtype), x)
+        do = gradient_of(saved.o) * size
+        got = scheduled_backward(BackwardArgs(do, saved))
+        want = by_autograd(case, x, do, torch.float64)
+        for name, a in zip("qkv", got, strict=False):
+            assert (a.double() - want[name]).norm() < 0.01 * want[name].norm(), (name, dtype, size)
+
+
+@body
 def test_runs_are_bit_equal_and_heads_may_come_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(Case(), B=2, heads=2, groups=2, Nq=75, Nk=107)
     x = case.tensors()

@@ -189,7 +189,8 @@ def add_queries(
     mask = call.key_mask
     schedule.launch(
         queries_kernel, (B * Hq * tm * (call.block_q // cut.rows),),
-        given.q, given.k, given.v, slots.do, given.lut, given.key_mask, rows.alphas, rows.shifts, rows.log_sums, dq,
+        given.q, given.k, given.k_mean, given.v, slots.do, given.lut, given.key_mask, rows.alphas, rows.shifts,
+        rows.log_sums, dq,
         *call.q.stride[:3], *call.k.stride[:3], *call.v.stride[:3], *args.do.stride[:3],
         0 if mask is None else mask.stride[0], Hq, Hq // heads, Nq, Nk, tm, topk, call.scale,
         D=D, DV=Dv, BLOCK_D=layout.block_d, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_K=call.block_k,

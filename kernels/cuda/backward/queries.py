@@ -1,6 +1,6 @@
 """dQ of the sparse branch: a query block against the key blocks of its table (SLA2, Alg. 3).
 
-    P = 2^(scale log2(e) q k - log_sum),   dS = P * (a dO v + shift),   dq += scale dS K
+    P = 2^(scale log2(e) q k - log_sum),   dS = P * (a dO v + shift),   dq += scale dS (K - k_mean)
 Scores are computed as the forward computes them, from the same 16-bit q and k, with the scale after the product:
 the error of a recomputed score that differs from the one in lse would have no bound.
 """
@@ -15,7 +15,7 @@ from sla2_compile.kernels.cuda.forward.states import LOG2_E
 
 @triton.jit(do_not_specialize=["Nq", "Nk", "Tm", "topk"])
 def queries_kernel(
-    q, k, v, do, lut, key_mask, alphas, shifts, log_sums, dq,
+    q, k, k_mean, v, do, lut, key_mask, alphas, shifts, log_sums, dq,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     do_stride_b, do_stride_h, do_stride_n, mask_stride, Hq, groups, Nq, Nk, Tm, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -26,6 +26,7 @@ def queries_kernel(
 
     Args:
         q: (B, Hq, Nq, D), k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, DV), do: (B, Hq, Nq, DV), last dims contiguous.
+        k_mean: (B, Hkv, D) fp32.
         lut: (B, Hq, Tm, topk); key_mask: (B, Nk) bool (if HAS_MASK).
         alphas, shifts, log_sums: of `rows_kernel`. dq: (B, Hq, Nq, D), in from `rows_kernel`, and out.
     """
@@ -51,6 +52,7 @@ def queries_kernel(
     table = lut + (bh * Tm + i) * topk
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     for n in tl.range(0, topk, num_stages=STAGES):
         j = tl.load(table + n)
         # j itself is checked: j * BLOCK_K of an invalid entry can wrap round to a valid row
@@ -66,8 +68,12 @@ def queries_kernel(
             visible = visible & (key[None, :] <= rows[:, None])
         p = tl.exp2(tl.dot(x, keys) * (scale * LOG2_E) - log_sum)
         p = tl.where(visible, p, 0.0)
-        ds = p * (tl.dot(g, values) * alpha + shift)
-        acc = tl.dot(ds.to(keys.dtype), tl.trans(keys), acc)
+        ds = (p * (tl.dot(g, values) * alpha + shift)).to(keys.dtype)
+        acc = tl.dot(ds, tl.trans(keys), acc)
+        total += tl.sum(ds.to(tl.float32), axis=1)
+    # the mean times the rounded dS: otherwise the rounding would be multiplied by what all keys have in common
+    mean = tl.load(k_mean + (b * (Hq // groups) + h_kv) * D + dims, mask=dims < D, other=0.0)
+    acc -= total[:, None] * mean[None, :]
     out = dq + at[:, None] * D + dims[None, :]
     acc = acc * scale + tl.load(out, mask=x_in, other=0.0).to(tl.float32)
     tl.store(out, acc.to(dq.dtype.element_ty), mask=x_in)

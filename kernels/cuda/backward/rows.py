@@ -8,8 +8,8 @@ With a = alpha, t = phi(q) Z, and `along` a row's dO . O (SLA2, Alg. 3; `portabl
 Neither branch's output is needed, and nothing is divided by alpha. H and Z are the forward's sums, which lack a
 factor that cancels in all ratios here. dH and dZ are multiplied by it, and overwrite H and Z in memory.
 
-Scores are of the keys as they are, while lse is of the keys less their mean. So dq begins with - scale d_lse k_mean,
-and the rows' gradient for k_mean is - scale sum d_lse q.
+Scores are of the keys as they are, while lse is of the keys less their mean, so that the rows' gradient for k_mean
+is - scale sum d_lse q.
 """
 
 from __future__ import annotations
@@ -120,7 +120,6 @@ def rows_kernel(
     tl.store(row_gains + at, d_logit * gap, mask=row_in)
 
     d_x = feature_map_backward(d_phi * weight[:, None] - delta[:, None] * z[None, :], phi_q, FEATURE_MAP)
-    d_x -= pull[:, None] * mean[None, :]
     tl.store(dq + at[:, None] * D + dims[None, :], d_x.to(dq.dtype.element_ty), mask=x_in)
 
 
@@ -159,7 +158,8 @@ def gather_kernel(
         x = tl.load(x_at, mask=row_in[:, None] & inside[None, :], other=0.0).to(tl.float32)
         g_at = do + b * do_stride_b + h * do_stride_h + wide * do_stride_n + columns[None, :]
         g = tl.load(g_at, mask=row_in[:, None] & column_in[None, :], other=0.0)
-        weight = tl.load(weights + at, mask=row_in, other=0.0)
+        # with the factor, without which a row that few key blocks are left for overflows in float16
+        weight = tl.load(weights + at, mask=row_in, other=0.0) * factor
         phi_q = feature_map(x, inside, FEATURE_MAP)
         weighted = (g.to(tl.float32) * weight[:, None]).to(g.dtype)
         d_kv = tl.dot(tl.trans(phi_q.to(g.dtype)), weighted, d_kv)
@@ -169,7 +169,7 @@ def gather_kernel(
         d_gain += tl.load(row_gains + at, mask=row_in, other=0.0)
     state = states + (local * Tm + i) * STATE
     h_at = state + dims[:, None] * ROW_DV + columns[None, :]
-    tl.store(h_at, (d_kv * factor).to(states.dtype.element_ty), mask=inside[:, None] & column_in[None, :])
+    tl.store(h_at, d_kv.to(states.dtype.element_ty), mask=inside[:, None] & column_in[None, :])
     tl.store(state + Z_AT + dims, (d_z * factor).to(states.dtype.element_ty), mask=inside)
     tl.store(d_means + (bh * Tm + i) * D + dims, d_mean, mask=inside)
     tl.store(d_logits + bh * Tm + i, tl.sum(d_logit, axis=0))
