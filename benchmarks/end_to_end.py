@@ -12,12 +12,12 @@ layer     one attention call against materialised attention, softmax(q k^T) v, a
 wan_14b   Wan2.1-14B's shape at 720p, 40 layers, 75600 tokens, batch 1, forward; 28 GB of weights, minutes
 
 bf16; JiT, as its repository trains it, has float32 parameters under autocast. `eager` as it is; `compiled`:
-`@torch.compile` on the forward of the blocks' class; `graph`: a CUDA graph of the compiled model (layer: of the eager
-call), which leaves the GPU's own time. `no attention` returns v instead of
-self-attention: what is left is everything else, and a contender's attention time is its total less that, or "within
-noise" where that is less than the clock is off by. Calls that SLA2 leaves alone run on FlashAttention-2. Memory is
-the peak beyond weights and inputs. `host` is how much longer the host took for a fixed piece of Python than at its
-best in the run: eager and compiled rows far from 1 say nothing.
+`@torch.compile` on the forward of the blocks' class; `graph`: a CUDA graph of the compiled model (layer: of the
+eager call), which leaves the GPU's own time. `no attention` returns v instead of self-attention: what is left is
+everything else, and a contender's attention time is its total less that, or "within noise" where that is less than
+the clock is off by. Calls that SLA2 leaves alone run on FlashAttention-2. Memory is the peak beyond weights and
+inputs. `host` is how much longer the host took for a fixed piece of Python than at its best in the run: eager and
+compiled rows far from 1 say nothing.
 """
 
 from __future__ import annotations

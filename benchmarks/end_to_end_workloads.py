@@ -32,7 +32,7 @@ class Workload:
         training: forward and backward, not forward alone.
         modes: how it may run.
         min_seq_len: of the recipes; 0 replaces every call, also where the crossover says that it does not pay.
-    autocast: whether bf16 autocast is on, over float32 parameters.
+        autocast: whether bf16 autocast is on, over float32 parameters.
     """
 
     name: str

@@ -54,7 +54,7 @@ class Op:
     """An op of the namespace `sla2`, to be called as a function.
 
     Eager calls on a GPU run its implementation at once where the dispatcher would only lead there, which takes 47 us
-    of 111 on an H200's host.
+    of 111 on an H200's host (benchmarks/NOTES.md, seventh round).
     """
 
     def __init__(self, definition: torch.library.CustomOpDef, tensors: int, run: Callable[..., Any] | None) -> None:

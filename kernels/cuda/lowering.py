@@ -117,7 +117,7 @@ def result_shapes() -> list[list[Any]]:
 
 
 def swapped(shape: Sequence[Any], slot: Slot) -> Sequence[Any]:
-    """Turn the shape of a result in the graph into that of its slot, or the other way round."""
+    """The shape of a result as its slot has it, given that in the graph."""
     return (shape[0], shape[2], shape[1], shape[3]) if slot.transposed else shape
 
 

@@ -24,7 +24,7 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda.backward.keys import keys_kernel
 from sla2_compile.kernels.cuda.backward.queries import queries_kernel
 from sla2_compile.kernels.cuda.backward.rows import gather_kernel, rows_kernel
-from sla2_compile.kernels.cuda.forward.launches import Formats
+from sla2_compile.kernels.cuda.forward.launches import Formats, alpha_of
 from sla2_compile.kernels.cuda.forward.states_launches import Group, grouped_sums
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
@@ -133,11 +133,8 @@ def add_rows(
 ) -> None:  # fmt: skip
     """Schedule the kernels for the query rows of a group of heads."""
     call, given, layout = args.saved.call, slots.saved.call, formats.layout
-    bias, tm, (Hq, Nq), heads = call.alpha_bias, call.lut.shape[2], call.q.shape[1:3], call.k.shape[1]
-    bias_strides = (
-        (0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride, bias.shape, strict=True))
-    )
-    groups = Hq // heads
+    tm, (Hq, Nq), (bias_strides, alpha) = call.lut.shape[2], call.q.shape[1:3], alpha_of(call)
+    groups = Hq // call.k.shape[1]
     programs, first = len(group.heads) * groups * tm, group.heads.start * groups
     schedule.launch(
         rows_kernel, (programs * (call.block_q // cut.rows),),
@@ -147,7 +144,7 @@ def add_rows(
         *call.q.stride[:3], *args.do.stride[:3], *args.saved.o.stride[:3], *bias_strides,
         Hq, groups, Nq, tm, first, call.scale,
         **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_M=cut.rows,
-        ALPHA=0 if bias is None else (1 if call.alpha_gain is None else 2), num_warps=cut.warps,
+        ALPHA=alpha, num_warps=cut.warps,
     )  # fmt: skip
     schedule.launch(
         gather_kernel, (programs,),

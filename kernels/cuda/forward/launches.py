@@ -54,6 +54,18 @@ def linear_grid(heads: int, rows: int, tile: dict[str, Any]) -> tuple[int]:
     return (heads * num_blocks(rows // tile["BLOCK_M"], tile["JOBS"]),)
 
 
+def alpha_of(args: AttentionArgs[Layout]) -> tuple[tuple[int, ...], int]:
+    """How kernels read alpha: strides of alpha_bias (1 or Hq, 1 or Tm) as (Hq, Tm), and what there is.
+
+    The latter is 0 for neither, 1 for alpha_bias alone, and 2 for both.
+    """
+    bias = args.alpha_bias
+    if bias is None:
+        return (0, 0), 0
+    strides = tuple(s if n > 1 else 0 for s, n in zip(bias.stride, bias.shape, strict=True))
+    return strides, 1 if args.alpha_gain is None else 2
+
+
 def facts_of(args: AttentionArgs[Layout]) -> Facts:
     """What decides which kernels run an attention call."""
     q, k, v, mean = args.q, args.k, args.v, args.k_mean
@@ -104,18 +116,14 @@ def add_attention(
     Args:
         states: of all key blocks, if an earlier launch writes them.
     """
-    q, k, v, mask, bias = args.q, args.k, args.v, args.key_mask, args.alpha_bias
+    q, k, v, mask = args.q, args.k, args.v, args.key_mask
     block_q, block_k = args.block_q, args.block_k
     (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = q.shape, v.shape, args.lut.shape[2:]
     groups, shape, layout, eight = Hq // heads, formats.shape, formats.layout, formats.eight
     # in memory as (B, Nq, Hq, Dv); see `arguments.output`
     o, o_strides = schedule.empty("o", (B, Nq, Hq, Dv), q.dtype, transposed=True), (Nq * Hq * Dv, Dv, Hq * Dv)
     lse = schedule.empty("lse", (B, Hq, Nq), torch.float32)
-    # bias (1 or Hq, 1 or Tm), read as (Hq, Tm)
-    bias_strides = (
-        (0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride, bias.shape, strict=True))
-    )
-    alpha = 0 if bias is None else (1 if args.alpha_gain is None else 2)
+    bias_strides, alpha = alpha_of(args)
     fused = support(facts_of(args)).kernel == "fused"
     # used by the two kernels that the fused one replaces
     weight, shift = (lse if fused else schedule.empty(name, lse.shape, torch.float32) for name in ("weight", "shift"))
