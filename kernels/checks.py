@@ -165,8 +165,6 @@ def check_attention(args: AttentionArgs[Described]) -> None:
         raise fail("linear_scope", "be 'complement' when is_causal", "'all'", "all keys would include future ones")
     if low_bit not in LOW_BITS:
         raise fail("low_bit", f"be one of {', '.join(LOW_BITS)}", repr(low_bit), "int8_fp8 is the paper's")
-    if low_bit != "none" and q.device.type != "cuda":
-        raise cannot_run(low_bit, "none", f"not run on {q.device.type}")
 
 
 def check_backward(args: BackwardArgs[Described]) -> None:
@@ -219,8 +217,3 @@ def check_table(args: AttentionArgs[Tensor]) -> None:
     wrong = ~((after > before) & (before >= 0) | (after == -1)).all(dim=-1)
     if wrong.any():
         raise fail("lut", "ascend in each row, with every -1 at its end", lut[wrong][0].tolist(), fix)
-
-
-def cannot_run(low_bit: str, runs: str, why: str) -> ValueError:
-    """Build the error for a low_bit that an op does not compute here."""
-    return fail("low_bit", f"be {runs!r} here ({why})", repr(low_bit), "take what precision.low_bit_of returns")

@@ -13,7 +13,7 @@ from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, RouteRe
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import Described, check_qkv
 from sla2_compile.kernels.ops import attention, forward, route
-from sla2_compile.kernels.options import AttentionOptions, State, asked
+from sla2_compile.kernels.options import AttentionOptions, asked
 from sla2_compile.kernels.precision import low_bit_of
 from sla2_compile.kernels.tracing import autocasts, refuse_forward_mode, traced
 
@@ -84,16 +84,20 @@ class Kind(NamedTuple):
 
 
 def resolve(
-    q: Described, k: Described, v: Described, options: AttentionOptions, low_bit: str, scale: float | None,
-    is_causal: bool, unmasked: bool,
+    q: Described, k: Described, v: Described, options: AttentionOptions, low_bit: str, imitated: bool,
+    scale: float | None, is_causal: bool, unmasked: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Check q, k and v; return the arguments of `sla2::forward` behind its tensors."""
+    """Check q, k and v; return the arguments of `sla2::forward` behind its tensors.
+
+    Args:
+        low_bit: format asked for; imitated: whether it is computed in any case, and not only where it pays.
+    """
     check_qkv(q, k, v)
     block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
     # plain floats: a number of numpy's or of a tensor is equal to one, and would be handed to calls that gave one
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     topk_ratio = float(options.topk_ratio)
-    runs = low_bit_of(
+    runs = low_bit if imitated else low_bit_of(
         low_bit, q, v.shape[3], block_q, block_k, scale, num_blocks(k.shape[2], block_k), topk_ratio,
         plain=unmasked and not is_causal,
     )  # fmt: skip
@@ -111,9 +115,13 @@ def attend(
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
     proj_q: Tensor | None = None, proj_k: Tensor | None = None,
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
-    training: bool = False, state: State = State.PLAIN, keep_routing: bool = True,
+    training: bool = False, imitate: str | None = None, keep_routing: bool = True,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
-    """Run `sla2_attention` in a given state, and return (o, the router's choices).
+    """Run `sla2_attention`, and return (o, the router's choices).
+
+    Args:
+        imitate: format that the sparse branch is computed in, forward and backward, in training as well: none, int8
+            or int8_fp8. If None, options and training decide.
 
     The choices are None without keep_routing, and in a compiler's trace.
     """
@@ -121,17 +129,17 @@ def attend(
     if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
-    low_bit = asked(options, state, training)
+    low_bit, imitated = asked(options, training) if imitate is None else imitate, imitate is not None
     keep_routing = keep_routing and not traced(q)
     if torch.compiler.is_compiling():
-        resolved = resolve(q, k, v, options, low_bit, scale, is_causal, key_mask is None)
+        resolved = resolve(q, k, v, options, low_bit, imitated, scale, is_causal, key_mask is None)
     else:
         kinds = Kind(q.shape, q.dtype, q.device), Kind(k.shape, k.dtype, k.device), Kind(v.shape, v.dtype, v.device)
         try:
-            resolved = remembered(*kinds, options, low_bit, scale, is_causal, key_mask is None)
+            resolved = remembered(*kinds, options, low_bit, imitated, scale, is_causal, key_mask is None)
         except TypeError:
             # a symbolic length, which has no hash
-            resolved = resolve(*kinds, options, low_bit, scale, is_causal, key_mask is None)
+            resolved = resolve(*kinds, options, low_bit, imitated, scale, is_causal, key_mask is None)
     args = ForwardArgs(q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask, *resolved)
     # proj_q and proj_k get no gradient, but as with any op, the result requires one if they do
     params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)

@@ -54,15 +54,16 @@ class AttentionOptions:
 
 
 class State(str, Enum):
-    """What low_bit means to a site now. Training and lowering will add states here, and their formats in `asked`.
+    """What low bit means to a site now. Lowering will add a state here.
 
     PLAIN: inference asks for `AttentionOptions.low_bit`, training computes in the input's dtype.
+    PREPARED: training and inference imitate the format that inference is meant to run (`prepare`).
     """
 
     PLAIN = "plain"
+    PREPARED = "prepared"
 
 
-def asked(options: AttentionOptions, state: State, training: bool) -> str:
-    """Return the format that a call asks for, by its state and mode alone; autograd does not matter."""
-    assert state is State.PLAIN
+def asked(options: AttentionOptions, training: bool) -> str:
+    """Return the format that a plain call asks for, by its mode alone; autograd does not matter."""
     return "none" if training else options.low_bit

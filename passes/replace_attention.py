@@ -18,11 +18,11 @@ from sla2_compile.passes.sites.site import Site
 
 def site_nodes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site]]:
     """Yield the nodes that call a site, with their sites."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
     for node in gm.graph.nodes:
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            if isinstance(module, Site):
-                yield node, module
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Site):
+            yield node, module
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,20 @@ def _site_arguments(node: fx.Node) -> dict[str, Any]:
     return arguments
 
 
+def drop_rounding(gm: fx.GraphModule) -> None:
+    """Take each site's own fake quantisers (`InsertFakeQuant`) from its inputs."""
+    for node, _ in list(site_nodes(gm)):
+        for at, x in enumerate(node.args):
+            if isinstance(x, fx.Node) and str(x.target).startswith(f"{node.target}.fake_quant."):
+                node.update_arg(at, x.args[0])
+                if not x.users:
+                    gm.graph.erase_node(x)
+    gm.recompile()
+
+
 def undo(gm: fx.GraphModule) -> int:
     """Turn every site back into SDPA and drop it; return how many there were."""
+    drop_rounding(gm)
     found = list(site_nodes(gm))
     for node, _ in found:
         arguments = dict(node.kwargs)

@@ -38,8 +38,8 @@ class Recipe(BaseModel):
         low_bit: number format of the sparse branch in inference: none, int8 (INT8 QK), int8_fp8 (INT8 QK and FP8 PV),
             or auto (int8 where that was measured to be faster and close to bf16). A GPU without FP8 runs int8.
             Training and CPUs use the input's dtype. The report says what runs.
-        qat: whether training imitates low_bit. It is not built yet, and the report says so. No effect if low_bit is
-            none.
+        qat: whether `prepare` makes the sites imitate low_bit, in training and in inference (auto is imitated as
+            int8). Until `prepare` is called it has no effect, and never if low_bit is none.
         start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; end_layer None means up to
             the last. Layers are counted in the order in which a forward reaches them.
         include, exclude: patterns of owner names, such as "blocks.*.attn", with shell wildcards. exclude wins.

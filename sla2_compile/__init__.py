@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sla2_compile.reports.recording import record_statistics
     from sla2_compile.reports.report import Report, report
     from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
+    from sla2_compile.training.qat import disable_sla2_qat, enable_sla2_qat, prepare
 
 __version__ = "0.1.0"
 
@@ -33,8 +34,11 @@ _HOMES = {
     "RecipeError": "recipes",
     "Report": "reports.report",
     "diffusers_backend": "libraries.diffusers",
+    "disable_sla2_qat": "training.qat",
+    "enable_sla2_qat": "training.qat",
     "reset_diffusers_backend": "libraries.diffusers",
     "register_transformers": "libraries.transformers",
+    "prepare": "training.qat",
     "report": "reports.report",
     "inspect": "api",
     "get_sla2_statistics": "reports.statistics",
@@ -51,9 +55,12 @@ __all__ = [
     "RecipeError",
     "Report",
     "diffusers_backend",
+    "disable_sla2_qat",
+    "enable_sla2_qat",
     "get_sla2_statistics",
     "inspect",
     "log_sla2_config",
+    "prepare",
     "record_statistics",
     "register_transformers",
     "report",

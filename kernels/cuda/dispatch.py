@@ -27,7 +27,6 @@ from sla2_compile.kernels.arguments import (
     RouteResult,
 )
 from sla2_compile.kernels.checks import (
-    cannot_run,
     check_attention,
     check_backward,
     check_route,
@@ -58,16 +57,10 @@ def takes_route(args: RouteArgs[Layout]) -> bool:
 
 
 def takes_attention(args: AttentionArgs[Layout]) -> bool:
-    """Check an attention call, and return whether the kernels run it.
-
-    Raises:
-        ValueError: as `check_attention` does, and for a low_bit that does not run.
-    """
+    """Check an attention call, and return whether the kernels run it, in its format."""
     check_attention(args)
     found = support(facts_of(args))
-    if found.low_bit != args.low_bit:
-        raise cannot_run(args.low_bit, found.low_bit, found.why.low_bit)
-    return found.kernel != "portable"
+    return found.kernel != "portable" and found.low_bit == args.low_bit
 
 
 STRIDED = ("q", "k", "v", "key_mask", "do", "o")

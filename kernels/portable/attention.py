@@ -8,6 +8,7 @@ Per group of heads (see `portable/tiling.py`):
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ from sla2_compile.kernels.portable.tiling import (
     head_groups,
     is_moderate,
 )
+from sla2_compile.kernels.quantise import to_e4m3
+
+LOG2_E = math.log2(math.e)
 
 
 @dataclass
@@ -77,7 +81,7 @@ class SparseRows:
     """Some query-block rows of the sparse branch: `part` selects them, the other fields are views of them.
 
     Attributes:
-        picked: (n * K,), flat rows of `Tiles.rows`; q: (n, block_q, D).
+        picked: (n * K,), flat rows of `Tiles.rows`; q: (n, block_q, D), of the sparse branch.
         o: (n, block_q, Dv), out, sums of exp(s - top) v over the scores s.
         total, top: (n, 1, block_q), out, sums of exp(s - top), and the largest s.
     """
@@ -94,12 +98,15 @@ class SparseRows:
         """Cut all rows at once: small calls cost several times as much between products that fill the cache."""
         step = tiles.rows_at_once(tiles.keys)
         picked = tiles.rows.flatten().split(step * tiles.rows.shape[1])
-        cut = (x.split(step) for x in (tiles.q, o, total, top))
+        cut = (x.split(step) for x in (tiles.sparse.q, o, total, top))
         return [cls(*x) for x in zip(tiles.chunks(tiles.keys), picked, *cut, strict=True)]
 
     def attend(self, tiles: Tiles, shift: bool) -> None:
         """Write o, total and top; without shift, top counts as 0 and is not written."""
-        s = tiles.scores(self.part, self.q, tiles.gather(tiles.k, self.picked, "gathered"))
+        s = tiles.scores(self.part, self.q, tiles.gather(tiles.sparse.k, self.picked, "gathered"))
+        if tiles.sparse.v_log is not None:
+            self._attend_fp8(tiles, s, tiles.sparse.v_log)
+            return
         if shift:
             # the lowest finite number keeps exp(-inf - top) at 0 in rows that see no key
             s.sub_(torch.amax(s, dim=1, keepdim=True, out=self.top).clamp_(min=torch.finfo(s.dtype).min))
@@ -108,6 +115,19 @@ class SparseRows:
         values = tiles.gather(tiles.v, self.picked, "gathered")
         torch.bmm(s.to(values.dtype).mT, values, out=self.o)
 
+    def _attend_fp8(self, tiles: Tiles, s: Tensor, v_log: Tensor) -> None:
+        """Write o, total and top, with p and v in E4M3 (`reference/low_bit.py`)."""
+        scale_log = v_log[self.picked].view(-1, tiles.rows.shape[1], 1, 1)
+        t = s.view(*scale_log.shape[:2], -1, s.shape[2]).mul_(LOG2_E).add_(scale_log)
+        # a whole number, so that p is rounded alike whatever maximum a kernel has when it reads a block
+        top = t.amax(dim=(1, 2), keepdim=True).ceil_().clamp_(min=torch.finfo(t.dtype).min)
+        p = t.sub_(top).exp2_()
+        torch.sum(p * (-scale_log).exp2(), dim=(1, 2), out=self.total.squeeze(1))
+        torch.mul(top.flatten(1, 2), 1.0 / LOG2_E, out=self.top)
+        p = (to_e4m3(p * 256.0) / 256.0).view(s.shape)
+        values = tiles.gather(tiles.sparse.v, self.picked, "gathered")
+        self.o.copy_(torch.bmm(p.to(values.dtype).mT, values))
+
 
 def sparse_branch(tiles: Tiles, o: Tensor) -> tuple[Tensor, Tensor]:
     """Write sums of exp(s - top) v to o (R, block_q, Dv); return sums of exp(s - top) and the lse (Eq. 14, left).
@@ -115,9 +135,10 @@ def sparse_branch(tiles: Tiles, o: Tensor) -> tuple[Tensor, Tensor]:
     o_sparse is their ratio; both results are (R, block_q) in the accumulation dtype.
     """
     R, block_q, _ = tiles.q.shape
+    unshifted = tiles.q.device.type == "cpu" and tiles.sparse.v_log is None
     total, top = (tiles.scratch(name, (R, 1, block_q), tiles.acc) for name in ("total", "top"))
     parts = SparseRows.of(tiles, o, total, top)
-    if tiles.q.device.type == "cpu":
+    if unshifted:
         # saves two passes if no exp overflows or vanishes; if one does, the first rows usually show it early
         for rows in parts:
             rows.attend(tiles, shift=False)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sla2_compile.kernels.arguments import AttentionArgs, accumulation_dtype
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.portable.low_bit import Operands
 from sla2_compile.kernels.torch_internals import multiplies_bfloat16
 
 NEG_INF = float("-inf")
@@ -152,6 +153,7 @@ class Tiles:
 
     Attributes:
         q: (R, block_q, D); k: (C, block_k, D), smoothed, zero where padded; v: (C, block_k, Dv).
+        sparse: what the sparse branch takes in place of q, k and v: the same, unless it computes in low bit.
         rows: (R, K) int64 into the key-block rows, clamped to a real row where the table holds -1.
         k_valid: (C, block_k) bool, or None where every key of every block is real.
         row_valid: (R, K) bool, False where the table holds -1, or None where it never does.
@@ -164,6 +166,7 @@ class Tiles:
     q: Tensor
     k: Tensor
     v: Tensor
+    sparse: Operands
     rows: Tensor
     k_valid: Tensor | None
     row_valid: Tensor | None
@@ -280,9 +283,10 @@ def cut(args: AttentionArgs[Tensor], bs: slice, hs: slice, hq: slice, scratch: S
     if is_causal:
         q_start = (torch.arange(tm, device=q.device) * block_q).repeat(q.shape[0] * q.shape[1])
         k_start = (torch.arange(tn, device=q.device) * block_k).repeat(b * heads)
+    tiles_q = copy_to_blocks(q, block_q, dtype, scratch, "q")
+    tiles_k = smooth.view(-1, block_k, k.shape[3])
+    tiles_v = copy_to_blocks(v, block_k, dtype, scratch, "v")
+    sparse = Operands.of(tiles_q, tiles_k, tiles_v, k_valid, args.low_bit, accumulation_dtype(q.dtype))
     return Tiles(
-        copy_to_blocks(q, block_q, dtype, scratch, "q"),
-        smooth.view(-1, block_k, k.shape[3]),
-        copy_to_blocks(v, block_k, dtype, scratch, "v"),
-        rows, k_valid, row_valid, q_start, k_start, args.scale, tn, scratch,
+        tiles_q, tiles_k, tiles_v, sparse, rows, k_valid, row_valid, q_start, k_start, args.scale, tn, scratch,
     )  # fmt: skip

@@ -19,7 +19,8 @@ class SiteSettings:
     Attributes:
         options: how the call is computed.
         alpha: routed, head or block: where the mix comes from (`Recipe.alpha`).
-        fake_quant: format that training will imitate: the recipe's low_bit if qat is set, else none.
+        fake_quant: format that a prepared site imitates: none, int8 or int8_fp8. It is none unless the recipe sets
+            qat and low_bit; auto, which decides by device and length, is imitated as int8.
         min_seq_len: shortest length that is replaced; "auto" means the device's crossover.
     """
 
@@ -33,7 +34,8 @@ class SiteSettings:
         """Return the settings of the sites of one owner, with overrides applied."""
         recipe = recipe.for_site(owner)
         options = AttentionOptions(**{x.name: getattr(recipe, x.name) for x in fields(AttentionOptions)})
-        return cls(options, recipe.alpha, recipe.low_bit if recipe.qat else "none", recipe.min_seq_len)
+        imitated = {"auto": "int8"}.get(recipe.low_bit, recipe.low_bit) if recipe.qat else "none"
+        return cls(options, recipe.alpha, imitated, recipe.min_seq_len)
 
     def shortest(self, device_type: str) -> int:
         """Return the shortest length that is replaced on this device type."""

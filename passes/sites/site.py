@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
-from sla2_compile.kernels.options import State
+from sla2_compile.kernels.options import AttentionOptions, State
 from sla2_compile.kernels.tracing import exporting
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import AttentionCall, bind
+from sla2_compile.passes.sites.fake_quantizer import FORMATS, INPUTS, FakeQuantConfig, FakeQuantizer, format_of
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
 from sla2_compile.passes.sites.parameters import SiteParameters
 from sla2_compile.passes.sites.rules import Reason, why_not
@@ -35,7 +36,8 @@ class Site(SiteParameters):
     """SLA2 instead of one attention call; see `SiteParameters` for what it learns.
 
     Attributes:
-        state: what low bit means to the site now.
+        state: what low bit means to the site now; see `prepare`.
+        fake_quant: the fake quantisers of a prepared site, by input: q, k and, in FP8, v.
         structure: structure of the call's mask when the model was planned; None if unknown.
         recording: whether eager forwards keep what they chose, which costs time; see `record_statistics`.
         last_routing: what the last such forward chose, or None; neither saved nor copied.
@@ -59,6 +61,7 @@ class Site(SiteParameters):
         """
         super().__init__(settings)
         self.state = State.PLAIN
+        self.fake_quant: nn.ModuleDict | None = None
         self.structure: Structure | None = None
         self.recording = False
         self.last_routing: Routing | None = None
@@ -68,6 +71,19 @@ class Site(SiteParameters):
             mask = read_mask(call)
             self.structure = None if mask is None else mask.structure
             self.make_parameters(call, dtype or call.q.dtype)
+
+    def prepare(
+        self, low_bit: str, make: Callable[[FakeQuantConfig, AttentionOptions], FakeQuantizer] = FakeQuantizer
+    ) -> None:
+        """From now on imitate a format, in training and in inference; `sla2_compile.prepare` does it for a model.
+
+        Args:
+            low_bit: int8 or int8_fp8; make: builds the fake quantiser of an input.
+        """
+        options = self.settings.options
+        self.fake_quant = nn.ModuleDict({name: make(INPUTS[name], options) for name in FORMATS[low_bit]})
+        self.fake_quant.train(self.training)
+        self.state = State.PREPARED
 
     def forward(
         self,
@@ -109,7 +125,8 @@ class Site(SiteParameters):
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
             proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
-            training=self.training if training is None else training, state=self.state,
+            training=self.training if training is None else training,
+            imitate=None if self.fake_quant is None else format_of(self.fake_quant),
             keep_routing=self.recording,
         )  # fmt: skip
         if routing is not None:

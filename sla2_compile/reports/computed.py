@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import fx, nn
@@ -16,7 +17,8 @@ from sla2_compile.passes.sites.outcome import Miss, Rewrite
 
 WORDS = {"int8_fp8": "INT8 QK and FP8 PV", "int8": "INT8 QK", "none": "the input's dtype"}
 OPEN = "depends on the length"
-NO_QAT = "fake quantisation in training (qat) is not built yet; training computes in the input's dtype"
+NOT_PREPARED = "fake quantisation (qat): prepare(model) starts it; until then training is in the input's dtype"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 # one length for each automatic choice of blocks; the last stands for any long one
 LENGTHS = (1, 512, 2**30)
 
@@ -115,8 +117,11 @@ def _attention_ops(root: nn.Module) -> Iterator[str]:
                 yield ForwardArgs(*node.args, **node.kwargs).low_bit
 
 
-def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
-    """Say which calls blocked PyTorch runs on a GPU, and what each low_bit that was asked for resolves to."""
+def how_lines(rewrites: list[Rewrite], device: str, imitated: Mapping[str, str] = NOTHING) -> list[str]:
+    """Say which calls blocked PyTorch runs on a GPU, and what each low_bit that was asked for resolves to.
+
+    imitated: of `Report`.
+    """
     hows = Counter[How]()
     for r in rewrites:
         hows[How.of(r, device)] += r.where.times
@@ -137,9 +142,16 @@ def how_lines(rewrites: list[Rewrite], device: str) -> list[str]:
         fixed = all(how.fixed for how in mine)
         rest = "fixed by the export" if fixed else "training computes in the input's dtype"
         lines.append(f"low bit {low_bit}: {', '.join(each)}; {rest}")
-    if any(r.settings.fake_quant != "none" for r in rewrites):
-        lines.append(NO_QAT)
-    return lines
+    return lines + _imitated_lines(rewrites, imitated)
+
+
+def _imitated_lines(rewrites: list[Rewrite], imitated: Mapping[str, str]) -> list[str]:
+    """Say which sites imitate low bit."""
+    if imitated:
+        counts = Counter(imitated.values())
+        sites = ", ".join(f"{WORDS[word]} in {n} of {len(imitated)} prepared sites" for word, n in counts.items())
+        return [f"fake quantisation, in training and in inference: {sites}"]
+    return [NOT_PREPARED] if any(r.settings.fake_quant != "none" for r in rewrites) else []
 
 
 def _word(how: How) -> str:

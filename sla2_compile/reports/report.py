@@ -36,6 +36,7 @@ class Report:
         ran: per site name, how many eager calls SLA2 answered; compiled calls are not counted.
         gone: per owner whose planned calls no longer reach its sites, the reason.
         by_adapter: whether modules select SLA2 in a library's registry; their eager calls so far are listed.
+        imitated: per name of a prepared site, the format that it imitates; none where that is switched off.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -47,6 +48,7 @@ class Report:
     by_adapter: bool = False
     ran: dict[str, int] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
+    imitated: dict[str, str] = field(default_factory=dict)
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -66,7 +68,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data.
 
-        Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone.
+        Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone, imitated.
 
         A replaced call has low_bit and portable. low_bit holds what was asked for, what runs (empty where that
         depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton kernels
@@ -93,6 +95,7 @@ class Report:
             "fallbacks": self.fallbacks,
             "ran": self.ran,
             "gone": self.gone,
+            "imitated": self.imitated,
         }
 
     def __rich__(self) -> Table:
@@ -134,7 +137,7 @@ class Report:
             lines.append(f"{whose}eager calls so far; compiled code records none")
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
-        lines += how_lines(self.rewrites, self.device)
+        lines += how_lines(self.rewrites, self.device, self.imitated)
         if self.ran:
             lines.append(f"SLA2 answered {sum(self.ran.values())} eager calls")
         lines += [f"{name or '(model)'}: {why}" for name, why in self.gone.items()]
@@ -188,7 +191,10 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     several = len(recipes) > 1 and (discovery != "adapter" or any(recipe != first for recipe in recipes.values()))
     named, device = recipes if several else {}, _device(model)
     ran, lost = runtime.counts(model), runtime.gone(model)
-    return Report(tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, by_adapter, ran, lost)
+    return Report(
+        tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, by_adapter, ran, lost,
+        runtime.imitated(model),
+    )  # fmt: skip
 
 
 def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:

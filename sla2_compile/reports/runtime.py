@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from sla2_compile.modules.redirect import is_owner, site_forward
+from sla2_compile.passes.sites.fake_quantizer import format_of
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site, Sites
 from sla2_compile.plan import plain, plans
@@ -20,6 +21,15 @@ SWAPPED = "the module was replaced after transform: SLA2 does not run"
 def counts(model: nn.Module) -> dict[str, int]:
     """How often each site answered a call in eager mode, by its name; sites that never did are left out."""
     return {plain(name): m.runs for name, m in model.named_modules() if isinstance(m, Site) and m.runs}
+
+
+def imitated(model: nn.Module) -> dict[str, str]:
+    """The format that each prepared site imitates, by its name; "none" where its fake quantisers are switched off."""
+    return {
+        plain(name): format_of(m.fake_quant) or "none"
+        for name, m in model.named_modules()
+        if isinstance(m, Site) and m.fake_quant is not None
+    }
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:

@@ -26,9 +26,9 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     asked = functional.asked
 
-    def remember(options: Any, state: Any, training: bool) -> str:
+    def remember(options: Any, training: bool) -> str:
         seen.append(training)
-        return asked(options, state, training)
+        return asked(options, training)
 
     monkeypatch.setattr(functional, "asked", remember)
     return seen
@@ -104,8 +104,8 @@ def test_an_export_in_eval_asks_for_its_low_bit(x: Tensor, monkeypatch: pytest.M
     assert set(seen[len(seen) // 2 :]) == {"auto"}
 
 
-def test_the_report_says_that_qat_is_not_built(x: Tensor) -> None:
-    said = "fake quantisation in training (qat) is not built yet; training computes in the input's dtype"
+def test_the_report_says_that_qat_waits_for_prepare(x: Tensor) -> None:
+    said = "fake quantisation (qat): prepare(model) starts it; until then training is in the input's dtype"
     for fields, says in (({}, True), ({"qat": False}, False), ({"low_bit": "none"}, False)):
         model = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), **{**ANY, **fields})
         assert (said in " ".join(str(sla2_compile.report(model)).split())) == says

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sla2_compile.kernels.blocks import auto_block_sizes, router_tokens
-from sla2_compile.kernels.options import AttentionOptions, State, asked
+from sla2_compile.kernels.options import AttentionOptions, asked
 from sla2_compile.passes.sites.settings import SiteSettings
 from sla2_compile.recipes import Recipe
 
@@ -47,8 +47,8 @@ def test_a_word_that_means_nothing(options: dict[str, str], message: str) -> Non
 
 def test_a_mode_asks_for_a_format() -> None:
     options = AttentionOptions(low_bit="int8")
-    assert asked(options, State.PLAIN, training=False) == "int8"
-    assert asked(options, State.PLAIN, training=True) == "none"
+    assert asked(options, training=False) == "int8"
+    assert asked(options, training=True) == "none"
 
 
 def test_a_recipes_words_are_a_sites() -> None:
@@ -67,7 +67,7 @@ def test_a_recipes_words_are_a_sites() -> None:
 @pytest.mark.parametrize(
     ("low_bit", "qat", "fake_quant"),
     [
-        ("auto", True, "auto"),
+        ("auto", True, "int8"),
         ("int8", True, "int8"),
         ("int8", False, "none"),
         ("none", True, "none"),
@@ -108,5 +108,5 @@ def test_numbers_of_numpy_are_not_handed_to_later_calls() -> None:
     q = Kind(torch.Size((1, 2, 64, 16)), torch.float32, torch.device("cpu"))
     number: Any
     for number in (np.float32(0.25), 0.25):
-        found = remembered(q, q, q, AttentionOptions(topk_ratio=number), "none", number, False, True)
+        found = remembered(q, q, q, AttentionOptions(topk_ratio=number), "none", False, number, False, True)
         assert [type(x) for x in (found[0], found[4])] == [float, float]

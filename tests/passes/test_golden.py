@@ -13,6 +13,7 @@ from sla2_compile.passes.clean_up import CleanUp
 from sla2_compile.passes.expand_multihead import ExpandMultihead
 from sla2_compile.passes.graph.printer import graph_text
 from sla2_compile.passes.inline_autocast import InlineAutocast
+from sla2_compile.passes.insert_fake_quant import InsertFakeQuant
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.read_masks import ReadMasks
@@ -275,6 +276,32 @@ graph():
     return (add,)""",
         )
         assert ReplaceAttention().run(gm).changed == 0
+
+    def test_insert_fake_quant(self):
+        gm = traced()
+        NormalizeSDPA().run(gm)
+        SelectAttention(RECIPE).run(gm)
+        ReplaceAttention().run(gm)
+        assert InsertFakeQuant().run(gm).changed == 0
+        dict(gm.named_modules())["sla2.0"].prepare("int8_fp8")
+        assert InsertFakeQuant().run(gm).changed == 3
+        self.assertExpectedInline(
+            graph_text(gm),
+            """\
+graph():
+    %q : [num_users=4] = placeholder[target=q]
+    %k : [num_users=2] = placeholder[target=k]
+    %v : [num_users=2] = placeholder[target=v]
+    %bias : [num_users=1] = placeholder[target=bias]
+    %sla2_0_fake_quant_q : [num_users=1] = call_module[target=sla2.0.fake_quant.q](args = (%q,), kwargs = {})
+    %sla2_0_fake_quant_k : [num_users=1] = call_module[target=sla2.0.fake_quant.k](args = (%k,), kwargs = {q: %q})
+    %sla2_0_fake_quant_v : [num_users=1] = call_module[target=sla2.0.fake_quant.v](args = (%v,), kwargs = {q: %q})
+    %sla2_0 : [num_users=1] = call_module[target=sla2.0](args = (%sla2_0_fake_quant_q, %sla2_0_fake_quant_k, %sla2_0_fake_quant_v), kwargs = {attn_mask: None, dropout_p: 0.0, is_causal: False, scale: 0.5, enable_gqa: False})
+    %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %k, %v), kwargs = {attn_mask: %bias, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %add : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%sla2_0, %scaled_dot_product_attention_1), kwargs = {})
+    return (add,)""",
+        )
+        assert InsertFakeQuant().run(gm).changed == 0
 
     def test_clean_up(self):
         gm = traced()

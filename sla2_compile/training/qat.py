@@ -1,0 +1,138 @@
+"""Quantisation-aware training (QAT): sites imitate 8 bits while a model trains (SLA2, arXiv 2602.12675, Sec. 5).
+
+    sla2_compile.prepare(model)             # from now on, forwards are those of low bit
+    ...                                     # train
+    sla2_compile.disable_sla2_qat(model)    # the input's precision again; enable_sla2_qat switches back
+
+A prepared site's forward computes the sparse branch in 8 bits, on a GPU by the kernels that inference runs. Its
+backward computes the scores from the same rounded q and k, and passes gradients straight through the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from torch import fx, nn
+
+from sla2_compile.kernels.checks import fail
+from sla2_compile.kernels.options import AttentionOptions, State
+from sla2_compile.passes.insert_fake_quant import InsertFakeQuant
+from sla2_compile.passes.pipeline import Pipeline
+from sla2_compile.passes.replace_attention import drop_rounding
+from sla2_compile.passes.sites.fake_quantizer import FORMATS, FakeQuantConfig, FakeQuantizer
+from sla2_compile.passes.sites.site import Site
+
+M = TypeVar("M", bound=nn.Module)
+
+
+Make = Callable[[FakeQuantConfig, AttentionOptions], FakeQuantizer]
+
+
+def prepare(model: M, *, low_bit: str | None = None, make: Make = FakeQuantizer) -> M:
+    """Make the sites of a transformed model imitate 8 bits, in training and in inference, in place.
+
+    Sites whose recipe has qat off or low_bit none stay as they are. In a GraphModule, the pass insert-fake-quant puts
+    fake quantisers on the inputs of each site.
+
+    Args:
+        model: a transformed nn.Module or GraphModule. It may be compiled already, and then compiles once more.
+        low_bit: int8 or int8_fp8 for all these sites, whatever their recipe says; None takes each site's own. INT8 QK
+            is what training tolerates best; FP8 PV costs more of the error.
+        make: builds the fake quantiser of an input.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: model has no site, or none that the recipe lets imitate low bit; low_bit is another word. Nothing
+            is changed.
+        TypeError: model is not an nn.Module.
+
+    Example:
+        >>> model = prepare(transform(model, "balanced", example_inputs=(x,)))
+    """
+    sites = list(prepared_by_recipe(model))
+    if low_bit is not None and low_bit not in FORMATS:
+        raise fail("low_bit", f"be one of {', '.join(FORMATS)}", repr(low_bit), "int8 is the default of QAT")
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    for gm in graphs:
+        # nodes of an earlier step may call quantisers that the new format does not have
+        drop_rounding(gm)
+    for site in sites:
+        site.prepare(low_bit or site.settings.fake_quant, make)
+    for gm in graphs:
+        Pipeline((InsertFakeQuant(),)).run(gm)
+    return model
+
+
+def prepared_by_recipe(model: nn.Module) -> Iterator[Site]:
+    """Yield the sites that a recipe lets imitate low bit.
+
+    Raises:
+        ValueError, TypeError: as `prepare`.
+    """
+    sites = sites_of_model(model)
+    wanted = [site for site in sites if site.settings.fake_quant != "none"]
+    if not wanted:
+        raise fail(
+            "recipe", "set qat, and low_bit other than none, in at least one site",
+            f"neither in {len(sites)} sites", "transform(model, recipe, qat=True, low_bit='int8')",
+        )  # fmt: skip
+    yield from wanted
+
+
+def sites_of_model(model: nn.Module) -> list[Site]:
+    """Return all sites of a model.
+
+    Raises:
+        ValueError: it has none. TypeError: it is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise TypeError(
+            f"model must be an nn.Module, got {kind}; prepare the module before torch.export, its program follows"
+        )
+    sites = [module for module in model.modules() if isinstance(module, Site)]
+    if not sites:
+        raise fail(
+            "model", "have SLA2 sites", "none",
+            "call sla2_compile.transform first, with example_inputs, or run one forward",
+        )  # fmt: skip
+    return sites
+
+
+def enable_sla2_qat(model: M) -> M:
+    """Switch fake quantisation on, at any time; a model that is not prepared is prepared first.
+
+    Raises:
+        ValueError, TypeError: as `prepare`.
+    """
+    if all(site.state is not State.PREPARED for site in sites_of_model(model)):
+        return prepare(model)
+    _switch(model, True)
+    return model
+
+
+def disable_sla2_qat(model: M) -> M:
+    """Switch fake quantisation off: sites compute as before `prepare`, and keep their quantisers.
+
+    A model that is not prepared is left as it is.
+
+    Raises:
+        ValueError, TypeError: model has no site, or is not an nn.Module.
+    """
+    _switch(model, False)
+    return model
+
+
+def quantisers_of(site: Site) -> list[FakeQuantizer]:
+    """Return the fake quantisers of a site; none if it is not prepared."""
+    held = () if site.fake_quant is None else site.fake_quant.values()
+    return [x for x in held if isinstance(x, FakeQuantizer)]
+
+
+def _switch(model: nn.Module, enabled: bool) -> None:
+    for site in sites_of_model(model):
+        for quantiser in quantisers_of(site):
+            quantiser.enabled = enabled
