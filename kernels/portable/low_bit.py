@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sla2_compile.kernels.quantise import e4m3_of, rounded
@@ -27,19 +26,17 @@ class Operands:
     v_log: Tensor | None = None
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, k_valid: Tensor | None, low_bit: str, acc: torch.dtype) -> Operands:
-        """Round to a format of `checks.LOW_BITS`, counting only keys that are real.
+    def rounded(cls, q: Tensor, k: Tensor, v: Tensor, k_valid: Tensor | None, low_bit: str) -> Operands:
+        """Round to int8 or int8_fp8, counting only keys that are real.
 
         Args:
+            k: in the accumulation dtype, which the rounded numbers get.
             k_valid: (C, block_k) bool, True where a key is real; all are if None.
         """
-        if low_bit == "none":
-            return cls(q, k, v)
         if k_valid is not None:
             k, v = (x.masked_fill(~k_valid[..., None], 0.0) for x in (k, v))
-        q8 = rounded(q[:, :, None], "int8", acc).squeeze(2)
-        k8 = rounded(k, "int8", acc)
+        q8, k8 = rounded(q[:, :, None], "int8", k.dtype).squeeze(2), rounded(k, "int8", k.dtype)
         if low_bit == "int8":
             return cls(q8, k8, v)
-        v8, v_scale = e4m3_of(v)
-        return cls(q8, k8, v8.to(acc), v_scale.flatten().log2().to(acc))
+        v8, scale = e4m3_of(v)
+        return cls(q8, k8, v8.to(k.dtype), scale.flatten().log2().to(k.dtype))

@@ -286,7 +286,11 @@ def cut(args: AttentionArgs[Tensor], bs: slice, hs: slice, hq: slice, scratch: S
     tiles_q = copy_to_blocks(q, block_q, dtype, scratch, "q")
     tiles_k = smooth.view(-1, block_k, k.shape[3])
     tiles_v = copy_to_blocks(v, block_k, dtype, scratch, "v")
-    sparse = Operands.of(tiles_q, tiles_k, tiles_v, k_valid, args.low_bit, accumulation_dtype(q.dtype))
+    sparse, acc = Operands(tiles_q, tiles_k, tiles_v), accumulation_dtype(q.dtype)
+    if args.low_bit != "none":
+        # rounded once: smoothed keys may have been rounded to 16 bits
+        exact = tiles_k if dtype == acc else to_blocks(k.to(acc) - k_mean[:, :, None], block_k)
+        sparse = Operands.rounded(tiles_q, exact, tiles_v, k_valid, args.low_bit)
     return Tiles(
         tiles_q, tiles_k, tiles_v, sparse, rows, k_valid, row_valid, q_start, k_start, args.scale, tn, scratch,
     )  # fmt: skip
