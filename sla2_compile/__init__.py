@@ -16,6 +16,8 @@ import sla2_compile.kernels  # noqa: F401  (registers the ops, so that saved pro
 
 if TYPE_CHECKING:
     from sla2_compile.api import inspect, restore, transform
+    from sla2_compile.export.onnx import export_onnx
+    from sla2_compile.export.verify import verify_onnx
     from sla2_compile.kernels import AttentionOptions, sla2_attention
     from sla2_compile.libraries.diffusers import diffusers_backend, reset_diffusers_backend, set_diffusers_backend
     from sla2_compile.libraries.transformers import register_transformers
@@ -41,6 +43,8 @@ _HOMES = {
     "prepare": "training.qat",
     "report": "reports.report",
     "inspect": "api",
+    "export_onnx": "export.onnx",
+    "verify_onnx": "export.verify",
     "get_sla2_statistics": "reports.statistics",
     "record_statistics": "reports.recording",
     "log_sla2_config": "reports.statistics",
@@ -57,6 +61,7 @@ __all__ = [
     "diffusers_backend",
     "disable_sla2_qat",
     "enable_sla2_qat",
+    "export_onnx",
     "get_sla2_statistics",
     "inspect",
     "log_sla2_config",
@@ -69,6 +74,7 @@ __all__ = [
     "set_diffusers_backend",
     "sla2_attention",
     "transform",
+    "verify_onnx",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command `sla2`: recipes, inspect, support, demo."""
+"""The command `sla2`: recipes, inspect, export, support, demo."""
 
 from __future__ import annotations
 
@@ -69,6 +69,44 @@ def inspect(
 
 
 @app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The function that builds the model.")],
+    path: Annotated[Path, typer.Argument(help="The file to write.")],
+    recipe: Annotated[str, typer.Option(help="For a model that is not transformed: name or YAML path.")] = DEFAULT,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of the recipe. May be repeated.")
+    ] = None,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Sizes that may change: INPUT:AXIS,AXIS. INPUT is a position or a keyword. May be repeated."
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or fp8.")] = "fp32",
+    form: Annotated[str, typer.Option(help="portable, opaque or inlined.")] = "portable",
+    opset: Annotated[int | None, typer.Option(help="Of standard operators.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare the file with the model.")] = True,
+) -> None:
+    """Write a model with SLA2 as an ONNX file.
+
+    FACTORY is called without arguments and returns (model, example_inputs) or (model, example_inputs, kwargs).
+    """
+    from sla2_compile.api import transform
+    from sla2_compile.export.onnx import export_onnx
+    from sla2_compile.plan import plans
+
+    fields = _checked(lambda: _fields(set_ or []))
+    model, inputs, kwargs = _checked(lambda: _make(target))
+    shapes = _checked(lambda: _dynamic(dynamic or [], inputs, kwargs))
+    if not any(True for _ in plans(model)):
+        options = {"example_inputs": inputs, "example_kwargs": kwargs, **fields}
+        model = _checked(lambda: transform(model, recipe, **options))
+    chosen: dict[str, Any] = {"precision": precision, "target": form, "opset": opset, "verify": verify}
+    found = _checked(lambda: export_onnx(model, inputs, path, kwargs=kwargs, dynamic_shapes=shapes, **chosen))
+    console.print(str(found), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
 def support() -> None:
     """Print which kernels and number formats run a call, and what each needs, as Markdown."""
     from sla2_compile.kernels.support_table import table
@@ -99,6 +137,28 @@ def _run_passes(model: Any, inputs: Any, kwargs: Any, text: str) -> Report:
     outcomes = passes.run(gm, observers())
     console.print(graph_text(gm), markup=False, highlight=False, soft_wrap=True)
     return Report(tuple(outcomes), None, "graph", {})
+
+
+def _dynamic(given: list[str], inputs: Any, kwargs: Any) -> Any:
+    """Turn INPUT:AXIS,AXIS into what torch.export takes; None if nothing is dynamic."""
+    if not given:
+        return None
+    from torch.export import Dim
+
+    names: list[Any] = [*range(len(inputs)), *kwargs]
+    shapes: dict[Any, Any] = dict.fromkeys(names)
+    for text in given:
+        name, _, axes = text.partition(":")
+        key = int(name) if name.isdigit() else name
+        try:
+            sizes = {int(axis): Dim.DYNAMIC for axis in axes.split(",")}
+        except ValueError:
+            sizes = {}
+        if key not in shapes or not sizes:
+            hint = f"inputs are {', '.join(map(str, names))}; for example --dynamic 0:0,1"
+            raise ValueError(f"--dynamic must be INPUT:AXIS,AXIS, got {text!r}; {hint}")
+        shapes[key] = sizes
+    return tuple(shapes.values())
 
 
 def _fields(pairs: list[str]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ class BodyConfig:
         compression_ratio, block_q, block_k, scale, feature_map, linear_scope, is_causal: as the op has them.
         given: names of the inputs that are there.
         whole_q, whole_k: whether the lengths are known to be whole blocks.
-        low_bit: none (float32), int8 (INT8 QK) or int8_int8 (QK and PV in INT8).
-        scan: whether the body loops over heads and query blocks, which saves memory; otherwise it computes all at once.
+        low_bit: none (float32), int8 (INT8 QK), int8_int8 (QK and PV in INT8), int8_fp8 (INT8 QK, PV as FP8 rounds).
+        scan: whether the body loops over heads and query blocks, which saves memory; else it computes all at once.
         dtype: of q, k, v and o, as ONNX names it.
     """
 
@@ -55,7 +55,7 @@ class BodyConfig:
 
     @property
     def repeats_last_key(self) -> bool:
-        """Whether copies of the last key fill the last block, so that its scale and largest score stay as they are."""
+        """Whether copies of the last key fill the last block, so that its scale and largest score stay."""
         return self.low_bit == "int8_int8" and not self.whole_k and "key_mask" not in self.given
 
     @property

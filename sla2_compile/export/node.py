@@ -12,6 +12,7 @@ import onnxscript
 import torch
 
 from sla2_compile.export.config import INPUTS, BodyConfig
+from sla2_compile.export.fake_quant import fake_quant
 
 DOMAIN, NAME, VERSION = "sla2", "attention", 1
 
@@ -39,7 +40,9 @@ def schema() -> onnx.defs.OpSchema:
     inputs = [S.FormalParameter(name, "T", "", param_option=option.Single) for name in INPUTS[:3]]
     inputs += [S.FormalParameter(name, "P", "", param_option=option.Optional) for name in INPUTS[3:7]]
     inputs.append(S.FormalParameter("key_mask", "M", "", param_option=option.Optional))
-    attributes = [S.Attribute(name, S.AttrType(kind.value), "", required=False) for name, kind in ATTRIBUTES.items()]
+    attributes = [
+        S.Attribute(name, getattr(S.AttrType, kind.name), "", required=False) for name, kind in ATTRIBUTES.items()
+    ]
     return S(
         NAME, DOMAIN, VERSION, "SLA2 attention (arXiv 2602.12675)",
         inputs=inputs, outputs=[S.FormalParameter("o", "T", "")], attributes=attributes,
@@ -61,8 +64,10 @@ def translation_table(low_bit: str | None) -> dict[Any, Callable[..., Any]]:
     node = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), NAME, schema())
     asked = low_bit
 
-    def forward(
-        q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask, topk_ratio: float, compression_ratio: int,
+    # the exporter reads attributes from annotations, and everything without one is a tensor
+    def forward(  # noqa: ANN202
+        q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask,  # noqa: ANN001
+        topk_ratio: float, compression_ratio: int,
         block_q: int, block_k: int, scale: float, feature_map: str, linear_scope: str, is_causal: bool, low_bit: str,
     ):  # fmt: skip
         share = share_of(topk_ratio)
@@ -73,21 +78,28 @@ def translation_table(low_bit: str | None) -> dict[Any, Callable[..., Any]]:
             is_causal=int(is_causal), low_bit=low_bit if asked is None else asked,
         )  # fmt: skip
 
-    return {torch.ops.sla2.forward.default: forward}
+    return {torch.ops.sla2.forward.default: forward, torch.ops.sla2.fake_quant.default: fake_quant}
+
+
+def sizes(x: ir.Value) -> tuple[Any, ...]:
+    """The shape of a value, which the op's fake gave it: numbers and symbols."""
+    assert x.shape is not None
+    return tuple(x.shape)
 
 
 def config_of(node: ir.Node, scan: bool) -> BodyConfig:
     """Read the constants of a node from its attributes and the shapes of its inputs."""
     read = {name: node.attributes[name].value for name in ATTRIBUTES}
     read["is_causal"] = bool(read["is_causal"])
-    q, k, v = node.inputs[:3]
+    q, k, v = (x for x in node.inputs[:3] if x is not None)
     given = tuple(name for name, x in zip(INPUTS, node.inputs, strict=False) if x is not None)
 
     def whole(n: Any, block: int) -> bool:
         return isinstance(n, int) and n % block == 0
 
+    (_, Hq, Nq, D), (_, Hkv, Nk, _), (*_, Dv) = (sizes(x) for x in (q, k, v))
+    assert q.dtype is not None
     return BodyConfig(
-        q.shape[1], k.shape[1], q.shape[3], v.shape[3], **read, given=given,
-        whole_q=whole(q.shape[2], read["block_q"]), whole_k=whole(k.shape[2], read["block_k"]),
+        Hq, Hkv, D, Dv, **read, given=given, whole_q=whole(Nq, read["block_q"]), whole_k=whole(Nk, read["block_k"]),
         scan=scan, dtype=q.dtype.name,
     )  # fmt: skip

@@ -35,7 +35,9 @@ def model_of(c: BodyConfig, opset: int = 20) -> onnx.ModelProto:
     names = [name if name in c.given else "" for name in INPUTS]
     while not names[-1]:
         names.pop()
-    attributes = {name: int(x) if isinstance(x := getattr(c, name), bool) else x for name in ATTRIBUTES}
+    attributes: dict[str, Any] = {
+        name: int(x) if isinstance(x := getattr(c, name), bool) else x for name in ATTRIBUTES
+    }
     node = h.make_node(NAME, names, ["o"], domain=DOMAIN, name="site", **attributes)
     out = h.make_tensor_value_info("o", float_type, ["B", c.Hq, "N", c.Dv])
     return h.make_model(

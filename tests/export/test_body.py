@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-
 import onnx
+import pytest
 import torch
 
 from sla2_compile.export.config import INPUTS
@@ -78,7 +74,7 @@ INT8: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("low_bit", ["int8", "int8_int8"])
+@pytest.mark.parametrize("low_bit", ["int8", "int8_int8", "int8_fp8"])
 @pytest.mark.parametrize("name", INT8)
 def test_int8_is_close(name: str, low_bit: str) -> None:
     c = replace(BASE, low_bit=low_bit, **INT8[name])
@@ -88,24 +84,25 @@ def test_int8_is_close(name: str, low_bit: str) -> None:
     for B, Nq, Nk in LENGTHS if c.whole_q else LENGTHS + RAGGED:
         x = inputs_of(c, B, Nq, Nk)
         off = error(run(loaded, x), wanted(c, x))
-        assert 1e-3 < off < 0.03, (B, Nq, Nk, off)
+        assert 1e-3 < off < 0.05, (B, Nq, Nk, off)
 
 
+@pytest.mark.parametrize("low_bit", ["int8", "int8_fp8"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_int8_scores_are_those_of_qat(masked: bool) -> None:
+def test_low_bit_is_that_of_qat(masked: bool, low_bit: str) -> None:
     """A model that was trained with `prepare` keeps its numerics."""
-    c = replace(BASE, low_bit="int8", given=INPUTS if masked else LEARNED)
+    c = replace(BASE, low_bit=low_bit, given=INPUTS if masked else LEARNED)
     x = inputs_of(c, 2, 333, 333)
     from sla2_compile.kernels.ops import forward
 
     learned = [x.get(name) for name in INPUTS[3:]]
-    options: Any = (0.15, 8, 64, 32, 0.2, "softmax", "complement", False, "int8")
+    options: Any = (0.15, 8, 64, 32, 0.2, "softmax", "complement", False, low_bit)
     with torch.no_grad():
         want = forward(x["q"], x["k"], x["v"], *learned, *options).double()
     assert error(run(session(model_of(c)), x), want) < 1e-4
 
 
-@pytest.mark.parametrize("opset", [18, 21, 23])
+@pytest.mark.parametrize("opset", [19, 21, 23, 26])
 def test_opsets(opset: int) -> None:
     x = inputs_of(BASE, 1, 200, 300)
     assert error(run(session(model_of(BASE, opset)), x), wanted(BASE, x)) < 3e-6

@@ -8,7 +8,7 @@
 | `router.py` | block scores, the choice of blocks, and what is left over |
 | `states.py` | block states and their sums over what was not chosen |
 | `rows.py` | both branches and their mix, a few query blocks at a time |
-| `sparse.py`, `sparse_int8.py` | scores and products of the chosen blocks, in float32 or in INT8 |
+| `sparse.py`, `sparse_int8.py`, `sparse_fp8.py` | scores and products of the chosen blocks, in each format |
 
 Batch and lengths are not known to a body; heads, head dims and options are. All arithmetic is in float32.
 """

@@ -11,12 +11,13 @@ from sla2_compile.export.body.call import Call
 from sla2_compile.export.body.router import route
 from sla2_compile.export.body.rows import attended_rows
 from sla2_compile.export.body.sparse import Sparse
+from sla2_compile.export.body.sparse_fp8 import SparseFp8
 from sla2_compile.export.body.sparse_int8 import SparseInt8, SparseInt8Both
 from sla2_compile.export.body.states import summed_states
 from sla2_compile.export.config import INPUTS, BodyConfig
 from sla2_compile.export.node import ATTRIBUTES, DOMAIN, NAME
 
-SPARSE = {"none": Sparse, "int8": SparseInt8, "int8_int8": SparseInt8Both}
+SPARSE = {"none": Sparse, "int8": SparseInt8, "int8_int8": SparseInt8Both, "int8_fp8": SparseFp8}
 
 
 def attention(op: Any, c: BodyConfig, given: dict[str, ir.Value | None]) -> ir.Value:

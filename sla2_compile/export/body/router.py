@@ -99,7 +99,7 @@ def block_scores(x: Call) -> tuple[Value, Value, Value]:
 
 
 def query_tokens(x: Call, rows: int, per_block: int) -> tuple[Value, Value]:
-    """Return the router's query tokens (B, Hq, Tq, D), scaled and projected, and how many rows each averages (Tq,)."""
+    """Return the router's query tokens (B, Hq, Tq, D), scaled and projected, and their rows (Tq,)."""
     c, op = x.c, x.op
     sums = op.ReduceSum(x.shape(x.q, x.B, c.Hq, -1, rows, c.D + int(c.biased)), x.i(3), keepdims=0)
     first = op.Mul(x.arange(op.Mul(x.Tm, x.i(per_block))), x.i(rows))

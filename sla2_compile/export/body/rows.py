@@ -66,7 +66,7 @@ def attended_rows(x: Call, routed: Routed, kv_sum: Value, k_sum: Value, sparse: 
             q_at = op.Add(more[-2], t.constant(np.arange(block_q)[None, :, None], np.float32))
             k_at = op.Add(more[-1], t.constant(np.arange(block_k)[None, None], np.float32))
             s = op.Where(op.LessOrEqual(t.shape(k_at, at_once, 1, -1), q_at), s, t.f(LOWEST))
-        top = op.ReduceMax(s, t.i(2))
+        top = sparse.top(t, s)
         found = sparse.weigh(t, op.Exp(op.Sub(s, top)), picked, at_once, *more)
         lse = op.Add(found.log_total, top)
         phi_q = t.feature_map(t.slice(q, 0, D, 2) if c.biased else q, c.feature_map)

@@ -47,9 +47,13 @@ class Sparse:
         self.values = x.shape(x.v, x.C, c.block_k * c.Dv)
 
     def scores(self, t: Tools, q: Value, picked: Value, rows: Value | int) -> Value:
-        """Scaled scores (rows, block_q, topk block_k) of q (rows, block_q, width) and the blocks picked (rows, topk)."""
+        """Scaled scores (rows, block_q, topk block_k) of q (rows, block_q, width) and the blocks picked."""
         keys = t.shape(t.op.Gather(self.keys, picked, axis=0), rows, -1, self.width)
         return t.op.Mul(t.op.MatMul(q, t.op.Transpose(keys, perm=[0, 2, 1])), t.f(self.x.c.scale))
+
+    def top(self, t: Tools, s: Value) -> Value:
+        """What is subtracted from each row's scores before exp."""
+        return t.op.ReduceMax(s, t.i(2))
 
     def weigh(self, t: Tools, p: Value, picked: Value, rows: Value | int, *more: Value) -> Weighted:
         """Multiply p = exp(s - top) with the values of the blocks picked; more: this row's `per_row`."""

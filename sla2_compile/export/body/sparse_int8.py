@@ -1,7 +1,7 @@
 """Scores and products of the chosen key blocks in INT8, as onnxruntime's MatMulInteger is fast: uint8 times int8.
 
-    q8 = round(q / q_scale_i) + 128 in uint8, one scale for each row;  k8 = round(k / k_scale_j), one for each key block
-    p8 = round(255 exp(s - top)) in uint8;  v8 = round(v / v_scale), one scale for each head and channel
+q8 = round(q / q_scale_i) + 128 in uint8, one scale for each row;  k8 = round(k / k_scale_j), one for each key block
+p8 = round(255 exp(s - top)) in uint8;  v8 = round(v / v_scale), one scale for each head and channel
 """
 
 from __future__ import annotations

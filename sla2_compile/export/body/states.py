@@ -1,4 +1,4 @@
-"""Block states phi(k)^T v of the linear branch, summed over the blocks that each query block did not keep (Eq. 14)."""
+"""Block states phi(k)^T v, summed over the key blocks that each query block did not keep (Eq. 14, right)."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Tools:
     def dims(self, *parts: Value | int) -> Value:
         """Put sizes together to a shape."""
         if all(isinstance(x, int) for x in parts):
-            return self.i(*(int(x) for x in parts))
+            return self.i(*(x for x in parts if isinstance(x, int)))
         return self.op.Concat(*(self.i(x) if isinstance(x, int) else x for x in parts), axis=0)
 
     def shape(self, x: Value, *parts: Value | int) -> Value:

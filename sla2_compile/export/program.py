@@ -1,0 +1,180 @@
+"""A model as an ExportedProgram in which every replaced call is one op `sla2::forward`, as ONNX needs it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
+
+from sla2_compile.graphs import dynamic_shapes as shapes_of
+from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs, RouteArgs
+from sla2_compile.kernels.checks import fail
+from sla2_compile.passes.sites.site import Site
+from sla2_compile.plan import plans
+
+OPS = (torch.ops.sla2.forward.default, torch.ops.sla2.attention.default)
+
+
+def exported(
+    model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    """Export a model for inference; a program is exported again, so that it can be changed.
+
+    Raises:
+        ValueError: a replaced call is not SLA2 in the program, or nothing is replaced; the program and other
+            arguments are given.
+        TypeError: model is neither.
+    """
+    check_model(model)
+    if isinstance(model, ExportedProgram):
+        program = _again(model, args, kwargs, dynamic_shapes)
+    else:
+        # a tensor that is given twice would become one input
+        apart, named = distinct((tuple(args), dict(kwargs)))
+        before = _fallbacks(model)
+        with torch.no_grad(), evaluated(model):
+            program = torch.export.export(model, apart, named, dynamic_shapes=dynamic_shapes)
+        _check_calls(model, program, _fallbacks(model) - before)
+    join(program)
+    return program
+
+
+def check_model(model: Any) -> None:
+    """Refuse what holds no SLA2.
+
+    Raises:
+        ValueError, TypeError: as `exported`.
+    """
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        kind = type(model).__name__
+        raise TypeError(f"model must be an nn.Module or ExportedProgram, got {kind}; pass the module itself")
+    if hasattr(model, "_orig_mod"):
+        raise fail("model", "not be compiled", "torch.compile's wrapper", "export the module that it was made of")
+    if isinstance(model, nn.Module) and not any(isinstance(m, Site) for m in model.modules()) and not count(model):
+        pending = any(plan.discovery == "pending" for _, _, plan in plans(model))
+        fix = "run one forward first" if pending else "call sla2_compile.transform first, with example_inputs"
+        raise fail("model", "have SLA2 sites", "none", fix)
+
+
+def _again(program: ExportedProgram, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
+    if args or kwargs or dynamic_shapes is not None:
+        raise fail(
+            "args, kwargs and dynamic_shapes",
+            "be left out for an ExportedProgram",
+            "some",
+            "it holds those of its export",
+        )
+    if program.example_inputs is None:
+        raise fail("program", "hold its example inputs", "none", "export it again and keep them")
+    if not count(program.graph_module):
+        raise fail("program", "have SLA2 ops", "none", "transform(program), or export a transformed module")
+    args, kwargs = program.example_inputs
+    with torch.no_grad():
+        return torch.export.export(program.module(), args, kwargs, dynamic_shapes=shapes_of(program))
+
+
+def distinct(values: Any) -> Any:
+    """Copy each tensor that comes a second time."""
+    seen: set[int] = set()
+
+    def once(x: Any) -> Any:
+        if isinstance(x, Tensor) and id(x) in seen:
+            return x.clone()
+        seen.add(id(x))
+        return x
+
+    return tree_map(once, values)
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Put a model into inference mode, and give each module its own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    # not eval(), which models override, and which a graph of torch.export refuses
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def graphs(root: nn.Module) -> Iterator[fx.GraphModule]:
+    """Yield a graph and the graphs inside it."""
+    for module in root.modules():
+        if isinstance(module, fx.GraphModule):
+            yield module
+
+
+def count(root: nn.Module) -> int:
+    """How many calls in a graph, and in the graphs inside it, are SLA2's."""
+    return sum(node.target in OPS for gm in graphs(root) for node in gm.graph.nodes)
+
+
+def sla2_calls(root: nn.Module) -> Iterator[ForwardArgs[Any]]:
+    """Yield the arguments of each op `sla2::forward` in a graph and in the graphs inside it."""
+    for gm in graphs(root):
+        for node in gm.graph.nodes:
+            if node.target is torch.ops.sla2.forward.default:
+                yield ForwardArgs(*node.args, **node.kwargs)
+
+
+def _fallbacks(model: nn.Module) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, Site):
+            found += module.fallbacks
+    return found
+
+
+def _check_calls(model: nn.Module, program: ExportedProgram, reasons: Counter[str]) -> None:
+    """Refuse a program in which a replaced call has become full attention.
+
+    Raises:
+        ValueError: see above.
+    """
+    wanted = sum(rewrite.where.times for _, _, plan in plans(model) for rewrite in plan.rewrites)
+    found = count(program.graph_module)
+    if found == 0 or (wanted and found != wanted):
+        fix = "export at the lengths that transform saw, or above min_seq_len"
+        if reasons:
+            fix += "; full attention: " + ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
+        rule = f"have {wanted or 'its'} calls of SLA2, as the model has"
+        raise fail("the exported program", rule, found, fix)
+
+
+def join(program: ExportedProgram) -> None:
+    """Make each pair of route and attention, which a program exported for training has, one op; in place.
+
+    Raises:
+        ValueError: the program uses what only the pair returns, such as lse.
+    """
+    for gm in graphs(program.graph_module):
+        for node in [node for node in gm.graph.nodes if node.target is torch.ops.sla2.attention.default]:
+            _join(gm.graph, node)
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+
+
+def _join(graph: fx.Graph, node: fx.Node) -> None:
+    given: Any = node.args
+    call: AttentionArgs[Any] = AttentionArgs(*given)
+    chosen: RouteArgs[Any] = RouteArgs(*call.lut.args[0].args)
+    values = {**chosen._asdict(), **call._asdict()}
+    with graph.inserting_before(node):
+        args = tuple(values[name] for name in ForwardArgs._fields)
+        one = graph.call_function(torch.ops.sla2.forward.default, args)
+    one.meta = {key: value for key, value in node.meta.items() if key != "val"}
+    one.meta["val"] = node.meta["val"][0]
+    for use in list(node.users):
+        if use.args[1] == 0:
+            use.replace_all_uses_with(one)
+        elif use.users:
+            raise fail("program", "use SLA2's output alone", "its statistics too", "export the model for inference")
