@@ -159,8 +159,8 @@ def document(found: dict[str, Any]) -> str:
         ", ".join(f"{name} {version}" for name, version in about.items() if name not in ("cpu", "command"))
         + f"; `{about['command']}`.", "",
         f"One attention call, q, k, v ({B}, {H}, N, {D}), normal, one thread, dynamic batch and length. "
-        "Full attention is the faster of its decomposed export and the Attention node. The error is untrained SLA2's, "
-        "on noise, which no choice of blocks approximates well.",
+        "Full attention is the faster of its decomposed export and the Attention node. The error is "
+        "untrained SLA2's, on noise, which no choice of blocks approximates well.",
         "", "| N | key blocks kept | precision | full ms | SLA2 ms | ratio | full MB | SLA2 MB | error | target |",
         "|" + "---|" * 10,
     ]  # fmt: skip

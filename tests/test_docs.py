@@ -33,7 +33,8 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
 
 def test_every_page_with_python_blocks_is_run():
     # README.md by test_readme.py
-    assert {page.stem for page in PAGES if python_blocks(page)} == {"README", "guide", "recipes", "debugging", "export"}
+    run = {"README", "guide", "recipes", "debugging", "export"}
+    assert {page.stem for page in PAGES if python_blocks(page)} == run
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
