@@ -54,14 +54,16 @@ class AttentionOptions:
 
 
 class State(str, Enum):
-    """What low bit means to a site now. Lowering will add a state here.
+    """What low bit means to a site now.
 
     PLAIN: inference asks for `AttentionOptions.low_bit`, training computes in the input's dtype.
     PREPARED: training and inference imitate the format that inference is meant to run (`prepare`).
+    CONVERTED: an inference alone, in that format (`convert`).
     """
 
     PLAIN = "plain"
     PREPARED = "prepared"
+    CONVERTED = "converted"
 
 
 def asked(options: AttentionOptions, training: bool) -> str:

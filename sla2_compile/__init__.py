@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sla2_compile.reports.recording import record_statistics
     from sla2_compile.reports.report import Report, report
     from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
+    from sla2_compile.training.convert import convert
     from sla2_compile.training.qat import disable_sla2_qat, enable_sla2_qat, prepare
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOMES = {
     "Recipe": "recipes",
     "RecipeError": "recipes",
     "Report": "reports.report",
+    "convert": "training.convert",
     "diffusers_backend": "libraries.diffusers",
     "disable_sla2_qat": "training.qat",
     "enable_sla2_qat": "training.qat",
@@ -58,6 +60,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "convert",
     "diffusers_backend",
     "disable_sla2_qat",
     "enable_sla2_qat",

@@ -19,6 +19,7 @@ from sla2_compile.passes.graph.bodies import TRANSPARENT, bodies_of
 from sla2_compile.passes.graph.nodes import Nodes, memory_of
 from sla2_compile.passes.graph.operators import Operator
 from sla2_compile.passes.graph.traits import Trait, traits_of
+from sla2_compile.passes.sites.fake_quantizer import FakeQuantizer
 
 PLAIN = (Tensor, torch.Size, torch.SymInt, torch.SymFloat)
 """Types whose methods and properties are PyTorch's."""
@@ -102,6 +103,8 @@ class Effects(Nodes):
         """Whether a node that neither writes nor draws is known to have no other effect."""
         if blocks := self.blocks(node):
             return all(inside.effect(n) is None for inside in blocks for n in inside.position)
+        if self._rounds(node):
+            return True
         if not called.known or traits_of(called.name) & Trait.TOKEN:
             return False
         method = called.reads_property or node.op == "call_method"
@@ -112,6 +115,10 @@ class Effects(Nodes):
             return True
         plain = [overload for overload in called.overloads if not _takes_out(overload)]
         return bool(plain) and all(o._schema.returns and not o._schema.is_mutable for o in plain)
+
+    def _rounds(self, node: fx.Node) -> bool:
+        """Whether a node calls a fake quantiser of ours, which gives a tensor and does nothing else."""
+        return node.op == "call_module" and isinstance(self.modules.get(str(node.target)), FakeQuantizer)
 
     def blocks(self, node: fx.Node) -> list[Effects]:
         """Return the graphs of a transparent block; none for any other node."""

@@ -38,6 +38,7 @@ class Site(SiteParameters):
     Attributes:
         state: what low bit means to the site now; see `prepare`.
         fake_quant: the fake quantisers of a prepared site, by input: q, k and, in FP8, v.
+        low_bit: the format of a converted site, int8 or int8_fp8; None before.
         structure: structure of the call's mask when the model was planned; None if unknown.
         recording: whether eager forwards keep what they chose, which costs time; see `record_statistics`.
         last_routing: what the last such forward chose, or None; neither saved nor copied.
@@ -62,6 +63,7 @@ class Site(SiteParameters):
         super().__init__(settings)
         self.state = State.PLAIN
         self.fake_quant: nn.ModuleDict | None = None
+        self.low_bit: str | None = None
         self.structure: Structure | None = None
         self.recording = False
         self.last_routing: Routing | None = None
@@ -84,6 +86,21 @@ class Site(SiteParameters):
         self.fake_quant = nn.ModuleDict({name: make(INPUTS[name], options) for name in FORMATS[low_bit]})
         self.fake_quant.train(self.training)
         self.state = State.PREPARED
+
+    def convert(self, low_bit: str) -> None:
+        """From now on compute in a format, without quantisers and without learning; see `sla2_compile.convert`.
+
+        A projection that is still the identity is dropped: the router then multiplies by nothing.
+        """
+        self.fake_quant, self.low_bit, self.state = None, low_bit, State.CONVERTED
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            parameter.requires_grad_(False)
+            if name.startswith("proj_") and torch.equal(parameter, torch.eye(len(parameter)).to(parameter)):
+                self.register_parameter(name, None)
+
+    def imitates(self) -> str | None:
+        """The format that a prepared or converted site computes in; None where options and mode decide."""
+        return self.low_bit if self.fake_quant is None else format_of(self.fake_quant)
 
     def forward(
         self,
@@ -125,8 +142,8 @@ class Site(SiteParameters):
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
             proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
-            training=self.training if training is None else training,
-            imitate=None if self.fake_quant is None else format_of(self.fake_quant),
+            training=(self.training if training is None else training) and self.state is not State.CONVERTED,
+            imitate=self.imitates(),
             keep_routing=self.recording,
         )  # fmt: skip
         if routing is not None:

@@ -117,10 +117,12 @@ def _attention_ops(root: nn.Module) -> Iterator[str]:
                 yield ForwardArgs(*node.args, **node.kwargs).low_bit
 
 
-def how_lines(rewrites: list[Rewrite], device: str, imitated: Mapping[str, str] = NOTHING) -> list[str]:
+def how_lines(
+    rewrites: list[Rewrite], device: str, imitated: Mapping[str, str] = NOTHING, converted: bool = False
+) -> list[str]:
     """Say which calls blocked PyTorch runs on a GPU, and what each low_bit that was asked for resolves to.
 
-    imitated: of `Report`.
+    imitated, converted: of `Report`.
     """
     hows = Counter[How]()
     for r in rewrites:
@@ -142,15 +144,18 @@ def how_lines(rewrites: list[Rewrite], device: str, imitated: Mapping[str, str] 
         fixed = all(how.fixed for how in mine)
         rest = "fixed by the export" if fixed else "training computes in the input's dtype"
         lines.append(f"low bit {low_bit}: {', '.join(each)}; {rest}")
-    return lines + _imitated_lines(rewrites, imitated)
+    return lines + _imitated_lines(rewrites, imitated, converted)
 
 
-def _imitated_lines(rewrites: list[Rewrite], imitated: Mapping[str, str]) -> list[str]:
-    """Say which sites imitate low bit."""
+def _imitated_lines(rewrites: list[Rewrite], imitated: Mapping[str, str], converted: bool) -> list[str]:
+    """Say which sites imitate low bit, or were converted to it."""
     if imitated:
         counts = Counter(imitated.values())
-        sites = ", ".join(f"{WORDS[word]} in {n} of {len(imitated)} prepared sites" for word, n in counts.items())
-        return [f"fake quantisation, in training and in inference: {sites}"]
+        state = "converted" if converted else "prepared"
+        sites = ", ".join(f"{WORDS[word]} in {n} of {len(imitated)} {state} sites" for word, n in counts.items())
+        return [
+            f"inference alone: {sites}" if converted else f"fake quantisation, in training and in inference: {sites}"
+        ]
     return [NOT_PREPARED] if any(r.settings.fake_quant != "none" for r in rewrites) else []
 
 

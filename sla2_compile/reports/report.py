@@ -36,7 +36,8 @@ class Report:
         ran: per site name, how many eager calls SLA2 answered; compiled calls are not counted.
         gone: per owner whose planned calls no longer reach its sites, the reason.
         by_adapter: whether modules select SLA2 in a library's registry; their eager calls so far are listed.
-        imitated: per name of a prepared site, the format that it imitates; none where that is switched off.
+        imitated: per name of a prepared or converted site, its format; none where that is switched off.
+        converted: whether sites compute in low bit for good.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -49,6 +50,7 @@ class Report:
     ran: dict[str, int] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
     imitated: dict[str, str] = field(default_factory=dict)
+    converted: bool = False
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -68,7 +70,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data.
 
-        Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone, imitated.
+        Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone, imitated,
+        converted.
 
         A replaced call has low_bit and portable. low_bit holds what was asked for, what runs (empty where that
         depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton kernels
@@ -96,6 +99,7 @@ class Report:
             "ran": self.ran,
             "gone": self.gone,
             "imitated": self.imitated,
+            "converted": self.converted,
         }
 
     def __rich__(self) -> Table:
@@ -137,7 +141,7 @@ class Report:
             lines.append(f"{whose}eager calls so far; compiled code records none")
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
-        lines += how_lines(self.rewrites, self.device, self.imitated)
+        lines += how_lines(self.rewrites, self.device, self.imitated, self.converted)
         if self.ran:
             lines.append(f"SLA2 answered {sum(self.ran.values())} eager calls")
         lines += [f"{name or '(model)'}: {why}" for name, why in self.gone.items()]
@@ -193,7 +197,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     ran, lost = runtime.counts(model), runtime.gone(model)
     return Report(
         tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, by_adapter, ran, lost,
-        runtime.imitated(model),
+        runtime.imitated(model), runtime.is_converted(model),
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from sla2_compile.kernels.options import State
 from sla2_compile.modules.redirect import is_owner, site_forward
-from sla2_compile.passes.sites.fake_quantizer import format_of
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site, Sites
 from sla2_compile.plan import plain, plans
@@ -24,12 +24,17 @@ def counts(model: nn.Module) -> dict[str, int]:
 
 
 def imitated(model: nn.Module) -> dict[str, str]:
-    """The format that each prepared site imitates, by its name; "none" where its fake quantisers are switched off."""
+    """The format of each prepared or converted site, by its name; "none" where fake quantisation is switched off."""
     return {
-        plain(name): format_of(m.fake_quant) or "none"
+        plain(name): m.imitates() or "none"
         for name, m in model.named_modules()
-        if isinstance(m, Site) and m.fake_quant is not None
+        if isinstance(m, Site) and m.state is not State.PLAIN
     }
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether a site computes in low bit for good."""
+    return any(isinstance(m, Site) and m.state is State.CONVERTED for m in model.modules())
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:

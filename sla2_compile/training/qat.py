@@ -73,6 +73,8 @@ def prepared_by_recipe(model: nn.Module) -> Iterator[Site]:
         ValueError, TypeError: as `prepare`.
     """
     sites = sites_of_model(model)
+    if any(site.state is State.CONVERTED for site in sites):
+        raise fail("model", "not be converted", "converted sites", "restore(model), transform and load its weights")
     wanted = [site for site in sites if site.settings.fake_quant != "none"]
     if not wanted:
         raise fail(
@@ -108,7 +110,7 @@ def enable_sla2_qat(model: M) -> M:
     Raises:
         ValueError, TypeError: as `prepare`.
     """
-    if all(site.state is not State.PREPARED for site in sites_of_model(model)):
+    if all(site.state is State.PLAIN for site in sites_of_model(model)):
         return prepare(model)
     _switch(model, True)
     return model

@@ -212,9 +212,7 @@ def test_models_that_do_not_fit(x: Tensor, tmp_path: Path) -> None:
         sla2_compile.export_onnx(torch.compile(transformed(x)), (x,), path)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model must be an nn\.Module or ExportedProgram, got function"):
         sla2_compile.export_onnx(lambda x: x, (x,), path)  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r"compute attention in float32 or float16, got torch\.float64"
-    ):
+    with pytest.raises(ValueError, match=r"compute attention in float32 or float16, got torch\.float64"):
         sla2_compile.export_onnx(transformed(x).double(), (x.double(),), path)
     program = torch.export.export(transformed(x), (x,))
     with pytest.raises(ValueError, match="args, kwargs and dynamic_shapes must be left out for an ExportedProgram"):

@@ -162,3 +162,21 @@ def test_the_gradient_survives_export(strict: bool, decomposed: bool) -> None:
 def test_what_does_not_fit_is_refused(args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fake_quant(*args)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantize_and_back_is_fake_quant(name: str, dtype: torch.dtype) -> None:
+    x = tokens(2, 3, 40, 8, dtype=dtype)
+    for mask in (None, masked(x)):
+        args = tuple(CALLS[name].values())
+        # opcheck's schema test multiplies every output, which PyTorch cannot do in FP8
+        checks = ("test_faketensor", "test_aot_dispatch_static", *(() if name == "values" else ("test_schema",)))
+        torch.library.opcheck(torch.ops.sla2.quantize.default, (x, *args), {"key_mask": mask}, test_utils=checks)
+        values, scale, mean = torch.ops.sla2.quantize(x, *args, key_mask=mask)
+        assert values.dtype in (torch.int8, torch.float8_e4m3fn)
+        back = (values, scale, mean, CALLS[name]["rows"], x)
+        torch.library.opcheck(torch.ops.sla2.dequantize.default, back, test_utils=checks)
+        made, want = torch.ops.sla2.dequantize(*back), fake_quant(x, **CALLS[name], key_mask=mask)
+        seen = slice(None) if mask is None else slice(0, 35)
+        torch.testing.assert_close(made[:, :, seen], want[:, :, seen], rtol=1e-5, atol=1e-5)

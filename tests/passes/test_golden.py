@@ -14,6 +14,7 @@ from sla2_compile.passes.expand_multihead import ExpandMultihead
 from sla2_compile.passes.graph.printer import graph_text
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.insert_fake_quant import InsertFakeQuant
+from sla2_compile.passes.lower_low_bit import LowerLowBit
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.read_masks import ReadMasks
@@ -302,6 +303,44 @@ graph():
     return (add,)""",
         )
         assert InsertFakeQuant().run(gm).changed == 0
+
+    def test_lower_low_bit(self):
+        gm = traced()
+        NormalizeSDPA().run(gm)
+        SelectAttention(RECIPE).run(gm)
+        ReplaceAttention().run(gm)
+        dict(gm.named_modules())["sla2.0"].prepare("int8_fp8")
+        InsertFakeQuant().run(gm)
+        assert LowerLowBit().run(gm).changed == 3
+        self.assertExpectedInline(
+            graph_text(gm),
+            """\
+graph():
+    %q : [num_users=3] = placeholder[target=q]
+    %k : [num_users=3] = placeholder[target=k]
+    %v : [num_users=3] = placeholder[target=v]
+    %bias : [num_users=1] = placeholder[target=bias]
+    %quantize_default : [num_users=3] = call_function[target=torch.ops.sla2.quantize.default](args = (%q, 1, int8, False, None), kwargs = {})
+    %getitem : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default, 0), kwargs = {})
+    %getitem_1 : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default, 1), kwargs = {})
+    %getitem_2 : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default, 2), kwargs = {})
+    %dequantize_default : [num_users=1] = call_function[target=torch.ops.sla2.dequantize.default](args = (%getitem, %getitem_1, %getitem_2, 1, %q), kwargs = {})
+    %quantize_default_1 : [num_users=3] = call_function[target=torch.ops.sla2.quantize.default](args = (%k, 16, int8, True, None), kwargs = {})
+    %getitem_3 : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default_1, 0), kwargs = {})
+    %getitem_4 : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default_1, 1), kwargs = {})
+    %getitem_5 : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default_1, 2), kwargs = {})
+    %dequantize_default_1 : [num_users=1] = call_function[target=torch.ops.sla2.dequantize.default](args = (%getitem_3, %getitem_4, %getitem_5, 16, %k), kwargs = {})
+    %quantize_default_2 : [num_users=3] = call_function[target=torch.ops.sla2.quantize.default](args = (%v, 16, e4m3, False, None), kwargs = {})
+    %getitem_6 : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default_2, 0), kwargs = {})
+    %getitem_7 : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default_2, 1), kwargs = {})
+    %getitem_8 : [num_users=1] = call_function[target=operator.getitem](args = (%quantize_default_2, 2), kwargs = {})
+    %dequantize_default_2 : [num_users=1] = call_function[target=torch.ops.sla2.dequantize.default](args = (%getitem_6, %getitem_7, %getitem_8, 16, %v), kwargs = {})
+    %sla2_0 : [num_users=1] = call_module[target=sla2.0](args = (%dequantize_default, %dequantize_default_1, %dequantize_default_2), kwargs = {attn_mask: None, dropout_p: 0.0, is_causal: False, scale: 0.5, enable_gqa: False})
+    %scaled_dot_product_attention_1 : [num_users=1] = call_function[target=torch._C._nn.scaled_dot_product_attention](args = (%q, %k, %v), kwargs = {attn_mask: %bias, dropout_p: 0.0, is_causal: False, scale: None, enable_gqa: False})
+    %add : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%sla2_0, %scaled_dot_product_attention_1), kwargs = {})
+    return (add,)""",
+        )
+        assert LowerLowBit().run(gm).changed == 0
 
     def test_clean_up(self):
         gm = traced()
