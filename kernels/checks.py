@@ -163,16 +163,23 @@ def check_attention(args: AttentionArgs[Described]) -> None:
         raise fail("linear_scope", f"be one of {', '.join(LINEAR_SCOPES)}", repr(linear_scope), "use complement")
     if args.is_causal and linear_scope == "all":
         raise fail("linear_scope", "be 'complement' when is_causal", "'all'", "all keys would include future ones")
-    if low_bit not in LOW_BITS:
-        raise fail("low_bit", f"be one of {', '.join(LOW_BITS)}", repr(low_bit), "int8_fp8 is the paper's")
+    check_low_bit(low_bit)
     if low_bit != "none" and q.device.type != "cuda":
         raise cannot_run(low_bit, "none", f"not run on {q.device.type}")
+
+
+def check_low_bit(low_bit: str) -> None:
+    """Refuse a format that no op computes."""
+    if low_bit not in LOW_BITS:
+        raise fail("low_bit", f"be one of {', '.join(LOW_BITS)}", repr(low_bit), "int8_fp8 is the paper's")
 
 
 def check_backward(args: BackwardArgs[Described]) -> None:
     """All checks of `sla2::attention_backward`."""
     saved, call = args.saved, args.saved.call
-    check_attention(call)
+    check_low_bit(call.low_bit)
+    # the format that the forward ran in; a backward of it runs on any device
+    check_attention(call._replace(low_bit="none"))
     q, o_shape = call.q, (*call.q.shape[:3], call.v.shape[3])
     for name, x, shape, dtype in (
         ("do", args.do, o_shape, q.dtype),
