@@ -176,8 +176,8 @@ attention = define(
 )
 """Sparse branch, linear branch and mix. Formula: `reference.attention`.
 
-The backward takes the scores that the forward had: with low_bit, those of q and k in INT8, whose rounding counts as the
-identity. All other products of the backward are in the input's dtype. See `portable/backward.py`.
+The backward takes the scores that the forward had: with low_bit, those of q and k in INT8, whose rounding counts as
+the identity. All other products of the backward are in the input's dtype. See `portable/backward.py`.
 """
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.arguments import AttentionArgs
+from sla2_compile.kernels.records import of
 from sla2_compile.kernels.reference import low_bit as formats
 from sla2_compile.kernels.reference import sla2 as reference
 
@@ -37,7 +38,7 @@ def rounded_keys(k: Tensor, real: Tensor | None, block_k: int) -> Tensor:
 def attention(call: AttentionArgs[Tensor]) -> tuple[Tensor, Tensor]:
     """Return o and lse of a call in its low_bit, in the dtype of its tensors."""
     options: Any = (call.block_q, call.block_k, call.scale, call.feature_map, call.linear_scope, call.is_causal)
-    between = (call.lut, call.log_rest, call.alpha_gain, call.alpha_bias, call.key_mask)
+    between: Any = (call.lut, call.log_rest, call.alpha_gain, call.alpha_bias, call.key_mask)
     smooth = call.k - call.k_mean[:, :, None]
     q, k = rounded_queries(call.q), rounded_keys(smooth, call.key_mask, call.block_k)
     _, lse, o_sparse, _ = reference.attention(q, k, call.v, torch.zeros_like(call.k_mean), *between, *options)
@@ -62,14 +63,18 @@ def attention(call: AttentionArgs[Tensor]) -> tuple[Tensor, Tensor]:
     return alpha * o_sparse + (1 - alpha) * o_linear, lse
 
 
+def in_float64(call: AttentionArgs[Tensor]) -> AttentionArgs[Tensor]:
+    """The same numbers, in float64."""
+    return of(AttentionArgs, [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call])
+
+
 def gradients(call: AttentionArgs[Tensor], do: Tensor) -> dict[str, Tensor]:
     """Gradients in float64 by autograd, by name; call's numbers are taken as they are."""
-    exact = call._replace(**{
-        name: x.double() for name, x in call._asdict().items() if isinstance(x, Tensor) and x.is_floating_point()
-    })  # fmt: skip
+    exact = in_float64(call)
     wanted = {name: getattr(exact, name) for name in NAMES if getattr(exact, name) is not None}
     leaves = {name: x.detach().clone().requires_grad_() for name, x in wanted.items()}
-    attention(exact._replace(**leaves))[0].backward(do.double())
+    call = of(AttentionArgs, list((exact._asdict() | leaves).values()))
+    attention(call)[0].backward(do.double())
     return {name: x.grad for name, x in leaves.items() if x.grad is not None}
 
 

@@ -139,7 +139,7 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
      "linear_scope must be 'complement' when is_causal, got 'all'; all keys would include future ones"),
     (A, {"low_bit": "int4"},
      "low_bit must be one of none, int8, int8_fp8, got 'int4'; int8_fp8 is the paper's"),
-    (A, {"low_bit": "int8"},
+    ((attention,), {"low_bit": "int8"},
      "low_bit must be 'none' here (not run on cpu), got 'int8'; take what precision.low_bit_of returns"),
     (W, {"do": zeros(2, 4, 24, 40)},
      "do must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (2, 4, 24, 40) on cpu; "
