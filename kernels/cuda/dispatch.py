@@ -77,8 +77,7 @@ STRIDED = ("q", "k", "v", "key_mask", "do", "o")
 def takes_backward(args: BackwardArgs[Layout]) -> bool:
     """Check a backward, and return whether the kernels run it."""
     check_backward(args)
-    # in the input's dtype, whatever the forward did
-    facts = facts_of(args.saved.call)._replace(direction="backward", low_bit="none")
+    facts = facts_of(args.saved.call)._replace(direction="backward")
     return support(facts).kernel != "portable"
 
 

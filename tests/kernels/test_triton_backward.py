@@ -19,7 +19,6 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult, Saved
-from sla2_compile.kernels.cuda.backward.launches import lists_of_rows
 from sla2_compile.kernels.cuda.forward import states_launches
 from sla2_compile.kernels.records import of
 from sla2_compile.kernels.reference import sla2 as reference
@@ -198,21 +197,6 @@ def test_wild_table_reads_nothing_outside() -> None:
         got = scheduled_backward(BackwardArgs(do, saved._replace(call=saved.call._replace(lut=lut))))
         assert got.dq.isfinite().all()
         assert got.dk.isfinite().all()
-
-
-def test_lists_of_rows() -> None:
-    """Every entry once, in the order of key blocks and then of rows; absent entries in no list."""
-    lut = torch.tensor([[[0, 2], [1, 2], [2, -1]], [[2, 3], [0, -1], [-1, -1]]], dtype=torch.int32)[None]
-    for heads in (1, 2):
-        lists = lists_of_rows(heads, 4, lut)
-        assert lists.dtype == torch.int32
-        entries = 12 // heads
-        for head in range(heads):
-            rows = lut.view(heads, -1, 2)[head]
-            begins = lists[head, entries:].tolist()
-            for j in range(4):
-                wanted = [row for row in range(len(rows)) if j in rows[row].tolist()]
-                assert lists[head, begins[j] : begins[j + 1]].tolist() == wanted
 
 
 if not INTERPRETED:
