@@ -46,6 +46,15 @@ CASES = {
     "transposed, odd dims": Case(D=40, Dv=24, transposed=True, groups=1, heads=2, block_q=16, block_k=16),
     "D 128, 128 x 64": Case(D=128, Dv=128, block_q=128, block_k=64, Nq=300, Nk=400, groups=1),
     "D 256": Case(D=256, Dv=256, block_q=64, block_k=64, compression_ratio=4, groups=1),
+    "wide and narrow, odd, causal masked, elu": Case(
+        D=200, Dv=40, groups=1, block_q=32, is_causal=True, masked=True, feature_map="elu", Nq=75, Nk=107
+    ),
+    "narrow and wide, odd, relu, fp16": Case(
+        D=24, Dv=136, groups=1, block_q=16, block_k=16, feature_map="relu", Nq=75, Nk=107, dtype=torch.float16
+    ),
+    "128 keys of 128 dims": Case(D=128, Dv=128, block_q=128, block_k=128, groups=1, topk_ratio=0.6),
+    "fp16, causal masked": Case(dtype=torch.float16, is_causal=True, masked=True, Nq=203, Nk=150, alpha="block"),
+    "fp16, large values": Case(dtype=torch.float16, scale_of_values=30.0, compression_ratio=4),
     "three keys": Case(Nq=70, Nk=3, topk_ratio=0.5),
     "empty complement": Case(topk_ratio=1.0, groups=1),
     "large values": Case(scale_of_values=30.0, compression_ratio=4),

@@ -87,15 +87,20 @@ def keys_kernel(
         h_at = state + dims[:, None] * ROW_DV + columns[None, :]
         d_kv = tl.load(h_at, mask=inside[:, None] & column_in[None, :], other=0.0)
         d_phi = tl.dot(values.to(d_kv.dtype), tl.trans(d_kv), d_phi)
-        # kept in memory while the sums below fill the registers
-        d_values = tl.dot(phi_k.to(d_kv.dtype), d_kv) * factor
-        dv_at = dv + out * DV + columns[None, :]
-        tl.store(dv_at, d_values.to(dv.dtype.element_ty), mask=key_in[:, None] & column_in[None, :])
     d_z = tl.load(state + Z_AT + dims, mask=inside, other=0.0).to(tl.float32)
     d_phi = (d_phi + d_z[None, :]) * factor
     d_linear = tl.where(seen[:, None], feature_map_backward(d_phi, phi_k, FEATURE_MAP), 0.0)
     tl.store(d_means + (bh * Tn * PARTS + piece) * D + dims, -tl.sum(d_linear, axis=0), mask=inside)
     tl.store(dk_at, d_linear.to(dk.dtype.element_ty), mask=dk_in)
+    # kept in memory while the sums below fill the registers
+    for start in tl.static_range(0, BLOCK_DV, CHUNK):
+        columns = start + tl.arange(0, CHUNK)
+        column_in = columns < DV
+        h_at = state + dims[:, None] * ROW_DV + columns[None, :]
+        d_kv = tl.load(h_at, mask=inside[:, None] & column_in[None, :], other=0.0)
+        d_values = tl.dot(phi_k.to(d_kv.dtype), d_kv) * factor
+        dv_at = dv + out * DV + columns[None, :]
+        tl.store(dv_at, d_values.to(dv.dtype.element_ty), mask=key_in[:, None] & column_in[None, :])
     # written by some threads and read by others
     tl.debug_barrier()
 
@@ -125,22 +130,25 @@ def keys_kernel(
         row_in, at = rows < Nq, (b * heads * groups + head) * Nq + rows
         wide = rows.to(tl.int64)[:, None]
         x_in = row_in[:, None] & inside[None, :]
-        g_at = do + b * do_stride_b + head * do_stride_h + wide * do_stride_n + columns[None, :]
-        alpha = tl.load(alphas + at, mask=row_in, other=0.0)[None, :]
-        shift = tl.load(shifts + at, mask=row_in, other=0.0)[None, :]
-        log_sum = tl.load(log_sums + at, mask=row_in, other=float("inf"))[None, :]
         if LOW_BIT:
             x = tl.load(q8 + at[:, None] * D + dims[None, :], mask=x_in, other=0)
             x_scale = tl.load(q_scales + at, mask=row_in, other=0.0)[None, :]
-            s = tl.dot(keys, tl.trans(x)).to(tl.float32) * (x_scale * log2_scale * k_scale)
         else:
             x_at = q + b * q_stride_b + head * q_stride_h + wide * q_stride_n + dims[None, :]
             x = tl.load(x_at, mask=x_in, other=0.0)
-            s = tl.dot(keys, tl.trans(x)) * log2_scale
+        g_at = do + b * do_stride_b + head * do_stride_h + wide * do_stride_n + columns[None, :]
         g = tl.load(g_at, mask=row_in[:, None] & column_in[None, :], other=0.0)
+        alpha = tl.load(alphas + at, mask=row_in, other=0.0)[None, :]
+        shift = tl.load(shifts + at, mask=row_in, other=0.0)[None, :]
+        log_sum = tl.load(log_sums + at, mask=row_in, other=float("inf"))[None, :]
         visible = seen[:, None]
         if CAUSAL:
             visible = visible & (key[:, None] <= rows[None, :])
+        s = tl.dot(keys, tl.trans(x))
+        if LOW_BIT:
+            s = s.to(tl.float32) * (x_scale * log2_scale * k_scale)
+        else:
+            s = s * log2_scale
         p = tl.where(visible, tl.exp2(s - log_sum), 0.0)
         d_values = tl.dot((p * alpha).to(g.dtype), g, d_values)
         ds = p * (tl.dot(values, tl.trans(g)) * alpha + shift)
