@@ -208,6 +208,7 @@ def _gradients(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
     from sla2_compile.kernels.portable.backward import attention_backward
 
     check_backward(args)
+    check_table(args.saved.call)
     return attention_backward(args)
 
 

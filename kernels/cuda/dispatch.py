@@ -179,6 +179,7 @@ def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
     """Compute the gradients of `attention`, by the kernels or by PyTorch."""
     tensors, layouts = laid_out(args)
     scheduled = scheduled_backward(layouts, by_trial())
+    check_table(args.saved.call)
     if scheduled is None:
         return portable_backward.attention_backward(args)
     return BackwardResult(*run(scheduled, tensors))

@@ -35,11 +35,12 @@ class Cuts:
     keys: Cut
 
     @classmethod
-    def of(cls, shape: ShapeClass) -> Cuts:
-        return _of_wide(shape) if shape.wide else _of_narrow(shape)
+    def of(cls, shape: ShapeClass, half: bool) -> Cuts:
+        """half: whether dS is rounded to float16."""
+        return _of_wide(shape) if shape.wide else _of_narrow(shape, half)
 
 
-def _of_narrow(shape: ShapeClass) -> Cuts:
+def _of_narrow(shape: ShapeClass, half: bool) -> Cuts:
     few = shape.block_k <= 64
     rows = Cut(min(64, shape.block_q), 2, 4 if shape.width <= 64 else 8, chunk_v=shape.block_dv)
     gather = Cut(rows.rows, rows.stages, rows.warps, chunk=shape.block_d, chunk_v=shape.block_dv)
@@ -54,18 +55,19 @@ def _of_narrow(shape: ShapeClass) -> Cuts:
     # 0.123 and 0.375 ms on (1, 16, 16384, 64); keys with 32 rows 0.435
     if shape.width <= 64:
         return Cuts(rows, gather, queries, Cut(rows.rows, 2, 4, keys, chunk_v=shape.block_dv))
-    # masks need registers of their own
-    alone = shape.more or shape.causal
+    # masks, a unit of dS and scales need registers of their own: 4 warps spill 72 to 128 bytes
+    alone = shape.more or shape.causal or half or shape.low_bit
     return Cuts(rows, gather, queries, small if alone else Cut(small.rows, 2, 4, keys, chunk_v=shape.block_dv))
 
 
 def _of_wide(shape: ShapeClass) -> Cuts:
     """For head dims over 128, of which none was timed."""
-    some, keys = min(32, shape.block_q), min(32, shape.block_k)
+    some, plain = min(32, shape.block_q), not (shape.more or shape.causal or shape.low_bit or shape.arch >= 100)
     chunk, chunk_v = min(128, shape.block_d), min(128, shape.block_dv)
     return Cuts(
         rows=Cut(some, 1, 8, chunk_v=min(64, shape.block_dv)),
         gather=Cut(some, 1, 8, chunk=chunk, chunk_v=chunk_v),
-        queries=Cut(some, 1, 8, keys),
-        keys=Cut(some, 1, 8, keys, chunk_v=min(64, shape.block_dv)),
+        queries=Cut(some, 1, 8, min(32, shape.block_k)),
+        # 32 keys spill up to 104 bytes where they are not plain
+        keys=Cut(some, 1, 8, min(32 if plain else 16, shape.block_k), chunk_v=min(64, shape.block_dv)),
     )

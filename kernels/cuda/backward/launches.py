@@ -125,8 +125,8 @@ class Backward:
         call, given, empty = args.saved.call, slots.saved.call, schedule.empty
         (B, heads, Nk, D), (Hq, tm, topk) = call.k.shape, call.lut.shape[1:]
         tn, formats = num_blocks(Nk, call.block_k), Formats.of(schedule, call, given)
-        cuts = Cuts.of(formats.shape)
         half = call.q.dtype == torch.float16 and not formats.eight.level
+        cuts = Cuts.of(formats.shape, half)
         peaks = formats.layout.block_dv // cuts.gather.chunk_v if half else 0
         return cls(
             schedule, args, slots, formats, cuts, half, Rows.allocate(schedule, call, given.q, peaks),
