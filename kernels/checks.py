@@ -190,8 +190,8 @@ def debugging() -> bool:
 def check_table(args: AttentionArgs[Tensor]) -> None:
     """Refuse a table that no router made, if SLA2_DEBUG is set. The check reads values, so it waits for the device.
 
-    Without it, the Triton kernels compute meaningless numbers from such a table, but read nothing outside k and v.
-    The portable path raises PyTorch's own indexing error.
+    Without it, the Triton kernels compute meaningless numbers from such a table, but read and write nothing outside
+    their tensors, in the forward and in the backward. The portable path raises PyTorch's own indexing error.
 
     Raises:
         ValueError: an entry of lut is not a key block, comes twice or out of order, or comes after a -1.

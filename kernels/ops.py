@@ -176,7 +176,8 @@ attention = define(
 )
 """Sparse branch, linear branch and mix. Formula: `reference.attention`.
 
-Whatever low_bit is, the backward computes in the input's dtype, from the forward's o and lse.
+The backward takes the scores that the forward had: with low_bit, those of q and k in INT8, whose rounding counts as
+the identity. All other products of the backward are in the input's dtype. See `portable/backward.py`.
 """
 
 
@@ -207,6 +208,7 @@ def _gradients(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
     from sla2_compile.kernels.portable.backward import attention_backward
 
     check_backward(args)
+    check_table(args.saved.call)
     return attention_backward(args)
 
 

@@ -59,7 +59,7 @@ class Facts(NamedTuple):
 
     Attributes:
         D, Dv: head dims of q and k, and of v. block_q, block_k: rows of a block.
-        low_bit: format asked for, one of `LOW_BIT_CHOICES`.
+        low_bit: format asked for, one of `LOW_BIT_CHOICES`; of a backward, the one that its forward ran in.
         positive: whether the scale of the scores is above 0.
         plain: whether every query sees every key: no key_mask, not causal.
         few: whether at most `MOST_KEPT` of the key blocks are asked for; many: whether a query block then keeps at
@@ -173,21 +173,11 @@ TRITON: tuple[Rule, ...] = (
 """What `cuda/forward/` and `cuda/route/` compute; blocked PyTorch takes the rest."""
 
 BACKWARD: tuple[Rule, ...] = (
-    # dH of a query block, which is in the thousandth part of dO, underflows in float16
+    # its D_s is a sum over all keys of a row, which comes before dS, and so before a second reading of k and v
     Rule(
-        lambda f: f.dtype == torch.bfloat16,
-        "bfloat16",
-        lambda f: f"the backward's Triton kernels take bfloat16, not {_name(f.dtype)}",
-    ),
-    Rule(
-        lambda f: max(f.D, f.Dv) <= 128,
-        "head dims up to 128",
-        lambda f: f"the backward's Triton kernels take head dims up to 128, not {max(f.D, f.Dv)}",
-    ),
-    Rule(
-        lambda f: max(f.D, f.Dv) * f.block_k <= 128 * 64,
-        "head dim times block_k at most 8192",
-        lambda f: f"the backward's Triton kernels have no registers for block_k {f.block_k} at head dim {f.D}",
+        lambda f: f.low_bit != "int8_fp8",
+        "a forward without FP8",
+        lambda f: "the backward's Triton kernels take a forward in int8 or in 16 bits, not in int8_fp8",
     ),
 )
 """What `cuda/backward/` computes, of what `TRITON` admits; blocked PyTorch takes the rest."""
@@ -266,10 +256,11 @@ def support(facts: Facts) -> Support:
     if asked not in LOW_BIT_CHOICES:
         raise fail("low_bit", f"be one of {', '.join(LOW_BIT_CHOICES)}", repr(asked), "auto runs what pays")
     triton = refusal(TRITON, facts)
-    if facts.direction == "backward":
-        triton = triton or refusal(BACKWARD, facts)
     runs, less = asked, ""
-    if asked != "none" and triton:
+    if facts.direction == "backward":
+        # of a forward in low bit, whose scores are computed again in that format whatever runs
+        triton = triton or refusal(BACKWARD, facts)
+    elif asked != "none" and triton:
         runs, less = "none", triton
     elif asked == "auto":
         less = refusal(AUTO, facts)

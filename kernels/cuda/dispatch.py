@@ -70,8 +70,7 @@ STRIDED = ("q", "k", "v", "key_mask", "do", "o")
 def takes_backward(args: BackwardArgs[Layout]) -> bool:
     """Check a backward, and return whether the kernels run it."""
     check_backward(args)
-    # in the input's dtype, whatever the forward did
-    facts = facts_of(args.saved.call)._replace(direction="backward", low_bit="none")
+    facts = facts_of(args.saved.call)._replace(direction="backward")
     return support(facts).kernel != "portable"
 
 
@@ -173,6 +172,7 @@ def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
     """Compute the gradients of `attention`, by the kernels or by PyTorch."""
     tensors, layouts = laid_out(args)
     scheduled = scheduled_backward(layouts, by_trial())
+    check_table(args.saved.call)
     if scheduled is None:
         return portable_backward.attention_backward(args)
     return BackwardResult(*run(scheduled, tensors))

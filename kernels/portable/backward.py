@@ -10,11 +10,18 @@ With a = alpha, dO_s = a dO, dO_l = (1 - a) dO, t_i = phi(q_i) Z_i:
             key block j gathers dH_i, dZ_i of every i that did not select it
 So the forward saves only o and lse, and neither branch.
 log_rest is the router's estimate and counts as a constant.
+
+If the forward computed the sparse branch in low bit, S is computed again from the same whole numbers, since the error
+of a score that differs from the one in lse has no bound. Rounding counts as the identity (straight through):
+    S = scale fq(q) . fq(k - k_mean);  dQ += scale dS fq(k - k_mean);  dK += scale dS^T fq(q)
+int8_fp8 also rounds P and v. Their gradients are those of P and v as they are, which o is not the product of, so D_s
+in dS is rowsum(P * dO_s V^T) then. With rowsum(dO_s * O_s) the rows of dS would not add up to dlse, and that error
+does not average out over keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,8 +53,10 @@ class RowGradients:
     Attributes:
         do_sparse: (R, block_q, Dv), dO_s, with exp(-lse) as a factor if `plain`.
         d_logit, d_gain: (R,), gradients for each query block's bias and gain.
-        shift: (R, 1, block_q), dlse - D_s, added to dP before it is multiplied by P; with the same factor.
+        shift: (R, 1, block_q), dlse - D_s, added to dP before it is multiplied by P; with the same factor. dlse alone
+            if `exact`.
         plain: whether P is taken as exp(S), without subtracting lse.
+        exact: whether D_s is still to be summed from P and dP.
         dq: (R, block_q, D), of the linear branch.
         d_kv: (R, D, Dv) and d_k: (R, D, 1), for the row's sums over its complement.
     """
@@ -57,6 +66,7 @@ class RowGradients:
     d_gain: Tensor
     shift: Tensor
     plain: bool
+    exact: bool
     dq: Tensor
     d_kv: Tensor
     d_k: Tensor
@@ -64,23 +74,25 @@ class RowGradients:
 
 def row_backward(
     tiles: Tiles, state: LinearState, do: Tensor, o: Tensor, lse: Tensor, log_rest: Tensor,
-    gain: Tensor | None, bias: Tensor | None, feature_map: str,
+    gain: Tensor | None, bias: Tensor | None, feature_map: str, dtype: torch.dtype, exact: bool,
 ) -> RowGradients:  # fmt: skip
     """Backpropagate through the mix and through phi(q) H / (phi(q) Z).
 
     Args:
         do, o: (R, block_q, Dv); lse: (R, block_q); log_rest, gain, bias: (R, 1).
+        dtype: of the sparse branch's products; exact: see `RowGradients`.
     """
     (R, block_q, D), Dv, acc, new = tiles.q.shape, do.shape[2], tiles.acc, tiles.scratch
     # any factor does for rows that see no key: their exp(S) is 0
     factor = lse.masked_fill(lse == NEG_INF, 0.0).neg_().exp_()
-    plain = is_moderate(factor)
+    plain = not exact and is_moderate(factor)
     rows = RowGradients(
-        do_sparse=new("do_sparse", (R, block_q, Dv), tiles.v.dtype),
+        do_sparse=new("do_sparse", (R, block_q, Dv), dtype),
         d_logit=new("d_logit", (R,), acc),
         d_gain=new("d_gain", (R,), acc),
         shift=new("shift", (R, 1, block_q), acc),
         plain=plain,
+        exact=exact,
         dq=new("dq", (R, block_q, D), acc),
         d_kv=new("d_kv_rows", (R, D, Dv), acc),
         d_k=new("d_k_rows", (R, D, 1), acc),
@@ -105,7 +117,7 @@ def row_backward(
             d_lse = d_logit if own_bias is None else torch.zeros_like(d_logit)
         own_factor = factor[part] if plain else 1.0
         torch.mul(g, (alpha * own_factor)[..., None], out=rows.do_sparse[part])
-        rows.shift[part] = ((d_lse - along_sparse) * own_factor)[:, None]
+        rows.shift[part] = (d_lse if exact else (d_lse - along_sparse) * own_factor)[:, None]
 
         delta = torch.where(total > LEAST_WEIGHT, along_linear[..., None] / total, 0.0)
         torch.bmm(phi_q.mT, g * weight, out=rows.d_kv[part])
@@ -129,7 +141,11 @@ def key_backward(tiles: Tiles, state: LinearState, rows: RowGradients, feature_m
 
 
 def add_sparse_backward(tiles: Tiles, rows: RowGradients, lse: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Add the sparse branch's share to rows.dq, dk (C, block_k, D) and dv (C, block_k, Dv)."""
+    """Add the sparse branch's share to rows.dq, dk (C, block_k, D) and dv (C, block_k, Dv).
+
+    Args:
+        tiles: with q and k as the scores have them.
+    """
     dtype, new = tiles.v.dtype, tiles.scratch
     safe_lse = lse.masked_fill(lse == NEG_INF, 0.0)[:, None]
     for part in tiles.chunks(tiles.keys):
@@ -140,11 +156,21 @@ def add_sparse_backward(tiles: Tiles, rows: RowGradients, lse: Tensor, dk: Tenso
         d_values = torch.bmm(p.to(dtype), g, out=new("d_values", tuple(values.shape), dtype))
         dv.index_add_(0, picked, d_values.to(tiles.acc).view(-1, *dv.shape[1:]))
         ds = torch.bmm(values, g.mT, out=new("ds", tuple(p.shape), dtype)).to(tiles.acc)
+        if rows.exact:
+            ds.sub_((p * ds).sum(dim=1, keepdim=True))
         ds = ds.add_(rows.shift[part]).mul_(p).to(dtype)
         d_q = torch.bmm(ds.mT, keys, out=new("d_q", tuple(q.shape), dtype))
         rows.dq[part].add_(d_q, alpha=tiles.scale)
         d_keys = torch.bmm(ds, q, out=new("d_keys", tuple(keys.shape), dtype))
         dk.index_add_(0, picked, d_keys.to(tiles.acc).view(-1, *dk.shape[1:]), alpha=tiles.scale)
+
+
+def rounded_tiles(tiles: Tiles) -> Tiles:
+    """Return tiles with q and k as the scores of low bit have them, and v as it is, all in the accumulation dtype.
+
+    A whole number times a scale has more digits than 16 bits hold.
+    """
+    return replace(tiles, q=tiles.sparse.q, k=tiles.sparse.k, v=tiles.v.to(tiles.acc))
 
 
 def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
@@ -170,9 +196,13 @@ def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
             )
             row_lse = to_blocks(saved.lse[bs, hq, :, None], block_q).squeeze(-1)
             state = linear_state(tiles, feature_map, call.linear_scope)
-            rows = row_backward(tiles, state, g, o, row_lse, *alpha_rows.of(bs, hq), feature_map)
+            sparse = tiles if call.low_bit == "none" else rounded_tiles(tiles)
+            rows = row_backward(
+                tiles, state, g, o, row_lse, *alpha_rows.of(bs, hq), feature_map, sparse.v.dtype,
+                exact=call.low_bit == "int8_fp8",
+            )  # fmt: skip
             dk_rows, dv_rows = key_backward(tiles, state, rows, feature_map)
-            add_sparse_backward(tiles, rows, row_lse, dk_rows, dv_rows)
+            add_sparse_backward(sparse, rows, row_lse, dk_rows, dv_rows)
 
             dq[bs, hq] = from_blocks(rows.dq, dq[bs, hq].shape)
             dk_smooth = from_blocks(dk_rows, dk[bs, hs].shape)

@@ -248,6 +248,19 @@ def test_debug_mode_refuses_a_table_that_no_router_made(
         attention(*record(AttentionArgs, call))
 
 
+@pytest.mark.parametrize(("row", "rule"), [([0, 4], "hold key blocks 0 to 3"), ([1, 1], "ascend in each row")])
+def test_debug_mode_refuses_it_in_the_backward_too(
+    row: list[int], rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLA2_DEBUG", "1")
+    lut = torch.tensor([0, 3], dtype=torch.int32).expand(2, 4, 2, 2).clone()
+    saved = {**good(), "lut": lut}
+    attention_backward(*flat(record(BackwardArgs, saved)))
+    lut[1, 2, 1] = torch.tensor(row)
+    with pytest.raises(ValueError, match=f"lut must {rule}"):
+        attention_backward(*flat(record(BackwardArgs, saved)))
+
+
 def test_values_of_a_table_are_not_read_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLA2_DEBUG", "0")
     lut = torch.full((2, 4, 2, 1), 99, dtype=torch.int32)

@@ -39,12 +39,8 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
          "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
     ]),
     "backward": (BACKWARD, [
-        ({"direction": "backward", "dtype": torch.float16},
-         "the backward's Triton kernels take bfloat16, not float16"),
-        ({"direction": "backward", "D": 256, "block_k": 32},
-         "the backward's Triton kernels take head dims up to 128, not 256"),
-        ({"direction": "backward", "block_k": 128},
-         "the backward's Triton kernels have no registers for block_k 128 at head dim 128"),
+        ({"direction": "backward", "low_bit": "int8_fp8"},
+         "the backward's Triton kernels take a forward in int8 or in 16 bits, not in int8_fp8"),
     ]),
     "fused": (FUSED, [
         ({"direction": "backward"}, "the backward has no fused kernel"),
@@ -98,12 +94,21 @@ def test_a_format_falls_back_to_the_next_less() -> None:
         {"chip": Chip("cpu")},
         {"chip": on(75)},
         {"dtype": torch.float32},
-        {"direction": "backward", "D": 256},
     ):
         for low_bit in ("auto", "int8", "int8_fp8"):
             found = support(CALL._replace(low_bit=low_bit, **change))
             assert (found.kernel, found.low_bit) == ("portable", "none")
             assert found.why.low_bit == found.why.triton != ""
+
+
+def test_a_backward_takes_up_the_format_of_its_forward() -> None:
+    back = CALL._replace(direction="backward")
+    for change in ({}, {"D": 256}, {"dtype": torch.float16}, {"block_k": 128}, {"low_bit": "int8"}):
+        found = support(back._replace(**change))
+        assert (found.kernel, found.low_bit, found.why.low_bit) == ("triton", change.get("low_bit", "none"), "")
+    for low_bit in ("int8", "int8_fp8"):
+        found = support(back._replace(low_bit=low_bit, dtype=torch.float32))
+        assert (found.kernel, found.low_bit) == ("portable", low_bit)
 
 
 def test_a_fused_call_in_low_bit_has_wider_steps_of_head_dims() -> None:
@@ -128,7 +133,7 @@ def test_a_size_class_stands_for_its_sizes(low_bit: str) -> None:
 def test_the_command_prints_every_row() -> None:
     result = CliRunner().invoke(app, ["support"])
     assert (result.exit_code, result.stdout.rstrip("\n")) == (0, table())
-    for rule in (*TRITON, *FUSED, *FP8, *AUTO):
+    for rule in (*TRITON, *BACKWARD, *FUSED, *FP8, *AUTO):
         assert rule.needs in result.stdout
 
 

@@ -6,6 +6,7 @@ kernel's dtype, fp64) + eps * max|fp64|).
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult, Saved
-from sla2_compile.kernels.cuda.backward.launches import lists_of_rows
 from sla2_compile.kernels.cuda.forward import states_launches
+from sla2_compile.kernels.cuda.launch.layout import Slot
+from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.records import of
 from sla2_compile.kernels.reference import sla2 as reference
 from tests.kernels.oracle import assert_oracle
@@ -47,6 +49,15 @@ CASES = {
     "transposed, odd dims": Case(D=40, Dv=24, transposed=True, groups=1, heads=2, block_q=16, block_k=16),
     "D 128, 128 x 64": Case(D=128, Dv=128, block_q=128, block_k=64, Nq=300, Nk=400, groups=1),
     "D 256": Case(D=256, Dv=256, block_q=64, block_k=64, compression_ratio=4, groups=1),
+    "wide and narrow, odd, causal masked, elu": Case(
+        D=200, Dv=40, groups=1, block_q=32, is_causal=True, masked=True, feature_map="elu", Nq=75, Nk=107
+    ),
+    "narrow and wide, odd, relu, fp16": Case(
+        D=24, Dv=136, groups=1, block_q=16, block_k=16, feature_map="relu", Nq=75, Nk=107, dtype=torch.float16
+    ),
+    "128 keys of 128 dims": Case(D=128, Dv=128, block_q=128, block_k=128, groups=1, topk_ratio=0.6),
+    "fp16, causal masked": Case(dtype=torch.float16, is_causal=True, masked=True, Nq=203, Nk=150, alpha="block"),
+    "fp16, large values": Case(dtype=torch.float16, scale_of_values=30.0, compression_ratio=4),
     "three keys": Case(Nq=70, Nk=3, topk_ratio=0.5),
     "empty complement": Case(topk_ratio=1.0, groups=1),
     "large values": Case(scale_of_values=30.0, compression_ratio=4),
@@ -133,6 +144,62 @@ def test_rows_that_few_key_blocks_are_left_for() -> None:
 
 
 @body
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+@pytest.mark.parametrize("wide", [False, True])
+def test_float16_gradients_of_any_size(size: float, wide: bool) -> None:
+    """A sum that overflows or loses its digits would turn the gradient or change its length.
+
+    float16 itself has steps of 6e-8 below 6e-5: what is rounded to it, do and the results, is compared with that in
+    mind.
+    """
+    case = replace(Case(), dtype=torch.float16, Nq=75, Nk=107, block_q=32, block_k=16, groups=1)
+    case = replace(case, D=136, Dv=136) if wide else case
+    x = case.tensors()
+    saved = saved_call(case, x)
+    # of one size in each half of the rows, so that a sum over all rows has to hold both
+    do = gradient_of(saved.o) * size
+    do[:, :, : case.Nq // 2] *= 0.03
+    got = scheduled_backward(BackwardArgs(do, saved))
+    want = by_autograd(case, x, do, torch.float64)
+    for name, a in zip("qkv", got, strict=False):
+        step = 2.0**-25 * a.numel() ** 0.5
+        assert (a.double() - want[name]).norm() < 3e-3 * want[name].norm() + 3 * step, name
+
+
+@body
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_q_and_k(dtype: torch.dtype) -> None:
+    """Scores in the hundreds: P is all but one-hot, and phi is too, so that phi(q) Z is near 0 in many rows."""
+    case = replace(Case(), dtype=dtype, Nq=75, Nk=107, block_q=32, block_k=16, groups=1)
+    x = case.tensors()
+    for name in ("q", "k"):
+        x[name] = (x[name] * 20).to(dtype)
+    saved = saved_call(case, x)
+    for size in (1.0, 1e-5):
+        do = gradient_of(saved.o) * size
+        got = scheduled_backward(BackwardArgs(do, saved))
+        want = by_autograd(case, x, do, torch.float64)
+        for name, a in zip("qkv", got, strict=False):
+            assert a.isfinite().all()
+            step = 2.0**-25 * a.numel() ** 0.5 if dtype == torch.float16 else 0.0
+            tolerance = 4 * torch.finfo(torch.bfloat16).eps
+            assert (a.double() - want[name]).norm() < tolerance * want[name].norm() + 3 * step, name
+
+
+@body
+def test_a_gradient_that_is_not_finite_stays_so() -> None:
+    """Loss scaling looks for it."""
+    case = replace(Case(), dtype=torch.float16, Nq=75, Nk=107, groups=1, topk_ratio=1.0)
+    saved = saved_call(case, case.tensors())
+    for wild in (float("inf"), float("nan")):
+        do = gradient_of(saved.o)
+        do[0, 0, 3, 5] = wild
+        got = scheduled_backward(BackwardArgs(do, saved))
+        for name in ("dq", "dk", "dv"):
+            assert not getattr(got, name).isfinite().all(), name
+
+
+@body
 def test_runs_are_bit_equal_and_heads_may_come_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(Case(), B=2, heads=2, groups=2, Nq=75, Nk=107)
     x = case.tensors()
@@ -187,32 +254,62 @@ def test_what_is_not_seen_leads_nowhere(case: str) -> None:
         assert torch.equal(a, b), name
 
 
+def among_nan(x: Tensor) -> Tensor:
+    """The same numbers (B, H, N, D), with rows of NaN on either side of each head's."""
+    wide = torch.full((*x.shape[:2], x.shape[2] + 256, x.shape[3]), float("nan"), dtype=x.dtype, device=x.device)
+    wide[:, :, 128:-128] = x
+    return wide[:, :, 128:-128]
+
+
+class Fenced:
+    """Allocates what kernels write in the middle of larger memory, and tells whether they wrote past it."""
+
+    FENCE, SIGN = 4096, 0x5A
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kept: list[Tensor] = []
+        fenced = self.fenced
+        monkeypatch.setattr(
+            Schedule, "allocate", lambda schedule, like: [fenced(slot, like) for slot in schedule._allocated]
+        )
+
+    def fenced(self, slot: Slot, like: Tensor) -> Tensor:
+        size = math.prod(slot.shape) * slot.dtype.itemsize
+        memory = torch.full((size + 2 * self.FENCE,), self.SIGN, dtype=torch.uint8, device=like.device)
+        self.kept.append(memory)
+        return memory[self.FENCE : self.FENCE + size].view(slot.dtype).view(slot.shape)
+
+    def assert_whole(self) -> None:
+        assert self.kept
+        for memory in self.kept:
+            assert (memory[: self.FENCE] == self.SIGN).all()
+            assert (memory[-self.FENCE :] == self.SIGN).all()
+
+
+BAD_TABLES = {
+    "below": lambda lut: torch.full_like(lut, -7),
+    "above": lambda lut: torch.full_like(lut, 2**30),
+    "just above": lambda lut: torch.full_like(lut, 4),
+    "repeated": lambda lut: torch.full_like(lut, 3),
+    "some of each": lambda lut: torch.tensor([2, 4, -1, 2], dtype=lut.dtype, device=lut.device).expand(lut.shape),
+}
+
+
 @body
-def test_wild_table_reads_nothing_outside() -> None:
-    """The values mean nothing, but they are numbers."""
-    case = replace(Case(), Nq=75, Nk=107, topk_ratio=1.0)
+@pytest.mark.parametrize("name", BAD_TABLES)
+@pytest.mark.parametrize("low_bit", ["none", "int8"])
+def test_a_bad_table_touches_nothing_outside(name: str, low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values mean nothing, but they are numbers, and no memory but the kernels' own is written."""
+    case = replace(Case(), Nq=75, Nk=107, topk_ratio=1.0, groups=1)
     saved = saved_call(case, case.tensors())
-    do = gradient_of(saved.o)
-    for wild in (-7, 2**30):
-        lut = torch.full_like(saved.call.lut, wild)
-        got = scheduled_backward(BackwardArgs(do, saved._replace(call=saved.call._replace(lut=lut))))
-        assert got.dq.isfinite().all()
-        assert got.dk.isfinite().all()
-
-
-def test_lists_of_rows() -> None:
-    """Every entry once, in the order of key blocks and then of rows; absent entries in no list."""
-    lut = torch.tensor([[[0, 2], [1, 2], [2, -1]], [[2, 3], [0, -1], [-1, -1]]], dtype=torch.int32)[None]
-    for heads in (1, 2):
-        lists = lists_of_rows(heads, 4, lut)
-        assert lists.dtype == torch.int32
-        entries = 12 // heads
-        for head in range(heads):
-            rows = lut.view(heads, -1, 2)[head]
-            begins = lists[head, entries:].tolist()
-            for j in range(4):
-                wanted = [row for row in range(len(rows)) if j in rows[row].tolist()]
-                assert lists[head, begins[j] : begins[j + 1]].tolist() == wanted
+    call, do = saved.call, gradient_of(saved.o)
+    lut = BAD_TABLES[name](call.lut).contiguous()
+    call = call._replace(q=among_nan(call.q), k=among_nan(call.k), v=among_nan(call.v), lut=lut, low_bit=low_bit)
+    fenced = Fenced(monkeypatch)
+    got = scheduled_backward(BackwardArgs(among_nan(do), saved._replace(o=among_nan(saved.o), call=call)))
+    fenced.assert_whole()
+    for part in ("dq", "dk", "dv"):
+        assert getattr(got, part).isfinite().all(), part
 
 
 if not INTERPRETED:

@@ -1,10 +1,12 @@
 """The launches of `sla2::attention_backward` on a GPU, head group by head group; see `rows.py` for what is computed.
 
     states and their sums again, as the forward has them    (`forward/states_launches.py`)
-    rows      terms of each query row, then dH over H       (`rows.py`)
+    rows      terms of each query row                       (`rows.py`)
+    gather    dH of each query block                        (`gather.py`)
     GEMM      dH of each key block's complement
     keys      dK, dV                                        (`keys.py`)
-For all heads at once, the lists of query blocks come before, and dQ and small sums after.
+For all heads at once, the lists of query blocks come before (`lists.py`), and dQ (`queries.py`) and small sums after.
+After a forward in INT8, the kernel of the states writes k8 again, and that of the rows q8.
 
 Everything is added up in a fixed order, whatever the order of programs.
 """
@@ -21,36 +23,23 @@ from torch import Tensor
 
 from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.cuda.backward.cuts import Cuts
+from sla2_compile.kernels.cuda.backward.gather import gather_kernel
 from sla2_compile.kernels.cuda.backward.keys import keys_kernel
+from sla2_compile.kernels.cuda.backward.lists import lists_kernel
 from sla2_compile.kernels.cuda.backward.queries import queries_kernel
-from sla2_compile.kernels.cuda.backward.rows import gather_kernel, rows_kernel
+from sla2_compile.kernels.cuda.backward.rows import rows_kernel
+from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.launches import Formats, alpha_of
 from sla2_compile.kernels.cuda.forward.states_launches import Group, grouped_sums
 from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
-from sla2_compile.kernels.cuda.tiles import ShapeClass
 from sla2_compile.kernels.records import split, with_tensors
-
-
-def lists_of_rows(heads: int, tn: int, lut: Tensor) -> Tensor:
-    """List, for each key block, the query blocks that selected it.
-
-    Args:
-        heads: key/value heads in the batch. lut: (B, Hq, Tm, K) int32.
-
-    Returns:
-        (heads, entries + Tn + 1) int32: query blocks, those of key block 0 first, ascending for each; then where each
-        key block's list begins, and where the last one ends.
-    """
-    chosen, order = lut.view(heads, -1).sort(dim=1, stable=True)
-    blocks = torch.arange(tn + 1, device=lut.device, dtype=lut.dtype).expand(heads, tn + 1).contiguous()
-    begins = torch.searchsorted(chosen, blocks, out_int32=True)
-    return torch.cat((order.div_(lut.shape[3], rounding_mode="floor").int(), begins), dim=1)
 
 
 def complement_product(n: int, complement: Tensor, rows: Tensor) -> Tensor:
     """Sum dH over the query blocks that did not select a key block, for the first n heads."""
-    return torch.bmm(complement[:n].mT, rows[:n])
+    return torch.bmm(complement[:n].to(rows.dtype).mT, rows[:n])
 
 
 def mean_gradient(heads: int, of_keys: Tensor, of_rows: Tensor) -> Tensor:
@@ -70,42 +59,12 @@ def bias_gradient(shape: tuple[int, ...], dtype: torch.dtype, of_rows: Tensor) -
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a kernel is cut: rows of q at a time, pipeline stages, warps."""
-
-    rows: int
-    stages: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """How each kernel is cut: for Hopper as timed on an H200 at 3 %, elsewhere so that none spills."""
-
-    rows: Cut
-    queries: Cut
-    keys: Cut
-
-    @classmethod
-    def of(cls, shape: ShapeClass) -> Cuts:
-        few = shape.block_k <= 64
-        rows = Cut(min(64, shape.block_q), 2, 4 if shape.width <= 64 else 8)
-        # loads ahead of 128 keys spill on sm_120
-        small = Cut(min(32, shape.block_q), 2 if few else 1, 8)
-        if not shape.hopper or not few:
-            return cls(rows, small, small)
-        # 0.633 and 1.641 ms on (1, 12, 32760, 128), from 1.446 and 2.599 with 64 rows in 8 warps; spills 24 bytes
-        queries = Cut(rows.rows, 2, 4)
-        # 0.123 and 0.375 ms on (1, 16, 16384, 64); keys with 32 rows 0.435
-        if shape.width <= 64:
-            return cls(rows, queries, queries)
-        # masks need registers of their own
-        return cls(rows, queries, small if shape.more or shape.causal else Cut(small.rows, 2, 4))
-
-
-@dataclass(frozen=True)
 class Rows:
-    """What `rows_kernel` and `gather_kernel` write for the other steps."""
+    """What the kernels for query rows write for the other steps, fp32 but q8; see `rows_kernel` and `gather_kernel`.
+
+    Attributes:
+        q8, q_scales: q in INT8; peaks: where dS is in float16. Those that a call does not use are q, and never read.
+    """
 
     alphas: Slot
     shifts: Slot
@@ -118,82 +77,144 @@ class Rows:
     d_logits: Slot
     d_gains: Slot
     d_means: Slot
+    q8: Slot
+    q_scales: Slot
+    peaks: Slot
 
     @classmethod
-    def allocate(cls, schedule: Schedule, call: AttentionArgs[Layout]) -> Rows:
-        (B, Hq, Nq, D), tm = call.q.shape, call.lut.shape[2]
+    def allocate(cls, schedule: Schedule, call: AttentionArgs[Layout], q: Slot, peaks: int) -> Rows:
+        """peaks: for each query block, 0 for none."""
+        (B, Hq, Nq, D), tm, fp32 = call.q.shape, call.lut.shape[2], torch.float32
         shapes = (*((B, Hq, Nq),) * 8, *((B, Hq, tm),) * 2, (B, Hq, tm, D))
         names = [x.name for x in fields(cls)]
-        return cls(*(schedule.empty(name, shape, torch.float32) for name, shape in zip(names, shapes, strict=True)))
+        made = [schedule.empty(name, shape, fp32) for name, shape in zip(names, shapes, strict=False)]
+        q8 = q_scales = q
+        if call.low_bit != "none":
+            q8 = schedule.empty("q8", (B, Hq, Nq, D), torch.int8)
+            q_scales = schedule.empty("q_scales", (B, Hq, Nq), fp32)
+        return cls(*made, q8, q_scales, schedule.empty("peaks", (B, Hq, tm, peaks), fp32) if peaks else q)
 
 
-def add_rows(
-    schedule: Schedule, args: BackwardArgs[Layout], slots: BackwardArgs[Slot], formats: Formats, group: Group,
-    cut: Cut, rows: Rows, dq: Slot,
-) -> None:  # fmt: skip
-    """Schedule the kernels for the query rows of a group of heads."""
-    call, given, layout = args.saved.call, slots.saved.call, formats.layout
-    tm, (Hq, Nq), (bias_strides, alpha) = call.lut.shape[2], call.q.shape[1:3], alpha_of(call)
-    groups = Hq // call.k.shape[1]
-    programs, first = len(group.heads) * groups * tm, group.heads.start * groups
-    schedule.launch(
-        rows_kernel, (programs * (call.block_q // cut.rows),),
-        given.q, given.k_mean, slots.do, slots.saved.o, slots.saved.lse, given.log_rest, given.alpha_gain,
-        given.alpha_bias, group.summed, dq, rows.alphas, rows.shifts, rows.log_sums, rows.weights, rows.deltas,
-        rows.pulls, rows.row_logits, rows.row_gains,
-        *call.q.stride[:3], *args.do.stride[:3], *args.saved.o.stride[:3], *bias_strides,
-        Hq, groups, Nq, tm, first, call.scale,
-        **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_M=cut.rows,
-        ALPHA=alpha, num_warps=cut.warps,
-    )  # fmt: skip
-    schedule.launch(
-        gather_kernel, (programs,),
-        given.q, slots.do, rows.weights, rows.deltas, rows.pulls, rows.row_logits, rows.row_gains, group.summed,
-        rows.d_means, rows.d_logits, rows.d_gains,
-        *call.q.stride[:3], *args.do.stride[:3], Hq, Nq, tm, first, group.weight / call.block_k,
-        **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_M=cut.rows, STAGES=cut.stages,
-        num_warps=cut.warps,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Backward:
+    """A backward on its way into a schedule.
 
+    Attributes:
+        args, slots: of the call. formats, cuts: how kernels see it and are cut.
+        half: whether dS is rounded to float16.
+        rows: of the kernels for query rows; lists: of `lists_kernel`; dq, dk, dv: results.
+        d_mean_keys: (B * Hkv, pieces, D) fp32, gradients for k_mean of the pieces of keys.
+    """
 
-def add_keys(
-    schedule: Schedule, args: BackwardArgs[Layout], slots: BackwardArgs[Slot], formats: Formats, group: Group,
-    cut: Cut, rows: Rows, lists: Slot, d_states: Slot, dk: Slot, dv: Slot, d_means: Slot,
-) -> None:  # fmt: skip
-    """Schedule the kernel that writes dk and dv of a group of heads."""
-    call, given, layout = args.saved.call, slots.saved.call, formats.layout
-    (_, Hq, Nq, _), (_, heads, Nk, _), (tm, topk) = call.q.shape, call.k.shape, call.lut.shape[2:]
-    tn, mask = num_blocks(Nk, call.block_k), call.key_mask
-    schedule.launch(
-        keys_kernel, (len(group.heads) * tn,),
-        given.q, given.k, given.v, slots.do, given.k_mean, lists, given.key_mask, rows.alphas, rows.shifts,
-        rows.log_sums, d_states, dk, dv, d_means,
-        *call.q.stride[:3], *call.k.stride[:3], *call.v.stride[:3], *args.do.stride[:3],
-        0 if mask is None else mask.stride[0], heads, Hq // heads, Nq, Nk, tm, tn, d_states.shape[1],
-        Hq // heads * tm * topk, group.heads.start, call.scale, 1.0 / group.weight,
-        **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_K=call.block_k, BLOCK_M=cut.rows,
-        CAUSAL=call.is_causal, HAS_MASK=mask is not None, STAGES=cut.stages, num_warps=cut.warps,
-    )  # fmt: skip
+    schedule: Schedule
+    args: BackwardArgs[Layout]
+    slots: BackwardArgs[Slot]
+    formats: Formats
+    cuts: Cuts
+    half: bool
+    rows: Rows
+    lists: Slot
+    dq: Slot
+    dk: Slot
+    dv: Slot
+    d_mean_keys: Slot
 
+    @classmethod
+    def begin(cls, schedule: Schedule, args: BackwardArgs[Layout], slots: BackwardArgs[Slot]) -> Backward:
+        """Allocate what all head groups share."""
+        call, given, empty = args.saved.call, slots.saved.call, schedule.empty
+        (B, heads, Nk, D), (Hq, tm, topk) = call.k.shape, call.lut.shape[1:]
+        tn, formats = num_blocks(Nk, call.block_k), Formats.of(schedule, call, given)
+        half = call.q.dtype == torch.float16 and not formats.eight.level
+        cuts = Cuts.of(formats.shape, half)
+        peaks = formats.layout.block_dv // cuts.gather.chunk_v if half else 0
+        return cls(
+            schedule, args, slots, formats, cuts, half, Rows.allocate(schedule, call, given.q, peaks),
+            lists=empty("lists", (B * heads, Hq // heads * tm * topk + 2 * tn), torch.int32),
+            dq=empty("dq", tuple(call.q.shape), call.q.dtype),
+            dk=empty("dk", tuple(call.k.shape), call.k.dtype),
+            dv=empty("dv", tuple(call.v.shape), call.v.dtype),
+            d_mean_keys=empty("d_mean_keys", (B * heads, tn * (call.block_k // cuts.keys.keys), D), torch.float32),
+        )  # fmt: skip
 
-def add_queries(
-    schedule: Schedule, args: BackwardArgs[Layout], slots: BackwardArgs[Slot], formats: Formats, cut: Cut,
-    rows: Rows, dq: Slot,
-) -> None:  # fmt: skip
-    """Schedule the kernel that adds the sparse branch's share to dq."""
-    call, given, layout = args.saved.call, slots.saved.call, formats.layout
-    (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = call.q.shape, call.v.shape, call.lut.shape[2:]
-    mask = call.key_mask
-    schedule.launch(
-        queries_kernel, (B * Hq * tm * (call.block_q // cut.rows),),
-        given.q, given.k, given.k_mean, given.v, slots.do, given.lut, given.key_mask, rows.alphas, rows.shifts,
-        rows.log_sums, dq,
-        *call.q.stride[:3], *call.k.stride[:3], *call.v.stride[:3], *args.do.stride[:3],
-        0 if mask is None else mask.stride[0], Hq, Hq // heads, Nq, Nk, tm, topk, call.scale,
-        D=D, DV=Dv, BLOCK_D=layout.block_d, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_K=call.block_k,
-        BLOCK_M=cut.rows, CAUSAL=call.is_causal, HAS_MASK=mask is not None, STAGES=cut.stages,
-        num_warps=cut.warps,
-    )  # fmt: skip
+    @property
+    def tn(self) -> int:
+        """Key blocks."""
+        call = self.args.saved.call
+        return num_blocks(call.k.shape[2], call.block_k)
+
+    def add_lists(self) -> None:
+        """List, for each key block, the query blocks that selected it."""
+        call, lut = self.args.saved.call, self.slots.saved.call.lut
+        (heads, _), (B, Hq, tm, topk) = self.lists.shape, call.lut.shape
+        rows = B * Hq // heads * tm
+        self.schedule.launch(
+            lists_kernel, (heads * num_blocks(self.tn, 32),), lut, self.lists, rows, topk, self.tn,
+            BLOCK_R=min(64, padded(rows)), KEPT=min(64, padded(topk)), num_warps=4,
+        )  # fmt: skip
+
+    def add_rows(self, group: Group, d_states: Slot) -> None:
+        """Compute the terms of a group's query rows, and `d_states`, the gradients for its sums."""
+        call, args, given, rows = self.args.saved.call, self.args, self.slots.saved.call, self.rows
+        cut, layout, low_bit = self.cuts.rows, self.formats.layout, self.formats.eight.level
+        tm, (Hq, Nq), (bias_strides, alpha) = call.lut.shape[2], call.q.shape[1:3], alpha_of(call)
+        groups = Hq // call.k.shape[1]
+        programs, first = len(group.heads) * groups * tm, group.heads.start * groups
+        self.schedule.launch(
+            rows_kernel, (programs * (call.block_q // cut.rows),),
+            given.q, given.k_mean, self.slots.do, self.slots.saved.o, self.slots.saved.lse, given.log_rest,
+            given.alpha_gain, given.alpha_bias, group.summed, self.dq, rows.alphas, rows.shifts, rows.log_sums,
+            rows.weights, rows.deltas, rows.pulls, rows.row_logits, rows.row_gains, rows.q8, rows.q_scales,
+            *call.q.stride[:3], *args.do.stride[:3], *args.saved.o.stride[:3], *bias_strides,
+            Hq, groups, Nq, tm, first, call.scale,
+            **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_M=cut.rows, CHUNK=cut.chunk_v,
+            ALPHA=alpha, LOW_BIT=low_bit, num_warps=cut.warps,
+        )  # fmt: skip
+        cut = self.cuts.gather
+        parts = layout.block_d // cut.chunk * (layout.block_dv // cut.chunk_v)
+        self.schedule.launch(
+            gather_kernel, (programs, parts),
+            given.q, self.slots.do, rows.weights, rows.deltas, rows.pulls, rows.row_logits, rows.row_gains,
+            rows.q_scales, d_states, rows.d_means, rows.d_logits, rows.d_gains, rows.peaks,
+            *call.q.stride[:3], *args.do.stride[:3], Hq, Nq, tm, first, group.weight / call.block_k,
+            **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_M=cut.rows, CHUNK=cut.chunk,
+            CHUNK_V=cut.chunk_v, LOW_BIT=low_bit, HALF=self.half, STAGES=cut.stages, num_warps=cut.warps,
+        )  # fmt: skip
+
+    def add_keys(self, group: Group, d_states: Slot) -> None:
+        """Compute dk and dv of a group of heads, given the gradients for the states of its key blocks."""
+        call, given, rows = self.args.saved.call, self.slots.saved.call, self.rows
+        (_, Hq, Nq, _), (_, heads, Nk, _), (tm, topk) = call.q.shape, call.k.shape, call.lut.shape[2:]
+        cut, layout, mask, eight = self.cuts.keys, self.formats.layout, call.key_mask, self.formats.eight
+        self.schedule.launch(
+            keys_kernel, (len(group.heads) * self.tn * (call.block_k // cut.keys),),
+            given.q, given.k, given.v, self.slots.do, given.k_mean, self.lists, given.key_mask, rows.alphas,
+            rows.shifts, rows.log_sums, rows.peaks, rows.q8, rows.q_scales, eight.k8, eight.scales, d_states,
+            self.dk, self.dv, self.d_mean_keys,
+            *call.q.stride[:3], *call.k.stride[:3], *call.v.stride[:3], *self.args.do.stride[:3],
+            0 if mask is None else mask.stride[0], heads, Hq // heads, Nq, Nk, tm, self.tn, d_states.shape[1],
+            Hq // heads * tm * topk, group.heads.start, call.scale, 1.0 / group.weight,
+            **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_K=call.block_k,
+            BLOCK_M=cut.rows, BLOCK_N=cut.keys, CHUNK=cut.chunk_v, CAUSAL=call.is_causal, HAS_MASK=mask is not None,
+            LOW_BIT=eight.level, HALF=self.half, PEAKS=rows.peaks.shape[-1] if self.half else 0, STAGES=cut.stages,
+            num_warps=cut.warps,
+        )  # fmt: skip
+
+    def add_queries(self) -> None:
+        """Add the sparse branch's share to dq."""
+        call, given, rows, eight = self.args.saved.call, self.slots.saved.call, self.rows, self.formats.eight
+        (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = call.q.shape, call.v.shape, call.lut.shape[2:]
+        cut, layout, mask = self.cuts.queries, self.formats.layout, call.key_mask
+        self.schedule.launch(
+            queries_kernel, (B * Hq * tm * (call.block_q // cut.rows),),
+            given.q, given.k, given.k_mean, given.v, self.slots.do, given.lut, given.key_mask, rows.alphas,
+            rows.shifts, rows.log_sums, rows.q8, rows.q_scales, eight.k8, eight.scales, self.dq,
+            *call.q.stride[:3], *call.k.stride[:3], *call.v.stride[:3], *self.args.do.stride[:3],
+            0 if mask is None else mask.stride[0], Hq, Hq // heads, Nq, Nk, tm, topk, call.scale,
+            D=D, DV=Dv, BLOCK_D=layout.block_d, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_K=call.block_k,
+            BLOCK_M=cut.rows, BLOCK_N=cut.keys, CAUSAL=call.is_causal, HAS_MASK=mask is not None,
+            LOW_BIT=eight.level, HALF=self.half, STAGES=cut.stages, num_warps=cut.warps,
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -208,30 +229,28 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
     """
     schedule = Schedule(*split(args)[0])
     slots = with_tensors(args, schedule.inputs)
-    call = args.saved.call._replace(low_bit="none")
-    given, fp32 = slots.saved.call, torch.float32
-    (B, heads, _, D), tn = call.k.shape, num_blocks(call.k.shape[2], call.block_k)
-    formats = Formats.of(schedule, call, given)
-    cuts = Cuts.of(formats.shape)
-    dq, dk, dv = (
-        schedule.empty(name, tuple(x.shape), x.dtype) for name, x in (("dq", call.q), ("dk", call.k), ("dv", call.v))
-    )
-    rows = Rows.allocate(schedule, call)
-    d_mean_keys = schedule.empty("d_mean_keys", (B * heads, tn, D), fp32)
-    entries = call.lut.shape[1] // heads * call.lut.shape[2] * call.lut.shape[3]
-    lists = schedule.later("lists", (B * heads, entries + tn + 1), torch.int32)
-    schedule.compute(partial(lists_of_rows, B * heads, tn), given.lut, into=lists)
+    call, given, bf16 = args.saved.call, slots.saved.call, torch.bfloat16
+    backward = Backward.begin(schedule, args, slots)
+    formats, heads = backward.formats, call.k.shape[1]
+    backward.add_lists()
+    # of query blocks, and summed for key blocks
+    d_rows: Slot | None = None
     d_states: Slot | None = None
     for group in grouped_sums(schedule, call, given, formats.shape, formats.layout, formats.eight, trials):
-        d_states = d_states or schedule.later("d_states", group.states.shape, group.states.dtype)
-        add_rows(schedule, args, slots, formats, group, cuts.rows, rows, dq)
+        if d_rows is None:
+            # over H and Z in memory, where these have its dtype
+            own = group.summed.dtype != bf16
+            d_rows = schedule.empty("d_rows", group.summed.shape, bf16) if own else group.summed
+        d_states = d_states or schedule.later("d_states", group.states.shape, bf16)
+        backward.add_rows(group, d_rows)
         product = partial(complement_product, len(group.heads))
-        schedule.compute(product, group.complement, group.summed, into=d_states)
-        add_keys(schedule, args, slots, formats, group, cuts.keys, rows, lists, d_states, dk, dv, d_mean_keys)
-    add_queries(schedule, args, slots, formats, cuts.queries, rows, dq)
+        schedule.compute(product, group.complement, d_rows, into=d_states)
+        backward.add_keys(group, d_states)
+    backward.add_queries()
 
+    rows = backward.rows
     dk_mean = schedule.later("dk_mean", tuple(call.k_mean.shape), call.k_mean.dtype)
-    schedule.compute(partial(mean_gradient, heads), d_mean_keys, rows.d_means, into=dk_mean)
+    schedule.compute(partial(mean_gradient, heads), backward.d_mean_keys, rows.d_means, into=dk_mean)
     learned: list[Slot] = []
     for name, x, function, of_rows in (
         ("dgain", call.alpha_gain, gain_gradient, rows.d_gains),
@@ -243,4 +262,4 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
         about: tuple[Any, ...] = (x.dtype,) if name == "dgain" else (tuple(x.shape), x.dtype)
         learned.append(schedule.later(name, tuple(x.shape), x.dtype))
         schedule.compute(partial(function, *about), of_rows, into=learned[-1])
-    return schedule, tuple(BackwardResult(dq, dk, dv, dk_mean, *learned))
+    return schedule, tuple(BackwardResult(backward.dq, backward.dk, backward.dv, dk_mean, *learned))

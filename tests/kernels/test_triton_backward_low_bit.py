@@ -1,0 +1,106 @@
+"""The backward kernels after a forward in INT8: the forward's scores again; in the interpreter and on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult, Saved
+from sla2_compile.kernels.portable import backward as portable
+from sla2_compile.kernels.records import of
+from sla2_compile.kernels.reference import sla2 as reference
+from tests.kernels import fake_quant
+from tests.kernels.triton_case import Case, body, exact, poison_outputs, scheduled_attention, scheduled_backward
+
+SMALL = Case(Nq=75, Nk=107, block_q=32, block_k=32, topk_ratio=0.5)
+CASES = {
+    "plain, grouped": SMALL,
+    "causal masked": replace(SMALL, is_causal=True, masked=True),
+    "narrow, alpha of heads, elu": replace(SMALL, D=16, Dv=16, alpha="head", feature_map="elu", groups=1),
+    "fp16, 64 keys": replace(SMALL, dtype=torch.float16, block_k=64, groups=1),
+    "D 136": replace(SMALL, D=136, Dv=136, groups=1),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_outputs(monkeypatch)
+
+
+def saved_call(case: Case) -> Saved[Tensor]:
+    x = case.tensors()
+    x["lut"], log_rest, _, k_mean = case.route(exact(x, torch.float64), reference.route)
+    x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
+    o, lse = case.attention(x, scheduled_attention, "int8")
+    call: AttentionArgs[Tensor] = case.attention(x, lambda *args: of(AttentionArgs, args), "int8")  # type: ignore[assignment]
+    return Saved(o, lse, call)
+
+
+def gradient_of(o: Tensor) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.device, o.dtype)
+
+
+@body
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_fake_quantised_reference(name: str) -> None:
+    saved = saved_call(CASES[name])
+    do = gradient_of(saved.o)
+    got = dict(zip(fake_quant.NAMES, scheduled_backward(BackwardArgs(do, saved)), strict=True))
+    want = fake_quant.gradients(saved.call, do)
+    for part in ("q", "k", "v"):
+        cosine, size = fake_quant.likeness(got[part], want[part])
+        assert cosine >= 0.9999, part
+        assert abs(size - 1) < 0.01, part
+    # sums over all rows that may cancel
+    terms = want["k"].norm().item() * 0.01
+    assert (got["k_mean"].double() - want["k_mean"]).norm() < terms + 0.01 * want["k_mean"].norm()
+
+
+@body
+def test_scores_are_the_forwards() -> None:
+    """Large scores: the 16-bit q and k would make P of a row add up to anything but 1."""
+    saved = saved_call(replace(SMALL, scale_of_values=12.0, groups=1))
+    do = gradient_of(saved.o)
+    want = fake_quant.gradients(saved.call, do)
+    got = scheduled_backward(BackwardArgs(do, saved))
+    other = scheduled_backward(BackwardArgs(do, saved._replace(call=saved.call._replace(low_bit="none"))))
+    assert fake_quant.likeness(got.dv, want["v"])[0] >= 0.9999
+    assert fake_quant.likeness(other.dv, want["v"])[0] < 0.999
+
+
+@body
+def test_the_portable_backward_agrees() -> None:
+    saved = saved_call(SMALL)
+    do = gradient_of(saved.o)
+    got = scheduled_backward(BackwardArgs(do, saved))
+    want = portable.attention_backward(BackwardArgs(do, saved))
+    for name, a, b in zip(BackwardResult._fields[:4], got, want, strict=False):
+        assert (a.double() - b.double()).norm() < 0.01 * b.double().norm(), name
+
+
+@body
+def test_runs_are_bit_equal() -> None:
+    saved = saved_call(SMALL)
+    do = gradient_of(saved.o)
+    first, second = (scheduled_backward(BackwardArgs(do, saved)) for _ in range(2))
+    for name, a, b in zip(BackwardResult._fields, first, second, strict=True):
+        assert torch.equal(a, b), name
+
+
+@body
+def test_hidden_keys_may_hold_anything() -> None:
+    saved = saved_call(CASES["causal masked"])
+    do, call = gradient_of(saved.o), saved.call
+    want = scheduled_backward(BackwardArgs(do, saved))
+    assert call.key_mask is not None
+    hidden = ~call.key_mask[:, None, :, None]
+    wild = call._replace(k=call.k.masked_fill(hidden, float("nan")), v=call.v.masked_fill(hidden, float("nan")))
+    got = scheduled_backward(BackwardArgs(do, saved._replace(call=wild)))
+    for name, a, b in zip(BackwardResult._fields, got, want, strict=True):
+        assert torch.equal(a, b), name
