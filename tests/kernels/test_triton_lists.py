@@ -10,6 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+
 from sla2_compile.kernels.cuda.backward.lists import lists_kernel
 from tests.kernels.triton_case import DEVICE, INTERPRETED, body
 
