@@ -2,9 +2,9 @@
 
     python benchmarks/host_calls.py [--profile NAME] [--seconds 2]
 
-Triton compiles for Hopper, tensors of the CPU pass for a GPU's, and the driver is the tests' `fake_cuda.c`. So a row is
-the Python and C++ of a call: not the driver's part of a launch, nor a GPU's allocator. Microseconds per call, the best
-of many batches on one thread. To compare two versions, run this file in each of two checkouts in turn.
+Triton compiles for Hopper, tensors of the CPU pass for a GPU's, and the driver is the tests' `fake_cuda.c`. So a row
+is the Python and C++ of a call: not the driver's part of a launch, nor a GPU's allocator. Microseconds per call, the
+best of many batches on one thread. To compare two versions, run this file in each of two checkouts in turn.
 
 | row | call |
 |---|---|
@@ -77,9 +77,10 @@ def start(folder: Path) -> None:
     from tests.kernels import fake_gpu
 
     fake_gpu.start(folder)
-    from sla2_compile.kernels import ops, torch_internals
+    from sla2_compile.kernels import kinds, ops, torch_internals
 
     ops.CUDA = torch_internals.plain_keys("CPU")
+    kinds.DEVICES.add("cpu")
 
 
 def calls() -> dict[str, tuple[int, Callable[[], Any]]]:
@@ -90,7 +91,7 @@ def calls() -> dict[str, tuple[int, Callable[[], Any]]]:
     heads, D = SHAPE[1], SHAPE[3]
     options = sla2_compile.AttentionOptions(topk_ratio=0.15)
     proj, gain, bias = torch.eye(D), torch.ones(heads), torch.zeros(heads, 1)
-    learned = {"proj_q": proj, "proj_k": proj, "alpha_gain": gain, "alpha_bias": bias}
+    learned: dict[str, Any] = {"proj_q": proj, "proj_k": proj, "alpha_gain": gain, "alpha_bias": bias}
 
     def transformed(model: nn.Module) -> nn.Module:
         with torch.device("cpu"):
