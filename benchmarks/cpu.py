@@ -1,11 +1,12 @@
-"""SLA2 against full attention on this CPU: whole call, both ways, several lengths; and from which length on it wins.
+"""SLA2 against full attention on this CPU: whole call, both ways, several lengths; and from where on it wins.
 
-    python benchmarks/cpu.py                    # everything; about five minutes
+    python benchmarks/cpu.py                    # everything; about ten minutes
     python benchmarks/cpu.py table --threads 2  # one part, one thread count
+    python benchmarks/cpu.py crossover          # cpu_crossover.* alone, which `min_seq_len: auto` is read from
 
 Ratios compare figures of one run. One thread is measured in process time, which other work on the machine disturbs
 least; several threads in wall time, for which the machine must be quiet. Each figure is the least of several runs,
-taken in turns with full attention's. Writes benchmarks/results/cpu.json and cpu.md.
+taken in turns with full attention's. Writes benchmarks/results/cpu.* and cpu_crossover.*.
 """
 
 from __future__ import annotations
@@ -34,8 +35,12 @@ TARGETS = {
     ("forward", 4096, "balanced"): 4.0,
     ("forward and backward", 4096, "balanced"): 3.5,
 }
-LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 H, D = 8, 64
+CROSSOVER = ((1, 1, 64), (1, 2, 64), (1, 8, 64), (4, 8, 64), (16, 8, 64), (1, 8, 32), (1, 8, 128), (4, 8, 128))
+"""(B, H, D) of the crossover."""
+LENGTHS = (256, 384, 512, 768, 1024, 1536, 2048)
+MOST_WORK = 2.5e10
+"""Largest B H N N D of the crossover: a few seconds per call."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class Row:
     dtype: str
     threads: int
     B: int
+    H: int
     N: int
+    D: int
     setting: str
     block_q: int
     block_k: int
@@ -57,6 +64,10 @@ class Row:
     def ratio(self) -> float:
         return self.full_ms / self.sla2_ms
 
+    @property
+    def work(self) -> int:
+        return self.B * self.H * self.N * self.N * self.D
+
 
 def milliseconds(fn: Callable[[], Any], clock: Callable[[], float]) -> float:
     start = clock()
@@ -65,14 +76,14 @@ def milliseconds(fn: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 
 def compare(
-    what: str, dtype: torch.dtype, threads: int, B: int, N: int, settings: list[str], seconds: float
+    what: str, dtype: torch.dtype, threads: int, shape: tuple[int, int, int, int], settings: list[str], seconds: float
 ) -> list[Row]:
     """Time full attention and each setting in turns for about so many seconds, three rounds at least."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     grad = what == "forward and backward"
-    q, k, v = (torch.randn(B, H, N, D, dtype=dtype, requires_grad=grad) for _ in range(3))
-    do = torch.randn(B, H, N, D, dtype=dtype)
+    q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=grad) for _ in range(3))
+    do, N = torch.randn(shape, dtype=dtype), shape[2]
     clock = time.process_time if threads == 1 else time.perf_counter
 
     def run(attention: Callable[[], torch.Tensor]) -> Callable[[], Any]:
@@ -99,7 +110,7 @@ def compare(
             best[name] = min(best[name], milliseconds(call, clock))
     kind = str(dtype).removeprefix("torch.")
     return [
-        Row(what, kind, threads, B, N, name, *options[name].block_sizes(N, N), best["full"], best[name])
+        Row(what, kind, threads, *shape, name, *options[name].block_sizes(N, N), best["full"], best[name])
         for name in settings
     ]
 
@@ -144,35 +155,24 @@ def table(threads: int) -> list[Row]:
         ("forward", torch.bfloat16, 4096, 6.0),
         ("forward and backward", torch.float32, 4096, 10.0),
     ):
-        for row in compare(what, dtype, threads, 1, N, every, seconds):
+        for row in compare(what, dtype, threads, (1, H, N, D), every, seconds):
             rows.append(row)
             print(line(row), flush=True)
     return rows
 
 
-def crossover(threads: int) -> list[Row]:
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for B in (1, 4):
+def crossover() -> list[Row]:
+    """Both modes over batches, heads, lengths and head dims, on one thread in float32."""
+    rows: list[Row] = []
+    for what in ("forward", "forward and backward"):
+        for batch, heads, dim in CROSSOVER:
             for N in LENGTHS:
-                rows += compare("forward", dtype, threads, B, N, list(SETTINGS), 0.5)
-                print(
-                    "  ".join(f"{row.setting} {row.ratio:.2f}x" for row in rows[-3:]),
-                    dtype,
-                    f"B={B} N={N}",
-                    flush=True,
-                )
+                if batch * heads * N * N * dim > MOST_WORK:
+                    continue
+                rows += compare(what, torch.float32, 1, (batch, heads, N, dim), list(SETTINGS), 0.4)
+                said = "  ".join(f"{row.setting} {row.ratio:.2f}x" for row in rows[-3:])
+                print(said, what, f"B={batch} H={heads} N={N} D={dim}", flush=True)
     return rows
-
-
-def first_length(rows: list[Row]) -> str:
-    """The least length from which on SLA2 is faster at all lengths measured."""
-    won = ""
-    for row in sorted(rows, key=lambda r: -r.N):
-        if row.ratio <= 1.0:
-            break
-        won = str(row.N)
-    return won or f"> {LENGTHS[-1]}"
 
 
 def line(row: Row) -> str:
@@ -185,7 +185,27 @@ def line(row: Row) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def report(machine: dict[str, Any], rows: list[Row], lengths: list[Row], memory: dict[str, float]) -> str:
+def crossover_report(machine: dict[str, Any], rows: list[Row]) -> str:
+    """Ratios by shape and length, and the work at which each setting wins."""
+    out = [f"# CPU, from where on SLA2 is faster: {machine['cpu']}", ""]
+    out += [f"torch {machine['torch']}; `{machine['command']}`; one thread, float32, process time.", ""]
+    out += [f"Full attention's time over SLA2's, {' / '.join(SETTINGS)}. W is B H N N D in units of 10^6.", ""]
+    for what in dict.fromkeys(r.what for r in rows):
+        out += [f"## {what}", "", f"| B, H, D | {' | '.join(map(str, LENGTHS))} |", "|" + "---|" * (1 + len(LENGTHS))]
+        for shape in CROSSOVER:
+            of = {(r.N, r.setting): r for r in rows if (r.what, r.B, r.H, r.D) == (what, *shape)}
+            cells = [
+                f"{' / '.join(f'{of[N, s].ratio:.2f}' for s in SETTINGS)}; W {of[N, 'balanced'].work / 1e6:.0f}"
+                if (N, "balanced") in of
+                else ""
+                for N in LENGTHS
+            ]
+            out.append(f"| {', '.join(map(str, shape))} | " + " | ".join(cells) + " |")
+        out.append("")
+    return "\n".join(out)
+
+
+def report(machine: dict[str, Any], rows: list[Row], memory: dict[str, float]) -> str:
     head = [f"# CPU: {machine['cpu']}", "", f"torch {machine['torch']}; `{machine['command']}`.", ""]
     settings = ", ".join(f"{name} = topk {a:g}, compression {b}" for name, (a, b) in SETTINGS.items())
     head += [
@@ -203,26 +223,6 @@ def report(machine: dict[str, Any], rows: list[Row], lengths: list[Row], memory:
     if memory:
         out += ["## Peak memory that one forward adds, N=16384, float32", "", "| call | MB |", "|---|---|"]
         out += [f"| {name} | {mb:.0f} |" for name, mb in memory.items()] + [""]
-    if lengths:
-        out += ["## Length from which on SLA2 is faster", "", "| dtype | B | " + " | ".join(SETTINGS) + " |"]
-        out += ["|" + "---|" * (2 + len(SETTINGS))]
-        for dtype, B in dict.fromkeys((r.dtype, r.B) for r in lengths):
-            cells = [
-                first_length([r for r in lengths if (r.dtype, r.B, r.setting) == (dtype, B, s)]) for s in SETTINGS
-            ]
-            out.append(f"| {dtype} | {B} | " + " | ".join(cells) + " |")
-        out += [
-            "",
-            "Ratios, " + " / ".join(SETTINGS) + ":",
-            "",
-            "| dtype | B | " + " | ".join(map(str, LENGTHS)) + " |",
-        ]
-        out += ["|" + "---|" * (2 + len(LENGTHS))]
-        for dtype, B in dict.fromkeys((r.dtype, r.B) for r in lengths):
-            of = {(r.N, r.setting): r.ratio for r in lengths if (r.dtype, r.B) == (dtype, B)}
-            cells = [" / ".join(f"{of[N, s]:.2f}" for s in SETTINGS) for N in LENGTHS]
-            out.append(f"| {dtype} | {B} | " + " | ".join(cells) + " |")
-        out.append("")
     return "\n".join(out)
 
 
@@ -237,8 +237,13 @@ def main() -> None:
         "command": " ".join(["python benchmarks/cpu.py", *sys.argv[1:]]),
     }
     print(*machine.values(), sep="\n", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    if given.part in ("all", "crossover"):
+        found = crossover()
+        keep("cpu_crossover", {**machine, "rows": as_data(found)}, crossover_report(machine, found))
+    if given.part == "crossover":
+        return
     rows: list[Row] = []
-    lengths: list[Row] = []
     memory: dict[str, float] = {}
     if given.part in ("all", "memory"):
         memory["full attention"] = peak_memory("full(q, k, v)", 16384)
@@ -248,19 +253,19 @@ def main() -> None:
     if given.part in ("all", "table"):
         for threads in given.threads:
             rows += table(threads)
-    if given.part in ("all", "crossover"):
-        lengths = crossover(1)
-    found = {
-        **machine,
-        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
-        "crossover": [asdict(row) | {"ratio": row.ratio} for row in lengths],
-        "peak_memory_mb": memory,
-    }
-    text = report(machine, rows, lengths, memory)
+    data = {**machine, "rows": as_data(rows), "peak_memory_mb": memory}
+    keep("cpu", data, report(machine, rows, memory))
+
+
+def as_data(rows: list[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) | {"ratio": row.ratio} for row in rows]
+
+
+def keep(name: str, data: dict[str, Any], text: str) -> None:
+    """Write the results of one part, and print them."""
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "cpu.md").write_text(text)
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(text)
 
 
 if __name__ == "__main__":

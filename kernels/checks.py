@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArgs, accumulation_dtype
+from sla2_compile.kernels.switches import debugging
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("complement", "all")
@@ -180,11 +180,6 @@ def check_backward(args: BackwardArgs[Described]) -> None:
         if x.shape != shape or x.dtype != dtype or x.device != q.device:
             rule = f"be {dtype} of shape {shape} on {q.device}"
             raise fail(name, rule, f"{x.dtype} {tuple(x.shape)} on {x.device}", "take it as sla2::attention gave it")
-
-
-def debugging() -> bool:
-    """Whether SLA2_DEBUG is set in the environment, read at each call."""
-    return os.environ.get("SLA2_DEBUG", "0") not in ("", "0")
 
 
 def check_table(args: AttentionArgs[Tensor]) -> None:

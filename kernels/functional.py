@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels import torch_internals
 from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, RouteResult
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.checks import Described, check_qkv
+from sla2_compile.kernels.kinds import kind_of, resolve
+from sla2_compile.kernels.layout import read
 from sla2_compile.kernels.ops import attention, forward, route
 from sla2_compile.kernels.options import AttentionOptions, asked
-from sla2_compile.kernels.precision import low_bit_of
+from sla2_compile.kernels.switches import by_trial, debugging
 from sla2_compile.kernels.tracing import autocasts, refuse_forward_mode, traced
 
 DEFAULTS = AttentionOptions()
+PLAIN = torch_internals.plain_keys("CPU") | torch_internals.plain_keys("CUDA")
+"""Key sets of tensors that a kind of call is known by."""
 
 
 @dataclass
@@ -75,41 +77,6 @@ def sla2_attention(
     return o
 
 
-class Kind(NamedTuple):
-    """What of a tensor decides how a call on it is computed."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def resolve(
-    q: Described, k: Described, v: Described, options: AttentionOptions, low_bit: str, imitated: bool,
-    scale: float | None, is_causal: bool, unmasked: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Check q, k and v; return the arguments of `sla2::forward` behind its tensors.
-
-    Args:
-        low_bit: format asked for; imitated: whether it is computed in any case, and not only where it pays.
-    """
-    check_qkv(q, k, v)
-    block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
-    # plain floats: a number of numpy's or of a tensor is equal to one, and would be handed to calls that gave one
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    topk_ratio = float(options.topk_ratio)
-    runs = low_bit if imitated else low_bit_of(
-        low_bit, q, v.shape[3], block_q, block_k, scale, num_blocks(k.shape[2], block_k), topk_ratio,
-        plain=unmasked and not is_causal,
-    )  # fmt: skip
-    ratio = options.router_ratio(block_q, block_k)
-    rest = (scale, options.feature_map, options.linear_scope, is_causal, runs)
-    return topk_ratio, ratio, block_q, block_k, *rest
-
-
-remembered = functools.lru_cache(maxsize=1024)(resolve)
-"""`resolve` once for each kind of call, since an eager call on a GPU waits for the host."""
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
@@ -125,25 +92,33 @@ def attend(
 
     The choices are None without keep_routing, and in a compiler's trace.
     """
-    refuse_forward_mode(q, k, v)
-    if autocasts(q):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     low_bit, imitated = asked(options, training) if imitate is None else imitate, imitate is not None
-    keep_routing = keep_routing and not traced(q)
-    if torch.compiler.is_compiling():
-        resolved = resolve(q, k, v, options, low_bit, imitated, scale, is_causal, key_mask is None)
+    learned = (proj_q, proj_k, alpha_gain, alpha_bias)
+    tensors = (q, k, v, *learned, key_mask)
+    if not torch.compiler.is_compiling() and torch_internals.unwatched(tensors, PLAIN):
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = _cast(q, k, v)
+            tensors = (q, k, v, *learned, key_mask)
+        if scale is not None and type(scale) is not float:
+            # a tensor's value may change
+            scale = float(scale)
+        layouts, addresses = read(tensors)
+        kind = kind_of(layouts, options, low_bit, imitated, scale, bool(is_causal))
+        # proj_q and proj_k get no gradient, but as with any op, the result requires one if they do
+        differentiable = torch_internals.wants_gradient(tensors)
+        if not (differentiable or keep_routing or debugging() or by_trial()):
+            run = kind.straight if kind.asked else kind.ask(tensors)
+            if run is not None:
+                return run(tensors, addresses), None
+        args = ForwardArgs(*tensors, *kind.resolved)
     else:
-        kinds = Kind(q.shape, q.dtype, q.device), Kind(k.shape, k.dtype, k.device), Kind(v.shape, v.dtype, v.device)
-        try:
-            resolved = remembered(*kinds, options, low_bit, imitated, scale, is_causal, key_mask is None)
-        except TypeError:
-            # a symbolic length, which has no hash
-            resolved = resolve(*kinds, options, low_bit, imitated, scale, is_causal, key_mask is None)
-    args = ForwardArgs(q, k, v, proj_q, proj_k, alpha_gain, alpha_bias, key_mask, *resolved)
-    # proj_q and proj_k get no gradient, but as with any op, the result requires one if they do
-    params = (q, k, v, proj_q, proj_k, alpha_gain, alpha_bias)
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
+        refuse_forward_mode(q, k, v)
+        if autocasts(q):
+            q, k, v = _cast(q, k, v)
+        keep_routing = keep_routing and not traced(q)
+        resolved = resolve(q, k, v, options, low_bit, imitated, scale, is_causal, key_mask is None)
+        args = ForwardArgs(q, k, v, *learned, key_mask, *resolved)
+        differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:7])
     if (training and differentiable) or (keep_routing and not differentiable):
         routed, attended = _in_two(args)
         o = attended.o
@@ -166,3 +141,9 @@ def _in_two(
     """Run a call as route and attention."""
     routed = RouteResult(*route(*args.route()))
     return routed, AttentionResult(*attention(*args.attention(routed)))
+
+
+def _cast(*tensors: Tensor) -> list[Tensor]:
+    """Cast q, k and v as autocast does for PyTorch's own attention."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [x.to(dtype) if x.dtype not in (dtype, torch.float64) else x for x in tensors]

@@ -66,8 +66,7 @@ class Op:
     def __call__(self, *values: Any) -> Any:
         if torch.compiler.is_compiling() or self._run is None:
             return self.dispatched(*values)
-        tensors = [x for x in values[: self._tensors] if x is not None]
-        if torch_internals.goes_straight(tensors, CUDA):
+        if torch_internals.goes_straight(values[: self._tensors], CUDA):
             return self._run(*values)
         return self.dispatched(*values)
 

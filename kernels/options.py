@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from torch import Tensor
+
 from sla2_compile.kernels.blocks import auto_block_sizes
 from sla2_compile.kernels.checks import fail
 
@@ -24,7 +26,8 @@ class AttentionOptions:
             what runs.
 
     Raises:
-        ValueError: another word for compression_ratio, block_q or block_k. All else is checked by the ops.
+        ValueError: another word for compression_ratio, block_q or block_k; a tensor for topk_ratio. All else is
+            checked by the ops.
     """
 
     topk_ratio: float = 0.15
@@ -41,6 +44,9 @@ class AttentionOptions:
             value = getattr(self, name)
             if isinstance(value, str) and value != word:
                 raise fail(name, f"be a number or {word!r}", repr(value), f"leave it {word!r}")
+        if isinstance(self.topk_ratio, Tensor):
+            # its value may change, and kinds of calls are known by these options
+            raise fail("topk_ratio", "be a number", repr(self.topk_ratio), "call .item()")
 
     def block_sizes(self, nq: int, nk: int) -> tuple[int, int]:
         """Return (block_q, block_k) in rows for these lengths."""

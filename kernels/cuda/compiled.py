@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.checks import debugging
 from sla2_compile.kernels.cuda import dispatch
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
-from sla2_compile.kernels.cuda.tuning import by_trial
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import of
+from sla2_compile.kernels.switches import by_trial, debugging
 
 TRANSPOSED = ("forward", "attention")
 """Ops whose first result, o, lies in memory with axes 1 and 2 swapped."""

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sla2_compile.kernels.cuda.launch.layout import Layout
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.support import Chip
 from sla2_compile.kernels.torch_internals import shared_memory
 

@@ -31,20 +31,21 @@ from sla2_compile.kernels.checks import (
     check_backward,
     check_route,
     check_table,
-    debugging,
 )
 from sla2_compile.kernels.cuda.backward.launches import backward_schedule
 from sla2_compile.kernels.cuda.device import chip_of, packed, whole
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule, facts_of, forward_schedule
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.launches import route_schedule
-from sla2_compile.kernels.cuda.tuning import by_trial
+from sla2_compile.kernels.kinds import Straight
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.portable import attention as portable_attention
 from sla2_compile.kernels.portable import backward as portable_backward
 from sla2_compile.kernels.portable import route as portable_route
 from sla2_compile.kernels.records import arguments, flat, of, tensor_count
 from sla2_compile.kernels.support import Facts, support
+from sla2_compile.kernels.switches import by_trial, debugging
 
 
 def takes_route(args: RouteArgs[Layout]) -> bool:
@@ -121,7 +122,7 @@ def scheduled_forward(args: ForwardArgs[Layout], trials: bool) -> Scheduled | No
     routed = scheduled_route(args.route(), trials)
     if routed is None:
         return None
-    made = RouteResult(*(Layout.of_slot(slot, args.q.device) for slot in routed[1]))
+    made = RouteResult(*(slot.layout(args.q.device) for slot in routed[1]))
     return forward_schedule(args, trials) if takes_attention(args.attention(made)) else None
 
 
@@ -166,6 +167,17 @@ def forward(args: ForwardArgs[Tensor]) -> Tensor:
         return attention(args.attention(route(args.route()))).o
     (o,) = run(scheduled, tensors)
     return o
+
+
+def straight(args: ForwardArgs[Tensor]) -> Straight | None:
+    """Return what calls on tensors of these layouts run; None where they must be copied, or PyTorch has a part."""
+    tensors, layouts = laid_out(args)
+    copied = any(x is not given for x, given in zip(tensors, args, strict=False))
+    scheduled = None if copied else scheduled_forward(layouts, False)
+    if scheduled is None or not scheduled[0].bare:
+        return None
+    schedule, (o,) = scheduled
+    return schedule.straight(o, args.q.device)
 
 
 def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:

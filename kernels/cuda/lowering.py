@@ -23,9 +23,10 @@ from torch._inductor.virtualized import V
 
 from sla2_compile.kernels.cuda import dispatch
 from sla2_compile.kernels.cuda.compiled import written
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
-from sla2_compile.kernels.cuda.tuning import by_trial
+from sla2_compile.kernels.cuda.launch.layout import Slot
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import arguments, of, tensor_count
+from sla2_compile.kernels.switches import by_trial
 
 DEVICES = {"cuda"}
 """Types of devices whose calls become launches."""

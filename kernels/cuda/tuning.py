@@ -60,11 +60,6 @@ WRITTEN = {"attend_kernel": ["o"]}
 """Tensors that a kernel reads and then overwrites, so that a second run would read other values."""
 
 
-def by_trial() -> bool:
-    """Whether tiles are found by trial: SLA2_AUTOTUNE in the environment, read at each call."""
-    return os.environ.get("SLA2_AUTOTUNE", "0") == "1"
-
-
 def fits(tile: Tile, limits: Limits) -> bool:
     """Whether the sizes in a tile lie within the limits of the call."""
     return all(least <= tile[name] <= most for name, (least, most) in limits.items())
@@ -155,7 +150,7 @@ def launch(
         grid: programs, given a tile's sizes.
         tile: what the table says: sizes, num_warps, maxnreg.
         limits: by name, the least and the largest value that a size may have in this call.
-        trials: whether to try (`by_trial`).
+        trials: whether to try (`switches.by_trial`).
     """
     if trials:
         schedule.launch(tuned(kernel, tuple(tile.items()), tuple(limits.items())), grid, *args, **constants)

@@ -19,12 +19,15 @@ from tests.kernels import fake_gpu
 
 library = fake_gpu.start(Path(sys.argv[1]))
 
+from sla2_compile.kernels import kinds, sla2_attention, torch_internals  # noqa: E402
 from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, ForwardArgs, Saved  # noqa: E402
 from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
-from sla2_compile.kernels.cuda.launch import rerun  # noqa: E402
+from sla2_compile.kernels.cuda.launch import schedule as schedule_module  # noqa: E402
+from sla2_compile.kernels.cuda.launch.layout import Slot  # noqa: E402
 from sla2_compile.kernels.cuda.launch.repeat import parameter_bytes  # noqa: E402
 from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
 from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
+from sla2_compile.kernels.kinds import Straight  # noqa: E402
 
 allocated = 0
 new_empty = Tensor.new_empty
@@ -37,8 +40,6 @@ def counted(*args: Any, **kwargs: Any) -> Tensor:
 
 
 Tensor.new_empty = counted  # type: ignore[method-assign]
-# there is no context, and no memory of a GPU for PyTorch's own kernels
-rerun.use_context = lambda device: None
 
 
 def run(name: str, N: int, D: int = 64, causal: bool = False, masked: bool = False, low: str = "none") -> None:
@@ -76,6 +77,37 @@ def run_backward(name: str, N: int, D: int = 64) -> None:
     report(name, schedule, lambda: cuda.attention_backward(args))
 
 
+def run_eagerly(name: str, N: int, D: int = 64) -> None:
+    """A call of `sla2_attention`, past the op; as the others but for this, and for how it allocates."""
+    q, k, v = (torch.empty(1, 2, N, D, dtype=torch.bfloat16) for _ in range(3))
+    kinds.DEVICES.add("cpu")
+    schedules: list[Schedule] = []
+    make = Schedule.straight
+
+    def straight(self: Schedule, result: Slot, device: torch.device) -> Straight:
+        schedules.append(self)
+        return make(self, result, device)
+
+    Schedule.straight = straight  # type: ignore[method-assign]
+    allocate = torch_internals.allocator("cpu")
+
+    def counting(*args: Any) -> Tensor:
+        global allocated
+        allocated += 1
+        return allocate(*args)
+
+    schedule_module.allocator = lambda device_type: counting
+
+    def call() -> None:
+        with torch.no_grad():
+            sla2_attention(q, k, v)
+
+    call()
+    report(name, schedules[0], call)
+    kinds.DEVICES.discard("cpu")
+
+
 run("short", 2048)
 run("short, causal masked", 1000, causal=True, masked=True)
 run_backward("backward", 2048)
+run_eagerly("eager", 2048)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from sla2_compile.kernels.functional import remembered
+from sla2_compile.kernels.kinds import kind_of
 
 try:
     from sla2_compile.kernels.cuda import dispatch as cuda
@@ -23,7 +23,7 @@ else:
 
 def forget_schedules() -> None:
     """Have calls checked and scheduled anew: what a test changed of the chip or of limits is not in their key."""
-    remembered.cache_clear()
+    kind_of.cache_clear()
     for cache in CACHES:
         cache.cache_clear()
 

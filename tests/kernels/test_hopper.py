@@ -14,8 +14,8 @@ from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.cuda.forward import sm90 as hopper
 from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
 from sla2_compile.kernels.cuda.forward.launches import facts_of
-from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.cuda.tiles import ShapeClass, hopper_tile
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import of
 from sla2_compile.kernels.support import Chip, Facts, support
 from tests.kernels.schedules import as_long_calls, forget_schedules, remember_tensors, state_bytes, without_fused

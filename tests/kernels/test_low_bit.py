@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import low_bit as low_bit_benchmark
-from sla2_compile.kernels import functional, precision
+from sla2_compile.kernels import functional, kinds, precision
 from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 from sla2_compile.kernels.precision import low_bit_of, low_bit_on
 from sla2_compile.kernels.reference import low_bit as reference_low_bit
@@ -213,7 +213,7 @@ def test_a_call_says_how_many_blocks_and_whether_it_is_plain(
         seen.append((*args[6:8], plain))
         return "none"
 
-    monkeypatch.setattr(functional, "low_bit_of", decide)
+    monkeypatch.setattr(kinds, "low_bit_of", decide)
     q = torch.randn(1, 1, 300, 16)
     sla2_attention(q, q, q, AttentionOptions(0.5, 8, 32, 16, low_bit="auto"), **options)
     assert seen == [(19, 0.5, not options)]
@@ -339,11 +339,11 @@ def test_the_mode_of_a_call_decides_its_format_and_autograd_does_not(monkeypatch
         seen.append(args[0])
         return "none"
 
-    monkeypatch.setattr(functional, "low_bit_of", decide)
+    monkeypatch.setattr(kinds, "low_bit_of", decide)
     for grad in (True, False):
         for training in (True, False):
             q = torch.randn(1, 1, 64, 16, requires_grad=True)
-            functional.remembered.cache_clear()
+            kinds.kind_of.cache_clear()
             with torch.set_grad_enabled(grad):
                 sla2_attention(q, q, q, AttentionOptions(low_bit="int8"), training=training)
     assert seen == ["none", "int8"] * 2

@@ -19,7 +19,7 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from sla2_compile.kernels.cuda import compiled, dispatch, lowering
-from sla2_compile.kernels.cuda.launch.layout import Layout
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import arguments, of, tensor_count
 
 ROUTE = (0.3, 8, 32, 16, 0.125, False)

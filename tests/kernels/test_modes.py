@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sla2_compile
-from sla2_compile.kernels import functional
+from sla2_compile.kernels import functional, kinds
 from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs
 from sla2_compile.passes.replace_attention import in_training, site_nodes
 from sla2_compile.passes.sites.settings import SiteSettings
@@ -97,7 +97,7 @@ def test_an_export_in_eval_asks_for_its_low_bit(x: Tensor, monkeypatch: pytest.M
         return "none"
 
     model = transformed(x)
-    monkeypatch.setattr(functional, "low_bit_of", runs)
+    monkeypatch.setattr(kinds, "low_bit_of", runs)
     for training in (True, False):
         torch.export.export(model.train(training), (x,))
     assert set(seen[: len(seen) // 2]) == {"none"}

@@ -103,10 +103,26 @@ def test_numbers_of_numpy_are_not_handed_to_later_calls() -> None:
     import numpy as np
     import torch
 
-    from sla2_compile.kernels.functional import Kind, remembered
+    from sla2_compile.kernels.kinds import kind_of
+    from sla2_compile.kernels.layout import Layout
 
-    q = Kind(torch.Size((1, 2, 64, 16)), torch.float32, torch.device("cpu"))
+    q = Layout.of(torch.empty(1, 2, 64, 16))
+    layouts = (q, q, q, *[None] * 5)
     number: Any
-    for number in (np.float32(0.25), 0.25):
-        found = remembered(q, q, q, AttentionOptions(topk_ratio=number), "none", False, number, False, True)
-        assert [type(x) for x in (found[0], found[4])] == [float, float]
+    size: Any
+    for number, size in ((np.float32(0.25), np.int64(32)), (0.25, 32)):
+        options = AttentionOptions(number, size, block_q=size, block_k=size)
+        found = kind_of(layouts, options, "none", False, number, False).resolved
+        assert [type(x) for x in found[:5]] == [float, int, int, int, float]
+
+
+def test_a_float_is_no_block_size() -> None:
+    """As the schema of an op has it."""
+    import torch
+
+    from sla2_compile.kernels import sla2_attention
+
+    q = torch.randn(1, 1, 64, 16)
+    size: Any = 32.0
+    with pytest.raises(TypeError):
+        sla2_attention(q, q, q, AttentionOptions(block_q=size, block_k=16))

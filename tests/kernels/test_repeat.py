@@ -61,10 +61,16 @@ def test_the_driver_is_told_what_triton_tells_it(tmp_path: Path) -> None:
 
 
 class Library:
-    """Stands in for the driver: answers every call with `code`, and remembers it."""
+    """Stands in for the driver, and remembers each call.
+
+    Attributes:
+        code: what calls answer. context: of the thread. launches: what the next launches answer.
+    """
 
     def __init__(self, code: int = 0) -> None:
         self.code = code
+        self.context: int | None = 1
+        self.launches: list[int] = []
         self.called: list[str] = []
         self.arguments: list[tuple[Any, ...]] = []
 
@@ -72,9 +78,15 @@ class Library:
         def call(*args: Any) -> int:
             self.called.append(name)
             self.arguments.append(args)
-            return self.code
+            return self.launches.pop(0) if name == "cuLaunchKernelEx" and self.launches else self.code
 
         return call
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        self.called.append("cuCtxGetCurrent")
+        self.arguments.append((context,))
+        context._obj.value = self.context
+        return 0
 
     def cuGetErrorString(self, code: int, text: Any) -> int:
         text._obj.value = b"invalid argument"
@@ -171,21 +183,31 @@ def test_whatever_is_not_as_expected_is_left_to_triton(
         again(launch, Cells(1))
 
 
-def test_a_launch_that_fails_says_which_and_why(library: Library) -> None:
+def test_a_launch_that_fails_says_which_and_why(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     again = Again(compiled({"x": "*fp32", "n": "i32"}, POINTER_AND_TWO), (7,), (X, 5), Cells(1))
     again(0)
-    library.code = 1
+    library.launches = [1]
     with pytest.raises(
         RuntimeError, match=r"launching a_kernel in \(7, 1, 1\) programs: CUDA driver error 1: invalid argument"
     ):
         again(0)
-    assert library.called == ["cuLaunchKernelEx"] * 2
+    assert library.called == ["cuLaunchKernelEx", "cuLaunchKernelEx", "cuCtxGetCurrent"]
 
 
-def test_a_thread_without_a_context_gets_pytorchs(library: Library) -> None:
-    driver.use_context(3)
-    assert library.called == ["cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
-    assert library.arguments[1][1] == 3
+def test_a_thread_without_a_context_gets_pytorchs(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked only when a launch fails, which is then made once more."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    again = Again(compiled({"x": "*fp32", "n": "i32"}, POINTER_AND_TWO), (7,), (X, 5), Cells(1))
+    library.context, library.launches = None, [201, 0]
+    again(0)
+    gets = ["cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    assert library.called == ["cuLaunchKernelEx", *gets, "cuLaunchKernelEx"]
+    assert library.arguments[2][1] == 3
+    library.context, library.launches = 5, [201]
+    with pytest.raises(RuntimeError, match="CUDA driver error 201"):
+        again(0)
+    assert library.called[5:] == ["cuLaunchKernelEx", "cuCtxGetCurrent"]
 
 
 def test_cells_lie_where_they_say() -> None:

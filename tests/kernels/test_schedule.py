@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,14 +19,13 @@ from triton.compiler import CompiledKernel
 from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule
 from sla2_compile.kernels.cuda.launch import rerun
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
+from sla2_compile.kernels.cuda.launch import schedule as schedules
+from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles
 from sla2_compile.kernels.cuda.launch.repeat import Cells, Unknown
 from sla2_compile.kernels.cuda.launch.rerun import Room
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import of
-
-CONTEXTS: list[int] = []
-"""Devices whose context later runs asked for."""
 
 
 class Compiled(CompiledKernel):
@@ -53,9 +54,7 @@ class Repeated:
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Repeated]:
     """Have later runs recorded, on a machine without a GPU."""
     Repeated.made = []
-    CONTEXTS.clear()
     monkeypatch.setattr(rerun, "Again", Repeated)
-    monkeypatch.setattr(rerun, "use_context", CONTEXTS.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
     monkeypatch.setattr(rerun, "current_stream", lambda device: 77)
     return Repeated.made
@@ -117,7 +116,7 @@ def test_a_second_run_launches_the_compiled_kernels_with_its_own_addresses(repea
     schedule.run(first, None, results=seen(schedule))
     second = torch.ones(4, 8)
     made = schedule.run(second, None, results=seen(schedule))
-    assert (len(kernel.calls), CONTEXTS) == (2, [5])
+    assert len(kernel.calls) == 2
     assert [(again.compiled, again.grid) for again in repeated] == [(kernel.compiled, (7,))] * 2
     assert repeated[0].args == schedule.steps[0].args  # type: ignore[union-attr]
     (launch,), (more,) = (again.launches for again in repeated)
@@ -212,6 +211,126 @@ def test_threads_that_run_a_schedule_at_once_keep_to_their_own_addresses(
         made = list(pool.map(lambda x: schedule.run(x, None, results=seen(schedule)), inputs))
     launched = {tuple(addresses) for _, addresses in repeated[0].launches}
     assert launched == {(t[0].data_ptr(), t[2].data_ptr(), t[0].data_ptr()) for t in made}
+
+
+def bare(kernel: Kernel, x: torch.Tensor) -> tuple[Schedule, Slot]:
+    """A schedule of launches alone, with a result that is returned with two axes swapped."""
+    schedule = Schedule(Layout.of(x), None)
+    x_in, absent = schedule.inputs
+    hidden = schedule.empty("hidden", (4, 8), torch.float32)
+    o = schedule.empty("o", (1, 3, 2, 8), torch.bfloat16, transposed=True)
+    more = schedule.empty("more", (9,), torch.float32)
+    schedule.launch(kernel, (7,), x_in, hidden, absent, 5, FLAG=True, WIDTH=64)
+    schedule.launch(kernel, (7,), hidden, more, o, 6, FLAG=False, WIDTH=8)
+    return schedule, o
+
+
+def straight(schedule: Schedule, o: Slot) -> Callable[[torch.Tensor], torch.Tensor]:
+    run = schedule.straight(o, torch.device("cpu"))
+    return lambda x: run((x, None), [x.data_ptr(), x.data_ptr()])
+
+
+@pytest.fixture
+def first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+def test_a_straight_run_launches_what_a_run_launches(
+    first_gpu: None, monkeypatch: pytest.MonkeyPatch, repeated: list[Repeated]
+) -> None:
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule, slot = bare(kernel, x)
+    run = straight(schedule, slot)
+    # the first one through Triton
+    made = [run(x)]
+    assert (len(kernel.calls), len(repeated)) == (2, 2)
+    for n in range(1, 4):
+        monkeypatch.setattr(rerun, "current_stream", lambda device, n=n: n)
+        x = torch.ones(4, 8)
+        o = run(x) if n != 2 else schedule.run(x, None, results=(slot,))[0]
+        made.append(o)
+        (stream, (one, hidden, absent)), (_, (same, more, out)) = (again.launches[-1] for again in repeated)
+        assert (stream, one, absent, out) == (n, x.data_ptr(), x.data_ptr(), o.data_ptr())
+        # scratch of one piece, the same in both launches
+        assert (hidden, more - hidden) == (same, 512)
+    assert len(kernel.calls) == 2
+    assert {(o.shape, o.stride(), o.dtype) for o in made} == {((1, 2, 3, 8), (48, 8, 16, 1), torch.bfloat16)}
+    assert made[1].numel() == 48
+    assert len({o.data_ptr() for o in made}) == 4
+
+
+def test_a_straight_run_is_left_to_triton_where_a_run_is(
+    first_gpu: None, monkeypatch: pytest.MonkeyPatch, repeated: list[Repeated]
+) -> None:
+    """While somebody listens, with the switch off, and from within itself."""
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    run = straight(*bare(kernel, x))
+    run(x)
+    run(x)
+    assert len(kernel.calls) == 2
+    with monkeypatch.context() as listening:
+        listening.setattr(rerun.knobs.runtime, "launch_exit_hook", lambda metadata: None)
+        run(x)
+    with monkeypatch.context() as off:
+        off.setattr(rerun, "ENABLED", False)
+        run(x)
+    assert len(kernel.calls) == 6
+    launch = Repeated.__call__
+    inner: list[torch.Tensor] = []
+
+    def interrupted(self: Repeated, stream: int) -> None:
+        if not inner:
+            inner.append(run(x))
+        launch(self, stream)
+
+    monkeypatch.setattr(Repeated, "__call__", interrupted)
+    run(x)
+    assert len(kernel.calls) == 8
+
+
+def test_a_straight_run_on_another_gpu_makes_that_one_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    schedule, o = bare(kernel, x)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    run = straight(schedule, o)
+    run(x)
+    run(x)
+    entered: list[torch.Tensor] = []
+
+    def on_device(x: torch.Tensor) -> Any:
+        entered.append(x)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(schedules, "on_device", on_device)
+    run(x)
+    assert entered == []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    run(x)
+    assert entered == [x]
+
+
+def test_straight_runs_of_threads_keep_to_their_own_addresses(
+    first_gpu: None, monkeypatch: pytest.MonkeyPatch, repeated: list[Repeated]
+) -> None:
+    kernel, x = Kernel(), torch.zeros(4, 8)
+    run = straight(*bare(kernel, x))
+    run(x)
+    launch = Repeated.__call__
+
+    def slowly(self: Repeated, stream: int) -> None:
+        time.sleep(0.002)
+        launch(self, stream)
+
+    monkeypatch.setattr(Repeated, "__call__", slowly)
+    inputs = [torch.full((4, 8), float(n)) for n in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(run, inputs))
+    (first, second) = ([addresses for _, addresses in again.launches] for again in repeated)
+    assert len(first) == 8
+    assert {(a[0], b[2]) for a, b in zip(first, second, strict=True)} == {
+        (x.data_ptr(), o.data_ptr()) for x, o in zip(inputs, made, strict=True)
+    }
+    assert all(a[1] == b[0] for a, b in zip(first, second, strict=True))
 
 
 def test_scratch_lies_in_one_piece_without_overlap() -> None:

@@ -281,6 +281,32 @@ def test_whoever_changes_a_call_is_not_passed_by() -> None:
         assert not unmoved(dual)
 
 
+def test_absent_tensors_have_no_part() -> None:
+    x, wants = torch.zeros(2), torch.zeros(2, requires_grad=True)
+    assert torch_internals.goes_straight([x, None], PLAIN)
+    assert torch_internals.unwatched([x, None, wants], PLAIN)
+    assert torch_internals.wants_gradient([x, None, wants])
+    assert not torch_internals.wants_gradient([x, None])
+    with torch.no_grad():
+        assert not torch_internals.wants_gradient([wants])
+
+
+def test_allocator() -> None:
+    allocate = torch_internals.allocator("cpu")
+    x = allocate((2, 3), (1, 2), torch.bfloat16)
+    assert (x.shape, x.stride(), x.dtype, x.device.type) == ((2, 3), (1, 2), torch.bfloat16, "cpu")
+    assert x.is_inference() is x.requires_grad is False
+    assert torch_internals.goes_straight([x], PLAIN)
+    with torch.inference_mode():
+        assert allocate((2,), (1,), torch.uint8).is_inference()
+
+
+@pytest.mark.gpu
+def test_allocator_of_a_gpu() -> None:
+    x = torch_internals.allocator("cuda")((2, 3), (1, 2), torch.bfloat16)
+    assert (x.shape, x.stride(), x.device.index) == ((2, 3), (1, 2), torch.cuda.current_device())
+
+
 @pytest.mark.gpu
 def test_plain_tensors_of_a_gpu() -> None:
     plain = torch_internals.plain_keys("CUDA")

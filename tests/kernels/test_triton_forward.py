@@ -26,8 +26,8 @@ from sla2_compile.kernels.cuda import dispatch as cuda
 from sla2_compile.kernels.cuda.forward import launches as attention_schedule
 from sla2_compile.kernels.cuda.forward import sm90 as hopper
 from sla2_compile.kernels.cuda.forward import states_launches as states_schedule
-from sla2_compile.kernels.cuda.launch.layout import Layout
 from sla2_compile.kernels.cuda.route import launches as route_schedule
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.reference import sla2 as reference
 from sla2_compile.kernels.support import GLUON_TRITONS
 from tests.kernels.oracle import assert_oracle

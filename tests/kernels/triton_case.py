@@ -35,7 +35,7 @@ from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
 from sla2_compile.kernels.cuda.backward.launches import backward_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
-from sla2_compile.kernels.cuda.tuning import by_trial  # noqa: E402
+from sla2_compile.kernels.switches import by_trial  # noqa: E402
 from tests.kernels.oracle import CallArguments  # noqa: E402
 
 

@@ -32,8 +32,9 @@ from sla2_compile.kernels.cuda.backward.rows import rows_kernel
 from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.launches import Formats, alpha_of
 from sla2_compile.kernels.cuda.forward.states_launches import Group, grouped_sums
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import split, with_tensors
 
 
@@ -222,7 +223,7 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
     """Schedule the gradients of `sla2::attention`.
 
     Args:
-        trials: whether tiles of the forward's kernels are found by trial (`tuning.by_trial`).
+        trials: whether tiles of the forward's kernels are found by trial (`switches.by_trial`).
 
     Returns:
         The schedule of the tensors of args, and the slots of its results.

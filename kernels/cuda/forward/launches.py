@@ -24,12 +24,13 @@ from sla2_compile.kernels.cuda.forward.front import front_kernel
 from sla2_compile.kernels.cuda.forward.linear import linear_kernel
 from sla2_compile.kernels.cuda.forward.states_launches import EightBit, StateLayout, summed_states, sums
 from sla2_compile.kernels.cuda.forward.states_launches import is_short as sums_short
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
+from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.launches import Choice, Sizes, add_route, choose, results
 from sla2_compile.kernels.cuda.route.launches import is_short as routes_short
 from sla2_compile.kernels.cuda.tiles import ShapeClass, attend_tile, linear_chunk, linear_tile, states_tile
 from sla2_compile.kernels.cuda.tuning import launch
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import split, with_tensors
 from sla2_compile.kernels.support import Facts, support
 
@@ -172,7 +173,7 @@ def add_forward(schedule: Schedule, args: ForwardArgs[Layout], trials: bool) -> 
     route_args, route_slots = args.route(), with_tensors(args, schedule.given).route()
     sizes = Sizes.of(route_args)
     made = results(schedule, route_args, sizes)
-    attention_args = args.attention(RouteResult(*(Layout.of_slot(slot, args.q.device) for slot in made)))
+    attention_args = args.attention(RouteResult(*(slot.layout(args.q.device) for slot in made)))
     attention_slots = with_tensors(args, schedule.inputs).attention(made)
     formats = Formats.of(schedule, attention_args, attention_slots)
     states = None
@@ -213,7 +214,7 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
     """Schedule what `reference.attention` defines.
 
     Args:
-        trials: whether tiles are found by trial (`tuning.by_trial`).
+        trials: whether tiles are found by trial (`switches.by_trial`).
 
     Returns:
         The schedule of the tensors of args, and the slots of its results.

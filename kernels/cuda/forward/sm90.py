@@ -14,9 +14,10 @@ from sla2_compile.kernels.arguments import AttentionArgs
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.states_launches import StateLayout, Summed
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot, Tiles
+from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.tiles import HopperTile, ShapeClass, hopper_tile
+from sla2_compile.kernels.layout import Layout
 
 BLOCK_Q, BLOCK_K, ROWS = 128, 64, 64
 SHARED = 227 * 1024

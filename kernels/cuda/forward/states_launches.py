@@ -17,10 +17,11 @@ from sla2_compile.kernels.checks import LOW_BITS
 from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.states import complement_kernel, states_kernel
 from sla2_compile.kernels.cuda.forward.sums import sums_kernel
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.tiles import ShapeClass, few_blocks, states_tile
 from sla2_compile.kernels.cuda.tuning import launch
+from sla2_compile.kernels.layout import Layout
 
 SUMS = (64, 128, 3, 4)
 """`sums_kernel`: query blocks and numbers of a state per program, pipeline stages, warps.

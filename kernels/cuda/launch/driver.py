@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 
 class Config(ctypes.Structure):
@@ -38,10 +41,25 @@ def check(code: int, doing: str = "") -> None:
         raise RuntimeError(f"{doing}CUDA driver error {code}: {(text.value or b'unknown').decode()}")
 
 
-def use_context(device: int) -> None:
-    """Give this thread the context that PyTorch and Triton use, if it has none yet."""
+def use_context(device: int) -> bool:
+    """Give this thread the context that PyTorch and Triton use, if it has none yet; returns whether it had none."""
     context = ctypes.c_void_p()
     check(driver().cuCtxGetCurrent(ctypes.byref(context)))
-    if context.value is None:
-        check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-        check(driver().cuCtxSetCurrent(context))
+    if context.value is not None:
+        return False
+    check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    check(driver().cuCtxSetCurrent(context))
+    return True
+
+
+def after_failure(code: int, call: Callable[[], int], doing: str) -> None:
+    """Make a call once more that returned a code other than 0, if the reason may be that this thread has no context.
+
+    A thread has none before it first uses the GPU. To ask before every call would take as long as the call.
+
+    Raises:
+        RuntimeError: the call fails in a thread with a context.
+    """
+    if use_context(torch.cuda.current_device()):
+        code = call()
+    check(code, doing)

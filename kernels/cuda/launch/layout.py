@@ -1,37 +1,14 @@
-"""Stand-ins for the tensors of a call before they exist: their layouts, their slots, and slots seen as tiles."""
+"""Stand-ins for the tensors of a call before they exist: slots, and slots seen as tiles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Layout(NamedTuple):
-    """What decides how kernels are launched on a tensor; aligned: its address is a multiple of 16 bytes."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    aligned: bool
-
-    @classmethod
-    def of(cls, x: Tensor) -> Layout:
-        return cls(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
-
-    @classmethod
-    def of_slot(cls, slot: Slot, device: torch.device) -> Layout:
-        """The layout of a tensor that a run makes: contiguous, and aligned by the allocator."""
-        strides = torch.empty(slot.shape, device="meta").stride()
-        return cls(slot.shape, strides, slot.dtype, device, True)
-
-    @classmethod
-    def of_all(cls, *tensors: Tensor | None) -> tuple[Layout | None, ...]:
-        """The layouts of a call's tensors; None for absent ones."""
-        return tuple([None if x is None else cls.of(x) for x in tensors])
+from sla2_compile.kernels.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -47,6 +24,11 @@ class Slot:
     shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool = False
+
+    def layout(self, device: torch.device) -> Layout:
+        """The layout of the tensor that a run makes: contiguous, and aligned by the allocator."""
+        strides = torch.empty(self.shape, device="meta").stride()
+        return Layout(self.shape, strides, self.dtype, device, True)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
+from functools import partial
 from typing import Any
 
 import torch
 
-from sla2_compile.kernels.cuda.launch.driver import Config, check, driver
+from sla2_compile.kernels.cuda.launch.driver import Config, after_failure, check, driver
 from sla2_compile.kernels.cuda.launch.layout import Tiles
 
 NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -51,11 +52,22 @@ class Cells:
     """An address for each of a schedule's slots, where launches read them."""
 
     def __init__(self, count: int) -> None:
-        self._memory = (ctypes.c_uint64 * count)()
+        self._memory: Any = (ctypes.c_uint64 * count)()
         self._fill = struct.Struct(f"{count}Q").pack_into
 
     def fill(self, addresses: list[int]) -> None:
+        """Fill all cells."""
         self._fill(self._memory, 0, *addresses)
+
+    def fill_first(self, addresses: list[int]) -> None:
+        """Fill the first cells, those of a call's tensors."""
+        self._memory[: len(addresses)] = addresses
+
+    def fill_from(self, start: int, places: list[tuple[int, int]]) -> None:
+        """Fill the cells of places in one piece of memory: (number of the cell, offset from start)."""
+        memory = self._memory
+        for at, offset in places:
+            memory[at] = start + offset
 
     def __setitem__(self, at: int, address: int) -> None:
         self._memory[at] = address
@@ -100,7 +112,10 @@ class Description:
     def refresh(self) -> None:
         start = self._cells[self._at] + self._offset
         if start != self._start:
-            check(driver().cuTensorMapReplaceAddress(self._map, ctypes.c_void_p(start)))
+            moved = partial(driver().cuTensorMapReplaceAddress, self._map, ctypes.c_void_p(start))
+            code = moved()
+            if code:
+                after_failure(code, moved, "describing tiles: ")
             self._start = start
 
 
@@ -187,4 +202,5 @@ class Again:
             description.refresh()
         code = self._launch(self._reference, self._function, self._parameters, None)
         if code:
-            check(code, f"launching {self._compiled.metadata.name} in {tuple(self._config.grid)} programs: ")
+            doing = f"launching {self._compiled.metadata.name} in {tuple(self._config.grid)} programs: "
+            after_failure(code, lambda: self._launch(self._reference, self._function, self._parameters, None), doing)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from sla2_compile.kernels.cuda.launch.driver import use_context
 from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.repeat import Again, Cells, Unknown
 from sla2_compile.kernels.cuda.launch.steps import Compute, Launch
@@ -30,8 +28,8 @@ ALIGNMENT = 512
 
 def watched() -> bool:
     """Whether launch hooks are set, which only Triton's launcher calls."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @dataclass
@@ -62,21 +60,20 @@ class Rerun:
     """Repeats a schedule's steps.
 
     Args:
-        steps: in order, each given the run's tensors and stream; cells: what they read addresses from.
+        steps: in order; cells: what they read addresses from.
         allocated: slots to allocate; computed: numbers of those that PyTorch's steps read.
     """
 
     def __init__(
-        self,
-        steps: list[Callable[[list[Any], int], None]],
-        cells: Cells,
-        allocated: list[Slot],
-        computed: set[int],
+        self, steps: list[Again | Computed], cells: Cells, allocated: list[Slot], computed: set[int]
     ) -> None:
         self._steps, self._cells = steps, cells
+        self._launches = [step for step in steps if isinstance(step, Again)]
         self._allocated, self._computed = allocated, computed
         self._rooms: dict[tuple[int, ...], Room] = {}
         self._lock, self._thread = threading.Lock(), 0
+        # the room that the cells of scratch were filled for last, and where it began
+        self._filled: tuple[Room | None, int] = None, 0
 
     def may_run(self) -> bool:
         """Whether this thread may run it now.
@@ -114,18 +111,57 @@ class Rerun:
             start = scratch.data_ptr()
             for at, offset in room.scratch:
                 addresses[at] = start + offset
-        device = torch.cuda.current_device()
-        stream = current_stream(device)
-        use_context(device)
+        stream = current_stream(torch.cuda.current_device())
         # another thread may run the same schedule, which has only these cells
         with self._lock:
             self._thread = threading.get_ident()
             try:
+                self._filled = None, 0
                 self._cells.fill(addresses)
                 for step in self._steps:
-                    step(tensors, stream)
+                    if isinstance(step, Again):
+                        step(stream)
+                    else:
+                        step(tensors)
             finally:
                 self._thread = 0
+
+    def straight(self, addresses: list[int], result: tuple[int], o: Tensor, allocate: Any, device: int) -> None:
+        """Run launches alone, on inputs at these addresses, into `o`, whose slot is the only result.
+
+        Args:
+            allocate: of `torch_internals.allocator`; device: the current one, on which all tensors are.
+        """
+        room = self.room(result)
+        scratch = allocate((room.size,), (1,), torch.uint8)
+        start, stream = scratch.data_ptr(), current_stream(device)
+        with self._lock:
+            self._thread = threading.get_ident()
+            try:
+                cells = self._cells
+                cells.fill_first(addresses)
+                cells[result[0]] = o.data_ptr()
+                filled, begun = self._filled
+                if filled is not room or begun != start:
+                    cells.fill_from(start, room.scratch)
+                    self._filled = room, start
+                for launch in self._launches:
+                    launch(stream)
+            finally:
+                self._thread = 0
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A step that PyTorch computes, and the cells that its result's address goes to."""
+
+    step: Compute
+    cells: Cells
+
+    def __call__(self, tensors: list[Any]) -> None:
+        self.step(tensors)
+        at = self.step.into.at
+        self.cells[at] = tensors[at].data_ptr()
 
 
 def computed(steps: list[Launch | Compute]) -> set[int]:
@@ -152,18 +188,12 @@ def lay_out(steps: list[Launch | Compute], tensors: list[Any], allocated: list[S
     return Rerun([again(step, cells) for step in steps], cells, allocated, computed(steps))
 
 
-def again(step: Launch | Compute, cells: Cells) -> Callable[[list[Any], int], None]:
-    """Return what repeats a step, given the run's tensors and stream; raise `Unknown` where only Triton can."""
+def again(step: Launch | Compute, cells: Cells) -> Again | Computed:
+    """Return what repeats a step; raise `Unknown` where only Triton can."""
     if isinstance(step, Compute):
-
-        def compute(tensors: list[Any], stream: int) -> None:
-            step(tensors)
-            cells[step.into.at] = tensors[step.into.at].data_ptr()
-
-        return compute
+        return Computed(step, cells)
     try:
-        launch = Again(step.compiled, step.grid, step.args, cells)
+        return Again(step.compiled, step.grid, step.args, cells)
     except (AttributeError, KeyError, OSError, StopIteration, TypeError, ValueError) as error:
         # another version of Triton, or a driver of another name: anything unexpected
         raise Unknown(f"{type(error).__name__}: {error}") from error
-    return lambda tensors, stream: launch(stream)

@@ -26,8 +26,11 @@ from torch import Tensor
 
 from sla2_compile.kernels.cuda.device import on_device
 from sla2_compile.kernels.cuda.launch import rerun
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.steps import Compute, Launch
+from sla2_compile.kernels.kinds import Straight
+from sla2_compile.kernels.layout import Layout
+from sla2_compile.kernels.torch_internals import allocator
 
 
 class Schedule:
@@ -110,6 +113,33 @@ class Schedule:
                 # made by a step that PyTorch computes
                 tensors[slot.at] = x.copy_(tensors[slot.at])
         return [tensors[slot.at].transpose(1, 2) if slot.transposed else tensors[slot.at] for slot in results]
+
+    @property
+    def bare(self) -> bool:
+        """Whether it has launches alone, and PyTorch computes nothing."""
+        return all(isinstance(step, Launch) for step in self.steps)
+
+    def straight(self, result: Slot, device: torch.device) -> Straight:
+        """Return what runs a `bare` schedule on tensors of one GPU, given addresses too; `result` is returned.
+
+        It does as `run` does, and no more of it than must be done at each call.
+        """
+        made = result.layout(device)
+        shape, stride = made.shape, made.stride
+        if result.transposed:
+            shape, stride = (tuple(x[n] for n in (0, 2, 1, 3)) for x in (shape, stride))
+        wanted, allocate = (result.at,), allocator(device.type)
+
+        def run(tensors: Sequence[Tensor | None], addresses: list[int]) -> Tensor:
+            again, current = self._rerun, torch.cuda.current_device()
+            if again is None or current != (device.index or 0) or not again.may_run():
+                (o,) = self.run(*tensors, results=(result,))
+                return o
+            o = allocate(shape, stride, made.dtype)
+            again.straight(addresses, wanted, o, allocate, current)
+            return o
+
+        return run
 
     def _run_by_triton(self, tensors: list[Any]) -> None:
         for slot, x in zip(self._allocated, self.allocate(tensors[0]), strict=True):

@@ -13,13 +13,14 @@ from sla2_compile.kernels.arguments import RouteArgs, RouteResult
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
 from sla2_compile.kernels.cuda import tiles
 from sla2_compile.kernels.cuda.device import padded
-from sla2_compile.kernels.cuda.launch.layout import Layout, Slot
+from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.choose import choose_kernel
 from sla2_compile.kernels.cuda.route.pool import center_kernel, pool_kernel, project_kernel
 from sla2_compile.kernels.cuda.route.scores import scores_kernel
 from sla2_compile.kernels.cuda.route.select import select_kernel
 from sla2_compile.kernels.cuda.tuning import Tile, launch
+from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import split, with_tensors
 
 POOL = (128, 4)
@@ -275,7 +276,7 @@ def route_schedule(args: RouteArgs[Layout], trials: bool) -> tuple[Schedule, Rou
     """Schedule what `reference.route` defines, in fp32 where it computes.
 
     Args:
-        trials: whether tiles are found by trial (`tuning.by_trial`).
+        trials: whether tiles are found by trial (`switches.by_trial`).
 
     Returns:
         The schedule of the tensors of args, and the slots of its results.
