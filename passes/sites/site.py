@@ -19,7 +19,7 @@ from sla2_compile.kernels.tracing import exporting
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
-from sla2_compile.passes.sites.parameters import SiteParameters
+from sla2_compile.passes.sites.progress import SiteProgress
 from sla2_compile.passes.sites.rules import Reason, why_not
 from sla2_compile.passes.sites.settings import SiteSettings
 
@@ -31,10 +31,11 @@ class Declined(NamedTuple):
     function: Callable[..., Any]
 
 
-class Site(SiteParameters):
-    """SLA2 instead of one attention call; see `SiteParameters` for what it learns.
+class Site(SiteProgress):
+    """SLA2 instead of one attention call; see `SiteParameters` for what it learns, `SiteProgress` for schedules.
 
     Attributes:
+        off: whether every call keeps full attention (`sites_off`); neither saved nor copied.
         state: what low bit means to the site now.
         structure: structure of the call's mask when the model was planned; None if unknown.
         recording: whether eager forwards keep what they chose, which costs time; see `record_statistics`.
@@ -59,6 +60,7 @@ class Site(SiteParameters):
         """
         super().__init__(settings)
         self.state = State.PLAIN
+        self.off = False
         self.structure: Structure | None = None
         self.recording = False
         self.last_routing: Routing | None = None
@@ -120,6 +122,9 @@ class Site(SiteParameters):
 
     def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
         """Return the call's mask as SLA2 takes it, and why the call keeps full attention (None if SLA2 takes it)."""
+        # first, so that compiled code of a site that is off does not depend on settings
+        if self.off:
+            return None, Reason.OFF
         mask = read_mask(call, self.structure)
         reason = why_not(call, mask, self.settings)
         if reason is None and self.heads and (call.q.shape[1] != self.heads or call.q.shape[3] != self.head_dim):
@@ -134,7 +139,8 @@ class Site(SiteParameters):
         # inside Dynamo's graph a counter would become a guard that fails on every call
         if not torch.compiler.is_dynamo_compiling():
             self.fallbacks[reason.value] += 1
-            self.last_routing = None
+            if reason is not Reason.OFF:
+                self.last_routing = None
 
     def count_read_back(self) -> int:
         """Count that attention weights were read after the site had answered, and return the new count."""
@@ -161,7 +167,8 @@ class Site(SiteParameters):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_routing": None, "fallbacks": Counter(), "runs": 0, "read_backs": 0}
+        fresh = {"last_routing": None, "fallbacks": Counter(), "runs": 0, "read_backs": 0, "off": False}
+        return {**self.__dict__, **fresh}
 
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha
