@@ -44,9 +44,12 @@ class Site(SiteProgress):
         runs: how many eager calls SLA2 answered.
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
         planned: the plan that made the site, and the site's name then (`plan.Planned`); None for a site made alone.
+        observer: a function (site, call, mask) that answers the calls that SLA2 takes, in its place; None for SLA2.
+            It is not meant for compiled code, and is neither saved nor copied.
     """
 
     planned: Any = None
+    observer: Callable[[Site, AttentionCall, MaskView], Any] | None = None
 
     def __init__(
         self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None
@@ -107,6 +110,8 @@ class Site(SiteProgress):
             self._check(call, self.alpha_bias)
             if not torch.compiler.is_compiling():
                 self.check_frozen()
+        if self.observer is not None:
+            return self.observer(self, call, mask)
         o, routing = attend(
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
@@ -167,8 +172,8 @@ class Site(SiteProgress):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"last_routing": None, "fallbacks": Counter(), "runs": 0, "read_backs": 0, "off": False}
-        return {**self.__dict__, **fresh}
+        counts = {"fallbacks": Counter[str](), "runs": 0, "read_backs": 0}
+        return {**self.__dict__, "last_routing": None, "observer": None, "off": False, **counts}
 
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha
