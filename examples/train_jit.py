@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
-from jit import JiT, JiTConfig, diffusion_loss  # noqa: E402
+from jit import JiT, JiTConfig, diffusion_loss
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"
 

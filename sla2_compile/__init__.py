@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from sla2_compile.reports.recording import record_statistics
     from sla2_compile.reports.report import Report, report
     from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
+    from sla2_compile.training.distillation import distillation_loss
+    from sla2_compile.training.gradients import check_gradients
+    from sla2_compile.training.groups import parameter_groups
+    from sla2_compile.training.off import sites_off
+    from sla2_compile.training.optimizer_state import load_optimizer_by_name
+    from sla2_compile.training.schedule import TopKSchedule, set_topk_ratio
 
 __version__ = "0.1.0"
 
@@ -32,7 +38,12 @@ _HOMES = {
     "Recipe": "recipes",
     "RecipeError": "recipes",
     "Report": "reports.report",
+    "TopKSchedule": "training.schedule",
+    "check_gradients": "training.gradients",
     "diffusers_backend": "libraries.diffusers",
+    "distillation_loss": "training.distillation",
+    "load_optimizer_by_name": "training.optimizer_state",
+    "parameter_groups": "training.groups",
     "reset_diffusers_backend": "libraries.diffusers",
     "register_transformers": "libraries.transformers",
     "report": "reports.report",
@@ -42,6 +53,8 @@ _HOMES = {
     "log_sla2_config": "reports.statistics",
     "restore": "api",
     "set_diffusers_backend": "libraries.diffusers",
+    "set_topk_ratio": "training.schedule",
+    "sites_off": "training.off",
     "transform": "api",
 }
 
@@ -50,16 +63,23 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "TopKSchedule",
+    "check_gradients",
     "diffusers_backend",
+    "distillation_loss",
     "get_sla2_statistics",
     "inspect",
+    "load_optimizer_by_name",
     "log_sla2_config",
+    "parameter_groups",
     "record_statistics",
     "register_transformers",
     "report",
     "reset_diffusers_backend",
     "restore",
     "set_diffusers_backend",
+    "set_topk_ratio",
+    "sites_off",
     "sla2_attention",
     "transform",
 ]

@@ -112,8 +112,8 @@ class SiteProgress(SiteParameters):
         )
         if len(error_msgs) > shaped:
             error_msgs.append(
-                f"{prefix.removesuffix('.')} must be loaded from a site of the same recipe and model, got other shapes;"
-                f" alpha={self.settings.alpha!r} is set here, and alpha='block' fits one sequence length only: "
+                f"{prefix.removesuffix('.')} must be loaded from a site of the same recipe and model, got other "
+                f"shapes; alpha={self.settings.alpha!r} is set here, and alpha='block' fits one sequence length only: "
                 "transform the model with the recipe and the example inputs that it was trained with"
             )
         # a state dict from before sites had progress: they keep what they have

@@ -1,7 +1,7 @@
 """The base class of our callbacks, and the transformed models that a callback finds.
 
-Lightning comes as `lightning.pytorch` and as `pytorch_lightning`, with two classes `Callback` that are alike. Hooks are
-called by name, but LightningCLI asks for its own class. A callback here is of each one that is imported when this
+Lightning comes as `lightning.pytorch` and as `pytorch_lightning`, with two classes `Callback` that are alike. Hooks
+are called by name, but LightningCLI asks for its own class. A callback here is of each one that is imported when this
 module is, or of `lightning.pytorch` if none is.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from sla2_compile.kernels.checks import fail
-from sla2_compile.plan import roots
-from sla2_compile.training.schedule import set_progress, set_topk_ratio
 from sla2_compile.passes.sites.progress import Progress
 from sla2_compile.passes.sites.site import Site
+from sla2_compile.plan import roots
+from sla2_compile.training.schedule import set_progress, set_topk_ratio
 
 log = logging.getLogger("sla2_compile")
 
@@ -63,9 +63,9 @@ def averages(trainer: Any) -> Iterator[nn.Module]:
     """Yield the modules with sites that callbacks hold, as those that average weights do."""
     for callback in trainer.callbacks:
         for value in vars(callback).values():
-            if isinstance(value, nn.Module) and value is not trainer.lightning_module:
-                if any(isinstance(module, Site) for module in value.modules()):
-                    yield value
+            other = isinstance(value, nn.Module) and value is not trainer.lightning_module
+            if other and any(isinstance(module, Site) for module in value.modules()):
+                yield value
 
 
 def set_everywhere(trainer: Any, pl_module: nn.Module, ratio: float, progress: Progress) -> None:
@@ -73,6 +73,15 @@ def set_everywhere(trainer: Any, pl_module: nn.Module, ratio: float, progress: P
     for model in (pl_module, *averages(trainer)):
         set_topk_ratio(model, ratio)
         set_progress(model, progress)
+
+
+def log_now(trainer: Any, values: dict[str, float]) -> None:
+    """Send values to the loggers at the step that has just been made.
+
+    `LightningModule.log` would send them again at each step until the next record.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
 
 
 def owner_name(site: str) -> str:

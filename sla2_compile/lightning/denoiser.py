@@ -22,7 +22,7 @@ def sla2_denoiser(
     start_layer: int | None = None,
     feature_map: str | None = None,
     min_seq_len: int | Literal["auto"] | None = None,
-    example: list | dict | None = None,  # type: ignore[type-arg]
+    example: list | dict | None = None,
     end_layer: int | None = None,
     alpha: str | None = None,
     block_q: int | Literal["auto"] | None = None,
@@ -31,7 +31,7 @@ def sla2_denoiser(
     low_bit: str | None = None,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
-    overrides: dict[str, dict] | None = None,  # type: ignore[type-arg]
+    overrides: dict[str, dict] | None = None,
     discover: Literal["auto", "fake", "real"] = "auto",
 ) -> nn.Module:
     """Transform a model where it is built, so that optimizers, EMA copies and checkpoints know its sites.

@@ -27,8 +27,8 @@ def example_inputs(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Build forward's arguments from their shapes.
 
     An entry is a shape, [1, 3, 256, 256], for random numbers in float32; or a mapping {shape: [1], dtype: int64,
-    value: 0} for a tensor filled with a value, with any dtype of torch. Anything else is passed on as it is. A list is
-    forward's positional arguments, a mapping its keyword arguments.
+    value: 0} for a tensor filled with a value, with any dtype of torch. Anything else is passed on as it is. A list
+    is forward's positional arguments, a mapping its keyword arguments.
 
     Returns:
         args, kwargs.
@@ -48,7 +48,9 @@ def _value(name: str, entry: Any) -> Any:
     if isinstance(entry, Mapping):
         known = {"shape", "dtype", "value"}
         if "shape" not in entry or not set(entry) <= known or not _is_shape(entry["shape"]):
-            raise fail(name, "have a shape, and at most a dtype and a value", dict(entry), "write {shape: [1], dtype: int64}")
+            raise fail(
+                name, "have a shape, and at most a dtype and a value", dict(entry), "write {shape: [1], dtype: int64}"
+            )
         dtype = getattr(torch, str(entry.get("dtype", "float32")).removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
             raise fail(f"dtype of {name}", "be one of torch's", repr(entry["dtype"]), "write float32 or int64")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sla2_compile.kernels.checks import fail
-from sla2_compile.lightning.base import Base, transformed_models
+from sla2_compile.lightning.base import Base, log_now, transformed_models
 from sla2_compile.training.off import sites_off
 from sla2_compile.training.outputs import tensors_of
 
@@ -57,7 +57,7 @@ class QuantizedAttentionMonitor(Base):
                 # under the Trainer's precision, as the training step was
                 with trainer.precision_plugin.forward_context():
                     error = output_error(model, args, kwargs)
-                pl_module.log(f"{name or 'model'}/output_error", error)
+                log_now(trainer, {f"{name or 'model'}/output_error": error.item()})
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._step.close()

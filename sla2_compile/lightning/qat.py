@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sla2_compile.kernels.checks import fail
-from sla2_compile.lightning.base import Base, owner_name, transformed_models
+from sla2_compile.lightning.base import Base, log_now, owner_name, transformed_models
 from sla2_compile.reports.recording import record_statistics
 from sla2_compile.reports.statistics import get_sla2_statistics
 from sla2_compile.training.gradients import check_gradients
@@ -80,8 +80,8 @@ class SLA2QATCallback(Base):
         if self._recording and (bad := check_gradients(pl_module)):
             found = "; ".join(map(str, bad[:3])) + ("; ..." if len(bad) > 3 else "")
             warnings.warn(
-                f"gradients must be finite, got {len(bad)} that are not: {found}; skip such steps, lower the learning "
-                "rate, or compute these sites in float32",
+                f"gradients must be finite, got {len(bad)} that are not: {found}; skip such steps, lower the "
+                "learning rate, or compute these sites in float32",
                 stacklevel=2,
             )
 
@@ -100,7 +100,7 @@ class SLA2QATCallback(Base):
             site, _, what = key.rpartition("/")
             if what in keys and site != "mean":
                 stats[f"{owner_name(site)}/{what}"] = value
-        pl_module.log_dict(stats)
+        log_now(trainer, stats)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._record.close()

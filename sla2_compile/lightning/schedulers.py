@@ -13,9 +13,9 @@ class RouterParameterScheduler(CountsSteps):
     """Lowers the ratio of key blocks from `initial_topk_ratio` to `final_topk_ratio` over the first steps.
 
     Steps of the optimizer are counted from the first one with this callback, also in a training that resumes at a
-    million. They and the ratio are saved in the model's state dict, so that nothing is lost where checkpoints drop the
-    state of callbacks, and a sampling script computes with the ratio that was trained. Copies of the model (EMA), in
-    the LightningModule or in a callback, get the same ratio.
+    million. They and the ratio are saved in the model's state dict, so that nothing is lost where checkpoints drop
+    the state of callbacks, and a sampling script computes with the ratio that was trained. Copies of the model (EMA),
+    in the LightningModule or in a callback, get the same ratio.
 
     Args:
         router_warmup_steps: steps until the final ratio; 0 sets it at once.

@@ -41,7 +41,7 @@ class SLA2Callback(Base):
         self,
         recipe: str = "balanced",
         module: str = "",
-        example: list | dict | None = None,  # type: ignore[type-arg]
+        example: list | dict | None = None,
         topk_ratio: float | None = None,
         compression_ratio: float | Literal["block"] | None = None,
         qat: bool | None = None,
@@ -56,7 +56,7 @@ class SLA2Callback(Base):
         low_bit: str | None = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        overrides: dict[str, dict] | None = None,  # type: ignore[type-arg]
+        overrides: dict[str, dict] | None = None,
         discover: Literal["auto", "fake", "real"] = "auto",
     ) -> None:
         super().__init__()
@@ -107,7 +107,9 @@ class SLA2Callback(Base):
             return pl_module.get_submodule(self.module)
         except AttributeError:
             names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-            raise fail("module", "be a part of the LightningModule", repr(self.module), f"its parts are {names}") from None
+            raise fail(
+                "module", "be a part of the LightningModule", repr(self.module), f"its parts are {names}"
+            ) from None
 
     def _inputs(self, pl_module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.inputs is not None:
@@ -115,7 +117,10 @@ class SLA2Callback(Base):
         given = None if self.module else getattr(pl_module, "example_input_array", None)
         if given is None:
             raise fail(
-                "example", "be given", None, "write the shapes of forward's arguments; see sla2_compile.lightning.sla2_denoiser"
+                "example",
+                "be given",
+                None,
+                "write the shapes of forward's arguments; see sla2_compile.lightning.sla2_denoiser",
             )
         if isinstance(given, dict):
             return (), given

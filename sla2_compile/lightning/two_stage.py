@@ -28,8 +28,8 @@ class SLA2TwoStageScheduler(CountsSteps):
 
     Attention itself is hard top-k in both stages, so that what is trained is what runs. The router learns from a loss
     of its own: SLA2's output with SoftTop-k in place of hard top-k against full attention, on the q, k and v of the
-    step. The model has the loss as `pop_sla2_aux_loss()`. If the training step does not call it, its gradient is added
-    in the backward. A loss keeps q, k and v of all sites until then, and its steps run uncompiled.
+    step. The model has the loss as `pop_sla2_aux_loss()`. If the training step does not call it, its gradient is
+    added in the backward. A loss keeps q, k and v of all sites until then, and its steps run uncompiled.
 
     The stage and its steps are saved in the model's state dict, not in the callback.
 

@@ -43,9 +43,9 @@ def get_sla2_statistics(model: nn.Module, style: Literal["sites", "flat"] = "sit
         router_entropy: entropy of the router's distribution over key blocks, in nats, mean over heads and query
             blocks.
 
-    Style "flat" has `sla2_<owner>/...` for each site, with "_" for the dots in its owner's name: alpha_mean, alpha_std
-    and sparsity as above, and router_params, the number of values in the router's projections. An owner with several
-    sites has their number behind its name from the second on.
+    Style "flat" has `sla2_<owner>/...` for each site, with "_" for the dots in its owner's name: alpha_mean,
+    alpha_std and sparsity as above, and router_params, the number of values in the router's projections. An owner
+    with several sites has their number behind its name from the second on.
 
     Raises:
         ValueError: no forward was recorded yet, or the model waits for its first one; every site's last call kept

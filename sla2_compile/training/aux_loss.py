@@ -55,7 +55,9 @@ class AuxLoss:
         if not calls:
             return torch.zeros(())
         with torch.enable_grad():
-            losses = [self.loss(call, mask, site, tau=self.tau, iterations=self.iterations) for call, mask, site in calls]
+            losses = [
+                self.loss(call, mask, site, tau=self.tau, iterations=self.iterations) for call, mask, site in calls
+            ]
             return self.weight * torch.stack(losses).mean()
 
     def observe(self, site: Site, call: AttentionCall, mask: MaskView) -> Any:

@@ -24,8 +24,9 @@ def distillation_loss(
 
     The teacher is the same model under `sites_off` and `torch.no_grad`. It costs one forward with full attention and
     no copy of the weights. It moves with the weights, so that this loss alone teaches only what full attention does
-    not have: train alpha and adapters (LoRA) with it, or add it to the task's loss at a small learning rate. It draws the same random numbers as the student, so dropout is the same in both. Buffers
-    that a forward updates, such as running means, are updated twice.
+    not have: train alpha and adapters (LoRA) with it, or add it to the task's loss at a small learning rate. It draws
+    the same random numbers as the student, so dropout is the same in both. Buffers that a forward updates, such as
+    running means, are updated twice.
 
     Args:
         model: a transformed module, or a wrapper around one, such as DistributedDataParallel.
@@ -54,7 +55,9 @@ def distillation_loss(
 @contextlib.contextmanager
 def _same_draws(model: nn.Module) -> Iterator[None]:
     """Put the random generators back afterwards: the CPU's, and those of the model's GPUs."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    devices = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
     with torch.random.fork_rng(devices=devices):
         yield
 
@@ -74,5 +77,3 @@ def _kept(output: Any) -> Any:
         held = {field.name: _kept(getattr(output, field.name)) for field in dataclasses.fields(output) if field.init}
         return dataclasses.replace(output, **held)
     return output
-
-

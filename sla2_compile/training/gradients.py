@@ -37,8 +37,8 @@ class NonFinite:
 def check_gradients(model: nn.Module) -> list[NonFinite]:
     """Return the parameters whose gradients are not finite, after a backward and before the optimizer's step.
 
-    Those at sites come first, in the order of a forward: a bad value spreads from its site to all layers before it, so
-    the last site in the list is where to look first. It waits for the device once if all gradients are finite.
+    Those at sites come first, in the order of a forward: a bad value spreads from its site to all layers before it,
+    so the last site in the list is where to look first. It waits for the device once if all gradients are finite.
 
     Args:
         model: a transformed module, or a module around one.

@@ -46,7 +46,11 @@ def parameter_groups(
     Example:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-5, alpha_lr=1e-3))
     """
-    rates = {"model": lr, "alpha": lr if alpha_lr is None else alpha_lr, "router": lr if router_lr is None else router_lr}
+    rates = {
+        "model": lr,
+        "alpha": lr if alpha_lr is None else alpha_lr,
+        "router": lr if router_lr is None else router_lr,
+    }
     for name, value in (("weight_decay", weight_decay), *((f"the lr of group {k}", v) for k, v in rates.items())):
         if value < 0:
             raise fail(name, "be at least 0", value, "1e-5 is a usual learning rate of stage 2")

@@ -85,8 +85,8 @@ class TopKSchedule:
     """Lowers the ratio from `initial` to `final` over `steps` training steps, in `levels` levels of equal length.
 
     The last level begins before `steps` are over, and holds from then on: level i of n begins at step i * steps / n.
-    Steps are counted from the first `step` on, whatever the training's own count is. Where the schedule stands is kept
-    in the sites, and so in the model's state dict: after loading a checkpoint, a new schedule goes on from there.
+    Steps are counted from the first `step` on, whatever the training's own count is. Where the schedule stands is
+    kept in the sites, and so in the model's state dict: after loading a checkpoint, a new schedule goes on from there.
 
     Args:
         model: a transformed module.

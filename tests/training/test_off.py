@@ -141,7 +141,7 @@ def test_compiled_code_compiles_once_for_each_state(x):
 
 
 def test_graph_modules(x):
-    model, plain = pair(x)
+    _, plain = pair(x)
     exported = torch.export.export(plain, (x,)).module()
     gm = sla2_compile.transform(exported, **ANY)
     before = gm(x)
@@ -157,7 +157,7 @@ def test_models_without_sites_are_refused(x):
     with pytest.raises(ValueError, match="waits for its first forward"), sites_off(waiting):
         pass
     program = torch.export.export(models.Net(), (x,))
-    with pytest.raises(TypeError, match="got an ExportedProgram"), sites_off(program):  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got an ExportedProgram"), sites_off(program):
         pass
 
 
