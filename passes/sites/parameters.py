@@ -126,7 +126,7 @@ class SiteParameters(nn.Module):
         )
         own = [prefix + name for name in NAMES if getattr(self, name) is not None]
         told = any(isinstance(key, _MissingSite) for key in missing_keys)
-        if own and not told and missing_keys[before : before + len(own)] == own:
+        if own and not told and missing_keys[before:] == own:
             missing_keys[before] = _MissingSite(own[0])
 
     @property

@@ -2,7 +2,9 @@
 
 The ratio of key blocks may change in training (a schedule), so it belongs to what was trained: a checkpoint that is
 loaded for sampling computes with the ratio that it was saved with, and one that is resumed goes on in mid-schedule.
-It is kept in Python, because compilers and kernels need it as a number, and enters the state dict as a tensor.
+It is kept in Python, because compilers and kernels need it as a number, and enters the state dict as a tensor. The
+state dict has it from the first time that a ratio is set, so that a site that never had a schedule has its parameters
+alone; accelerate, for one, dispatches checkpoints of parameters and buffers only.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.checks import FEATURE_MAPS, LINEAR_SCOPES, fail
-from sla2_compile.passes.sites.parameters import NAMES, SiteParameters
+from sla2_compile.passes.sites.parameters import SiteParameters
 from sla2_compile.passes.sites.settings import SiteSettings
 
-KEY = "_extra_state"
-"""Last part of the name that a site's progress has in a state dict, which PyTorch prescribes."""
+KEY = "progress"
+"""Last part of the name that a site's progress has in a state dict.
+
+It is neither a buffer nor PyTorch's extra state. DistributedDataParallel would broadcast a buffer in each forward, and
+torch.distributed.checkpoint hands a placeholder to modules whose extra state a state dict lacks.
+"""
 
 # first number of the saved tensor; another layout gets another one
 FORMAT = 1
@@ -39,9 +45,11 @@ class SiteProgress(SiteParameters):
 
     Attributes:
         progress: see `Progress`.
+        scheduled: whether a ratio or a progress was ever set, so that the state dict has them.
     """
 
     progress = Progress()
+    scheduled = False
 
     def set_topk_ratio(self, ratio: float) -> None:
         """Compute this share of the key blocks exactly from the next call on.
@@ -52,21 +60,21 @@ class SiteProgress(SiteParameters):
             ValueError: ratio is outside (0, 1].
         """
         ratio = check_ratio("topk_ratio", ratio)
-        before = self.settings
+        before, self.scheduled = self.settings, True
         if ratio != before.options.topk_ratio:
             begun = before.options.topk_ratio if before.recipe_ratio is None else before.recipe_ratio
             options = replace(before.options, topk_ratio=ratio)
             self.settings = replace(before, options=options, recipe_ratio=begun)
 
-    def get_extra_state(self) -> Tensor:
+    def saved_progress(self) -> Tensor:
         """Return the progress as (9,) float64 on the CPU: format, ratio, stage, step, and the options of `SAVED`."""
         return torch.tensor(
             [FORMAT, self.settings.options.topk_ratio, *self.progress, *_numbers(self.settings)],
             dtype=torch.float64, device="cpu",
         )  # fmt: skip
 
-    def set_extra_state(self, state: Any) -> None:
-        """Take the progress that `get_extra_state` returned.
+    def take_progress(self, state: Any) -> None:
+        """Take the progress that `saved_progress` returned.
 
         Raises:
             ValueError: it is something else.
@@ -93,32 +101,33 @@ class SiteProgress(SiteParameters):
                 stacklevel=2,
             )
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.scheduled:
+            destination[prefix + KEY] = self.saved_progress()
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         """Load parameters and progress. A state dict of sites without progress leaves it as it is."""
-        key, wrong = prefix + KEY, len(error_msgs)
-        own = {prefix + name for name in NAMES if getattr(self, name) is not None}
-        if key in state_dict:
-            try:
-                _read(state_dict[key])
-            except ValueError as error:
-                error_msgs.append(f"{key}: {error}")
-                state_dict = {name: value for name, value in state_dict.items() if name != key}
-        shaped = len(error_msgs)
+        key, before = prefix + KEY, len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if len(error_msgs) > shaped:
+        if len(error_msgs) > before:
             error_msgs.append(
                 f"{prefix.removesuffix('.')} must be loaded from a site of the same recipe and model, got other "
-                f"shapes; alpha={self.settings.alpha!r} is set here, and alpha='block' fits one sequence length only: "
+                f"shapes; alpha={self.settings.alpha!r} here, and alpha='block' fits one sequence length only: "
                 "transform the model with the recipe and the example inputs that it was trained with"
             )
-        # a state dict from before sites had progress: they keep what they have
-        if key in missing_keys and (wrong < shaped or not own <= set(missing_keys)):
-            missing_keys.remove(key)
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        if key in state_dict:
+            try:
+                self.take_progress(state_dict[key])
+            except ValueError as error:
+                error_msgs.append(f"{key}: {error}")
 
 
 def check_ratio(name: str, ratio: Any) -> float:
@@ -135,8 +144,6 @@ def check_ratio(name: str, ratio: Any) -> float:
 def _read(state: Any) -> list[float]:
     """The numbers of a saved progress, checked."""
     size, fix = 4 + len(SAVED), "load a state dict that this version of sla2_compile saved"
-    if isinstance(state, Tensor) and state.is_meta:
-        return []
     if not isinstance(state, Tensor) or state.dim() != 1 or state.numel() < 1:
         kind = f"a tensor of shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
         raise fail("a site's progress", f"be a tensor of {size} numbers", kind, fix)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sla2_compile.kernels.checks import fail
 from sla2_compile.lightning.base import Base, log_now, transformed_models
+from sla2_compile.modules.uncompiled import uncompiled
 from sla2_compile.training.off import sites_off
 from sla2_compile.training.outputs import tensors_of
 
@@ -43,7 +44,7 @@ class QuantizedAttentionMonitor(Base):
         models = transformed_models(pl_module)
         if models:
             # a hook would be another program to a compiler
-            self._step.enter_context(torch.compiler.set_stance("force_eager"))
+            self._step.enter_context(uncompiled())
         for name, model in models:
             hook = model.register_forward_pre_hook(self._remember(name), with_kwargs=True)
             self._step.callback(hook.remove)
@@ -73,7 +74,7 @@ class QuantizedAttentionMonitor(Base):
 @torch.no_grad()
 def output_error(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
     """Return |o - o_full| / |o_full| of a model's first floating-point output, in eval mode."""
-    with _evaluating(model), torch.compiler.set_stance("force_eager"):
+    with _evaluating(model), uncompiled():
         mine = _first(model(*args, **kwargs))
         with sites_off(model):
             full = _first(model(*args, **kwargs))

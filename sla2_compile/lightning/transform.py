@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
 
 import sla2_compile
 from sla2_compile.kernels.checks import fail
 from sla2_compile.lightning.base import Base, log
 from sla2_compile.lightning.denoiser import prepare
 from sla2_compile.lightning.fields import example_inputs, recipe_of
+from sla2_compile.modules.redirect import CHILD
 from sla2_compile.plan import plan_of
 from sla2_compile.training.optimizer_state import merge_optimizer_state
 
@@ -68,7 +70,7 @@ class SLA2Callback(Base):
         )  # fmt: skip
         self.module, self.discover, self.qat = module, discover, qat
         self.inputs = None if example is None else example_inputs(example)
-        self._loaded: dict[str, Any] | None = None
+        self._hooks: list[Any] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Transform the model, unless it is already by the same recipe."""
@@ -84,23 +86,32 @@ class SLA2Callback(Base):
                 prepare(model)
             log.info("%s", sla2_compile.report(model))
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Give a checkpoint from before SLA2 the values of the sites, which a strict load asks for."""
-        mine, theirs = pl_module.state_dict(), checkpoint.get("state_dict", {})
-        keys = [key for key in mine if ".sla2." in f".{key}"]
-        if keys and not any(key in theirs for key in keys):
-            log.info("the checkpoint has no values of SLA2's sites: they begin untrained")
-            for key in keys:
-                theirs[key] = mine[key]
-            self._loaded = checkpoint
+        keys = [key for key in pl_module.state_dict() if CHILD in key.split(".")]
+        if keys and stage == "fit":
+            self._hooks.append(pl_module.register_load_state_dict_pre_hook(_begin_untrained))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fit the optimizers' moments in such a checkpoint to the optimizers of now."""
-        checkpoint, self._loaded = self._loaded, None
-        for at, optimizer in enumerate(trainer.optimizers if checkpoint else ()):
-            states = checkpoint.get("optimizer_states", []) if checkpoint else []
-            if at < len(states):
-                states[at], _ = merge_optimizer_state(optimizer, states[at], pl_module)
+        """Fit the moments of a checkpoint from before SLA2 to the optimizers, when they are loaded."""
+
+        def merged(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+            mine, theirs = (sum(len(g["params"]) for g in x) for x in (optimizer.param_groups, state["param_groups"]))
+            return merge_optimizer_state(optimizer, state, pl_module)[0] if mine > theirs else None
+
+        self._hooks += [optimizer.register_load_state_dict_pre_hook(merged) for optimizer in trainer.optimizers]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._end()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _model(self, pl_module: nn.Module) -> nn.Module:
         try:
@@ -139,3 +150,12 @@ class SLA2Callback(Base):
                     "and drop this callback"
                 )
                 raise fail(self.module or "the LightningModule", "have no copy, such as an EMA", repr(name), fix)
+
+
+def _begin_untrained(module: nn.Module, state: Any, prefix: str, *rest: Any) -> None:
+    """Give a state dict from before SLA2 the values that sites have, which a strict load asks for."""
+    mine = module.state_dict(prefix=prefix)
+    keys = [key for key in mine if CHILD in key.split(".")]
+    if not any(key in state for key in keys):
+        log.info("the checkpoint has no values of SLA2's sites: they begin untrained")
+        state.update({key: mine[key] for key in keys})

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
 from torch import nn
 
 from sla2_compile.kernels.checks import fail
 from sla2_compile.lightning.base import CountsSteps, set_everywhere, transformed_models
+from sla2_compile.modules.uncompiled import uncompiled
 from sla2_compile.passes.sites.progress import Progress, check_ratio
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.training.aux_loss import AuxLoss, SoftLoss, calibration_loss, end_observing, observe_calls
@@ -115,7 +115,7 @@ class SLA2TwoStageScheduler(CountsSteps):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if any(aux.weight > 0 for _, _, aux in self._aux):
             # calls are kept by Python, which compiled code leaves out
-            self._step.enter_context(torch.compiler.set_stance("force_eager"))
+            self._step.enter_context(uncompiled())
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Add the gradient of a loss that the training step did not ask for."""

@@ -86,7 +86,7 @@ def _fill(sites: Mapping[str, Site], saved: dict[str, Tensor], folder: Path) -> 
                 taken += 1
         source = _same(f"{name}.{KEY}", saved)
         if source is not None:
-            site.set_extra_state(saved[source])
+            site.take_progress(saved[source])
     if taken:
         log.info("%d parameters of sites begin with what %s holds", taken, folder)
     if unused:

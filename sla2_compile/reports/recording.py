@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from sla2_compile.libraries.adapter import keeping_choices
+from sla2_compile.modules.uncompiled import uncompiled
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.reports.statistics import sites
 
@@ -30,7 +30,7 @@ def record_statistics(model: nn.Module) -> Iterator[None]:
         >>> stats = get_sla2_statistics(model)
     """
     before: list[tuple[Site, bool]] = [(site, site.recording) for _, site in sites(model)]
-    with keeping_choices(model.modules()), torch.compiler.set_stance("force_eager"):
+    with keeping_choices(model.modules()), uncompiled():
         for site, _ in before:
             site.recording = True
         try:

@@ -20,7 +20,8 @@ from sla2_compile.training.sites import sites_in
 def set_topk_ratio(model: nn.Module, ratio: float, sites: str = "*") -> None:
     """Have the sites compute this share of the key blocks exactly, from the next call on.
 
-    The ratio is saved in the state dict, and loading it sets the ratio. Reports show it. Compiled code compiles anew.
+    From now on the state dict has the ratio, and loading it sets the ratio. Reports show it. Compiled code compiles
+    anew.
     The recipe stays as it was, and so does the length from which sites replace attention.
 
     Args:
@@ -46,7 +47,7 @@ def topk_ratio(model: nn.Module) -> float:
 def set_progress(model: nn.Module, progress: Progress) -> None:
     """Note in the sites, and so in the state dict, where a schedule stands."""
     for site in sites_in(model).values():
-        site.progress = progress
+        site.progress, site.scheduled = progress, True
 
 
 def progress_of(model: nn.Module) -> Progress:
@@ -79,6 +80,7 @@ def follow(copied: nn.Module, model: nn.Module) -> None:
 def _follow(twin: Site, site: Site) -> None:
     twin.set_topk_ratio(site.settings.options.topk_ratio)
     twin.progress = site.progress
+    twin.scheduled = site.scheduled
 
 
 class TopKSchedule:
@@ -86,7 +88,7 @@ class TopKSchedule:
 
     The last level begins before `steps` are over, and holds from then on: level i of n begins at step i * steps / n.
     Steps are counted from the first `step` on, whatever the training's own count is. Where the schedule stands is
-    kept in the sites, and so in the model's state dict: after loading a checkpoint, a new schedule goes on from there.
+    kept in the sites, and so in the model's state dict: a new schedule goes on where a loaded checkpoint stood.
 
     Args:
         model: a transformed module.

@@ -126,27 +126,34 @@ def test_averages_follow_a_schedule_that_knows_them(x, buffers):
 
 
 def test_state_dicts_without_progress_still_load(x):
-    model = transformed(x)
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
-    assert len(state) == len(model.state_dict()) - 2
+    state = transformed(x).state_dict()
+    assert not any(name.endswith("progress") for name in state)
     fresh = transformed(x, topk_ratio=0.5)
     fresh.load_state_dict(state)
     assert topk_ratio(fresh) == 0.5
     assert progress_of(fresh) == Progress(0, 0)
+    # and those with it in a model that never had a schedule
+    set_topk_ratio(fresh, 0.3)
+    model = transformed(x)
+    model.load_state_dict(fresh.state_dict())
+    assert topk_ratio(model) == 0.3
+    assert set(model.state_dict()) == set(fresh.state_dict()) > set(state)
 
 
 def test_the_key_is_a_tensor_that_casts_leave_alone(x):
     model = transformed(x)
     set_topk_ratio(model, 0.123)
     model.bfloat16()
-    state = model.state_dict()["blocks.0.sla2.0._extra_state"]
+    state = model.state_dict()["blocks.0.sla2.0.progress"]
     assert state.dtype == torch.float64
     assert state[1] == 0.123
     assert not [name for name, _ in model.named_buffers() if "sla2" in name]
 
 
 def test_a_checkpoint_of_another_recipe_says_so(x):
-    state = transformed(x, compression_ratio=16, feature_map="elu", block_q=32, block_k=16).state_dict()
+    other = transformed(x, compression_ratio=16, feature_map="elu", block_q=32, block_k=16)
+    set_topk_ratio(other, 0.15)
+    state = other.state_dict()
     with pytest.warns(UserWarning, match="compression_ratio 16 there and 8 here.*feature_map elu there and softmax"):
         transformed(x).load_state_dict(state)
     model = transformed(x, alpha="head")
@@ -174,7 +181,7 @@ def test_block_alpha_of_another_length_says_what_to_do(x):
 )
 def test_a_spoilt_progress_is_refused_and_the_old_one_kept(x, value, words):
     model = transformed(x)
-    state = model.state_dict() | {"blocks.0.sla2.0._extra_state": value}
+    state = model.state_dict() | {"blocks.0.sla2.0.progress": value}
     with pytest.raises(RuntimeError, match=words):
         model.load_state_dict(state)
     assert topk_ratio(model) == 0.15
