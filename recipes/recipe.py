@@ -41,7 +41,8 @@ class Recipe(BaseModel):
         qat: whether `prepare` makes the sites imitate low_bit, in training and in inference (auto is imitated as
             int8). Until `prepare` is called it has no effect, and never if low_bit is none.
         start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; end_layer None means up to
-            the last. Layers are counted in the order in which a forward reaches them.
+            the last. Layers are counted in the order in which a forward reaches them. A start_layer equal to their
+            number leaves the model as it is, with a warning, so that a sweep may end with full attention.
         include, exclude: patterns of owner names, such as "blocks.*.attn", with shell wildcards. exclude wins.
         overrides: field values for some sites, by patterns of owner names. Later patterns win.
         min_seq_len: calls with fewer queries or keys keep full attention. "auto" is the length from which SLA2 was
@@ -83,6 +84,9 @@ class Recipe(BaseModel):
     @field_validator("compression_ratio", "block_q", "block_k", mode="before")
     @classmethod
     def _power_of_two(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, float) and value.is_integer():
+            # 8.0, as configurations have it that declare a float
+            value = int(value)
         word, low, fix = "auto", 8, "long sequences take 128 and 64, or leave it 'auto'"
         if info.field_name == "compression_ratio":
             word, low, fix = "block", 1, "usual are 4, 8 and 16"

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from sla2_compile.reports.report import Report, report
     from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
     from sla2_compile.training.convert import convert
+    from sla2_compile.training.distillation import distillation_loss
+    from sla2_compile.training.gradients import check_gradients
+    from sla2_compile.training.groups import parameter_groups
+    from sla2_compile.training.off import sites_off
+    from sla2_compile.training.optimizer_state import load_optimizer_by_name
     from sla2_compile.training.qat import disable_sla2_qat, enable_sla2_qat, prepare
+    from sla2_compile.training.schedule import TopKSchedule, set_topk_ratio
 
 __version__ = "0.1.0"
 
@@ -36,10 +42,15 @@ _HOMES = {
     "Recipe": "recipes",
     "RecipeError": "recipes",
     "Report": "reports.report",
+    "TopKSchedule": "training.schedule",
+    "check_gradients": "training.gradients",
     "convert": "training.convert",
     "diffusers_backend": "libraries.diffusers",
     "disable_sla2_qat": "training.qat",
+    "distillation_loss": "training.distillation",
     "enable_sla2_qat": "training.qat",
+    "load_optimizer_by_name": "training.optimizer_state",
+    "parameter_groups": "training.groups",
     "reset_diffusers_backend": "libraries.diffusers",
     "register_transformers": "libraries.transformers",
     "prepare": "training.qat",
@@ -52,6 +63,8 @@ _HOMES = {
     "log_sla2_config": "reports.statistics",
     "restore": "api",
     "set_diffusers_backend": "libraries.diffusers",
+    "set_topk_ratio": "training.schedule",
+    "sites_off": "training.off",
     "transform": "api",
 }
 
@@ -60,14 +73,19 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "TopKSchedule",
+    "check_gradients",
     "convert",
     "diffusers_backend",
     "disable_sla2_qat",
+    "distillation_loss",
     "enable_sla2_qat",
     "export_onnx",
     "get_sla2_statistics",
     "inspect",
+    "load_optimizer_by_name",
     "log_sla2_config",
+    "parameter_groups",
     "prepare",
     "record_statistics",
     "register_transformers",
@@ -75,6 +93,8 @@ __all__ = [
     "reset_diffusers_backend",
     "restore",
     "set_diffusers_backend",
+    "set_topk_ratio",
+    "sites_off",
     "sla2_attention",
     "transform",
     "verify_onnx",

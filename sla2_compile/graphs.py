@@ -19,7 +19,7 @@ from sla2_compile.passes.replace_attention import in_training, site_nodes, undo
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.plan import Plan, plan_of, set_plan
 from sla2_compile.recipes import Recipe
-from sla2_compile.refusal import nothing_replaced
+from sla2_compile.refusal import check_nothing_wanted
 from sla2_compile.reports.report import report
 
 DYNAMO_SOURCE = "_dynamo_source"
@@ -50,7 +50,7 @@ def transform_graph_module(
     elif not any("val" in node.meta or "example_value" in node.meta for node in work.graph.nodes):
         raise ValueError("graph must carry fake values, got a plain trace; pass example_inputs, or use torch.export")
     outcomes = Pipeline.standard(recipe).run(work, debug.observers())
-    _require_some(outcomes, allow_none)
+    _require_some(outcomes, recipe, allow_none)
     taken = dict(gm.named_modules())
     for node, _ in site_nodes(work):
         if str(node.target) in taken:
@@ -142,7 +142,7 @@ def transform_exported(program: ExportedProgram, recipe: Recipe, allow_none: boo
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     outcomes = Pipeline.standard(recipe).run(gm, debug.observers())
-    _require_some(outcomes, allow_none)
+    _require_some(outcomes, recipe, allow_none)
     args, kwargs = program.example_inputs
     shapes = dynamic_shapes(program)
     exported = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes)
@@ -178,6 +178,6 @@ def _keep(gm: fx.GraphModule, recipe: Recipe, outcomes: Sequence[Rewrite | Miss]
     debug.show_report(lambda: report(gm))
 
 
-def _require_some(outcomes: Sequence[Rewrite | Miss], allow_none: bool) -> None:
+def _require_some(outcomes: Sequence[Rewrite | Miss], recipe: Recipe, allow_none: bool) -> None:
     if not allow_none and not any(isinstance(x, Rewrite) for x in outcomes):
-        raise nothing_replaced(outcomes)
+        check_nothing_wanted(outcomes, recipe)

@@ -21,9 +21,10 @@ from sla2_compile.modules.redirect import CHILD, has_attribute, install
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.select import SeenCall, check_patterns, select
-from sla2_compile.passes.sites.site import Site, Sites
+from sla2_compile.passes.sites.site import Site
+from sla2_compile.passes.sites.sites import Sites
 from sla2_compile.plan import Plan, set_plan
-from sla2_compile.refusal import nothing_replaced
+from sla2_compile.refusal import check_nothing_wanted
 from sla2_compile.reports.report import report
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
     outcomes = select(found.seen, recipe)
     rewrites = [x for x in outcomes if isinstance(x, Rewrite)]
     if not rewrites and not allow_none:
-        raise nothing_replaced(outcomes)
+        check_nothing_wanted(outcomes, recipe)
     calls = {(s.where.owner, s.where.index): s for s in found.seen if s.call is not None}
     owners: dict[str, dict[int, tuple[SeenCall, Rewrite]]] = defaultdict(dict)
     for rewrite in rewrites:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sla2_compile.kernels.checks import MAX_HEAD_DIM
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.select import layer_numbers
+
+if TYPE_CHECKING:
+    from sla2_compile.recipes import Recipe
 
 _LENGTH = "min_seq_len=0 takes every length"
 _SPELT = (
@@ -42,6 +48,26 @@ ADVICE = {
     Reason.EMPTY: "give a batch of at least one",
 }
 """What a user can do about a reason. For a reason without an entry there is nothing to do."""
+
+
+def check_nothing_wanted(outcomes: Sequence[Rewrite | Miss], recipe: Recipe) -> None:
+    """Refuse a model in which no call was replaced, unless the recipe says that none should be.
+
+    A start_layer equal to the number of layers says so: it is the last value of a sweep over start layers.
+
+    Raises:
+        ValueError: the recipe asks for some.
+
+    Warns:
+        UserWarning: it asks for none.
+    """
+    layers = len(set(layer_numbers([x.where.owner for x in outcomes]).values()))
+    if not layers or recipe.start_layer != layers:
+        raise nothing_replaced(outcomes)
+    warnings.warn(
+        f"start_layer {recipe.start_layer} leaves none of {layers} layers to SLA2; the model keeps full attention",
+        stacklevel=4,
+    )
 
 
 def nothing_replaced(outcomes: Sequence[Rewrite | Miss]) -> ValueError:

@@ -24,6 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sla2_compile
 from sla2_compile.passes.sites.site import Site
+from sla2_compile.training.distillation import distillation_loss
+from sla2_compile.training.gradients import check_gradients
+from sla2_compile.training.groups import parameter_groups
+from sla2_compile.training.schedule import TopKSchedule
 from tests import models
 
 WORLD = 2
@@ -114,6 +118,29 @@ def fsdp2_trains(rank: int, mesh: DeviceMesh) -> None:
         assert_trained_alike(full(model), alpha=alpha)
 
 
+def ddp_distils(rank: int, mesh: DeviceMesh) -> None:
+    """Distillation under a schedule and DDP gives what one process gets on both batches."""
+
+    def run(model: Any, wrapped: Any, ranks: list[int]) -> dict[str, Any]:
+        schedule = TopKSchedule(model, 0.5, 0.25, steps=2, levels=2)
+        optimizer = torch.optim.SGD(parameter_groups(model, lr=0.1, weight_decay=0.0))
+        for step in range(3):
+            optimizer.zero_grad()
+            for other in ranks:
+                loss, output = distillation_loss(wrapped, batch(other, step))
+                ((loss + output.square().mean()) / len(ranks)).backward()
+            assert check_gradients(model) == []
+            optimizer.step()
+            schedule.step()
+        return model.state_dict()
+
+    model = planned(net())
+    together = run(model, ddp(model, mesh), [rank])
+    other = planned(net())
+    torch.testing.assert_close(together, run(other, other, [0, 1]))
+    assert together["blocks.0.sla2.0.progress"][1:4].tolist() == [0.25, 0.0, 3.0]
+
+
 def fsdp2_from_meta(rank: int, mesh: DeviceMesh) -> None:
     with torch.device("meta"):
         model = models.Net(depth=2)
@@ -181,6 +208,7 @@ def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 CHECKS = (
     ddp_trains,
+    ddp_distils,
     fsdp2_trains,
     fsdp2_from_meta,
     fsdp1_trains,

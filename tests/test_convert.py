@@ -118,7 +118,7 @@ def test_what_is_not_prepared_is_refused(x: Tensor) -> None:
         sla2_compile.convert(model)
     with pytest.raises(ValueError, match="model must not be converted, got converted sites"):
         sla2_compile.prepare(model)
-    with pytest.raises(ValueError, match="model must have SLA2 sites, got none"):
+    with pytest.raises(ValueError, match="model must be transformed, got one without SLA2"):
         sla2_compile.convert(models.Net(depth=1))
 
 

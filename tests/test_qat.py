@@ -190,9 +190,9 @@ def test_a_recipe_without_qat_is_refused(x: Tensor, fields: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("run", [sla2_compile.prepare, sla2_compile.enable_sla2_qat, sla2_compile.disable_sla2_qat])
 def test_what_has_no_sites_is_refused(run: Callable[[Any], Any], x: Tensor) -> None:
-    with pytest.raises(ValueError, match="model must have SLA2 sites, got none; call"):
+    with pytest.raises(ValueError, match="model must be transformed, got one without SLA2; call"):
         run(models.Net(depth=1))
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got ExportedProgram"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got an ExportedProgram"):
         run(torch.export.export(transformed(x), (x,)))
 
 
@@ -302,7 +302,7 @@ def test_torchaos_step_is_refused_where_prepare_is(x: Tensor) -> None:
         SLA2QATConfig(step="convert")
     with pytest.raises(ValueError, match="low_bit must be one of int8, int8_fp8, got 'int4'"):
         SLA2QATConfig(low_bit="int4")
-    with pytest.raises(ValueError, match="model must have SLA2 sites"):
+    with pytest.raises(ValueError, match="model must be transformed"):
         quantize_(models.Net(depth=1), SLA2QATConfig(), filter_fn=None)
     with pytest.raises(ValueError, match="Only filter_fn=None is supported"):
         quantize_(transformed(x), SLA2QATConfig())

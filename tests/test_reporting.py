@@ -145,9 +145,11 @@ def test_statistics_of_full_ratio_and_of_alpha_modes(x):
         assert low <= stats["mean/alpha_min"] <= stats["mean/alpha_max"] <= high
 
 
-def test_statistics_need_a_transformed_model(x):
-    with pytest.raises(ValueError, match=r"sla2_compile\.transform first"):
-        sla2_compile.get_sla2_statistics(models.Net())
+def test_a_model_without_sla2_has_no_statistics_and_no_configuration(x):
+    assert sla2_compile.get_sla2_statistics(models.Net()) == {}
+    pending = sla2_compile.transform(models.Net(), **ANY)
+    with pytest.raises(ValueError, match="must have run its first forward"):
+        sla2_compile.get_sla2_statistics(pending)
     with pytest.raises(ValueError, match="must be transformed"):
         sla2_compile.log_sla2_config(models.Net())
 

@@ -217,8 +217,7 @@ def test_statistics_say_what_is_missing():
         ValueError, match=f"2 sites with none recorded .full attention: 4 x {Reason.FEW_QUERIES.value}"
     ):
         sla2_compile.get_sla2_statistics(model)
-    with pytest.raises(ValueError, match="or send it through register_transformers"):
-        sla2_compile.get_sla2_statistics(llama("sdpa"))
+    assert sla2_compile.get_sla2_statistics(llama("sdpa")) == {}
 
 
 def test_gradients_and_gradient_checkpointing():

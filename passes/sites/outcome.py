@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ class Rewrite:
         plain: whether every query sees every key.
         positive: whether the scale of its scores is above 0 or unknown.
         low_bit: format in which an exported graph computes it, at any length; empty if each call decides for itself.
+        is_causal: whether a query sees the keys up to its own position only.
     """
 
     where: Where
@@ -99,6 +100,18 @@ class Rewrite:
     plain: bool
     positive: bool = True
     low_bit: str = ""
+    is_causal: bool = False
+
+    def under(self, settings: SiteSettings) -> Rewrite:
+        """Return the rewrite as the same site computes the call now, after a schedule changed its settings."""
+        if settings == self.settings:
+            return self
+        if not self.tn or not isinstance(self.block_q, int) or not isinstance(self.block_k, int):
+            return replace(self, settings=settings)
+        kept = num_kept(self.tn, settings.options.topk_ratio, self.block_q, self.block_k, self.is_causal)
+        shapes = self.where.q_shape, self.where.k_shape, self.where.v_shape
+        flops = call_flops(*shapes, settings.options, kept) if self.full_flops else 0
+        return replace(self, settings=settings, topk=int(kept), flops=flops)
 
     @property
     def sparsity(self) -> float:
@@ -112,12 +125,15 @@ class Rewrite:
         plain = mask.keys is None and not mask.is_causal
         positive = not isinstance(call.scale, (int, float)) or call.scale > 0
         if not isinstance(Nq, int) or not isinstance(Nk, int):
-            return cls(where, settings, options.block_q, options.block_k, 0, 0, 0, 0, 0, plain, positive)
+            unknown = (options.block_q, options.block_k, 0, 0, 0, 0, 0, plain, positive)
+            return cls(where, settings, *unknown, is_causal=mask.is_causal)
         block_q, block_k = options.block_sizes(Nq, Nk)
         tm, tn = num_blocks(Nq, block_q), num_blocks(Nk, block_k)
         kept = num_kept(tn, options.topk_ratio, block_q, block_k, mask.is_causal)
         if not isinstance(B, int) or not isinstance(H, int):
-            return cls(where, settings, block_q, block_k, kept, tm, tn, 0, 0, plain, positive)
+            counts = (block_q, block_k, kept, tm, tn, 0, 0, plain, positive)
+            return cls(where, settings, *counts, is_causal=mask.is_causal)
         full = 2 * Nq * Nk * (D + Dv) // (2 if mask.is_causal else 1)
         flops = call_flops(call.q.shape, call.k.shape, call.v.shape, options, kept)
-        return cls(where, settings, block_q, block_k, kept, tm, tn, flops, B * H * full, plain, positive)
+        counts = (block_q, block_k, kept, tm, tn, flops, B * H * full, plain, positive)
+        return cls(where, settings, *counts, is_causal=mask.is_causal)

@@ -50,6 +50,7 @@ class Reason(str, Enum):
     SCRIPTED = "in scripted code or an extension, whose calls cannot be replaced"
     THREAD = "in a thread that the forward starts, whose calls cannot be replaced"
     UNSEEN = "call not seen when the model was planned"
+    OFF = "switched off (sites_off)"
 
 
 def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) -> Reason | None:

@@ -22,12 +22,14 @@ class SiteSettings:
         fake_quant: format that a prepared site imitates: none, int8 or int8_fp8. It is none unless the recipe sets
             qat and low_bit; auto, which decides by device and length, is imitated as int8.
         min_seq_len: shortest length that is replaced; "auto" means the device's crossover.
+        recipe_ratio: the recipe's topk_ratio, which decides the crossover, if a schedule has changed that of options.
     """
 
     options: AttentionOptions = field(default_factory=AttentionOptions)
     alpha: Literal["routed", "head", "block"] = "routed"
     fake_quant: str = "none"
     min_seq_len: int | Literal["auto"] = "auto"
+    recipe_ratio: float | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, owner: str) -> SiteSettings:
@@ -39,4 +41,6 @@ class SiteSettings:
 
     def shortest(self, device_type: str) -> int:
         """Return the shortest length that is replaced on this device type."""
-        return crossover(device_type, self.options.topk_ratio) if self.min_seq_len == "auto" else self.min_seq_len
+        if self.min_seq_len != "auto":
+            return self.min_seq_len
+        return crossover(device_type, self.options.topk_ratio if self.recipe_ratio is None else self.recipe_ratio)

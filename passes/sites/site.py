@@ -1,4 +1,4 @@
-"""`Site`, the module that replaces one attention call, and `Sites`, the sites of one owner."""
+"""`Site`, the module that replaces one attention call."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
 from sla2_compile.kernels.options import AttentionOptions, State
 from sla2_compile.kernels.tracing import exporting
-from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.fake_quantizer import FORMATS, INPUTS, FakeQuantConfig, FakeQuantizer, format_of
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
-from sla2_compile.passes.sites.parameters import SiteParameters
+from sla2_compile.passes.sites.progress import SiteProgress
 from sla2_compile.passes.sites.rules import Reason, why_not
 from sla2_compile.passes.sites.settings import SiteSettings
 
@@ -32,10 +30,11 @@ class Declined(NamedTuple):
     function: Callable[..., Any]
 
 
-class Site(SiteParameters):
-    """SLA2 instead of one attention call; see `SiteParameters` for what it learns.
+class Site(SiteProgress):
+    """SLA2 instead of one attention call; see `SiteParameters` for what it learns, `SiteProgress` for schedules.
 
     Attributes:
+        off: whether every call keeps full attention (`sites_off`); neither saved nor copied.
         state: what low bit means to the site now; see `prepare`.
         fake_quant: the fake quantisers of a prepared site, by input: q, k and, in FP8, v.
         low_bit: the format of a converted site, int8 or int8_fp8; None before.
@@ -46,9 +45,12 @@ class Site(SiteParameters):
         runs: how many eager calls SLA2 answered.
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
         planned: the plan that made the site, and the site's name then (`plan.Planned`); None for a site made alone.
+        observer: a function (site, call, mask) that answers the calls that SLA2 takes, in its place; None for SLA2.
+            It is not meant for compiled code, and is neither saved nor copied.
     """
 
     planned: Any = None
+    observer: Callable[[Site, AttentionCall, MaskView], Any] | None = None
 
     def __init__(
         self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None
@@ -62,6 +64,7 @@ class Site(SiteParameters):
         """
         super().__init__(settings)
         self.state = State.PLAIN
+        self.off = False
         self.fake_quant: nn.ModuleDict | None = None
         self.low_bit: str | None = None
         self.structure: Structure | None = None
@@ -138,6 +141,8 @@ class Site(SiteParameters):
             self._check(call, self.alpha_bias)
             if not torch.compiler.is_compiling():
                 self.check_frozen()
+        if self.observer is not None:
+            return self.observer(self, call, mask)
         o, routing = attend(
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
@@ -154,6 +159,9 @@ class Site(SiteParameters):
 
     def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
         """Return the call's mask as SLA2 takes it, and why the call keeps full attention (None if SLA2 takes it)."""
+        # first, so that compiled code of a site that is off does not depend on settings
+        if self.off:
+            return None, Reason.OFF
         mask = read_mask(call, self.structure)
         reason = why_not(call, mask, self.settings)
         if reason is None and self.heads and (call.q.shape[1] != self.heads or call.q.shape[3] != self.head_dim):
@@ -168,7 +176,8 @@ class Site(SiteParameters):
         # inside Dynamo's graph a counter would become a guard that fails on every call
         if not torch.compiler.is_dynamo_compiling():
             self.fallbacks[reason.value] += 1
-            self.last_routing = None
+            if reason is not Reason.OFF:
+                self.last_routing = None
 
     def count_read_back(self) -> int:
         """Count that attention weights were read after the site had answered, and return the new count."""
@@ -195,114 +204,10 @@ class Site(SiteParameters):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_routing": None, "fallbacks": Counter(), "runs": 0, "read_backs": 0}
+        counts = {"fallbacks": Counter[str](), "runs": 0, "read_backs": 0}
+        return {**self.__dict__, "last_routing": None, "observer": None, "off": False, **counts}
 
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha
         sizes = f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}"
         return f"{sizes}, alpha={alpha}, state={self.state.value}"
-
-
-class Sites(nn.Module):
-    """The sites of one owner, by the position of their call in the owner's forward: `owner.sla2[0]`.
-
-    It is a module that is called, not a container, so that a wrapper around it (peft's modules_to_save, sharding,
-    offloading) takes part in each call. Its children are named "0", "1", ...
-
-    Attributes:
-        left: positions of the calls that planning saw and left alone; the plan has their reasons.
-        scripted: whether scripted attention runs beside them. Dynamo traces the Python that a scripted function was
-            made of, which moves the positions of other calls, so that compiled code keeps full attention.
-        unseen: eager calls at positions that planning did not see; they kept full attention.
-    """
-
-    def __init__(self, sites: dict[int, Site], left: frozenset[int] = frozenset(), scripted: bool = False) -> None:
-        super().__init__()
-        self.left, self.scripted = left, scripted
-        for index, site in sites.items():
-            self.add_module(str(index), site)
-        self.unseen = 0
-        self.training = any(site.training for site in sites.values())
-
-    def __getitem__(self, index: int) -> Site:
-        """Return the site of the index-th call, or the wrapper around it."""
-        site = self._at(index)
-        if site is None:
-            raise KeyError(f"index must be one of {', '.join(self._modules)}, got {index}; see report(model)")
-        return site  # type: ignore[return-value]
-
-    def _at(self, index: int) -> nn.Module | None:
-        """As `self[index]`; None if there is no such site.
-
-        Compares numbers, because compilers have no names of symbolic ones, which an index from outside of a trace is.
-        """
-        for name, site in self._modules.items():
-            if int(name) == index:
-                return site
-        return None
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def forward(
-        self,
-        index: int,
-        function: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        reason: Reason | None = None,
-        padding: Tensor | None = None,
-    ) -> Any:
-        """Answer the index-th attention call of one forward of the owner.
-
-        Args:
-            index: position of the call.
-            function: the original: F.scaled_dot_product_attention or F.multi_head_attention_forward.
-            args, kwargs: of the call.
-            reason: why the call keeps full attention without asking the site, or None.
-            padding: the boolean mask (B, Nk), True where a key is hidden, from which the key_padding_mask of
-                F.multi_head_attention_forward was made, if known.
-        """
-        if self.scripted and torch.compiler.is_dynamo_compiling():
-            return function(*args, **kwargs)
-        site = self._at(index)
-        if site is None:
-            self.count_unseen(index)
-            return function(*args, **kwargs)
-        if reason is None and function is F.multi_head_attention_forward:
-            given = multihead.with_padding(multihead.arguments(args, kwargs), padding)
-            reason = multihead.why_whole(given)
-            if reason is None:
-                call = multihead.inner_call(given)
-                o = site(call.q, call.k, call.v, call.attn_mask, call.dropout_p, call.is_causal)
-                return multihead.outer_result(given, o)
-        elif reason is None and _any_nested(args, kwargs):
-            reason = Reason.NESTED
-        if reason is not None:
-            return site(*args, declined=Declined(reason, function), **kwargs)
-        return site(*args, **kwargs)
-
-    def count_unseen(self, index: int | None = None) -> None:
-        """Count an eager call if planning did not see it; index: its position, None for a hand-written one."""
-        # an owner without sites only keeps its calls away from the owners around it
-        if len(self) > 0 and not torch.compiler.is_dynamo_compiling() and index not in self.left:
-            self.unseen += 1
-
-
-def _any_nested(args: Any, kwargs: Any) -> bool:
-    # a loop, because a generator would cost more than these checks
-    for x in (*args, *kwargs.values()):  # noqa: SIM110
-        if isinstance(x, Tensor) and x.is_nested:
-            return True
-    return False
-
-
-def site_at(sites: nn.Module, index: int) -> Site:
-    """Return the site of the index-th call itself, without wrappers around it or around all sites of its owner."""
-    site = sites_of(sites)[index]
-    return site if isinstance(site, Site) else next(m for m in site.modules() if isinstance(m, Site))
-
-
-def sites_of(sites: nn.Module) -> Sites:
-    """Return all sites of an owner themselves, without wrappers around them."""
-    return sites if isinstance(sites, Sites) else next(m for m in sites.modules() if isinstance(m, Sites))

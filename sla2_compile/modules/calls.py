@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from sla2_compile.modules.deferral.sightings import MULTIPLIES, Sightings
 from sla2_compile.passes.sites.rules import Reason
-from sla2_compile.passes.sites.site import Sites, sites_of
+from sla2_compile.passes.sites.sites import Sites, sites_of
 
 
 class OwnerMode(TorchFunctionMode):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sla2_compile.modules.redirect import CHILD
+from sla2_compile.passes.sites.progress import KEY
 from sla2_compile.passes.sites.site import Site
 
 log = logging.getLogger("sla2_compile")
@@ -75,7 +76,7 @@ def _saved(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill(sites: Mapping[str, Site], saved: dict[str, Tensor], folder: Path) -> None:
-    unused, taken = set(saved), 0
+    unused, taken = {key for key in saved if not key.endswith(KEY)}, 0
     for name, site in sites.items():
         for key, parameter in site.named_parameters(name):
             source = _same(key, saved)
@@ -83,6 +84,9 @@ def _fill(sites: Mapping[str, Site], saved: dict[str, Tensor], folder: Path) -> 
                 parameter.copy_(saved[source])
                 unused.discard(source)
                 taken += 1
+        source = _same(f"{name}.{KEY}", saved)
+        if source is not None:
+            site.take_progress(saved[source])
     if taken:
         log.info("%d parameters of sites begin with what %s holds", taken, folder)
     if unused:

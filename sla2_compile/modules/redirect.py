@@ -22,7 +22,7 @@ from sla2_compile.modules.deferral.written import DeferAttention, Written
 from sla2_compile.modules.first_backward import FirstBackward
 from sla2_compile.modules.symbolic import symbolic, tell_symbolic
 from sla2_compile.passes.multihead import function as multihead
-from sla2_compile.passes.sites.site import Sites
+from sla2_compile.passes.sites.sites import Sites
 
 CHILD = "sla2"
 """Name of the child module that holds an owner's sites."""

@@ -177,7 +177,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     recipes: dict[str, Recipe] = {}
     discovery, by_adapter = "", False
     for name, root, plan in plans(model):
-        outcomes += [_prefixed(x, name) for x in as_exported(root, plan.outcomes)]
+        outcomes += [_prefixed(x, name) for x in runtime.now(root, as_exported(root, plan.outcomes))]
         recipes[name] = plan.recipe
         discovery = discovery or plan.discovery
     for name, site in adapter_sites(model):

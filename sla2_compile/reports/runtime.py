@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from torch import nn
+from torch import fx, nn
 
 from sla2_compile.kernels.options import State
-from sla2_compile.modules.redirect import is_owner, site_forward
+from sla2_compile.modules.redirect import CHILD, is_owner, site_forward
+from sla2_compile.passes.replace_attention import site_nodes
+from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
-from sla2_compile.passes.sites.site import Site, Sites
+from sla2_compile.passes.sites.site import Site
+from sla2_compile.passes.sites.sites import Sites
 from sla2_compile.plan import plain, plans
 
 REPLACED = "its forward was replaced after transform (hooks removed, or patched): SLA2 does not run"
@@ -35,6 +38,31 @@ def imitated(model: nn.Module) -> dict[str, str]:
 def is_converted(model: nn.Module) -> bool:
     """Whether a site computes in low bit for good."""
     return any(isinstance(m, Site) and m.state is State.CONVERTED for m in model.modules())
+
+
+def now(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rewrite | Miss]:
+    """Return the outcomes with the settings that root's sites have now, which schedules change."""
+    rewrites = [x for x in outcomes if isinstance(x, Rewrite)]
+    if isinstance(root, fx.GraphModule):
+        sites: list[Site | None] = [site for _, site in site_nodes(root)]
+    else:
+        named = {plain(name): m for name, m in root.named_modules() if isinstance(m, Site)}
+        sites = [_site_of(x, named) for x in rewrites]
+    if len(sites) != len(rewrites):
+        # sites in graphs inside the graph
+        return list(outcomes)
+    each = iter(sites)
+    return [x if isinstance(x, Miss) or (site := next(each)) is None else x.under(site.settings) for x in outcomes]
+
+
+def _site_of(x: Rewrite, named: dict[str, Site]) -> Site | None:
+    """The site of a rewritten call, which may stand in wrappers (peft's, for example)."""
+    around = ".".join(filter(None, (x.where.owner, CHILD)))
+    exact = named.get(f"{around}.{x.where.index}")
+    if exact is not None:
+        return exact
+    inside = (m for name, m in named.items() if name.startswith(f"{around}.") and name.endswith(f".{x.where.index}"))
+    return next(inside, None)
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
+from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing
 from sla2_compile.libraries.adapted import adapter_sites, adapters_of
+from sla2_compile.modules.redirect import CHILD
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import plain, plans
 
@@ -28,36 +30,61 @@ def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     yield from adapter_sites(model)
 
 
-def get_sla2_statistics(model: nn.Module) -> dict[str, float]:
+def get_sla2_statistics(model: nn.Module, style: Literal["sites", "flat"] = "sites") -> dict[str, float]:
     """Return statistics of the last forward under `record_statistics`, as a flat dict of floats for a logger.
 
-    Keys, per site `<site>/...` and averaged over sites `mean/...`:
+    It is empty for a model without SLA2. Compiled code runs as Python under `record_statistics`, so that one step of
+    a compiled training can be recorded.
+
+    Keys of style "sites", per site `<site>/...` and averaged over sites `mean/...`:
         sparsity: share of key blocks that the sparse branch skipped.
         alpha_mean, alpha_std, alpha_min, alpha_max: share of the sparse branch, over heads and query blocks
             (one row of each block).
         router_entropy: entropy of the router's distribution over key blocks, in nats, mean over heads and query
             blocks.
 
+    Style "flat" has `sla2_<owner>/...` for each site, with "_" for the dots in its owner's name: alpha_mean,
+    alpha_std and sparsity as above, and router_params, the number of values in the router's projections. An owner
+    with several sites has their number behind its name from the second on.
+
     Raises:
-        ValueError: model has no site and uses no adapter; no eager forward was recorded yet; every site's last call
-            kept full attention.
+        ValueError: no forward was recorded yet, or the model waits for its first one; every site's last call kept
+            full attention; there is no such style.
     """
+    if style not in ("sites", "flat"):
+        raise fail("style", "be 'sites' or 'flat'", repr(style), "flat has keys without dots")
     all_sites = list(sites(model))
     if not all_sites and not adapters_of(model):
-        raise ValueError(
-            "model must be transformed, got no SLA2 site; call sla2_compile.transform first "
-            f"(and run one forward if it was given no example_inputs), {OR_BY_NAME}"
-        )
+        if any(plan.discovery == "pending" for _, _, plan in plans(model)):
+            fix = "run one, or pass example_inputs to transform"
+            raise fail("model", "have run its first forward", "one that waits for it", fix)
+        return {}
     ran = [(name, site, site.last_routing) for name, site in all_sites if site.last_routing is not None]
     if not ran:
         raise _nothing_recorded(model, [site for _, site in all_sites])
     stats: dict[str, float] = {}
+    if style == "flat":
+        for name, site, routing in ran:
+            found = _site_statistics(site, routing)
+            found["router_params"] = float(sum(0 if p is None else p.numel() for p in (site.proj_q, site.proj_k)))
+            keys = ("alpha_mean", "alpha_std", "sparsity", "router_params")
+            stats |= {f"{_flat(name)}/{key}": found[key] for key in keys}
+        return stats
     for name, site, routing in ran:
         stats |= {f"{name}/{key}": value for key, value in _site_statistics(site, routing).items()}
     for key in dict.fromkeys(key.rsplit("/", 1)[1] for key in stats):
         values = [value for name, value in stats.items() if name.endswith("/" + key)]
         stats[f"mean/{key}"] = sum(values) / len(values)
     return stats
+
+
+def _flat(site: str) -> str:
+    """A site's name without dots: blocks.0.attn.sla2.0 is sla2_blocks_0_attn."""
+    levels = site.split(".")
+    if CHILD not in levels:
+        return "_".join([CHILD, *filter(None, levels)])
+    at = levels.index(CHILD)
+    return "_".join([CHILD, *levels[:at], *(level for level in levels[-1:] if level != "0")])
 
 
 def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
@@ -74,7 +101,7 @@ def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
         got = "no call yet through " + ", ".join(sorted({use.adapter.name for use in adapters_of(model)}))
     return ValueError(
         f"model must have run an eager forward that was recorded, got {got}; run one under `with "
-        "sla2_compile.record_statistics(model):`, outside torch.compile (torch.compiler.set_stance('force_eager'))"
+        "sla2_compile.record_statistics(model):`"
     )
 
 

@@ -1,8 +1,13 @@
-"""Training with SLA2: fake quantisation, and what a training loop needs.
+"""Training with SLA2: fake quantisation, schedules, and what a training loop needs.
 
 | place | one idea |
 |---|---|
 | `qat.py` | `prepare`: sites imitate INT8 or FP8 while they train; the switch |
 | `convert.py` | `convert`: low bit for good, for inference |
 | `torchao.py` | the same step through torchao's `quantize_`, beside its own for Linear layers |
+| `off.py`, `distillation.py` | full attention from the same weights, as a teacher |
+| `schedule.py` | the share of key blocks over the steps, which the state dict keeps |
+| `aux_loss.py` | the router's loss in a training loop |
+| `groups.py`, `optimizer_state.py` | an optimizer's groups, and its moments over the switch to SLA2 |
+| `gradients.py` | gradients that are not finite name their site |
 """

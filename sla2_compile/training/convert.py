@@ -12,7 +12,7 @@ from sla2_compile.passes.lower_low_bit import LowerLowBit
 from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.sites.fake_quantizer import format_of
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.training.qat import sites_of_model
+from sla2_compile.training.sites import sites_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,8 +50,8 @@ def convert(model: M) -> M:
 
 def _formats(model: nn.Module) -> list[tuple[Site, str]]:
     """Return the prepared sites with their formats."""
-    found = []
-    for site in sites_of_model(model):
+    sites, found = list(sites_in(model).values()), []
+    for site in sites:
         if site.fake_quant is None:
             continue
         low_bit = format_of(site.fake_quant)
@@ -60,8 +60,8 @@ def _formats(model: nn.Module) -> list[tuple[Site, str]]:
                 "fake quantisation", "be on in every prepared site", "a site with it off", "enable_sla2_qat(model)"
             )
         found.append((site, low_bit))
-    if not found:
-        converted = any(site.state is State.CONVERTED for site in sites_of_model(model))
+    if sites and not found:
+        converted = any(site.state is State.CONVERTED for site in sites)
         fix = "it is converted already" if converted else "call prepare(model), and train, first"
         raise fail("model", "have prepared sites", "none", fix)
     return found

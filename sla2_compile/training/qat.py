@@ -10,7 +10,7 @@ backward computes the scores from the same rounded q and k, and passes gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import fx, nn
@@ -22,6 +22,7 @@ from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.replace_attention import drop_rounding
 from sla2_compile.passes.sites.fake_quantizer import FORMATS, FakeQuantConfig, FakeQuantizer
 from sla2_compile.passes.sites.site import Site
+from sla2_compile.training.sites import sites_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,14 +46,14 @@ def prepare(model: M, *, low_bit: str | None = None, make: Make = FakeQuantizer)
         The same object.
 
     Raises:
-        ValueError: model has no site, or none that the recipe lets imitate low bit; low_bit is another word. Nothing
-            is changed.
+        ValueError: model is not transformed, or is converted; the recipe lets no site imitate low bit; low_bit is
+            another word. Nothing is changed.
         TypeError: model is not an nn.Module.
 
     Example:
         >>> model = prepare(transform(model, "balanced", example_inputs=(x,)))
     """
-    sites = list(prepared_by_recipe(model))
+    sites = wanted_sites(model)
     if low_bit is not None and low_bit not in FORMATS:
         raise fail("low_bit", f"be one of {', '.join(FORMATS)}", repr(low_bit), "int8 is the default of QAT")
     graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
@@ -66,42 +67,22 @@ def prepare(model: M, *, low_bit: str | None = None, make: Make = FakeQuantizer)
     return model
 
 
-def prepared_by_recipe(model: nn.Module) -> Iterator[Site]:
-    """Yield the sites that a recipe lets imitate low bit.
+def wanted_sites(model: nn.Module) -> list[Site]:
+    """Return the sites that a recipe lets imitate low bit; none for a model in which nothing was replaced.
 
     Raises:
         ValueError, TypeError: as `prepare`.
     """
-    sites = sites_of_model(model)
+    sites = list(sites_in(model).values())
     if any(site.state is State.CONVERTED for site in sites):
         raise fail("model", "not be converted", "converted sites", "restore(model), transform and load its weights")
     wanted = [site for site in sites if site.settings.fake_quant != "none"]
-    if not wanted:
+    if sites and not wanted:
         raise fail(
             "recipe", "set qat, and low_bit other than none, in at least one site",
             f"neither in {len(sites)} sites", "transform(model, recipe, qat=True, low_bit='int8')",
         )  # fmt: skip
-    yield from wanted
-
-
-def sites_of_model(model: nn.Module) -> list[Site]:
-    """Return all sites of a model.
-
-    Raises:
-        ValueError: it has none. TypeError: it is not an nn.Module.
-    """
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(
-            f"model must be an nn.Module, got {kind}; prepare the module before torch.export, its program follows"
-        )
-    sites = [module for module in model.modules() if isinstance(module, Site)]
-    if not sites:
-        raise fail(
-            "model", "have SLA2 sites", "none",
-            "call sla2_compile.transform first, with example_inputs, or run one forward",
-        )  # fmt: skip
-    return sites
+    return wanted
 
 
 def enable_sla2_qat(model: M) -> M:
@@ -110,7 +91,7 @@ def enable_sla2_qat(model: M) -> M:
     Raises:
         ValueError, TypeError: as `prepare`.
     """
-    if all(site.state is State.PLAIN for site in sites_of_model(model)):
+    if all(site.state is State.PLAIN for site in wanted_sites(model)):
         return prepare(model)
     _switch(model, True)
     return model
@@ -122,7 +103,7 @@ def disable_sla2_qat(model: M) -> M:
     A model that is not prepared is left as it is.
 
     Raises:
-        ValueError, TypeError: model has no site, or is not an nn.Module.
+        ValueError, TypeError: model is not transformed, or is not an nn.Module.
     """
     _switch(model, False)
     return model
@@ -135,6 +116,6 @@ def quantisers_of(site: Site) -> list[FakeQuantizer]:
 
 
 def _switch(model: nn.Module, enabled: bool) -> None:
-    for site in sites_of_model(model):
+    for site in sites_in(model).values():
         for quantiser in quantisers_of(site):
             quantiser.enabled = enabled

@@ -36,7 +36,7 @@ from sla2_compile.modules.deferral.scores import (
 )
 from sla2_compile.modules.deferral.written import Written
 from sla2_compile.modules.deferral.written_call import call_of
-from sla2_compile.passes.sites.site import Sites, site_at
+from sla2_compile.passes.sites.sites import Sites, site_at
 
 WRITERS = ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ipow", "__iadd__", "__isub__", "__imul__")
 

@@ -46,7 +46,8 @@ from sla2_compile.modules.deferral.watch import Watch, chain, storage
 from sla2_compile.modules.deferral.writes import written as written_by
 from sla2_compile.modules.deferral.written_call import call_of
 from sla2_compile.passes.sites.rules import Reason
-from sla2_compile.passes.sites.site import Site, Sites, site_at
+from sla2_compile.passes.sites.site import Site
+from sla2_compile.passes.sites.sites import Sites, site_at
 
 SDPA = F.scaled_dot_product_attention
 PLAIN = (Tensor, nn.Parameter)
