@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from sla2_compile.graphs import dynamic_shapes as shapes_of
 from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs, RouteArgs
 from sla2_compile.kernels.checks import fail
+from sla2_compile.libraries.adapted import adapters_of
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import plans
 
@@ -56,7 +57,9 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be an nn.Module or ExportedProgram, got {kind}; pass the module itself")
     if hasattr(model, "_orig_mod"):
         raise fail("model", "not be compiled", "torch.compile's wrapper", "export the module that it was made of")
-    if isinstance(model, nn.Module) and not any(isinstance(m, Site) for m in model.modules()) and not count(model):
+    if isinstance(model, ExportedProgram) or adapters_of(model) or count(model):
+        return
+    if not any(isinstance(m, Site) for m in model.modules()):
         pending = any(plan.discovery == "pending" for _, _, plan in plans(model))
         fix = "run one forward first" if pending else "call sla2_compile.transform first, with example_inputs"
         raise fail("model", "have SLA2 sites", "none", fix)
