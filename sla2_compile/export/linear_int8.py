@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from sla2_compile.kernels.checks import fail
 
-
 LARGEST = 2**31 - 2**20
 """Bytes that a protobuf holds, less what a graph takes."""
 
