@@ -149,7 +149,7 @@ def test_rows_that_few_key_blocks_are_left_for() -> None:
 def test_float16_gradients_of_any_size(size: float, wide: bool) -> None:
     """A sum that overflows or loses its digits would turn the gradient or change its length.
 
-    float16 itself has steps of 6e-8 below 6e-5: what is rounded to it, do and the results, is compared with that in mind.
+    Below 6e-5 float16 has steps of 6e-8, to which results are rounded.
     """
     case = replace(Case(), dtype=torch.float16, Nq=75, Nk=107, block_q=32, block_k=16, groups=1)
     case = replace(case, D=136, Dv=136) if wide else case
