@@ -6,7 +6,9 @@
     GEMM      dH of each key block's complement
     keys      dK, dV                                        (`keys.py`)
 For all heads at once, the lists of query blocks come before (`lists.py`), and dQ (`queries.py`) and the small
-gradients (`totals.py`) after. After a forward in INT8, the kernel of the states writes k8 again, and that of the rows q8.
+gradients (`totals.py`) after.
+
+After a forward in INT8, the kernel of the states writes k8 again, and that of the rows q8.
 
 Everything is added up in a fixed order, whatever the order of programs.
 """
@@ -74,12 +76,13 @@ class Rows:
         (B, Hq, Nq, D), tm, fp32 = call.q.shape, call.lut.shape[2], torch.float32
         shapes = (*((B, Hq, Nq),) * 8, *((B, Hq, tm),) * 2, (B, Hq, tm, D))
         names = [x.name for x in fields(cls)]
-        made = [schedule.empty(name, shape, fp32) for name, shape in zip(names, shapes, strict=False)]
+        made: list[Slot] = [schedule.empty(name, shape, fp32) for name, shape in zip(names, shapes, strict=False)]
         q8 = q_scales = q
         if call.low_bit != "none":
             q8 = schedule.empty("q8", (B, Hq, Nq, D), torch.int8)
             q_scales = schedule.empty("q_scales", (B, Hq, Nq), fp32)
-        return cls(*made, q8, q_scales, schedule.empty("peaks", (B, Hq, tm, peaks), fp32) if peaks else q)
+        made += [q8, q_scales, schedule.empty("peaks", (B, Hq, tm, peaks), fp32) if peaks else q]
+        return cls(*made)
 
 
 @dataclass(frozen=True)
