@@ -44,7 +44,8 @@ def attention(call: AttentionArgs[Tensor]) -> tuple[Tensor, Tensor]:
     _, lse, o_sparse, _ = reference.attention(q, k, call.v, torch.zeros_like(call.k_mean), *between, *options)
     if call.low_bit == "int8_fp8":
         with torch.no_grad():
-            rounded = reference.attention(*call[:4], *between, *options, low_bit="int8_fp8")[2]
+            in_fp8: Any = (*call[:4], *between, *options, "int8_fp8")
+            rounded = reference.attention(*in_fp8)[2]
         o_sparse = straight_through(o_sparse, rounded)
     _, _, _, o_linear = reference.attention(*call[:4], *between, *options)
 

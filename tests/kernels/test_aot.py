@@ -131,7 +131,7 @@ def call(
         scheduled_attention(*args, low)
         if "backward" in more:
             lse = torch.empty(1, 2, N)
-            made: AttentionArgs[torch.Tensor] = of(AttentionArgs, args)
+            made: AttentionArgs[torch.Tensor] = of(AttentionArgs, (*args, low))
             scheduled_backward(BackwardArgs(q, Saved(q, lse, made)))
 
     return run
@@ -140,7 +140,7 @@ def call(
 HOT = ("attend_kernel", "scores_kernel", "states_kernel", "linear_kernel", "project_kernel")
 SPARSE = ("attend_kernel", "states_kernel")
 SHORT = ("choose_kernel", "sums_kernel")
-BACKWARD = ("rows_kernel", "gather_kernel", "queries_kernel", "keys_kernel")
+BACKWARD = ("lists_kernel", "rows_kernel", "gather_kernel", "queries_kernel", "keys_kernel", "totals_kernel")
 FRONT = ("front_kernel",)
 HOPPER = ("attend_hopper_kernel",)
 ALL = "causal masked"
@@ -185,10 +185,22 @@ BACKWARD_CALLS = {
     "backward, D128": call(128, (128, 64), "backward"),
     "backward, D96, causal masked, elu": call(96, (64, 64), "backward causal masked", phi="elu"),
     "backward, D64, 128 keys": call(64, (128, 128), "backward masked", dtype=torch.float16),
+    "backward, D256": call(256, (128, 64), "backward", dtype=torch.float16),
+    "backward, D128, int8": call(128, (128, 64), "backward", "int8"),
+    "backward, D256, causal masked, int8": call(256, (64, 64), "backward causal masked", "int8"),
+}
+MORE_BACKWARD_CALLS = {
+    "backward, D128, fp16": call(128, (128, 64), "backward", dtype=torch.float16),
+    "backward, D256": call(256, (128, 64), "backward"),
+    "backward, D256, 128 keys, causal masked": call(256, (128, 128), "backward causal masked"),
+    "backward, D200, masked, elu": call(200, (64, 32), "backward masked", phi="elu"),
+    "backward, D128, 128 keys, causal masked": call(128, (128, 128), "backward causal masked"),
+    "backward, D64, int8": call(64, (128, 64), "backward", "int8"),
 }
 # FP8 came with sm_89
 COMPILED = [
     *(x for arch in (80, 90, 100, 120) for x in on(arch, BACKWARD, BACKWARD_CALLS)),
+    *on(90, BACKWARD, MORE_BACKWARD_CALLS),
     *(x for arch in (80, 90, 100) for x in on(arch, HOT, WHOLE)),
     *(x for arch in (80, 90, 100) for x in on(arch, SHORT, SHORT_CALLS)),
     *(x for arch in (80, 90, 100) for x in on(arch, FRONT, FRONT_CALLS)),
@@ -280,9 +292,8 @@ def allowed_stack(launch: Launch, registers: int) -> int:
         # without. In 16 bits Triton 3.7 needs none, 3.6 96
         return 152
     # not for want of registers, of which there are 255: the assembler's own choice, often to stop at 128
-    return (
-        8 if name in ("attend_kernel", "choose_kernel", "front_kernel", "queries_kernel") and registers < 255 else 0
-    )
+    by_choice = ("attend_kernel", "choose_kernel", "front_kernel", "queries_kernel", "keys_kernel")
+    return 8 if name in by_choice and registers < 255 else 0
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)

@@ -6,39 +6,20 @@ kernel's dtype, fp64) + eps * max|fp64|).
 
 from __future__ import annotations
 
-import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult, Saved
+from sla2_compile.kernels.arguments import BackwardArgs, BackwardResult
 from sla2_compile.kernels.cuda.forward import states_launches
-from sla2_compile.kernels.cuda.launch.layout import Slot
-from sla2_compile.kernels.cuda.launch.schedule import Schedule
-from sla2_compile.kernels.records import of
-from sla2_compile.kernels.reference import sla2 as reference
+from tests.kernels.backward_case import NAMES, by_autograd, gradient_of, in_the_interpreter, saved_call
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules
-from tests.kernels.triton_case import (
-    DEVICE,
-    INTERPRETED,
-    Case,
-    body,
-    exact,
-    poison_outputs,
-    scheduled_attention,
-    scheduled_backward,
-)
+from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, poison_outputs, scheduled_backward
 
-NAMES = ("q", "k", "v", "k_mean", "gain", "bias")
 CASES = {
     "plain": Case(),
     "fp16, all keys, relu": Case(dtype=torch.float16, alpha="none", feature_map="relu", linear_scope="all"),
@@ -67,29 +48,6 @@ CASES = {
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_outputs(monkeypatch)
-
-
-def saved_call(case: Case, x: dict[str, Any]) -> Saved[Tensor]:
-    """What a forward of x keeps; its table is the reference's."""
-    x["lut"], log_rest, _, k_mean = case.route(exact(x, torch.float64), reference.route)
-    x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
-    o, lse = case.attention(x, scheduled_attention)
-    call: AttentionArgs[Tensor] = case.attention(x, lambda *args: of(AttentionArgs, args))  # type: ignore[assignment]
-    return Saved(o, lse, call)
-
-
-def gradient_of(o: Tensor, seed: int = 1) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.device, o.dtype)
-
-
-def by_autograd(case: Case, x: dict[str, Any], do: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Gradients of the reference in a dtype, by name."""
-    y = exact(x, dtype)
-    wanted = [name for name in NAMES if y[name] is not None]
-    y |= {name: y[name].detach().clone().requires_grad_() for name in wanted}
-    case.attention(y, reference.attention)[0].backward(do.to(dtype))
-    return {name: y[name].grad for name in wanted}
 
 
 @body
@@ -141,62 +99,6 @@ def test_rows_that_few_key_blocks_are_left_for() -> None:
         want = by_autograd(case, x, do, torch.float64)
         for name, a in zip("qkv", got, strict=False):
             assert (a.double() - want[name]).norm() < 0.01 * want[name].norm(), (name, dtype, size)
-
-
-@body
-@pytest.mark.parametrize("size", [1e-6, 1e4])
-@pytest.mark.parametrize("wide", [False, True])
-def test_float16_gradients_of_any_size(size: float, wide: bool) -> None:
-    """A sum that overflows or loses its digits would turn the gradient or change its length.
-
-    float16 itself has steps of 6e-8 below 6e-5: what is rounded to it, do and the results, is compared with that in
-    mind.
-    """
-    case = replace(Case(), dtype=torch.float16, Nq=75, Nk=107, block_q=32, block_k=16, groups=1)
-    case = replace(case, D=136, Dv=136) if wide else case
-    x = case.tensors()
-    saved = saved_call(case, x)
-    # of one size in each half of the rows, so that a sum over all rows has to hold both
-    do = gradient_of(saved.o) * size
-    do[:, :, : case.Nq // 2] *= 0.03
-    got = scheduled_backward(BackwardArgs(do, saved))
-    want = by_autograd(case, x, do, torch.float64)
-    for name, a in zip("qkv", got, strict=False):
-        step = 2.0**-25 * a.numel() ** 0.5
-        assert (a.double() - want[name]).norm() < 3e-3 * want[name].norm() + 3 * step, name
-
-
-@body
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_large_q_and_k(dtype: torch.dtype) -> None:
-    """Scores in the hundreds: P is all but one-hot, and phi is too, so that phi(q) Z is near 0 in many rows."""
-    case = replace(Case(), dtype=dtype, Nq=75, Nk=107, block_q=32, block_k=16, groups=1)
-    x = case.tensors()
-    for name in ("q", "k"):
-        x[name] = (x[name] * 20).to(dtype)
-    saved = saved_call(case, x)
-    for size in (1.0, 1e-5):
-        do = gradient_of(saved.o) * size
-        got = scheduled_backward(BackwardArgs(do, saved))
-        want = by_autograd(case, x, do, torch.float64)
-        for name, a in zip("qkv", got, strict=False):
-            assert a.isfinite().all()
-            step = 2.0**-25 * a.numel() ** 0.5 if dtype == torch.float16 else 0.0
-            tolerance = 4 * torch.finfo(torch.bfloat16).eps
-            assert (a.double() - want[name]).norm() < tolerance * want[name].norm() + 3 * step, name
-
-
-@body
-def test_a_gradient_that_is_not_finite_stays_so() -> None:
-    """Loss scaling looks for it."""
-    case = replace(Case(), dtype=torch.float16, Nq=75, Nk=107, groups=1, topk_ratio=1.0)
-    saved = saved_call(case, case.tensors())
-    for wild in (float("inf"), float("nan")):
-        do = gradient_of(saved.o)
-        do[0, 0, 3, 5] = wild
-        got = scheduled_backward(BackwardArgs(do, saved))
-        for name in ("dq", "dk", "dv"):
-            assert not getattr(got, name).isfinite().all(), name
 
 
 @body
@@ -254,64 +156,6 @@ def test_what_is_not_seen_leads_nowhere(case: str) -> None:
         assert torch.equal(a, b), name
 
 
-def among_nan(x: Tensor) -> Tensor:
-    """The same numbers (B, H, N, D), with rows of NaN on either side of each head's."""
-    wide = torch.full((*x.shape[:2], x.shape[2] + 256, x.shape[3]), float("nan"), dtype=x.dtype, device=x.device)
-    wide[:, :, 128:-128] = x
-    return wide[:, :, 128:-128]
-
-
-class Fenced:
-    """Allocates what kernels write in the middle of larger memory, and tells whether they wrote past it."""
-
-    FENCE, SIGN = 4096, 0x5A
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.kept: list[Tensor] = []
-        fenced = self.fenced
-        monkeypatch.setattr(
-            Schedule, "allocate", lambda schedule, like: [fenced(slot, like) for slot in schedule._allocated]
-        )
-
-    def fenced(self, slot: Slot, like: Tensor) -> Tensor:
-        size = math.prod(slot.shape) * slot.dtype.itemsize
-        memory = torch.full((size + 2 * self.FENCE,), self.SIGN, dtype=torch.uint8, device=like.device)
-        self.kept.append(memory)
-        return memory[self.FENCE : self.FENCE + size].view(slot.dtype).view(slot.shape)
-
-    def assert_whole(self) -> None:
-        assert self.kept
-        for memory in self.kept:
-            assert (memory[: self.FENCE] == self.SIGN).all()
-            assert (memory[-self.FENCE :] == self.SIGN).all()
-
-
-BAD_TABLES = {
-    "below": lambda lut: torch.full_like(lut, -7),
-    "above": lambda lut: torch.full_like(lut, 2**30),
-    "just above": lambda lut: torch.full_like(lut, 4),
-    "repeated": lambda lut: torch.full_like(lut, 3),
-    "some of each": lambda lut: torch.tensor([2, 4, -1, 2], dtype=lut.dtype, device=lut.device).expand(lut.shape),
-}
-
-
-@body
-@pytest.mark.parametrize("name", BAD_TABLES)
-@pytest.mark.parametrize("low_bit", ["none", "int8"])
-def test_a_bad_table_touches_nothing_outside(name: str, low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The values mean nothing, but they are numbers, and no memory but the kernels' own is written."""
-    case = replace(Case(), Nq=75, Nk=107, topk_ratio=1.0, groups=1)
-    saved = saved_call(case, case.tensors())
-    call, do = saved.call, gradient_of(saved.o)
-    lut = BAD_TABLES[name](call.lut).contiguous()
-    call = call._replace(q=among_nan(call.q), k=among_nan(call.k), v=among_nan(call.v), lut=lut, low_bit=low_bit)
-    fenced = Fenced(monkeypatch)
-    got = scheduled_backward(BackwardArgs(among_nan(do), saved._replace(o=among_nan(saved.o), call=call)))
-    fenced.assert_whole()
-    for part in ("dq", "dk", "dv"):
-        assert getattr(got, part).isfinite().all(), part
-
-
 if not INTERPRETED:
 
     @pytest.mark.gpu
@@ -339,8 +183,4 @@ if not INTERPRETED:
             assert error < 0.05, (name, error)
 
     def test_bodies_in_the_interpreter() -> None:
-        """Run this file's bodies without a GPU."""
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+        in_the_interpreter(__file__)

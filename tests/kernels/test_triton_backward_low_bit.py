@@ -10,12 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult, Saved
+from sla2_compile.kernels.arguments import BackwardArgs, BackwardResult, Saved
 from sla2_compile.kernels.portable import backward as portable
-from sla2_compile.kernels.records import of
-from sla2_compile.kernels.reference import sla2 as reference
 from tests.kernels import fake_quant
-from tests.kernels.triton_case import Case, body, exact, poison_outputs, scheduled_attention, scheduled_backward
+from tests.kernels.backward_case import gradient_of, in_the_interpreter, saved_call
+from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_backward
 
 SMALL = Case(Nq=75, Nk=107, block_q=32, block_k=32, topk_ratio=0.5)
 CASES = {
@@ -32,24 +31,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_outputs(monkeypatch)
 
 
-def saved_call(case: Case) -> Saved[Tensor]:
-    x = case.tensors()
-    x["lut"], log_rest, _, k_mean = case.route(exact(x, torch.float64), reference.route)
-    x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
-    o, lse = case.attention(x, scheduled_attention, "int8")
-    call: AttentionArgs[Tensor] = case.attention(x, lambda *args: of(AttentionArgs, args), "int8")  # type: ignore[assignment]
-    return Saved(o, lse, call)
-
-
-def gradient_of(o: Tensor) -> Tensor:
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.device, o.dtype)
+def int8_call(case: Case) -> Saved[Tensor]:
+    return saved_call(case, case.tensors(), "int8")
 
 
 @body
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_fake_quantised_reference(name: str) -> None:
-    saved = saved_call(CASES[name])
+    saved = int8_call(CASES[name])
     do = gradient_of(saved.o)
     got = dict(zip(fake_quant.NAMES, scheduled_backward(BackwardArgs(do, saved)), strict=True))
     want = fake_quant.gradients(saved.call, do)
@@ -65,7 +54,7 @@ def test_gradients_are_those_of_the_fake_quantised_reference(name: str) -> None:
 @body
 def test_scores_are_the_forwards() -> None:
     """Large scores: the 16-bit q and k would make P of a row add up to anything but 1."""
-    saved = saved_call(replace(SMALL, scale_of_values=12.0, groups=1))
+    saved = int8_call(replace(SMALL, scale_of_values=12.0, groups=1))
     do = gradient_of(saved.o)
     want = fake_quant.gradients(saved.call, do)
     got = scheduled_backward(BackwardArgs(do, saved))
@@ -76,7 +65,7 @@ def test_scores_are_the_forwards() -> None:
 
 @body
 def test_the_portable_backward_agrees() -> None:
-    saved = saved_call(SMALL)
+    saved = int8_call(SMALL)
     do = gradient_of(saved.o)
     got = scheduled_backward(BackwardArgs(do, saved))
     want = portable.attention_backward(BackwardArgs(do, saved))
@@ -86,7 +75,7 @@ def test_the_portable_backward_agrees() -> None:
 
 @body
 def test_runs_are_bit_equal() -> None:
-    saved = saved_call(SMALL)
+    saved = int8_call(SMALL)
     do = gradient_of(saved.o)
     first, second = (scheduled_backward(BackwardArgs(do, saved)) for _ in range(2))
     for name, a, b in zip(BackwardResult._fields, first, second, strict=True):
@@ -95,7 +84,7 @@ def test_runs_are_bit_equal() -> None:
 
 @body
 def test_hidden_keys_may_hold_anything() -> None:
-    saved = saved_call(CASES["causal masked"])
+    saved = int8_call(CASES["causal masked"])
     do, call = gradient_of(saved.o), saved.call
     want = scheduled_backward(BackwardArgs(do, saved))
     assert call.key_mask is not None
@@ -104,3 +93,9 @@ def test_hidden_keys_may_hold_anything() -> None:
     got = scheduled_backward(BackwardArgs(do, saved._replace(call=wild)))
     for name, a, b in zip(BackwardResult._fields, got, want, strict=True):
         assert torch.equal(a, b), name
+
+
+if not INTERPRETED:
+
+    def test_bodies_in_the_interpreter() -> None:
+        in_the_interpreter(__file__)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
-
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda.backward.lists import lists_kernel
+from tests.kernels.backward_case import in_the_interpreter
 from tests.kernels.triton_case import DEVICE, INTERPRETED, body
 
 WILD = 12345
@@ -23,7 +23,7 @@ def inverted(heads: int, tn: int, lut: Tensor, rows: int = 64, kept: int = 64) -
     entries = lut.numel() // heads
     # as much on either side as the lists themselves
     memory = torch.full((3, heads, entries + 2 * tn), WILD, dtype=torch.int32, device=DEVICE)
-    lists_kernel[(heads * triton.cdiv(tn, 32),)](
+    lists_kernel[(heads * num_blocks(tn, 32),)](
         lut.to(DEVICE), memory[1], entries // lut.shape[3], lut.shape[3], tn, BLOCK_R=rows, KEPT=kept, num_warps=4
     )
     assert (memory[0] == WILD).all()
@@ -101,7 +101,7 @@ def test_a_long_call_with_grouped_heads() -> None:
 
 @body
 def test_a_bad_table_writes_nothing_outside() -> None:
-    """Entries that are no key block are in no list. A row that names one twice is in some list; none overflows."""
+    """Entries that are no key block are in no list. A row that names one twice makes no list overflow."""
     wild = [[5, -7, 2], [-1, 2**31 - 1, 5], [40, 33, -(2**31)], [34, 0, 1000]]
     found = read(1, 34, inverted(1, 34, torch.tensor(wild, dtype=torch.int32)[None, None]))[0]
     assert {j: rows for j, rows in enumerate(found) if rows} == {0: [3], 2: [0], 5: [0, 1], 33: [2]}
@@ -109,3 +109,9 @@ def test_a_bad_table_writes_nothing_outside() -> None:
     lists = inverted(1, 34, repeated[None, None])
     assert sum(len(rows) for rows in read(1, 34, lists)[0]) <= repeated.numel()
     assert all(0 <= row < len(repeated) for rows in read(1, 34, lists)[0] for row in rows)
+
+
+if not INTERPRETED:
+
+    def test_bodies_in_the_interpreter() -> None:
+        in_the_interpreter(__file__)

@@ -5,7 +5,9 @@
     gather    dH of each query block                        (`gather.py`)
     GEMM      dH of each key block's complement
     keys      dK, dV                                        (`keys.py`)
-For all heads at once, the lists of query blocks come before (`lists.py`), and dQ (`queries.py`) and small sums after.
+For all heads at once, the lists of query blocks come before (`lists.py`), and dQ (`queries.py`) and the small
+gradients (`totals.py`) after.
+
 After a forward in INT8, the kernel of the states writes k8 again, and that of the rows q8.
 
 Everything is added up in a fixed order, whatever the order of programs.
@@ -16,7 +18,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from sla2_compile.kernels.cuda.backward.keys import keys_kernel
 from sla2_compile.kernels.cuda.backward.lists import lists_kernel
 from sla2_compile.kernels.cuda.backward.queries import queries_kernel
 from sla2_compile.kernels.cuda.backward.rows import rows_kernel
+from sla2_compile.kernels.cuda.backward.totals import totals_kernel
 from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.launches import Formats, alpha_of
 from sla2_compile.kernels.cuda.forward.states_launches import Group, grouped_sums
@@ -37,26 +39,13 @@ from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import split, with_tensors
 
+TOTALS_WIDTH = 64
+"""Query blocks that `totals_kernel` adds at a time."""
+
 
 def complement_product(n: int, complement: Tensor, rows: Tensor) -> Tensor:
     """Sum dH over the query blocks that did not select a key block, for the first n heads."""
     return torch.bmm(complement[:n].to(rows.dtype).mT, rows[:n])
-
-
-def mean_gradient(heads: int, of_keys: Tensor, of_rows: Tensor) -> Tensor:
-    """Sum the gradients for k_mean (B, Hkv, D) of key blocks (B * Hkv, Tn, D) and query blocks (B, Hq, Tm, D)."""
-    B, _, _, D = of_rows.shape
-    return of_keys.sum(dim=1).view(B, heads, D) + of_rows.view(B, heads, -1, D).sum(dim=2)
-
-
-def gain_gradient(dtype: torch.dtype, of_rows: Tensor) -> Tensor:
-    """Sum the query blocks' gradients (B, Hq, Tm) for alpha_gain (Hq,)."""
-    return of_rows.sum(dim=(0, 2)).to(dtype)
-
-
-def bias_gradient(shape: tuple[int, ...], dtype: torch.dtype, of_rows: Tensor) -> Tensor:
-    """Sum the query blocks' gradients (B, Hq, Tm) for alpha_bias (1 or Hq, 1 or Tm)."""
-    return of_rows.sum(dim=0).sum_to_size(shape).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -88,12 +77,13 @@ class Rows:
         (B, Hq, Nq, D), tm, fp32 = call.q.shape, call.lut.shape[2], torch.float32
         shapes = (*((B, Hq, Nq),) * 8, *((B, Hq, tm),) * 2, (B, Hq, tm, D))
         names = [x.name for x in fields(cls)]
-        made = [schedule.empty(name, shape, fp32) for name, shape in zip(names, shapes, strict=False)]
+        made: list[Slot] = [schedule.empty(name, shape, fp32) for name, shape in zip(names, shapes, strict=False)]
         q8 = q_scales = q
         if call.low_bit != "none":
             q8 = schedule.empty("q8", (B, Hq, Nq, D), torch.int8)
             q_scales = schedule.empty("q_scales", (B, Hq, Nq), fp32)
-        return cls(*made, q8, q_scales, schedule.empty("peaks", (B, Hq, tm, peaks), fp32) if peaks else q)
+        made += [q8, q_scales, schedule.empty("peaks", (B, Hq, tm, peaks), fp32) if peaks else q]
+        return cls(*made)
 
 
 @dataclass(frozen=True)
@@ -217,6 +207,26 @@ class Backward:
             LOW_BIT=eight.level, HALF=self.half, STAGES=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
 
+    def add_totals(self) -> BackwardResult[Slot]:
+        """Sum up the small gradients, and return all results."""
+        call, rows, D, empty = self.args.saved.call, self.rows, self.formats.layout.D, self.schedule.empty
+        (B, heads, _, _), (Hq, tm), gain, bias = call.k.shape, call.lut.shape[1:3], call.alpha_gain, call.alpha_bias
+        dk_mean = empty("dk_mean", tuple(call.k_mean.shape), call.k_mean.dtype)
+        dgain, dbias = (
+            empty(name, (0,), call.q.dtype) if x is None else empty(name, tuple(x.shape), x.dtype)
+            for name, x in (("dgain", gain), ("dbias", bias))
+        )
+        sums = 0 if bias is None else bias.shape[0] * num_blocks(bias.shape[1], TOTALS_WIDTH)
+        self.schedule.launch(
+            totals_kernel, (B * heads + sums + (0 if gain is None else Hq),),
+            self.d_mean_keys, rows.d_means, rows.d_gains, rows.d_logits, dk_mean, dgain, dbias,
+            B, heads, Hq // heads, tm, self.d_mean_keys.shape[1],
+            D=D, BLOCK_D=self.formats.layout.block_d,
+            BIAS_ROWS=bias is not None and bias.shape[0] > 1, BIAS_BLOCKS=bias is not None and bias.shape[1] > 1,
+            WIDTH=TOTALS_WIDTH, num_warps=4,
+        )  # fmt: skip
+        return BackwardResult(self.dq, self.dk, self.dv, dk_mean, dgain, dbias)
+
 
 @functools.lru_cache(maxsize=256)
 def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
@@ -232,7 +242,7 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
     slots = with_tensors(args, schedule.inputs)
     call, given, bf16 = args.saved.call, slots.saved.call, torch.bfloat16
     backward = Backward.begin(schedule, args, slots)
-    formats, heads = backward.formats, call.k.shape[1]
+    formats = backward.formats
     backward.add_lists()
     # of query blocks, and summed for key blocks
     d_rows: Slot | None = None
@@ -249,18 +259,4 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
         backward.add_keys(group, d_states)
     backward.add_queries()
 
-    rows = backward.rows
-    dk_mean = schedule.later("dk_mean", tuple(call.k_mean.shape), call.k_mean.dtype)
-    schedule.compute(partial(mean_gradient, heads), backward.d_mean_keys, rows.d_means, into=dk_mean)
-    learned: list[Slot] = []
-    for name, x, function, of_rows in (
-        ("dgain", call.alpha_gain, gain_gradient, rows.d_gains),
-        ("dbias", call.alpha_bias, bias_gradient, rows.d_logits),
-    ):
-        if x is None:
-            learned.append(schedule.empty(name, (0,), call.q.dtype))
-            continue
-        about: tuple[Any, ...] = (x.dtype,) if name == "dgain" else (tuple(x.shape), x.dtype)
-        learned.append(schedule.later(name, tuple(x.shape), x.dtype))
-        schedule.compute(partial(function, *about), of_rows, into=learned[-1])
-    return schedule, tuple(BackwardResult(backward.dq, backward.dk, backward.dv, dk_mean, *learned))
+    return schedule, tuple(backward.add_totals())

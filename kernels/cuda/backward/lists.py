@@ -30,8 +30,8 @@ def chosen_here(
         j = tl.load(lut + at, mask=(r < rows)[:, None] & (entry < topk)[None, :], other=-1)
         # j itself is compared: the difference to an invalid entry can wrap round
         here = (j >= first) & (j - first < 32)
-        # a row's entries are distinct, so that the sum of their bits is a word of them. Of others it is some word
-        # with no more bits than entries, which no list leaves its place for
+        # a row's entries are distinct, so that the sum of their bits is a word of them. Of others it is some word,
+        # with no more bits than entries, so that lists stay in their place
         word += tl.sum(tl.where(here, 1 << ((j - first) & 31), 0), axis=1)
         below += tl.sum(((j >= 0) & (j < first)).to(tl.int32), axis=1)
     return (word[:, None] >> tl.arange(0, 32)[None, :]) & 1, tl.sum(below, axis=0)

@@ -1,0 +1,51 @@
+"""What the tests of the Triton backward kernels share: a saved call, a gradient, and the reference's autograd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sla2_compile.kernels.arguments import AttentionArgs, Saved
+from sla2_compile.kernels.records import of
+from sla2_compile.kernels.reference import sla2 as reference
+from tests.kernels.triton_case import Case, exact, scheduled_attention
+
+NAMES = ("q", "k", "v", "k_mean", "gain", "bias")
+
+
+def saved_call(case: Case, x: dict[str, Any], low_bit: str = "none") -> Saved[Tensor]:
+    """What a forward of x keeps; its table is x's if there is one, else the reference's."""
+    given = x.get("lut")
+    x["lut"], log_rest, _, k_mean = case.route(exact(x, torch.float64), reference.route)
+    x["log_rest"], x["k_mean"] = log_rest.float(), k_mean.float()
+    x["lut"] = x["lut"] if given is None else given
+    o, lse = case.attention(x, scheduled_attention, low_bit)
+    call: Any = case.attention(x, lambda *args: of(AttentionArgs, args), low_bit)
+    return Saved(o, lse, call)
+
+
+def gradient_of(o: Tensor, seed: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.device, o.dtype)
+
+
+def by_autograd(case: Case, x: dict[str, Any], do: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gradients of the reference in a dtype, by name."""
+    y = exact(x, dtype)
+    wanted = [name for name in NAMES if y[name] is not None]
+    y |= {name: y[name].detach().clone().requires_grad_() for name in wanted}
+    case.attention(y, reference.attention)[0].backward(do.to(dtype))
+    return {name: y[name].grad for name in wanted}
+
+
+def in_the_interpreter(file: str) -> None:
+    """Run a file's bodies without a GPU, in a process of their own: Triton chooses its interpreter at import."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
