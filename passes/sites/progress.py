@@ -23,8 +23,8 @@ from sla2_compile.passes.sites.settings import SiteSettings
 KEY = "progress"
 """Last part of the name that a site's progress has in a state dict.
 
-It is neither a buffer nor PyTorch's extra state. DistributedDataParallel would broadcast a buffer in each forward, and
-torch.distributed.checkpoint hands a placeholder to modules whose extra state a state dict lacks.
+It is neither a buffer nor PyTorch's extra state. DistributedDataParallel would broadcast a buffer in each forward,
+and torch.distributed.checkpoint hands a placeholder to modules whose extra state a state dict lacks.
 """
 
 # first number of the saved tensor; another layout gets another one
