@@ -97,7 +97,7 @@ class Diffusion(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        average, now = list(self.ema_denoiser.parameters()), [p.detach() for p in self.denoiser.parameters()]
+        average, now = ([p.detach() for p in m.parameters()] for m in (self.ema_denoiser, self.denoiser))
         torch._foreach_lerp_(average, now, 1 - self.ema_decay)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

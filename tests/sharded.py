@@ -24,10 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sla2_compile
 from sla2_compile.passes.sites.site import Site
+from sla2_compile.training.aux_loss import AuxLoss, end_observing, observe_calls
 from sla2_compile.training.distillation import distillation_loss
 from sla2_compile.training.gradients import check_gradients
 from sla2_compile.training.groups import parameter_groups
 from sla2_compile.training.schedule import TopKSchedule
+from sla2_compile.training.sites import sites_in
 from tests import models
 
 WORLD = 2
@@ -141,6 +143,41 @@ def ddp_distils(rank: int, mesh: DeviceMesh) -> None:
     assert together["blocks.0.sla2.0.progress"][1:4].tolist() == [0.25, 0.0, 3.0]
 
 
+def ddp_trains_routers(rank: int, mesh: DeviceMesh) -> None:
+    """A router's loss, added to the task's or by a backward of its own, gives what one process gets."""
+
+    def soft(call: Any, mask: Any, site: Any, *, tau: float, iterations: int) -> torch.Tensor:
+        return (call.q.float().mean(2) @ site.proj_q @ site.proj_k.T - 1).square().mean()
+
+    def run(wrap: Callable[[Any], Any], ranks: list[int], added: bool) -> dict[str, Any]:
+        model: Any = planned(net())
+        sites = list(sites_in(model).values())
+        for site in sites:
+            site.proj_q.requires_grad_()
+            site.proj_k.requires_grad_()
+        wrapped, aux = wrap(model), AuxLoss(soft)
+        observe_calls(model, sites, aux)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            # the router rests in the last step
+            aux.weight = 1.0 if step < 2 else 0.0
+            optimizer.zero_grad()
+            for other in ranks:
+                loss, extra = wrapped(batch(other, step)).square().mean() / len(ranks), model.pop_sla2_aux_loss()
+                extra = extra / len(ranks)
+                if not added and extra.requires_grad:
+                    extra.backward()
+                (loss + extra if added else loss).backward()
+            optimizer.step()
+        end_observing(model, sites)
+        return model.state_dict()
+
+    expected = run(lambda model: model, [0, 1], True)
+    assert not torch.equal(expected["blocks.0.sla2.0.proj_q"], torch.eye(16))
+    for added in (True, False):
+        torch.testing.assert_close(run(lambda model: ddp(model, mesh), [rank], added), expected)
+
+
 def fsdp2_from_meta(rank: int, mesh: DeviceMesh) -> None:
     with torch.device("meta"):
         model = models.Net(depth=2)
@@ -209,6 +246,7 @@ def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 CHECKS = (
     ddp_trains,
     ddp_distils,
+    ddp_trains_routers,
     fsdp2_trains,
     fsdp2_from_meta,
     fsdp1_trains,

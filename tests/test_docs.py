@@ -20,7 +20,7 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["guide", "recipes", "debugging", "export"])
+@pytest.mark.parametrize("name", ["guide", "recipes", "debugging", "export", "training"])
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / f"{name}.md"
@@ -33,7 +33,7 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
 
 def test_every_page_with_python_blocks_is_run():
     # README.md by test_readme.py
-    run = {"README", "guide", "recipes", "debugging", "export"}
+    run = {"README", "guide", "recipes", "debugging", "export", "training"}
     assert {page.stem for page in PAGES if python_blocks(page)} == run
 
 

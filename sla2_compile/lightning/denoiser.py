@@ -83,18 +83,6 @@ def sla2_denoiser(
     args, kwargs = example_inputs(example)
     sla2_compile.transform(model, chosen, example_inputs=args, example_kwargs=kwargs, discover=discover)
     if qat:
-        prepare(model)
+        sla2_compile.prepare(model)
     log.info("%s", sla2_compile.report(model))
     return model
-
-
-def prepare(model: nn.Module) -> None:
-    """Have a model imitate low bit from now on.
-
-    Raises:
-        NotImplementedError: this version of the package cannot.
-    """
-    begin = getattr(sla2_compile, "prepare", None)
-    if begin is None:
-        raise NotImplementedError("qat=True needs a version of sla2_compile with `prepare`; leave qat unset")
-    begin(model)

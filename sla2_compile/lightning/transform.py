@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 import sla2_compile
 from sla2_compile.kernels.checks import fail
 from sla2_compile.lightning.base import Base, log
-from sla2_compile.lightning.denoiser import prepare
 from sla2_compile.lightning.fields import example_inputs, recipe_of
 from sla2_compile.modules.redirect import CHILD
 from sla2_compile.plan import plan_of
 from sla2_compile.training.optimizer_state import merge_optimizer_state
+from sla2_compile.training.qat import prepare
 
 
 class SLA2Callback(Base):

@@ -31,7 +31,9 @@ class SLA2TwoStageScheduler(CountsSteps):
     step. The model has the loss as `pop_sla2_aux_loss()`. If the training step does not call it, its gradient is
     added in the backward. A loss keeps q, k and v of all sites until then, and its steps run uncompiled.
 
-    The stage and its steps are saved in the model's state dict, not in the callback.
+    The stage and its steps are saved in the model's state dict, not in the callback. Optimizers see the router's
+    projections in both stages. In stage 2 their gradients are dropped before each step; where several processes train
+    together, a warning about projections that are not frozen can be passed over.
 
     Args:
         warmup_steps: steps of stage 1.

@@ -65,8 +65,9 @@ class AuxLoss:
         if site.training and self.weight > 0 and not in_backward():
             q, k, v = call.q.detach(), call.k.detach(), call.v.detach()
             self.calls.append((replace(call, q=q, k=k, v=v), mask, site))
-        # the answer does not depend on projections by any gradient, and several processes would wait for one
-        values = {name: p.detach() for name in ROUTER if (p := getattr(site, name)) is not None}
+        # DistributedDataParallel wants one gradient for each parameter: from the loss, or else from the answer
+        named = {name: p for name in ROUTER if (p := getattr(site, name)) is not None}
+        values = {name: p.detach() for name, p in named.items()} if self.weight > 0 else {}
         args, kwargs = call.as_arguments()
         observer, site.observer = site.observer, None
         try:

@@ -88,7 +88,8 @@ class TopKSchedule:
 
     The last level begins before `steps` are over, and holds from then on: level i of n begins at step i * steps / n.
     Steps are counted from the first `step` on, whatever the training's own count is. Where the schedule stands is
-    kept in the sites, and so in the model's state dict: a new schedule goes on where a loaded checkpoint stood.
+    kept in the sites, and so in the model's state dict: a new schedule goes on where a loaded checkpoint stood. All
+    sites get one ratio, whatever a recipe's `overrides` say.
 
     Args:
         model: a transformed module.

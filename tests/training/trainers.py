@@ -78,7 +78,7 @@ def logger_of(pl: Any, log: Log) -> Any:
 
 def fit(pl: Any, module: Any, *callbacks: Any, steps: int = 4, log: Log | None = None, **options: Any) -> Any:
     """Train for some steps on fixed batches, and return the Trainer."""
-    batches = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(10 + i)) for i in range(2)]
+    batches: Any = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(10 + i)) for i in range(2)]
     ckpt_path = options.pop("ckpt_path", None)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, callbacks=list(callbacks), log_every_n_steps=1,
