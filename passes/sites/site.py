@@ -43,9 +43,12 @@ class Site(SiteParameters):
         runs: how many eager calls SLA2 answered.
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
         planned: the plan that made the site, and the site's name then (`plan.Planned`); None for a site made alone.
+        observer: a function (site, call, mask) that answers the calls that SLA2 takes, in its place; None for SLA2.
+            It is not meant for compiled code, and is neither saved nor copied.
     """
 
     planned: Any = None
+    observer: Callable[[Site, AttentionCall, MaskView], Any] | None = None
 
     def __init__(
         self, settings: SiteSettings, call: AttentionCall | None = None, dtype: torch.dtype | None = None
@@ -101,6 +104,8 @@ class Site(SiteParameters):
             assert reason is not None
             self.count(reason)
             return call.full_attention()
+        if self.observer is not None:
+            return self.observer(self, call, mask)
         if self.alpha_bias is not None:
             self._check(call, self.alpha_bias)
             if not torch.compiler.is_compiling():
@@ -161,7 +166,8 @@ class Site(SiteParameters):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_routing": None, "fallbacks": Counter(), "runs": 0, "read_backs": 0}
+        counts = {"fallbacks": Counter(), "runs": 0, "read_backs": 0}
+        return {**self.__dict__, "last_routing": None, "observer": None, **counts}
 
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha

@@ -1,0 +1,1 @@
+"""Training of what SLA2 adds to a model."""
