@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from sla2_compile.reports.recording import record_statistics
     from sla2_compile.reports.report import Report, report
     from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
+    from sla2_compile.training.calibration.calibrate import calibrate
+    from sla2_compile.training.calibration.result import Calibration
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AttentionOptions": "kernels",
+    "Calibration": "training.calibration.result",
+    "calibrate": "training.calibration.calibrate",
     "sla2_attention": "kernels",
     "Recipe": "recipes",
     "RecipeError": "recipes",
@@ -47,9 +51,11 @@ _HOMES = {
 
 __all__ = [
     "AttentionOptions",
+    "Calibration",
     "Recipe",
     "RecipeError",
     "Report",
+    "calibrate",
     "diffusers_backend",
     "get_sla2_statistics",
     "inspect",

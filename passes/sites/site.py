@@ -104,12 +104,12 @@ class Site(SiteParameters):
             assert reason is not None
             self.count(reason)
             return call.full_attention()
-        if self.observer is not None:
-            return self.observer(self, call, mask)
         if self.alpha_bias is not None:
             self._check(call, self.alpha_bias)
             if not torch.compiler.is_compiling():
                 self.check_frozen()
+        if self.observer is not None:
+            return self.observer(self, call, mask)
         o, routing = attend(
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,

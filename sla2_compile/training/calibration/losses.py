@@ -22,9 +22,9 @@ from sla2_compile.training.calibration.problem import LIMIT, Part, Problem, Samp
 from sla2_compile.training.calibration.rows import rows_of
 from sla2_compile.training.calibration.scores import scores_of
 from sla2_compile.training.calibration.soft import Learned, soft_output
-from sla2_compile.training.calibration.soft_topk import ITERATIONS, check_soft, soft_topk
+from sla2_compile.training.calibration.soft_topk import ITERATIONS, SoftMask, check_soft, hard_topk, soft_topk
 
-Loss = Literal["kl", "mse"]
+Loss = Literal["kl", "mse", "split"]
 
 
 def soft_loss(
@@ -32,7 +32,7 @@ def soft_loss(
     mask: MaskView,
     site: Site,
     *,
-    kind: Loss = "mse",
+    kind: Loss = "split",
     blocks: int = 12,
     tau: float = 0.1,
     iterations: int = ITERATIONS,
@@ -48,9 +48,9 @@ def soft_loss(
     Args:
         call, mask: as `Site.observer` gets them.
         site: gives settings, and the parameters unless `learned` is given. They must require gradients.
-        kind: kl or mse; see the module.
+        kind: kl, mse or split; see the module.
         blocks: query blocks sampled per head.
-        tau, iterations: of `soft_topk`; for mse only.
+        tau, iterations: of `soft_topk`; not for kl.
         learned: other tensors in place of the site's parameters.
         answer: (B, Hq, Nq, Dv), full attention's output, if it is known. It sets the scale of mse.
         generator: draws the query blocks, on the CPU; the global one if None.
@@ -119,8 +119,17 @@ def part_loss(
     mask = soft_topk(
         scores.peak, problem.kept, tau, allowed=scores.allowed, forced=scores.forced, iterations=iterations
     )
-    error = (soft_output(problem, part, rows, scores, mask, learned) - rows.average(exact)).square().mean(dim=-1)
-    return (error * rows.real).sum() / (size * _rows_in(problem, sample))
+    full, share = rows.average(exact), size * _rows_in(problem, sample)
+
+    def error(mask: SoftMask, learned: Learned) -> Tensor:
+        o = soft_output(problem, part, rows, scores, mask, learned)
+        return ((o - full).square().mean(dim=-1) * rows.real).sum() / share
+
+    if kind == "mse":
+        return error(mask, learned)
+    soft = error(mask, Learned(*learned[:2], *(None if x is None else x.detach() for x in learned[2:])))
+    hard = hard_topk(scores.peak.detach(), problem.kept, allowed=scores.allowed, forced=scores.forced)
+    return error(hard, learned) + soft - soft.detach()
 
 
 def mean_square(call: AttentionCall, answer: Tensor | None = None) -> Tensor:
@@ -149,7 +158,7 @@ def check_loss(kind: str, blocks: int) -> None:
     Raises:
         ValueError: kind is unknown, or blocks is below 1.
     """
-    if kind not in ("kl", "mse"):
-        raise fail("kind", "be 'kl' or 'mse'", repr(kind), "the paper's loss is mse")
+    if kind not in ("kl", "mse", "split"):
+        raise fail("kind", "be 'kl', 'mse' or 'split'", repr(kind), "the paper's loss is mse")
     if blocks < 1:
         raise fail("blocks", "be at least 1", blocks, "8 to 16 are enough")

@@ -2,7 +2,7 @@
 
 With M the soft mask of a query block (`soft_topk`), j over key blocks and l over the visible keys of block j:
     o_sparse = sum_j M_j sum_l exp(S_rl) v_l / sum_j M_j sum_l exp(S_rl),      lse = log of the denominator
-    o_linear = phi(q) sum_j (1 - M_j) H_j / (phi(q) sum_j (1 - M_j) Z_j),      H_j = phi(k_j).T v_j, Z_j = sum phi(k_j)
+    o_linear = phi(q) sum_j (1 - M_j) H_j / (phi(q) sum_j (1 - M_j) Z_j),   H_j = phi(k_j).T v_j, Z_j = sum phi(k_j)
     log_rest = log sum_j (1 - M_j) exp(typical_j)
     o = alpha o_sparse + (1 - alpha) o_linear,       alpha = sigmoid(gain (lse - log_rest) + bias)
 With a mask of zeros and ones this is `reference.attention`.

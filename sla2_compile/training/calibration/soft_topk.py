@@ -81,6 +81,16 @@ def soft_topk(
     return SoftMask(log_in, log_out)
 
 
+def hard_topk(x: Tensor, count: int, *, allowed: Tensor, forced: Tensor) -> SoftMask:
+    """Select the `count` largest entries of each row of x, as inference does; arguments as for `soft_topk`."""
+    rank = x.masked_fill(forced & allowed, math.inf).masked_fill(~allowed, NEG_INF)
+    values, chosen = rank.topk(count, dim=-1)
+    taken = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, chosen, values > NEG_INF)
+    allowed = allowed.expand_as(taken)
+    log_in = torch.where(taken, torch.zeros_like(x), NEG_INF)
+    return SoftMask(log_in, torch.where(allowed & ~taken, torch.zeros_like(x), NEG_INF))
+
+
 class _Threshold(torch.autograd.Function):
     """lambda (..., 1) such that sigmoid(y + lambda) sums to count over the entries that are in play."""
 
