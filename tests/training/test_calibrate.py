@@ -46,13 +46,14 @@ def same(a, b):
 
 
 def test_it_lowers_the_measured_error_and_changes_only_what_sites_learn():
-    model = planned()
+    # one alpha per head begins far from its best value
+    model = planned(alpha="head")
     before, grads = values(model), [p.requires_grad for p in model.parameters()]
     model.train()
     model.blocks[1].eval()
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
-    result = calibrate(model, batches(), **{**QUICK, "steps": 40})
-    assert result.error_after < 0.9 * result.error_before
+    result = calibrate(model, batches(), **{**QUICK, "steps": 40, "lr": 1e-2})
+    assert result.error_after < 0.7 * result.error_before
     assert result.held_out
     after = values(model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -128,12 +129,17 @@ def test_batches_come_in_any_form(form):
         ({"x": 1}, "batches must be an iterable of batches, got dict"),
         (3, "batches must be an iterable of batches, got int"),
         ([3], r"batches\[0\] must be a tensor, a tuple"),
-        ([torch.zeros(2, 0, 32)], r"batches must reach a site whose call SLA2 takes, got 2 x no tokens"),
     ],
 )
 def test_batches_that_cannot_be_used_are_refused(given, words):
     with pytest.raises(ValueError, match=words):
         calibrate(planned(), given, **QUICK)
+
+
+def test_batches_whose_calls_all_keep_full_attention_are_refused_with_the_reason():
+    model = sla2_compile.transform(net(), example_inputs=(torch.randn(1, 600, 32),))
+    with pytest.raises(ValueError, match="batches must reach a site whose call SLA2 takes, got 2 x short sequence"):
+        calibrate(model, batches(), **QUICK)
 
 
 def test_an_iterator_that_ends_early_stops_with_a_warning():
@@ -195,7 +201,7 @@ def test_models_without_trainable_sites_are_refused():
         ValueError, match=r"model must be transformed, got no SLA2 site .*; call sla2_compile\.transform"
     ):
         calibrate(net(), batches(), **QUICK)
-    with pytest.raises(TypeError, match="model must be an nn.Module, got ExportedProgram"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got ExportedProgram"):
         calibrate(torch.export.export(net(), (batches()[0],)), batches(), **QUICK)
     traced = torch.export.export(planned(), (batches()[0],)).module()
     with pytest.raises(ValueError, match="model must run its own Python code, got a GraphModule"):
@@ -243,7 +249,7 @@ def test_a_site_that_becomes_worse_keeps_its_parameters():
     result = calibrate(model, batches(), **{**QUICK, "lr": 3.0})
     assert all(site.kept_old for site in result.sites)
     assert same(values(model), before)
-    assert "keeps its old parameters" in str(result)
+    assert "2 sites keep their old parameters" in str(result)
 
 
 def test_a_loss_that_falls_no_further_stops_training():
@@ -301,7 +307,8 @@ def test_a_ratio_at_which_the_length_does_not_pay_is_left_out():
 
 
 def test_a_linear_branch_that_does_not_help_can_be_dropped():
-    model = planned()
+    # at half of the blocks, the sparse branch alone is nearer to full attention than the linear one
+    model = planned(topk_ratio=0.5)
     with torch.no_grad():
         for site in sites(model):
             site.alpha_gain.zero_()

@@ -141,7 +141,7 @@ def test_losses_pass_gradcheck_and_have_finite_gradients(case, kind):
     assert torch.autograd.gradcheck(along, (torch.zeros((), dtype=torch.float64, requires_grad=True),))
 
 
-@pytest.mark.parametrize("kind", ["kl", "mse"])
+@pytest.mark.parametrize("kind", ["kl", "mse", "split"])
 @pytest.mark.parametrize("name", ["plain", "grouped heads", "causal and padded", "alpha per block"])
 def test_the_loss_does_not_depend_on_how_it_is_cut(name, kind):
     call, site = CASES[name].call(), CASES[name].site()
@@ -161,8 +161,39 @@ def test_the_loss_over_all_blocks_is_the_relative_error_of_the_soft_output():
     call, site, problem = case.call(), case.site(), problem_of(case)
     learned, full = Learned.of(site), call.full_attention()
     got = torch.stack([as_rows(soft(problem, part, learned, 0.1)[0], case.Nq) for part in whole(problem)])
-    loss = soft_loss(call, read_mask(call), site, blocks=problem.tm * case.B, iterations=200)
+    loss = soft_loss(call, read_mask(call), site, kind="mse", blocks=problem.tm * case.B, iterations=200)
     torch.testing.assert_close(loss, (got - full).square().mean() / full.square().mean())
+
+
+@every_case
+def test_the_split_loss_is_the_error_of_the_hard_mask_and_trains_alpha_through_it(case):
+    call, site = case.call(), case.site()
+    keys, full = case.keys(), call.full_attention()
+    loss = soft_loss(call, read_mask(call), site, kind="split", blocks=10**6)
+    torch.testing.assert_close(loss, (case.hard() - full).square().mean() / full.square().mean())
+    loss.backward()
+    lut, log_rest, _, k_mean = case.routed()
+    gain, bias = (None if x is None else x.detach().clone().requires_grad_() for x in Learned.of(site)[2:])
+    o, *_ = reference.attention(
+        call.q, call.k, call.v, k_mean, lut.detach(), log_rest.detach(), gain, bias, keys, case.block_q, case.block_k,
+        case.D**-0.5, case.feature_map, case.linear_scope, case.is_causal,
+    )  # fmt: skip
+    ((o - full).square().mean() / full.square().mean()).backward()
+    torch.testing.assert_close(site.alpha_bias.grad, bias.grad)
+    if gain is not None:
+        torch.testing.assert_close(site.alpha_gain.grad, gain.grad)
+
+
+def test_the_split_loss_selects_by_the_gradient_of_the_soft_mask():
+    """One alpha per head does not see the scores, so that all of the router's gradient is the soft mask's."""
+    case = PLAIN.with_(alpha="head")
+    call, site, grads = case.call(), case.site(), []
+    for kind in ("split", "mse"):
+        site.zero_grad()
+        soft_loss(call, read_mask(call), site, kind=kind, blocks=10**6).backward()
+        grads.append(site.proj_q.grad)
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(*grads)
 
 
 def test_kl_is_zero_only_where_the_router_knows_the_true_mass():
@@ -203,7 +234,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind", ["kl", "mse"])
+@pytest.mark.parametrize("kind", ["kl", "mse", "split"])
 def test_no_tensor_is_larger_than_one_block_of_rows(kind):
     case = PLAIN.with_(B=1, Hq=4, Hkv=4, Nq=2048, Nk=2048, D=8, Dv=8, dtype=torch.float32)
     call, site = case.call(), case.site()
@@ -213,7 +244,7 @@ def test_no_tensor_is_larger_than_one_block_of_rows(kind):
     assert largest.elements <= max(case.block_q * case.Nk, call.q.numel())
 
 
-@pytest.mark.parametrize("kind", ["kl", "mse"])
+@pytest.mark.parametrize("kind", ["kl", "mse", "split"])
 def test_parameters_of_any_dtype_are_trained_on_calls_of_16_bits(kind):
     case = PLAIN.with_(dtype=torch.bfloat16)
     call, site = case.call(), case.site()
@@ -245,7 +276,7 @@ def test_extreme_scores_keep_losses_and_gradients_finite():
     case = PLAIN.with_(dtype=torch.float32)
     call, site = case.call(), case.site()
     call.q = call.q * 1e3
-    for kind in ("kl", "mse"):
+    for kind in ("kl", "mse", "split"):
         site.zero_grad()
         loss = soft_loss(call, read_mask(call), site, kind=kind)
         loss.backward()

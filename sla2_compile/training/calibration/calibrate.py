@@ -103,8 +103,8 @@ def calibrate(
         >>> print(result)
     """
     options = Options(
-        steps, lr, loss, kl_share, blocks, tau, patience, budget, max_error, tuple(ratios), drop_linear, held_out, seed,
-        None if checkpoint is None else Path(checkpoint), checkpoint_every, progress,
+        steps, lr, loss, kl_share, blocks, tau, patience, budget, max_error, tuple(ratios), drop_linear, held_out,
+        seed, None if checkpoint is None else Path(checkpoint), checkpoint_every, progress,
     )  # fmt: skip
     check_model(model)
     runs = model.module if isinstance(model, DistributedDataParallel) else model

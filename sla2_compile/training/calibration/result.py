@@ -125,29 +125,40 @@ class Calibration:
         change = f"{self.error_before:.4f} to {self.error_after:.4f}"
         title = f"{len(self.sites)} sites calibrated in {self.steps} steps: mean error {change}"
         table = Table(title=title, caption=self._caption(), title_justify="left", caption_justify="left")
-        table.add_column("site", overflow="fold")
-        for column in ("topk_ratio", "blocks kept", "error before", "after", "sparse alone", "recall", "best recall"):
+        table.add_column("site", overflow="fold", min_width=min(40, max(len(site.name) for site in self.sites)))
+        for column in ("top-k ratio", "kept", "error before", "now", "sparse alone", "recall", "of at best"):
             table.add_column(column, justify="right")
-        table.add_column("note", overflow="fold")
         for site in self.sites:
             old, now = site.topk_ratio_before, site.now
             ratio = f"{old:g}" if old == site.topk_ratio else f"{old:g} to {site.topk_ratio:g}"
-            recall = f"{site.before.recall:.2f} to {site.after.recall:.2f}"
+            recall = f"{site.before.recall:.3f} to {site.after.recall:.3f}"
             cells = (f"{now.share:.1%}", f"{site.before.error:.4f}", f"{now.error:.4f}", f"{now.sparse_error:.4f}")
-            table.add_row(site.name, ratio, *cells, recall, f"{site.before.oracle:.2f}", _note(site))
+            table.add_row(site.name, ratio, *cells, recall, f"{site.before.oracle:.3f}")
         return table
 
     def _caption(self) -> str:
         held = "held-out batches" if self.held_out else "the one batch there was, which was also trained on"
         lines = [f"errors are relative to full attention at each site, on {held} ({self.measured_on})"]
-        lines.append("recall: share of the true attention mass in the selected blocks; best: in as many best blocks")
+        lines.append("recall: share of the true attention mass in the selected blocks, at the top-k ratio before")
         if any(site.topk_ratio != site.topk_ratio_before for site in self.sites):
             lines.append(f"key blocks kept now, mean over sites weighted by work: {self.share:.1%}")
+        lines += self._notes()
         if self.stopped:
             lines.append(f"stopped early: {self.stopped}")
         if self.unreached:
             lines.append("not reached by any batch, unchanged: " + ", ".join(self.unreached))
         return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        """What is true of some sites only."""
+        notes = {
+            "keep their old parameters, because the new ones were worse": [s for s in self.sites if s.kept_old],
+            "have lost their linear branch (alpha is 1)": [s for s in self.sites if s.linear_dropped],
+            "would be better without their linear branch (drop_linear)": [
+                s for s in self.sites if not s.linear_helps and not s.linear_dropped
+            ],
+        }
+        return [f"{len(sites)} sites {text}: {_named(sites)}" for text, sites in notes.items() if sites]
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -157,13 +168,8 @@ class Calibration:
         return console.file.getvalue().rstrip() if isinstance(console.file, io.StringIO) else ""
 
 
-def _note(site: SiteResult) -> str:
-    notes = ["keeps its old parameters: the new ones were worse"] if site.kept_old else []
-    if site.linear_dropped:
-        notes.append("linear branch dropped")
-    elif not site.linear_helps:
-        notes.append("linear branch does not help")
-    return "; ".join(notes)
+def _named(sites: list[SiteResult]) -> str:
+    return ", ".join(site.name for site in sites[:4]) + (", ..." if len(sites) > 4 else "")
 
 
 def _mean(values: list[float]) -> float:
