@@ -20,7 +20,7 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["guide", "recipes", "debugging"])
+@pytest.mark.parametrize("name", ["guide", "recipes", "debugging", "training"])
 def test_python_blocks_run(name):
     page = DOCS / f"{name}.md"
     blocks = python_blocks(page)
@@ -32,7 +32,13 @@ def test_python_blocks_run(name):
 
 def test_every_page_with_python_blocks_is_run():
     # README.md by test_readme.py
-    assert {page.stem for page in PAGES if python_blocks(page)} == {"README", "guide", "recipes", "debugging"}
+    assert {page.stem for page in PAGES if python_blocks(page)} == {
+        "README",
+        "guide",
+        "recipes",
+        "debugging",
+        "training",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
