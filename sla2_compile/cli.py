@@ -96,7 +96,7 @@ def calibrate(
 
     fields = _checked(lambda: _fields(set_ or []))
     model, batches, _ = _checked(lambda: _make(target))
-    options = {"steps": steps, "lr": lr, "budget": budget, "max_error": max_error, "seed": seed}
+    options: dict[str, Any] = {"steps": steps, "lr": lr, "budget": budget, "max_error": max_error, "seed": seed}
     options |= {"checkpoint": checkpoint, "progress": not json}
     found = _checked(lambda: command.run(model, batches, recipe, fields, options, out, plot))
     if json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,7 +32,7 @@ class Case:
     compression_ratio: int = 4
     feature_map: str = "softmax"
     linear_scope: str = "complement"
-    alpha: str = "routed"
+    alpha: Literal["routed", "head", "block"] = "routed"
     is_causal: bool = False
     padded: bool = False
     dtype: torch.dtype = torch.float64

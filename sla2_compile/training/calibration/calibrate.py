@@ -115,7 +115,7 @@ def calibrate(
             run(runs, drawn.held[0][1], 0)
         sites = trainable(model)
         course = Run(runs, sites, drawn, options)
-        after = course.all()
+        after = course.all(lambda before: _chosen(before, options))
     found = _settled(course, after)
     # nothing above changed the model; nothing below can fail
     for result in found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -58,13 +58,17 @@ class Run:
         ranks.agree(error, self.trainer.device)
         return meter.results()
 
-    def all(self) -> dict[str, Measured]:
-        """Measure, train, and return the measurements with the trained parameters."""
+    def all(self, check: Callable[[Mapping[str, Measured]], object]) -> dict[str, Measured]:
+        """Measure, train, and return the measurements with the trained parameters.
+
+        check: called with the first measurements; its errors come before the training.
+        """
         state = self._resumed()
         if state is None:
             self.before = self.measure(self.trainer.learned)
             if not self.before:
                 raise self._nothing_taken()
+        check(self.before)
         with _progress(self.options) as progress:
             self._train(progress)
         return self.measure(self.trainer.learned)

@@ -68,7 +68,7 @@ class Trainer:
         router = [x for learned in self.learned.values() for x in learned[:2] if x is not None]
         alpha = [x for learned in self.learned.values() for x in learned[2:] if x is not None]
         self.parameters = [*router, *alpha]
-        groups = [{"params": router}, {"params": alpha, "lr": ALPHA_RATE * lr}]
+        groups: list[dict[str, Any]] = [{"params": router}, {"params": alpha, "lr": ALPHA_RATE * lr}]
         self.optimizer = torch.optim.Adam(groups, lr=lr)
         self.losses: dict[str, list[Tensor]] = {}
 
