@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sla2_compile.reports.recording import record_statistics
     from sla2_compile.reports.report import Report, report
     from sla2_compile.reports.statistics import get_sla2_statistics, log_sla2_config
+    from sla2_compile.training.calibration.calibrate import calibrate
+    from sla2_compile.training.calibration.result import Calibration
     from sla2_compile.training.convert import convert
     from sla2_compile.training.distillation import distillation_loss
     from sla2_compile.training.gradients import check_gradients
@@ -38,6 +40,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttentionOptions": "kernels",
+    "Calibration": "training.calibration.result",
+    "calibrate": "training.calibration.calibrate",
     "sla2_attention": "kernels",
     "Recipe": "recipes",
     "RecipeError": "recipes",
@@ -70,10 +74,12 @@ _HOMES = {
 
 __all__ = [
     "AttentionOptions",
+    "Calibration",
     "Recipe",
     "RecipeError",
     "Report",
     "TopKSchedule",
+    "calibrate",
     "check_gradients",
     "convert",
     "diffusers_backend",

@@ -1,4 +1,4 @@
-"""The command `sla2`: recipes, inspect, export, support, demo."""
+"""The command `sla2`: recipes, inspect, calibrate, export, support, demo."""
 
 from __future__ import annotations
 
@@ -62,6 +62,43 @@ def inspect(
     else:
         options = {"example_inputs": inputs, "example_kwargs": kwargs, **fields}
         found = _checked(lambda: inspect_model(model, recipe, **options))
+    if json:
+        console.print_json(data=found.to_dict())
+    else:
+        show(console, found.__rich__())
+
+
+@app.command()
+def calibrate(
+    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The function that builds the model.")],
+    recipe: Annotated[str, typer.Option(help="Name or YAML path, for a model not transformed yet.")] = DEFAULT,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of the recipe. May be repeated.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Batches to train on.")] = 400,
+    lr: Annotated[float, typer.Option(help="Learning rate of the router.")] = 1e-3,
+    budget: Annotated[float | None, typer.Option(help="Mean share of key blocks to keep.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Largest relative error of a site.")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes all random choices.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to resume from, and to save to.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for what the sites learned; the recipe is saved beside it as YAML.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Image file for losses and error curves.")] = None,
+    json: Annotated[bool, typer.Option(help="Print the result as JSON.")] = False,
+) -> None:
+    """Train routers and alpha of a model against its own full attention (stage 1), and report the errors.
+
+    FACTORY is called without arguments and returns (model, batches); see sla2_compile.calibrate for batches. A model
+    that is not transformed yet is transformed with --recipe.
+    """
+    from sla2_compile.training.calibration import command
+
+    fields = _checked(lambda: _fields(set_ or []))
+    model, batches, _ = _checked(lambda: _make(target))
+    options: dict[str, Any] = {"steps": steps, "lr": lr, "budget": budget, "max_error": max_error, "seed": seed}
+    options |= {"checkpoint": checkpoint, "progress": not json}
+    found = _checked(lambda: command.run(model, batches, recipe, fields, options, out, plot))
     if json:
         console.print_json(data=found.to_dict())
     else:
