@@ -39,7 +39,7 @@ def test_calibrate_trains_and_writes_what_another_model_can_load(run, tmp_path, 
     else:
         state = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").load_file(out)
     assert set(state) == {
-        f"blocks.{i}.sla2.0.{x}" for i in (0, 1) for x in ("proj_q", "proj_k", "alpha_gain", "alpha_bias")
+        f"blocks.{i}.sla2.0.{x}" for i in (0, 1) for x in ("proj_q", "proj_k", "alpha_gain", "alpha_bias", "progress")
     }
     model, batches = build_batches()
     sla2_compile.transform(model, tmp_path / "sites.yaml", example_inputs=(batches[0],))

@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sla2_compile.kernels.blocks import num_kept
-from sla2_compile.kernels.flops import call_flops
 from sla2_compile.modules.redirect import CHILD
-from sla2_compile.passes.sites.masks import Structure
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import Plan, Planned, plan_of, set_plan
@@ -54,19 +51,10 @@ def _replanned(plan: Plan, changed: Mapping[str, Site]) -> Plan:
     for x in plan.outcomes:
         site = changed.get(f"{x.where.owner}.{CHILD}.{x.where.index}".lstrip("."))
         if site is not None and isinstance(x, Rewrite):
-            x = _with_settings(x, site)
+            x = x.under(site.settings)
             recipe = _overridden(recipe, x.where.owner, site.settings.options.topk_ratio)
         outcomes.append(x)
     return replace(plan, recipe=recipe, outcomes=tuple(outcomes))
-
-
-def _with_settings(x: Rewrite, site: Site) -> Rewrite:
-    options, where = site.settings.options, x.where
-    if not x.tn or not isinstance(x.block_q, int) or not isinstance(x.block_k, int):
-        return replace(x, settings=site.settings)
-    kept = num_kept(x.tn, options.topk_ratio, x.block_q, x.block_k, site.structure is Structure.CAUSAL)
-    flops = call_flops(where.q_shape, where.k_shape, where.v_shape, options, kept) if x.flops else 0
-    return replace(x, settings=site.settings, topk=kept, flops=flops)
 
 
 def _overridden(recipe: Recipe, owner: str, topk_ratio: float) -> Recipe:
