@@ -21,7 +21,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 HALF = replace(Case(), dtype=torch.float16, Nq=75, Nk=107, block_q=32, block_k=16, groups=1)
-# sizes of q, k, v and dO, for results that float16 holds; all blocks selected, or nearly nothing but the linear branch
+# sizes of q, k, v and dO, for results that float16 holds; all blocks selected, or little but the linear branch
 SPARSE, LINEAR = {"topk_ratio": 1.0}, {"alpha": "head", "topk_ratio": 0.2}
 SIZES: dict[str, tuple[dict[str, Any], tuple[float, float, float, float]]] = {
     "dS for dq is below float16": (SPARSE, (1e-3, 1e3, 1.0, 1e-6)),

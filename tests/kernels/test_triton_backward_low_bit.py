@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.arguments import BackwardArgs, BackwardResult, Saved
+from sla2_compile.kernels.cuda import dispatch as cuda
 from sla2_compile.kernels.portable import backward as portable
 from tests.kernels import fake_quant
 from tests.kernels.backward_case import gradient_of, in_the_interpreter, saved_call
@@ -71,6 +72,19 @@ def test_the_portable_backward_agrees() -> None:
     want = portable.attention_backward(BackwardArgs(do, saved))
     for name, a, b in zip(BackwardResult._fields[:4], got, want, strict=False):
         assert (a.double() - b.double()).norm() < 0.01 * b.double().norm(), name
+
+
+@body
+def test_dispatch_keeps_the_format_of_the_forward() -> None:
+    """int8 has kernels; after FP8 blocked PyTorch runs, in the same format."""
+    saved = int8_call(replace(SMALL, groups=1))
+    do = gradient_of(saved.o)
+    for low_bit, by_kernels in (("int8", True), ("int8_fp8", False)):
+        args = BackwardArgs(do, saved._replace(call=saved.call._replace(low_bit=low_bit)))
+        assert (cuda.scheduled_backward(cuda.laid_out(args)[1], trials=False) is not None) == by_kernels
+        want = scheduled_backward(args) if by_kernels else portable.attention_backward(args)
+        for name, a, b in zip(BackwardResult._fields, cuda.attention_backward(args), want, strict=True):
+            assert torch.equal(a, b), name
 
 
 @body
