@@ -170,17 +170,7 @@ TRITON: tuple[Rule, ...] = (
         ),
     ),
 )
-"""What `cuda/forward/` and `cuda/route/` compute; blocked PyTorch takes the rest."""
-
-BACKWARD: tuple[Rule, ...] = (
-    # its D_s is a sum over all keys of a row, which comes before dS, and so before a second reading of k and v
-    Rule(
-        lambda f: f.low_bit != "int8_fp8",
-        "a forward without FP8",
-        lambda f: "the backward's Triton kernels take a forward in int8 or in 16 bits, not in int8_fp8",
-    ),
-)
-"""What `cuda/backward/` computes, of what `TRITON` admits; blocked PyTorch takes the rest."""
+"""What `cuda/forward/`, `cuda/route/` and `cuda/backward/` compute; blocked PyTorch takes the rest."""
 
 FUSED: tuple[Rule, ...] = (
     Rule(lambda f: f.direction == "forward", "a forward", lambda f: "the backward has no fused kernel"),
@@ -245,6 +235,23 @@ def refusal(rules: tuple[Rule, ...], facts: Facts) -> str:
     return next((rule.why(facts) for rule in rules if not rule.admits(facts)), "")
 
 
+def _format(facts: Facts, triton: str) -> tuple[str, str]:
+    """Return the format that a forward runs in, and why it is less than the one asked for.
+
+    triton: why the Triton kernels do not run it.
+    """
+    asked = facts.low_bit
+    if asked != "none" and triton:
+        return "none", triton
+    if asked == "auto":
+        less = refusal(AUTO, facts)
+        return ("none" if less else "int8"), less
+    if asked == "int8_fp8":
+        less = refusal(FP8, facts)
+        return ("int8" if less else asked), less
+    return asked, ""
+
+
 @functools.lru_cache(maxsize=1024)
 def support(facts: Facts) -> Support:
     """Return what runs a call.
@@ -256,18 +263,8 @@ def support(facts: Facts) -> Support:
     if asked not in LOW_BIT_CHOICES:
         raise fail("low_bit", f"be one of {', '.join(LOW_BIT_CHOICES)}", repr(asked), "auto runs what pays")
     triton = refusal(TRITON, facts)
-    runs, less = asked, ""
-    if facts.direction == "backward":
-        # of a forward in low bit, whose scores are computed again in that format whatever runs
-        triton = triton or refusal(BACKWARD, facts)
-    elif asked != "none" and triton:
-        runs, less = "none", triton
-    elif asked == "auto":
-        less = refusal(AUTO, facts)
-        runs = "none" if less else "int8"
-    elif asked == "int8_fp8":
-        less = refusal(FP8, facts)
-        runs = "int8" if less else asked
+    # a backward computes scores again in the format of its forward, whatever runs
+    runs, less = (asked, "") if facts.direction == "backward" else _format(facts, triton)
     fused = triton or refusal(FUSED, facts._replace(low_bit=runs))
     kernel: Literal["fused", "triton", "portable"] = "portable" if triton else "triton" if fused else "fused"
     return Support(kernel, runs, Why(fused, triton, less))

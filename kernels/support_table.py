@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sla2_compile.kernels.support import AUTO, BACKWARD, FP8, FUSED, TRITON, Rule
+from sla2_compile.kernels.support import AUTO, FP8, FUSED, TRITON, Rule
 
 
 def table() -> str:
@@ -18,8 +18,7 @@ def table() -> str:
         row("what runs a call", "needs"),
         row("---", "---"),
         row("one fused kernel (Gluon): both branches and the mix", f"as the Triton kernels, and {needs(FUSED)}"),
-        row("Triton kernels", needs(TRITON)),
-        row("Triton kernels, of a backward", f"as the Triton kernels, and {needs(BACKWARD)}"),
+        row("Triton kernels, of a forward and of its backward", needs(TRITON)),
         row("blocked PyTorch", "any device; what the others do not take"),
         "",
         row("`low_bit`", "computes the sparse branch of an inference in", "needs", "else"),

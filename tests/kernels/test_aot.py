@@ -196,11 +196,14 @@ MORE_BACKWARD_CALLS = {
     "backward, D200, masked, elu": call(200, (64, 32), "backward masked", phi="elu"),
     "backward, D128, 128 keys, causal masked": call(128, (128, 128), "backward causal masked"),
     "backward, D64, int8": call(64, (128, 64), "backward", "int8"),
+    "backward, D128, int8 + fp8": call(128, (128, 64), "backward", "int8_fp8"),
+    "backward, D64, all, int8 + fp8": call(64, (128, 64), "backward causal masked", "int8_fp8"),
+    "backward, D256, int8 + fp8": call(256, (128, 32), "backward masked", "int8_fp8"),
 }
 # FP8 came with sm_89
 COMPILED = [
     *(x for arch in (80, 90, 100, 120) for x in on(arch, BACKWARD, BACKWARD_CALLS)),
-    *on(90, BACKWARD, MORE_BACKWARD_CALLS),
+    *(x for arch in (90, 100) for x in on(arch, BACKWARD, MORE_BACKWARD_CALLS)),
     *(x for arch in (80, 90, 100) for x in on(arch, HOT, WHOLE)),
     *(x for arch in (80, 90, 100) for x in on(arch, SHORT, SHORT_CALLS)),
     *(x for arch in (80, 90, 100) for x in on(arch, FRONT, FRONT_CALLS)),

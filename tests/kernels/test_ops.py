@@ -288,6 +288,17 @@ def test_one_gradient_alone(wanted: str, training: bool) -> None:
         full["grad"] = grad
 
 
+def test_the_gradient_may_come_in_another_dtype() -> None:
+    """As a loss outside of autocast makes it: PyTorch casts it to o's dtype."""
+    q, k, v = qkv("contiguous", True, torch.bfloat16)
+    o = sla2_attention(q, k, v, AttentionOptions(block_q=32, block_k=16, topk_ratio=0.3), training=True)
+    do = torch.randn(o.shape).bfloat16()
+    got, want = (torch.autograd.grad(o, (q, k, v), g, retain_graph=True) for g in (do.float(), do))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_gives_bfloat16_as_sdpa_does(dtype: torch.dtype) -> None:
     q, k, v = qkv("contiguous", True, dtype)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sla2_compile.cli import app
 from sla2_compile.kernels.precision import size_class
-from sla2_compile.kernels.support import AUTO, BACKWARD, FP8, FUSED, TRITON, Chip, Facts, Rule, support
+from sla2_compile.kernels.support import AUTO, FP8, FUSED, TRITON, Chip, Facts, Rule, support
 from sla2_compile.kernels.support_table import table
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -38,10 +38,6 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
         ({"chip": on(89, 99 * 1024), "D": 256, "block_k": 128},
          "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
     ]),
-    "backward": (BACKWARD, [
-        ({"direction": "backward", "low_bit": "int8_fp8"},
-         "the backward's Triton kernels take a forward in int8 or in 16 bits, not in int8_fp8"),
-    ]),
     "fused": (FUSED, [
         ({"direction": "backward"}, "the backward has no fused kernel"),
         ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
@@ -64,7 +60,7 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
         ({"low_bit": "auto", "many": False}, "does not pay on cuda (sm_90), as far as measured"),
     ]),
 }  # fmt: skip
-LESS = {"triton": "portable", "backward": "portable", "fused": "triton"}
+LESS = {"triton": "portable", "fused": "triton"}
 
 
 def test_a_plain_call_gets_the_best() -> None:
@@ -80,7 +76,7 @@ def test_every_row_refuses_something(name: str) -> None:
         facts = CALL._replace(**change)
         assert [rule.admits(facts) for rule in rules[: n + 1]] == [True] * n + [False], words
         found = support(facts)
-        said = {"auto": "low_bit", "backward": "triton"}.get(name, name)
+        said = {"auto": "low_bit"}.get(name, name)
         assert getattr(found.why, said) == words
         if name in LESS:
             assert found.kernel == LESS[name]
@@ -101,9 +97,22 @@ def test_a_format_falls_back_to_the_next_less() -> None:
             assert found.why.low_bit == found.why.triton != ""
 
 
+def test_a_backward_is_never_fused() -> None:
+    for low_bit in ("none", "int8", "int8_fp8"):
+        found = support(CALL._replace(direction="backward", low_bit=low_bit))
+        assert found.why.fused == "the backward has no fused kernel"
+
+
 def test_a_backward_takes_up_the_format_of_its_forward() -> None:
     back = CALL._replace(direction="backward")
-    for change in ({}, {"D": 256}, {"dtype": torch.float16}, {"block_k": 128}, {"low_bit": "int8"}):
+    for change in (
+        {},
+        {"D": 256},
+        {"dtype": torch.float16},
+        {"block_k": 128},
+        {"low_bit": "int8"},
+        {"low_bit": "int8_fp8"},
+    ):
         found = support(back._replace(**change))
         assert (found.kernel, found.low_bit, found.why.low_bit) == ("triton", change.get("low_bit", "none"), "")
     for low_bit in ("int8", "int8_fp8"):
@@ -133,7 +142,7 @@ def test_a_size_class_stands_for_its_sizes(low_bit: str) -> None:
 def test_the_command_prints_every_row() -> None:
     result = CliRunner().invoke(app, ["support"])
     assert (result.exit_code, result.stdout.rstrip("\n")) == (0, table())
-    for rule in (*TRITON, *BACKWARD, *FUSED, *FP8, *AUTO):
+    for rule in (*TRITON, *FUSED, *FP8, *AUTO):
         assert rule.needs in result.stdout
 
 

@@ -159,8 +159,9 @@ def test_what_is_not_seen_leads_nowhere(case: str) -> None:
 if not INTERPRETED:
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("D", [64, 128])
-    def test_training_steps_on_a_gpu(D: int) -> None:
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("D", [64, 128, 256])
+    def test_training_steps_on_a_gpu(D: int, half: torch.dtype) -> None:
         """Against the portable backward in float32, at a length where every kernel takes many programs."""
         from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 
@@ -169,8 +170,8 @@ if not INTERPRETED:
         gain, bias = torch.ones(4, device=DEVICE), torch.zeros(4, 1, device=DEVICE)
         do = torch.randn(2, 4, 3000, D, device=DEVICE)
         grads = []
-        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
-            y = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in tensors]
+        for dtype in (half, torch.float32, half):
+            y = [x.to(half).to(dtype).requires_grad_() for x in tensors]
             y += [x.clone().requires_grad_() for x in (gain, bias)]
             # over all blocks but a few, so that both choose alike
             options = AttentionOptions(0.9, 8, 128, 64)

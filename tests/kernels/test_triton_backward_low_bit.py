@@ -1,4 +1,4 @@
-"""The backward kernels after a forward in INT8: the forward's scores again; in the interpreter and on a GPU."""
+"""The backward kernels after a forward in low bit: the forward's scores again; in the interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.arguments import BackwardArgs, BackwardResult, Saved
+from sla2_compile.kernels.checks import LOW_BITS
+from sla2_compile.kernels.cuda import dispatch as cuda
+from sla2_compile.kernels.cuda.forward import states_launches
 from sla2_compile.kernels.portable import backward as portable
 from tests.kernels import fake_quant
 from tests.kernels.backward_case import gradient_of, in_the_interpreter, saved_call
+from tests.kernels.schedules import forget_schedules
 from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_backward
 
 SMALL = Case(Nq=75, Nk=107, block_q=32, block_k=32, topk_ratio=0.5)
@@ -31,14 +35,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_outputs(monkeypatch)
 
 
-def int8_call(case: Case) -> Saved[Tensor]:
-    return saved_call(case, case.tensors(), "int8")
+def low_bit_call(case: Case, low_bit: str = "int8") -> Saved[Tensor]:
+    return saved_call(case, case.tensors(), low_bit)
 
 
 @body
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_the_fake_quantised_reference(name: str) -> None:
-    saved = int8_call(CASES[name])
+@pytest.mark.parametrize(("name", "low_bit"), [
+    *((name, "int8") for name in CASES), ("causal masked", "int8_fp8"), ("fp16, 64 keys", "int8_fp8"),
+])  # fmt: skip
+def test_gradients_are_those_of_the_fake_quantised_reference(name: str, low_bit: str) -> None:
+    saved = low_bit_call(CASES[name], low_bit)
     do = gradient_of(saved.o)
     got = dict(zip(fake_quant.NAMES, scheduled_backward(BackwardArgs(do, saved)), strict=True))
     want = fake_quant.gradients(saved.call, do)
@@ -54,7 +60,7 @@ def test_gradients_are_those_of_the_fake_quantised_reference(name: str) -> None:
 @body
 def test_scores_are_the_forwards() -> None:
     """Large scores: the 16-bit q and k would make P of a row add up to anything but 1."""
-    saved = int8_call(replace(SMALL, scale_of_values=12.0, groups=1))
+    saved = low_bit_call(replace(SMALL, scale_of_values=12.0, groups=1))
     do = gradient_of(saved.o)
     want = fake_quant.gradients(saved.call, do)
     got = scheduled_backward(BackwardArgs(do, saved))
@@ -64,8 +70,9 @@ def test_scores_are_the_forwards() -> None:
 
 
 @body
-def test_the_portable_backward_agrees() -> None:
-    saved = int8_call(SMALL)
+@pytest.mark.parametrize("low_bit", LOW_BITS[1:])
+def test_the_portable_backward_agrees(low_bit: str) -> None:
+    saved = low_bit_call(SMALL, low_bit)
     do = gradient_of(saved.o)
     got = scheduled_backward(BackwardArgs(do, saved))
     want = portable.attention_backward(BackwardArgs(do, saved))
@@ -74,17 +81,49 @@ def test_the_portable_backward_agrees() -> None:
 
 
 @body
-def test_runs_are_bit_equal() -> None:
-    saved = int8_call(SMALL)
+def test_dispatch_keeps_the_format_of_the_forward() -> None:
+    saved = low_bit_call(replace(SMALL, groups=1))
     do = gradient_of(saved.o)
-    first, second = (scheduled_backward(BackwardArgs(do, saved)) for _ in range(2))
-    for name, a, b in zip(BackwardResult._fields, first, second, strict=True):
-        assert torch.equal(a, b), name
+    for low_bit in LOW_BITS:
+        args = BackwardArgs(do, saved._replace(call=saved.call._replace(low_bit=low_bit)))
+        assert cuda.scheduled_backward(cuda.laid_out(args)[1], trials=False) is not None
+        want = scheduled_backward(args)
+        for name, a, b in zip(BackwardResult._fields, cuda.attention_backward(args), want, strict=True):
+            assert torch.equal(a, b), name
+
+
+@body
+def test_runs_are_bit_equal_and_heads_may_come_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = low_bit_call(replace(SMALL, heads=3, groups=1), "int8_fp8")
+    do = gradient_of(saved.o)
+    runs = [scheduled_backward(BackwardArgs(do, saved)) for _ in range(2)]
+    # two heads at a time, and one that is left
+    size, columns, rows = 64 * 64 + 64, 8, 3
+    monkeypatch.setattr(states_launches, "STATE_BYTES", 2 * size * (columns + rows) * 2)
+    forget_schedules()
+    runs.append(scheduled_backward(BackwardArgs(do, saved)))
+    for run in runs[1:]:
+        for name, a, b in zip(BackwardResult._fields, runs[0], run, strict=True):
+            assert torch.equal(a, b), name
+
+
+@body
+def test_rows_of_ds_add_up_after_fp8() -> None:
+    """All keys are selected and alpha is a constant, so that dk adds up to 0, which o of FP8 knows nothing of."""
+    case = replace(SMALL, alpha="head", topk_ratio=1.0, groups=1)
+    saved = low_bit_call(case, "int8_fp8")
+    do = gradient_of(saved.o)
+    missing = {}
+    for low_bit in LOW_BITS[1:]:
+        dk = scheduled_backward(BackwardArgs(do, saved._replace(call=saved.call._replace(low_bit=low_bit)))).dk
+        missing[low_bit] = dk.double().sum(dim=2).norm().item()
+    # 16 bits are rounded in dS and in the results
+    assert missing["int8_fp8"] < 0.2 * missing["int8"], missing
 
 
 @body
 def test_hidden_keys_may_hold_anything() -> None:
-    saved = int8_call(CASES["causal masked"])
+    saved = low_bit_call(CASES["causal masked"])
     do, call = gradient_of(saved.o), saved.call
     want = scheduled_backward(BackwardArgs(do, saved))
     assert call.key_mask is not None

@@ -67,7 +67,8 @@ def _of_wide(shape: ShapeClass) -> Cuts:
     return Cuts(
         rows=Cut(some, 1, 8, chunk_v=min(64, shape.block_dv)),
         gather=Cut(some, 1, 8, chunk=chunk, chunk_v=chunk_v),
-        queries=Cut(some, 1, 8, min(32, shape.block_k)),
+        # 32 rows spill 8 to 40 bytes in low bit
+        queries=Cut(16 if shape.low_bit else some, 1, 8, min(32, shape.block_k)),
         # 32 keys spill up to 104 bytes where they are not plain
         keys=Cut(some, 1, 8, min(32 if plain else 16, shape.block_k), chunk_v=min(64, shape.block_dv)),
     )

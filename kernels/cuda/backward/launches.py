@@ -8,7 +8,8 @@
 For all heads at once, the lists of query blocks come before (`lists.py`), and dQ (`queries.py`) and the small
 gradients (`totals.py`) after.
 
-After a forward in INT8, the kernel of the states writes k8 again, and that of the rows q8.
+After a forward in low bit, the kernel of the states writes k8 again, and that of the rows q8. If it was in FP8, dQ
+comes before dK and dV, which need the D_s that it sums up.
 
 Everything is added up in a fixed order, whatever the order of programs.
 """
@@ -92,7 +93,7 @@ class Backward:
 
     Attributes:
         args, slots: of the call. formats, cuts: how kernels see it and are cut.
-        half: whether dS is rounded to float16.
+        half: whether dS is rounded to float16. exact: whether D_s is summed from P (`queries.py`).
         rows: of the kernels for query rows; lists: of `lists_kernel`; dq, dk, dv: results.
         d_mean_keys: (B * Hkv, pieces, D) fp32, gradients for k_mean of the pieces of keys.
     """
@@ -103,6 +104,7 @@ class Backward:
     formats: Formats
     cuts: Cuts
     half: bool
+    exact: bool
     rows: Rows
     lists: Slot
     dq: Slot
@@ -115,12 +117,14 @@ class Backward:
         """Allocate what all head groups share."""
         call, given, empty = args.saved.call, slots.saved.call, schedule.empty
         (B, heads, Nk, D), (Hq, tm, topk) = call.k.shape, call.lut.shape[1:]
-        tn, formats = num_blocks(Nk, call.block_k), Formats.of(schedule, call, given)
+        # v is read as it is
+        exact, scores = call.low_bit == "int8_fp8", "none" if call.low_bit == "none" else "int8"
+        tn, formats = num_blocks(Nk, call.block_k), Formats.of(schedule, call._replace(low_bit=scores), given)
         half = call.q.dtype == torch.float16 and not formats.eight.level
         cuts = Cuts.of(formats.shape, half)
         peaks = formats.layout.block_dv // cuts.gather.chunk_v if half else 0
         return cls(
-            schedule, args, slots, formats, cuts, half, Rows.allocate(schedule, call, given.q, peaks),
+            schedule, args, slots, formats, cuts, half, exact, Rows.allocate(schedule, call, given.q, peaks),
             lists=empty("lists", (B * heads, Hq // heads * tm * topk + 2 * tn), torch.int32),
             dq=empty("dq", tuple(call.q.shape), call.q.dtype),
             dk=empty("dk", tuple(call.k.shape), call.k.dtype),
@@ -159,7 +163,7 @@ class Backward:
             *call.q.stride[:3], *args.do.stride[:3], *args.saved.o.stride[:3], *bias_strides,
             Hq, groups, Nq, tm, first, call.scale,
             **layout.constants, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_M=cut.rows, CHUNK=cut.chunk_v,
-            ALPHA=alpha, LOW_BIT=low_bit, num_warps=cut.warps,
+            ALPHA=alpha, LOW_BIT=low_bit, EXACT=self.exact, num_warps=cut.warps,
         )  # fmt: skip
         cut = self.cuts.gather
         parts = layout.block_d // cut.chunk * (layout.block_dv // cut.chunk_v)
@@ -191,20 +195,22 @@ class Backward:
             num_warps=cut.warps,
         )  # fmt: skip
 
-    def add_queries(self) -> None:
-        """Add the sparse branch's share to dq."""
+    def add_queries(self, heads_k: range) -> None:
+        """Add the sparse branch's share to dq, for the query heads of some of the batch's key heads."""
         call, given, rows, eight = self.args.saved.call, self.slots.saved.call, self.rows, self.formats.eight
-        (B, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = call.q.shape, call.v.shape, call.lut.shape[2:]
+        (_, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = call.q.shape, call.v.shape, call.lut.shape[2:]
+        groups = Hq // heads
         cut, layout, mask = self.cuts.queries, self.formats.layout, call.key_mask
         self.schedule.launch(
-            queries_kernel, (B * Hq * tm * (call.block_q // cut.rows),),
+            queries_kernel, (len(heads_k) * groups * tm * (call.block_q // cut.rows),),
             given.q, given.k, given.k_mean, given.v, self.slots.do, given.lut, given.key_mask, rows.alphas,
             rows.shifts, rows.log_sums, rows.q8, rows.q_scales, eight.k8, eight.scales, self.dq,
             *call.q.stride[:3], *call.k.stride[:3], *call.v.stride[:3], *self.args.do.stride[:3],
-            0 if mask is None else mask.stride[0], Hq, Hq // heads, Nq, Nk, tm, topk, call.scale,
+            0 if mask is None else mask.stride[0], Hq, groups, Nq, Nk, tm, topk, heads_k.start * groups,
+            call.scale,
             D=D, DV=Dv, BLOCK_D=layout.block_d, BLOCK_DV=layout.block_dv, BLOCK_Q=call.block_q, BLOCK_K=call.block_k,
             BLOCK_M=cut.rows, BLOCK_N=cut.keys, CAUSAL=call.is_causal, HAS_MASK=mask is not None,
-            LOW_BIT=eight.level, HALF=self.half, STAGES=cut.stages, num_warps=cut.warps,
+            LOW_BIT=eight.level, HALF=self.half, EXACT=self.exact, STAGES=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
 
     def add_totals(self) -> BackwardResult[Slot]:
@@ -254,9 +260,13 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
             d_rows = schedule.empty("d_rows", group.summed.shape, bf16) if own else group.summed
         d_states = d_states or schedule.later("d_states", group.states.shape, bf16)
         backward.add_rows(group, d_rows)
+        if backward.exact:
+            # D_s, which the keys need
+            backward.add_queries(group.heads)
         product = partial(complement_product, len(group.heads))
         schedule.compute(product, group.complement, d_rows, into=d_states)
         backward.add_keys(group, d_states)
-    backward.add_queries()
+    if not backward.exact:
+        backward.add_queries(range(call.k.shape[0] * call.k.shape[1]))
 
     return schedule, tuple(backward.add_totals())

@@ -44,6 +44,7 @@ def rows_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROW_DV: tl.constexpr,
     STATE: tl.constexpr, Z_AT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
     FEATURE_MAP: tl.constexpr, ALPHA: tl.constexpr, LOW_BIT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Compute the terms of BLOCK_M rows of one query block, with CHUNK columns of dO at a time.
 
@@ -53,8 +54,8 @@ def rows_kernel(
             neither, 1 bias, 2 both.
         states: (n, Tm, STATE), [H, Z] of the query heads from `first` on.
         dq: (B, Hq, Nq, D), out: the part that does not come from scores.
-        alphas, shifts, log_sums: (B, Hq, Nq) fp32, out: a, d_lse - D_s, and the lse of the scores that are computed
-            again in units of log2, +inf for a row that sees no key.
+        alphas, shifts, log_sums: (B, Hq, Nq) fp32, out: a, d_lse - D_s (d_lse alone if EXACT), and the lse of the
+            scores that are computed again in units of log2, +inf for a row that sees no key.
         weights, deltas, pulls: (B, Hq, Nq) fp32, out: (1 - a) / t, D_l / t and scale d_lse.
         row_logits, row_gains: (B, Hq, Nq) fp32, out, each row's gradients for bias and gain.
         q8: (B, Hq, Nq, D) int8, and q_scales: (B, Hq, Nq) fp32, out (if LOW_BIT).
@@ -124,7 +125,7 @@ def rows_kernel(
     d_lse = d_logit * slope
     delta, pull = along_linear * inverse, scale * d_lse
     tl.store(alphas + at, alpha, mask=row_in)
-    tl.store(shifts + at, d_lse - along_sparse, mask=row_in)
+    tl.store(shifts + at, d_lse if EXACT else d_lse - along_sparse, mask=row_in)
     tl.store(log_sums + at, tl.where(has_sparse, (row_lse + of_mean) * LOG2_E, float("inf")), mask=row_in)
     tl.store(weights + at, weight, mask=row_in)
     tl.store(deltas + at, delta, mask=row_in)
