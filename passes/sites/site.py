@@ -64,6 +64,8 @@ class Site(SiteProgress):
         super().__init__(settings)
         self.state = State.PLAIN
         self.off = False
+        # set on the instance, as copies have it: compilers tell apart where an attribute is
+        self.observer = None
         self.structure: Structure | None = None
         self.recording = False
         self.last_routing: Routing | None = None
