@@ -147,3 +147,18 @@ def test_a_misspelt_or_impossible_argument_is_told(fit, capsys):
     none = {**NODE, "init_args": {k: v for k, v in NODE["init_args"].items() if k != "example"}}
     with pytest.raises(ValueError, match=r"example must be given, got None; write the shapes"):
         fit("none", none)
+
+
+def test_the_example_runs_as_it_is(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import train_jit
+
+    options = ["--trainer.max_steps=1", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    options += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.init_args.count=1"]
+    # smaller, for the test's time
+    options += ["--data.init_args.batch_size=1", "--model.init_args.denoiser.init_args.model.init_args.depth=1"]
+    cli = train_jit.main(["fit", "-c", str(EXAMPLES / "train_jit.yaml"), *options])
+    report = sla2_compile.report(cli.model.denoiser)
+    assert len(report.rewrites) == 1
+    assert topk_ratio(cli.model.ema_denoiser) == 0.25
+    assert set(report.ran.values()) == {1}
