@@ -151,7 +151,7 @@ def ddp_trains_routers(rank: int, mesh: DeviceMesh) -> None:
 
     def run(wrap: Callable[[Any], Any], ranks: list[int], added: bool) -> dict[str, Any]:
         model: Any = planned(net())
-        sites = list(sites_in(model).values())
+        sites: list[Any] = list(sites_in(model).values())
         for site in sites:
             site.proj_q.requires_grad_()
             site.proj_k.requires_grad_()

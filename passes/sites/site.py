@@ -67,6 +67,8 @@ class Site(SiteProgress):
         self.off = False
         self.fake_quant: nn.ModuleDict | None = None
         self.low_bit: str | None = None
+        # set on the instance, as copies have it: compilers tell apart where an attribute is
+        self.observer = None
         self.structure: Structure | None = None
         self.recording = False
         self.last_routing: Routing | None = None

@@ -7,9 +7,10 @@ from typing import Any
 
 from sla2_compile.kernels.checks import fail
 from sla2_compile.passes.sites.progress import Progress
+from sla2_compile.passes.sites.site import Site
 from sla2_compile.reports.recording import record_statistics
 from sla2_compile.reports.statistics import get_sla2_statistics
-from sla2_compile.training.schedule import check_schedule, progress_of, ratio_at, set_progress, set_topk_ratio
+from sla2_compile.training.schedule import check_schedule, common_progress, ratio_at, set_schedule
 from sla2_compile.training.sites import sites_in
 
 try:
@@ -55,37 +56,38 @@ class SLA2TrainerCallback(TrainerCallback):
         if initial_topk_ratio is not None:
             self.schedule = (initial_topk_ratio, final_topk_ratio, router_warmup_steps, levels)
         self.log_every_n_steps = log_every_n_steps
+        self._sites: list[Site] = []
         self._record = contextlib.ExitStack()
         self._recording = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        sites_in(kwargs["model"])
+        self._sites = list(sites_in(kwargs["model"]).values())
         # a record that an error cut off
         self._record.close()
-        self._set(kwargs["model"], 0)
+        self._set(0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._recording = self.log_every_n_steps > 0 and state.global_step % self.log_every_n_steps == 0
         if self._recording:
-            for site in sites_in(kwargs["model"]).values():
+            for site in self._sites:
                 site.last_routing = None
             self._record.enter_context(record_statistics(kwargs["model"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, recorded, self._recording = kwargs["model"], self._recording, False
         self._record.close()
-        if recorded and any(site.last_routing is not None for site in sites_in(model).values()):
+        if recorded and any(site.last_routing is not None for site in self._sites):
             stats = get_sla2_statistics(model).items()
             found = {key: value for key, value in stats if key.rpartition("/")[2] in STATS}
             state.log_history.append({**found, "step": state.global_step})
-        self._set(model, 1)
+        self._set(1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._record.close()
+        self._sites = []
 
-    def _set(self, model: Any, steps: int) -> None:
+    def _set(self, steps: int) -> None:
         """Count steps, and set the ratio that belongs to them all."""
-        if self.schedule is not None:
-            stage, done = progress_of(model)
-            set_topk_ratio(model, ratio_at(done + steps, *self.schedule))
-            set_progress(model, Progress(stage, done + steps))
+        if self.schedule is not None and self._sites:
+            stage, done = common_progress(self._sites)
+            set_schedule(self._sites, ratio_at(done + steps, *self.schedule), Progress(stage, done + steps))

@@ -16,10 +16,9 @@ from typing import Any
 from torch import nn
 
 from sla2_compile.kernels.checks import fail
-from sla2_compile.passes.sites.progress import Progress
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import roots
-from sla2_compile.training.schedule import set_progress, set_topk_ratio
+from sla2_compile.training.sites import sites_in
 
 log = logging.getLogger("sla2_compile")
 
@@ -68,11 +67,14 @@ def averages(trainer: Any) -> Iterator[nn.Module]:
                 yield value
 
 
-def set_everywhere(trainer: Any, pl_module: nn.Module, ratio: float, progress: Progress) -> None:
-    """Set ratio and progress of the LightningModule's models, and of the averages that callbacks hold."""
-    for model in (pl_module, *averages(trainer)):
-        set_topk_ratio(model, ratio)
-        set_progress(model, progress)
+def scheduled_sites(trainer: Any, pl_module: nn.Module) -> list[Site]:
+    """Return the sites of the LightningModule's models, and of the averages that callbacks hold.
+
+    To be asked for once, because a walk over a large model takes milliseconds.
+    """
+    if not transformed_models(pl_module):
+        return []
+    return [site for model in (pl_module, *averages(trainer)) for site in sites_in(model).values()]
 
 
 def log_now(trainer: Any, values: dict[str, float]) -> None:

@@ -57,12 +57,20 @@ class SLA2QATCallback(Base):
         self.router_lr_scale, self.gradient_clip_val = router_lr_scale, gradient_clip_val
         self.log_sparsity, self.log_alpha_stats = log_sparsity, log_alpha_stats
         self.log_every_n_steps = log_every_n_steps
+        self._learned: list[nn.Parameter] = []
         self._record = contextlib.ExitStack()
         self._recording = self._told = False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if transformed_models(pl_module) and self.router_lr_scale != 1.0:
             self._scale(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if transformed_models(pl_module):
+            self._learned = [p for site in sites_in(pl_module).values() for p in site.parameters()]
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._learned = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._recording = batch_idx % self.log_every_n_steps == 0 and bool(transformed_models(pl_module))
@@ -73,8 +81,8 @@ class SLA2QATCallback(Base):
             self._record.enter_context(record_statistics(pl_module))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if self.gradient_clip_val is not None and transformed_models(pl_module):
-            learned = [p for site in sites_in(pl_module).values() for p in site.parameters() if p.grad is not None]
+        if self.gradient_clip_val is not None:
+            learned = [p for p in self._learned if p.grad is not None]
             if learned:
                 nn.utils.clip_grad_norm_(learned, self.gradient_clip_val)
         if self._recording and (bad := check_gradients(pl_module)):

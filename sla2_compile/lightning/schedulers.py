@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sla2_compile.lightning.base import CountsSteps, set_everywhere, transformed_models
+from sla2_compile.lightning.base import CountsSteps, scheduled_sites
 from sla2_compile.passes.sites.progress import Progress
-from sla2_compile.training.schedule import check_schedule, progress_of, ratio_at
+from sla2_compile.passes.sites.site import Site
+from sla2_compile.training.schedule import check_schedule, common_progress, ratio_at, set_schedule
 
 
 class RouterParameterScheduler(CountsSteps):
@@ -38,25 +39,30 @@ class RouterParameterScheduler(CountsSteps):
         check_schedule(initial_topk_ratio, final_topk_ratio, router_warmup_steps, levels)
         self.router_warmup_steps, self.levels = router_warmup_steps, levels
         self.initial_topk_ratio, self.final_topk_ratio = initial_topk_ratio, final_topk_ratio
+        self._sites: list[Site] = []
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # before the sanity check, which would compile for the recipe's ratio
-        self._set(trainer, pl_module, 0)
+        self._sites = scheduled_sites(trainer, pl_module)
+        self._set(0)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         # again, because some strategies load the checkpoint between
-        self._set(trainer, pl_module, 0)
+        self._sites = scheduled_sites(trainer, pl_module)
+        self._set(0)
 
     def step(self, trainer: Any, pl_module: Any) -> None:
-        self._set(trainer, pl_module, 1)
+        self._set(1)
 
-    def _set(self, trainer: Any, pl_module: Any, steps: int) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._sites = []
+
+    def _set(self, steps: int) -> None:
         """Count steps, and set the ratio that belongs to them all."""
-        models = transformed_models(pl_module)
-        if models:
-            stage, done = progress_of(models[0][1])
+        if self._sites:
+            stage, done = common_progress(self._sites)
             ratio = ratio_at(
                 done + steps, self.initial_topk_ratio, self.final_topk_ratio, self.router_warmup_steps, self.levels
             )
-            set_everywhere(trainer, pl_module, ratio, Progress(stage, done + steps))
+            set_schedule(self._sites, ratio, Progress(stage, done + steps))

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from sla2_compile.kernels.checks import fail
-from sla2_compile.lightning.base import CountsSteps, set_everywhere, transformed_models
+from sla2_compile.lightning.base import CountsSteps, scheduled_sites, transformed_models
 from sla2_compile.modules.uncompiled import uncompiled
 from sla2_compile.passes.sites.progress import Progress, check_ratio
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.training.aux_loss import AuxLoss, SoftLoss, calibration_loss, end_observing, observe_calls
 from sla2_compile.training.groups import ROUTER
-from sla2_compile.training.schedule import check_schedule, progress_of
+from sla2_compile.training.schedule import check_schedule, common_progress, set_schedule
 from sla2_compile.training.sites import sites_in
 
 
@@ -70,6 +70,7 @@ class SLA2TwoStageScheduler(CountsSteps):
         self.loss: SoftLoss | None = soft_loss
         self.tau, self.iterations = soft_topk_tau, soft_topk_iters
         self._aux: list[tuple[nn.Module, list[Site], AuxLoss]] = []
+        self._sites: list[Site] = []
         self._step = contextlib.ExitStack()
 
     @property
@@ -85,7 +86,8 @@ class SLA2TwoStageScheduler(CountsSteps):
                         getattr(site, name).requires_grad_()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._set(trainer, pl_module, 0)
+        self._sites = scheduled_sites(trainer, pl_module)
+        self._set(0)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
@@ -98,19 +100,19 @@ class SLA2TwoStageScheduler(CountsSteps):
                     aux = AuxLoss(loss, 0.0, self.tau, self.iterations)
                     observe_calls(model, sites, aux)
                     self._aux.append((model, sites, aux))
-        self._set(trainer, pl_module, 0)
+        self._sites = scheduled_sites(trainer, pl_module)
+        self._set(0)
 
     def step(self, trainer: Any, pl_module: Any) -> None:
-        self._set(trainer, pl_module, 1)
+        self._set(1)
 
-    def _set(self, trainer: Any, pl_module: Any, steps: int) -> None:
-        models = transformed_models(pl_module)
-        if not models:
+    def _set(self, steps: int) -> None:
+        if not self._sites:
             return
-        done = progress_of(models[0][1]).step + steps
+        done = common_progress(self._sites).step + steps
         stage = 1 if done < self.warmup_steps else 2
         ratio = self.soft_topk_ratio if stage == 1 else self.hard_topk_ratio
-        set_everywhere(trainer, pl_module, ratio, Progress(stage, done))
+        set_schedule(self._sites, ratio, Progress(stage, done))
         for _, _, aux in self._aux:
             aux.weight = float(self.weights[stage])
 
@@ -155,7 +157,7 @@ class SLA2TwoStageScheduler(CountsSteps):
         self._step.close()
         for model, sites, _ in self._aux:
             end_observing(model, sites)
-        self._aux = []
+        self._aux, self._sites = [], []
 
 
 def _trained(model: nn.Module) -> list[Site]:

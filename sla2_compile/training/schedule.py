@@ -44,22 +44,28 @@ def topk_ratio(model: nn.Module) -> float:
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def set_progress(model: nn.Module, progress: Progress) -> None:
-    """Note in the sites, and so in the state dict, where a schedule stands."""
-    for site in sites_in(model).values():
-        site.progress, site.scheduled = progress, True
-
-
 def progress_of(model: nn.Module) -> Progress:
     """Return where the schedule of a model stands.
 
     Raises:
         ValueError: its sites disagree, as parts of different checkpoints do.
     """
-    found = {site.progress for site in sites_in(model).values()}
+    return common_progress(sites_in(model).values())
+
+
+def common_progress(sites: Iterable[Site]) -> Progress:
+    """Return where the schedule of all these sites stands; as `progress_of`."""
+    found = {site.progress for site in sites}
     if len(found) > 1:
         raise fail("model", "have one schedule", f"{len(found)} in its sites", "load all of them from one checkpoint")
     return found.pop() if found else Progress()
+
+
+def set_schedule(sites: Iterable[Site], ratio: float, progress: Progress) -> None:
+    """Give sites a ratio, and note in them where the schedule stands; cheap, for use in each step."""
+    for site in sites:
+        site.set_topk_ratio(ratio)
+        site.progress = progress
 
 
 def follow(copied: nn.Module, model: nn.Module) -> None:
@@ -120,26 +126,29 @@ class TopKSchedule:
     ) -> None:
         check_schedule(initial, final, steps, levels)
         self.model, self.copies = model, tuple(copies)
+        # found once, because a walk over a large model takes milliseconds
+        self._sites = list(sites_in(model).values())
+        self._all = [*self._sites, *(site for copied in self.copies for site in sites_in(copied).values())]
         self.initial, self.final, self.steps, self.levels = float(initial), float(final), steps, levels
         self.set()
 
     @property
     def done(self) -> int:
         """Training steps since the schedule was switched on."""
-        return progress_of(self.model).step
+        return common_progress(self._sites).step
 
     def step(self) -> float:
         """Count a training step, set the ratio, and return it."""
-        stage, done = progress_of(self.model)
-        set_progress(self.model, Progress(stage, done + 1))
-        return self.set()
+        return self._set(1)
 
     def set(self) -> float:
         """Set the ratio of the step that the state dict has, and return it."""
-        ratio = ratio_at(progress_of(self.model).step, self.initial, self.final, self.steps, self.levels)
-        set_topk_ratio(self.model, ratio)
-        for copied in self.copies:
-            follow(copied, self.model)
+        return self._set(0)
+
+    def _set(self, steps: int) -> float:
+        stage, done = common_progress(self._sites)
+        ratio = ratio_at(done + steps, self.initial, self.final, self.steps, self.levels)
+        set_schedule(self._all, ratio, Progress(stage, done + steps))
         return ratio
 
 

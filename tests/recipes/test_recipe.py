@@ -120,3 +120,11 @@ def test_selects():
     assert recipe.selects("blocks.1.attn")
     assert not recipe.selects("blocks.3.attn")
     assert not recipe.selects("head")
+
+
+def test_whole_numbers_may_be_floats():
+    recipe = Recipe.of("balanced", compression_ratio=16.0, block_q=64.0)
+    assert (recipe.compression_ratio, recipe.block_q) == (16, 64)
+    assert type(recipe.compression_ratio) is int
+    with pytest.raises(RecipeError, match=r"compression_ratio must be 'block' or a power of two.*got 8.5"):
+        Recipe.of("balanced", compression_ratio=8.5)
