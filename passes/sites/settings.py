@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 from sla2_compile.kernels import AttentionOptions
-from sla2_compile.passes.sites.crossover import crossover
+from sla2_compile.passes.sites.crossover import Least, crossover
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
@@ -20,7 +20,7 @@ class SiteSettings:
         options: how the call is computed.
         alpha: routed, head or block: where the mix comes from (`Recipe.alpha`).
         fake_quant: format that training will imitate: the recipe's low_bit if qat is set, else none.
-        min_seq_len: shortest length that is replaced; "auto" means the device's crossover.
+        min_seq_len: shortest length that is replaced; "auto" means the device's crossover, by tokens and by work.
     """
 
     options: AttentionOptions = field(default_factory=AttentionOptions)
@@ -35,6 +35,8 @@ class SiteSettings:
         options = AttentionOptions(**{x.name: getattr(recipe, x.name) for x in fields(AttentionOptions)})
         return cls(options, recipe.alpha, recipe.low_bit if recipe.qat else "none", recipe.min_seq_len)
 
-    def shortest(self, device_type: str) -> int:
-        """Return the shortest length that is replaced on this device type."""
-        return crossover(device_type, self.options.topk_ratio) if self.min_seq_len == "auto" else self.min_seq_len
+    def least(self, device_type: str, training: bool) -> Least:
+        """Return the smallest calls that SLA2 takes on this device type, in inference or in training steps."""
+        if self.min_seq_len == "auto":
+            return crossover(device_type, self.options.topk_ratio, training)
+        return Least(self.min_seq_len)

@@ -20,6 +20,7 @@ from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
 from sla2_compile.passes.sites.parameters import SiteParameters
+from sla2_compile.passes.sites.remembered import why_not_unmasked
 from sla2_compile.passes.sites.rules import Reason, why_not
 from sla2_compile.passes.sites.settings import SiteSettings
 
@@ -96,32 +97,43 @@ class Site(SiteParameters):
             return declined.function(*args, **kwargs)
         call = bind(*args, **kwargs)
         call.key_mask = key_mask
-        mask, reason = self.decide(call)
+        training = self.training if training is None else training
+        mask, reason = self.decide(call, training)
         if reason is not None or mask is None:
             assert reason is not None
             self.count(reason)
             return call.full_attention()
-        if self.alpha_bias is not None:
-            self._check(call, self.alpha_bias)
+        alpha_bias = self.alpha_bias
+        if alpha_bias is not None:
+            self._check(call, alpha_bias)
             if not torch.compiler.is_compiling():
                 self.check_frozen()
         o, routing = attend(
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
-            proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
-            training=self.training if training is None else training, state=self.state,
+            proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=alpha_bias,
+            training=training, state=self.state,
             keep_routing=self.recording,
         )  # fmt: skip
         if routing is not None:
             self.last_routing = routing
         if not torch.compiler.is_compiling():
-            self.runs += 1
+            # past nn.Module's way of setting attributes, which takes longer than all of `decide`
+            self.__dict__["runs"] += 1
         return o
 
-    def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
-        """Return the call's mask as SLA2 takes it, and why the call keeps full attention (None if SLA2 takes it)."""
+    def decide(self, call: AttentionCall, training: bool | None = None) -> tuple[MaskView | None, Reason | None]:
+        """Return the call's mask as SLA2 takes it, and why the call keeps full attention (None if SLA2 takes it).
+
+        Args:
+            training: whether the call is part of a training step; the site's own flag if None.
+        """
+        training = self.training if training is None else training
         mask = read_mask(call, self.structure)
-        reason = why_not(call, mask, self.settings)
+        if mask is not None and call.attn_mask is call.key_mask is None and not torch.compiler.is_compiling():
+            reason = why_not_unmasked(call, mask, self.settings, training)
+        else:
+            reason = why_not(call, mask, self.settings, training)
         if reason is None and self.heads and (call.q.shape[1] != self.heads or call.q.shape[3] != self.head_dim):
             # the call at this position is not the one that was planned
             reason = Reason.UNSEEN
