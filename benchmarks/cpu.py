@@ -169,7 +169,7 @@ def crossover() -> list[Row]:
             for N in LENGTHS:
                 if batch * heads * N * N * dim > MOST_WORK:
                     continue
-                rows += compare(what, torch.float32, 1, (batch, heads, N, dim), list(SETTINGS), 0.4)
+                rows += compare(what, torch.float32, 1, (batch, heads, N, dim), list(SETTINGS), 1.5)
                 said = "  ".join(f"{row.setting} {row.ratio:.2f}x" for row in rows[-3:])
                 print(said, what, f"B={batch} H={heads} N={N} D={dim}", flush=True)
     return rows

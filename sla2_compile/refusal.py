@@ -23,6 +23,7 @@ _SPELT = (
 ADVICE = {
     Reason.SHORT_SEQUENCE: _LENGTH,
     Reason.SHORT_KEYS: _LENGTH,
+    Reason.LITTLE_WORK: _LENGTH,
     Reason.FEW_QUERIES: _LENGTH,
     Reason.BIAS: "give masks that only hide keys, boolean or 0 and -inf; a bias on the scores has no place in SLA2",
     Reason.QUERY_MASK: "give a mask over keys, is_causal=True, or both; another mask has no place in SLA2",

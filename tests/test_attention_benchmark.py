@@ -11,8 +11,6 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import attention, attention_report, environment
-from benchmarks.host import slowdowns
-from sla2_compile.passes.sites.crossover import crossover
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 FILES = {"anchors": "attention", "crossover": "attention_crossover", "sweep": "attention_sweep"}
@@ -90,18 +88,6 @@ def test_cheaper_recipe_that_wins_later_is_marked() -> None:
     assert "| 15%, 16 | bf16 | 1024 | none" in said
     assert "host noise" in said
     assert "Not measured in this run: INT8, INT8 + FP8." in said
-
-
-def test_min_seq_len_is_the_measured_crossover() -> None:
-    """`min_seq_len: auto` on a GPU: as fast as FlashAttention-2 from there on, eager, the host at its best."""
-    rows = committed("crossover")["rows"]
-    hosts = slowdowns([row["host_ms"] for row in rows])
-    rows = [{**row, "even": 1.05 * row["fa2"] * host / row["ours"]} for row, host in zip(rows, hosts, strict=True)]
-    for (ratio,), of_ratio in attention_report.grouped(rows, "topk_ratio").items():
-        batches = attention_report.grouped(of_ratio, "B", "H", "D").values()
-        measured = [attention_report.crossover(mine, "even") for mine in batches]
-        assert len(measured) == 2
-        assert crossover("cuda", ratio) == max(length or 1 << 40 for length in measured)
 
 
 @pytest.fixture

@@ -43,6 +43,9 @@ class MaskView:
         return self.structure is Structure.CAUSAL
 
 
+UNMASKED, CAUSAL = MaskView(None, Structure.SAME), MaskView(None, Structure.CAUSAL)
+"""Of calls without a mask."""
+
 # results for masks whose values were read: the tensor's version, and its structure or None
 _READ = WeakTensorKeyDictionary()
 
@@ -58,7 +61,7 @@ def read_mask(call: AttentionCall, planned: Structure | None = None, *, constant
     if call.key_mask is not None:
         return MaskView(_key_row(call.key_mask, call, 0), Structure.CAUSAL)
     if mask is None:
-        return MaskView(None, Structure.CAUSAL if call.is_causal else Structure.SAME)
+        return CAUSAL if call.is_causal else UNMASKED
     if mask.requires_grad or call.is_causal or _differs_over_heads(mask):
         return None
     if call.q.dim() != 4 or call.k.dim() != 4 or call.is_empty():

@@ -11,8 +11,10 @@ from enum import Enum
 import torch
 
 from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
+from sla2_compile.kernels.torch_internals import surely
 from sla2_compile.kernels.tracing import autocasts, shorter
 from sla2_compile.passes.sites.call import AttentionCall
+from sla2_compile.passes.sites.crossover import Least
 from sla2_compile.passes.sites.masks import MaskView
 from sla2_compile.passes.sites.settings import SiteSettings
 
@@ -21,6 +23,7 @@ class Reason(str, Enum):
     """Why a call keeps full attention. The value is what reports print."""
 
     SHORT_SEQUENCE = "short sequence"
+    LITTLE_WORK = "too little work to gain"
     SHORT_KEYS = "cross-attention with short keys"
     FEW_QUERIES = "few queries over many keys, as in decoding"
     BIAS = "additive bias"
@@ -53,8 +56,20 @@ class Reason(str, Enum):
     OFF = "switched off (sites_off)"
 
 
-def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) -> Reason | None:
-    """Return why SLA2 must not take this call, or None if it takes it; mask is the result of `read_mask`."""
+SMALL = (Reason.SHORT_SEQUENCE, Reason.SHORT_KEYS, Reason.FEW_QUERIES, Reason.LITTLE_WORK)
+"""What `min_seq_len` refuses."""
+
+
+def why_not(
+    call: AttentionCall, mask: MaskView | None, settings: SiteSettings, training: bool = False
+) -> Reason | None:
+    """Return why SLA2 must not take this call, or None if it takes it.
+
+    Args:
+        mask: the result of `read_mask`.
+        training: whether the call is part of a training step. Planning asks for inference, which takes whatever
+            training takes (`crossover.py`), and the site then decides by the mode of each call.
+    """
     q, k, v = call.q, call.k, call.v
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return Reason.RANK
@@ -76,12 +91,32 @@ def why_not(call: AttentionCall, mask: MaskView | None, settings: SiteSettings) 
         return Reason.QUERY_MASK if call.attn_mask.dtype == torch.bool else Reason.BIAS
     if mask.is_causal and settings.options.linear_scope == "all":
         return Reason.CAUSAL_ALL_KEYS
-    return _too_short(q.shape[2], k.shape[2], settings.shortest(q.device.type))
+    return too_small(q.shape, k.shape, settings.least(q.device.type, training))
 
 
-def _too_short(nq: int, nk: int, shortest: int) -> Reason | None:
-    if shortest == 0:
-        return None
-    if not shorter(nq, shortest):
-        return Reason.SHORT_KEYS if shorter(nk, shortest) else None
-    return Reason.SHORT_SEQUENCE if shorter(nk, shortest) else Reason.FEW_QUERIES
+def work_of(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
+    """B Hq Nq Nk D, the multiplications of QK^T by full attention."""
+    B, Hq, Nq, D = q_shape
+    return B * Hq * Nq * k_shape[2] * D
+
+
+def too_small(q_shape: tuple[int, ...], k_shape: tuple[int, ...], least: Least) -> Reason | None:
+    """Return why a call of these shapes is too small to gain, or None."""
+    nq, nk = q_shape[2], k_shape[2]
+    if least.tokens > 0:
+        if shorter(nq, least.tokens):
+            return Reason.SHORT_SEQUENCE if shorter(nk, least.tokens) else Reason.FEW_QUERIES
+        if shorter(nk, least.tokens):
+            return Reason.SHORT_KEYS
+    # without a guard on the product: where sizes are symbols, work that may be on either side counts as enough
+    return Reason.LITTLE_WORK if least.work > 0 and surely(work_of(q_shape, k_shape) < least.work) else None
+
+
+def small_because(
+    reason: Reason, q_shape: tuple[int, ...], k_shape: tuple[int, ...], least: Least, auto: bool
+) -> str:
+    """Say by which number a call is too small, for a reason of `too_small`."""
+    if reason is Reason.LITTLE_WORK:
+        got = work_of(q_shape, k_shape)
+        return f"min_seq_len auto: B Hq Nq Nk D of at least {least.work:.2g}, got {got:.2g}"
+    return f"min_seq_len auto: at least {least.tokens} tokens" if auto else f"min_seq_len {least.tokens}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import read_mask
 from sla2_compile.passes.sites.outcome import Miss, Rewrite, Where
-from sla2_compile.passes.sites.rules import Reason, why_not
+from sla2_compile.passes.sites.rules import SMALL, Reason, small_because, why_not
 from sla2_compile.passes.sites.settings import SiteSettings
 
 if TYPE_CHECKING:
@@ -90,8 +90,9 @@ def check_patterns(seen: Sequence[SeenCall], recipe: Recipe) -> None:
 
 
 def _detail(reason: Reason, s: SeenCall, settings: SiteSettings, layer: int) -> str:
-    if reason in (Reason.SHORT_SEQUENCE, Reason.SHORT_KEYS, Reason.FEW_QUERIES):
-        return f"min_seq_len {settings.shortest(s.where.device)}"
+    if reason in SMALL and s.call is not None:
+        least, auto = settings.least(s.where.device, training=False), settings.min_seq_len == "auto"
+        return small_because(reason, s.where.q_shape, s.where.k_shape, least, auto)
     if reason is Reason.LAYER_RANGE:
         return f"layer {layer}"
     if reason is Reason.DROPOUT and s.call is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 from sla2_compile.kernels import AttentionOptions
-from sla2_compile.passes.sites.crossover import crossover
+from sla2_compile.passes.sites.crossover import Least, crossover
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
@@ -21,7 +21,7 @@ class SiteSettings:
         alpha: routed, head or block: where the mix comes from (`Recipe.alpha`).
         fake_quant: format that a prepared site imitates: none, int8 or int8_fp8. It is none unless the recipe sets
             qat and low_bit; auto, which decides by device and length, is imitated as int8.
-        min_seq_len: shortest length that is replaced; "auto" means the device's crossover.
+        min_seq_len: shortest length that is replaced; "auto" means the device's crossover, by tokens and by work.
         recipe_ratio: the recipe's topk_ratio, which decides the crossover, if a schedule has changed that of options.
     """
 
@@ -39,8 +39,9 @@ class SiteSettings:
         imitated = {"auto": "int8"}.get(recipe.low_bit, recipe.low_bit) if recipe.qat else "none"
         return cls(options, recipe.alpha, imitated, recipe.min_seq_len)
 
-    def shortest(self, device_type: str) -> int:
-        """Return the shortest length that is replaced on this device type."""
-        if self.min_seq_len != "auto":
-            return self.min_seq_len
-        return crossover(device_type, self.options.topk_ratio if self.recipe_ratio is None else self.recipe_ratio)
+    def least(self, device_type: str, training: bool) -> Least:
+        """Return the smallest calls that SLA2 takes on this device type, in inference or in training steps."""
+        if self.min_seq_len == "auto":
+            ratio = self.options.topk_ratio if self.recipe_ratio is None else self.recipe_ratio
+            return crossover(device_type, ratio, training)
+        return Least(self.min_seq_len)

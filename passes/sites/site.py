@@ -19,6 +19,7 @@ from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.fake_quantizer import FORMATS, INPUTS, FakeQuantConfig, FakeQuantizer, format_of
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
 from sla2_compile.passes.sites.progress import SiteProgress
+from sla2_compile.passes.sites.remembered import why_not_unmasked
 from sla2_compile.passes.sites.rules import Reason, why_not
 from sla2_compile.passes.sites.settings import SiteSettings
 
@@ -134,13 +135,16 @@ class Site(SiteProgress):
             return declined.function(*args, **kwargs)
         call = bind(*args, **kwargs)
         call.key_mask = key_mask
-        mask, reason = self.decide(call)
+        # a converted site is always an inference
+        training = (self.training if training is None else training) and self.state is not State.CONVERTED
+        mask, reason = self.decide(call, training)
         if reason is not None or mask is None:
             assert reason is not None
             self.count(reason)
             return call.full_attention()
-        if self.alpha_bias is not None:
-            self._check(call, self.alpha_bias)
+        alpha_bias = self.alpha_bias
+        if alpha_bias is not None:
+            self._check(call, alpha_bias)
             if not torch.compiler.is_compiling():
                 self.check_frozen()
         if self.observer is not None:
@@ -148,24 +152,32 @@ class Site(SiteProgress):
         o, routing = attend(
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
-            proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=self.alpha_bias,
-            training=(self.training if training is None else training) and self.state is not State.CONVERTED,
-            imitate=self.imitates(),
+            proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=alpha_bias,
+            training=training, imitate=self.imitates(),
             keep_routing=self.recording,
         )  # fmt: skip
         if routing is not None:
             self.last_routing = routing
         if not torch.compiler.is_compiling():
-            self.runs += 1
+            # past nn.Module's way of setting attributes, which takes longer than all of `decide`
+            self.__dict__["runs"] += 1
         return o
 
-    def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
-        """Return the call's mask as SLA2 takes it, and why the call keeps full attention (None if SLA2 takes it)."""
+    def decide(self, call: AttentionCall, training: bool | None = None) -> tuple[MaskView | None, Reason | None]:
+        """Return the call's mask as SLA2 takes it, and why the call keeps full attention (None if SLA2 takes it).
+
+        Args:
+            training: whether the call is part of a training step; the site's own flag if None.
+        """
         # first, so that compiled code of a site that is off does not depend on settings
         if self.off:
             return None, Reason.OFF
+        training = self.training if training is None else training
         mask = read_mask(call, self.structure)
-        reason = why_not(call, mask, self.settings)
+        if mask is not None and call.attn_mask is call.key_mask is None and not torch.compiler.is_compiling():
+            reason = why_not_unmasked(call, mask, self.settings, training)
+        else:
+            reason = why_not(call, mask, self.settings, training)
         if reason is None and self.heads and (call.q.shape[1] != self.heads or call.q.shape[3] != self.head_dim):
             # the call at this position is not the one that was planned
             reason = Reason.UNSEEN

@@ -56,8 +56,8 @@ class AdapterSite(Site):
         self.tell = torch.compiler.assume_constant_result(_tell)
         self.outcomes: dict[Hashable, Rewrite | Miss] = {}
 
-    def decide(self, call: AttentionCall) -> tuple[MaskView | None, Reason | None]:
-        mask, reason = super().decide(call)
+    def decide(self, call: AttentionCall, training: bool | None = None) -> tuple[MaskView | None, Reason | None]:
+        mask, reason = super().decide(call, training)
         if not torch.compiler.is_compiling():
             self._remember(call, mask, reason)
         elif reason is not None and torch.compiler.is_dynamo_compiling():

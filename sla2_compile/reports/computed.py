@@ -81,7 +81,7 @@ def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:
         return [(r.block_q, r.block_k, r.tn)]
     found = []
     for n in LENGTHS:
-        n = max(n, r.settings.shortest(on))
+        n = max(n, r.settings.least(on, training=False).tokens)
         block_q, block_k = r.settings.options.block_sizes(n, n)
         found.append((block_q, block_k, num_blocks(n, block_k)))
     return found

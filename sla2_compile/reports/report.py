@@ -14,6 +14,7 @@ from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.plan import plans
 from sla2_compile.reports import runtime
 from sla2_compile.reports.computed import How, as_exported, how_lines
+from sla2_compile.reports.training import training_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -142,6 +143,7 @@ class Report:
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
         lines += how_lines(self.rewrites, self.device, self.imitated, self.converted)
+        lines += training_lines(self.rewrites)
         if self.ran:
             lines.append(f"SLA2 answered {sum(self.ran.values())} eager calls")
         lines += [f"{name or '(model)'}: {why}" for name, why in self.gone.items()]

@@ -58,10 +58,11 @@ def test_a_recipes_words_are_a_sites() -> None:
     settings = SiteSettings.of(recipe, "early")
     assert settings.options == AttentionOptions(0.03, "block", 128, "auto", low_bit="int8_fp8")
     assert (settings.alpha, settings.min_seq_len) == ("block", "auto")
-    assert settings.shortest("cpu") == 512
+    assert settings.least("cpu", training=False).tokens == 512
     late = SiteSettings.of(recipe, "late")
-    assert (late.options.block_k, late.shortest("cpu")) == (32, 768)
-    assert SiteSettings.of(Recipe.of("paper", min_seq_len=0), "").shortest("cuda") == 0
+    assert (late.options.block_k, late.least("cpu", training=False).tokens) == (32, 1024)
+    for training in (False, True):
+        assert SiteSettings.of(Recipe.of("paper", min_seq_len=0), "").least("cuda", training) == (0, 0)
 
 
 @pytest.mark.parametrize(
