@@ -287,6 +287,9 @@ def allowed_stack(launch: Launch, registers: int) -> int:
     if name == "keys_kernel" and given["num_warps"] == 4 and given["D"] > 64:
         # 8 warps need none and take half as long again
         return 24
+    if name == "queries_kernel" and given["D"] > 128 and given["BLOCK_K"] > 64 and given["HAS_MASK"]:
+        # 128 masked keys of a wide head: no cut tried does without
+        return 16
     if name == "states_kernel" and given["maxnreg"]:
         # Triton 3.6 needs a little for three programs a multiprocessor
         return 24

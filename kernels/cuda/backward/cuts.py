@@ -53,22 +53,27 @@ def _of_narrow(shape: ShapeClass, half: bool) -> Cuts:
     # 0.633 and 1.641 ms on (1, 12, 32760, 128), from 1.446 and 2.599 with 64 rows in 8 warps; spills 24 bytes
     queries = Cut(rows.rows, 2, 4, keys)
     # 0.123 and 0.375 ms on (1, 16, 16384, 64); keys with 32 rows 0.435
+    masked = shape.more or shape.causal
     if shape.width <= 64:
-        return Cuts(rows, gather, queries, Cut(rows.rows, 2, 4, keys, chunk_v=shape.block_dv))
+        # both masks and scales spill 32 bytes
+        alone = masked and shape.low_bit
+        return Cuts(rows, gather, queries, small if alone else Cut(rows.rows, 2, 4, keys, chunk_v=shape.block_dv))
     # masks, a unit of dS and scales need registers of their own: 4 warps spill 72 to 128 bytes
-    alone = shape.more or shape.causal or half or shape.low_bit
+    alone = masked or half or shape.low_bit
     return Cuts(rows, gather, queries, small if alone else Cut(small.rows, 2, 4, keys, chunk_v=shape.block_dv))
 
 
 def _of_wide(shape: ShapeClass) -> Cuts:
     """For head dims over 128, of which none was timed."""
-    some, plain = min(32, shape.block_q), not (shape.more or shape.causal or shape.low_bit or shape.arch >= 100)
+    masked = shape.more or shape.causal
+    some, plain = min(32, shape.block_q), not (masked or shape.low_bit or shape.arch >= 100)
+    # 32 rows spill 8 to 40 bytes in low bit; of 128 masked keys 32 at a time spill 24, and 16 up to 16
+    pieces = masked and shape.block_k > 64
     chunk, chunk_v = min(128, shape.block_d), min(128, shape.block_dv)
     return Cuts(
         rows=Cut(some, 1, 8, chunk_v=min(64, shape.block_dv)),
         gather=Cut(some, 1, 8, chunk=chunk, chunk_v=chunk_v),
-        # 32 rows spill 8 to 40 bytes in low bit
-        queries=Cut(16 if shape.low_bit else some, 1, 8, min(32, shape.block_k)),
+        queries=Cut(16 if shape.low_bit else some, 1, 8, min(16 if pieces else 32, shape.block_k)),
         # 32 keys spill up to 104 bytes where they are not plain
         keys=Cut(some, 1, 8, min(32 if plain else 16, shape.block_k), chunk_v=min(64, shape.block_dv)),
     )
