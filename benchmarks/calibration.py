@@ -2,10 +2,15 @@
 
     python benchmarks/calibration.py                # the default options, with the table and the error curves
     python benchmarks/calibration.py --variants     # other losses, rates, temperatures and kinds of alpha beside them
+    python benchmarks/calibration.py --limits       # before any training: what bounds the error
 
 Each variant starts from the same model and the same batches. Errors are means over the sites, relative to full
 attention on the same q, k and v, on held-out batches, with hard top-k. `output` is the relative error of the model's
 own output on these batches.
+
+`--limits` prints, per site, the errors of: SLA2 untrained; the same with the true mass of the selected blocks as
+alpha; with the best blocks (largest true mass) and that alpha; with the best alpha in [0, 1] per row; and the errors
+of the linear branch alone, the sparse branch alone, and the mean of v alone.
 """
 
 from __future__ import annotations
@@ -33,11 +38,15 @@ from jit import JiT, JiTConfig, noisy  # noqa: E402
 
 import sla2_compile  # noqa: E402
 from benchmarks.environment import described, environment  # noqa: E402
+from sla2_compile.kernels.reference import sla2 as reference  # noqa: E402
+from sla2_compile.passes.sites.call import AttentionCall  # noqa: E402
+from sla2_compile.passes.sites.masks import MaskView  # noqa: E402
+from sla2_compile.passes.sites.site import Site  # noqa: E402
 from sla2_compile.training.calibration import losses  # noqa: E402
 
 HELD_OUT = 4
 # 64 key blocks, of which 3 are kept
-RECIPE = {"topk_ratio": 0.05, "compression_ratio": 8, "block_q": 32, "block_k": 16, "min_seq_len": 0}
+RECIPE: dict[str, Any] = {"topk_ratio": 0.05, "compression_ratio": 8, "block_q": 32, "block_k": 16, "min_seq_len": 0}
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {}),
@@ -56,13 +65,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def trained(photo: Tensor, steps: int) -> JiT:
-    """Train the demo's model on the photograph."""
+def trained(photo: Tensor, steps: int, weights: Path | None) -> JiT:
+    """Train the demo's model on the photograph, or load it from a file of an earlier run."""
     torch.manual_seed(0)
     model = JiT(JiTConfig())
+    if weights is not None and weights.exists():
+        model.load_state_dict(torch.load(weights))
+        return model.eval()
     start = time.perf_counter()
     done, loss = train(model, photo, steps, 600.0, lambda loss: None)
     print(f"trained for {done} steps in {time.perf_counter() - start:.0f} s, loss {loss:.3f}")
+    if weights is not None:
+        torch.save(model.state_dict(), weights)
     return model
 
 
@@ -87,6 +101,50 @@ def output_error(model: nn.Module, full: nn.Module, held: list[tuple[Tensor, Ten
     return (error / size) ** 0.5
 
 
+@torch.no_grad()
+def limits(model: nn.Module, held: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Print what bounds each site's error; see the module's docstring."""
+    table = Table("site", "untrained", "true alpha", "best blocks", "best alpha", "linear", "sparse", "mean of v")
+    seen: dict[str, Tensor] = {}
+
+    def observe(site: Site, call: AttentionCall, mask: MaskView) -> Tensor:
+        q, k, v, scale = call.q, call.k, call.v, call.q.shape[3] ** -0.5
+        sizes = RECIPE["block_q"], RECIPE["block_k"]
+        lut, log_rest, _, k_mean = reference.route(
+            q, k, None, None, None, RECIPE["topk_ratio"], RECIPE["compression_ratio"], *sizes, scale, False
+        )
+        p = torch.softmax(q @ k.mT * scale, dim=-1)
+        full = p @ v
+
+        def branches(lut: Tensor) -> tuple[Tensor, ...]:
+            rest = (*sizes, scale, "softmax", "complement", False)
+            o, _, sparse, linear = reference.attention(q, k, v, k_mean, lut, log_rest, None, None, None, *rest)
+            true = (p * reference.selected_keys(lut, *p.shape[2:], *sizes)).sum(dim=-1, keepdim=True)
+            return o, sparse, linear, true * sparse + (1 - true) * linear
+
+        o, sparse, linear, by_true = branches(lut)
+        mass = p.unflatten(3, (-1, sizes[1])).sum(dim=-1).unflatten(2, (-1, sizes[0])).sum(dim=3)
+        _, _, _, by_best = branches(mass.topk(lut.shape[-1]).indices.sort(dim=-1).values.int())
+        gap = sparse - linear
+        alpha = (((full - linear) * gap).sum(-1, True) / gap.square().sum(-1, True)).clamp(0, 1)
+        found = (o, by_true, by_best, alpha * sparse + (1 - alpha) * linear, linear, sparse, v.mean(2, True))
+        sums = torch.stack([(x - full).square().sum() for x in found] + [full.square().sum()])
+        name = site.planned.name
+        seen[name] = seen.get(name, torch.zeros(8)) + sums
+        return full
+
+    sites = [site for site in model.modules() if isinstance(site, Site)]
+    for site in sites:
+        site.observer = observe
+    for batch in held:
+        model(*batch)
+    for site in sites:
+        site.observer = None
+    for name, sums in seen.items():
+        table.add_row(name, *(f"{x:.3f}" for x in (sums[:-1] / sums[-1]).sqrt().tolist()))
+    Console(width=140).print(table)
+
+
 @contextmanager
 def softmax_first(on: bool) -> Iterator[None]:
     """Give SoftTop-k the softmax of the scores, as Alg. 2 may be read, instead of the scores."""
@@ -107,17 +165,22 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--limits", action="store_true", help="print what bounds the error, and train nothing")
+    parser.add_argument("--weights", type=Path, help="file of the trained model: loaded if it exists, else written")
     parser.add_argument("--plot", help="image file for the default's picture")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(described(environment("cpu", "calibration.py", sys.argv[1:])))
     photo = load_photo()
-    full = trained(photo, options.train_steps)
+    full = trained(photo, options.train_steps, options.weights)
     data = batches(photo, options.tokens, options.batches)
     heads = full.config.width // full.config.head_dim
     print(
         f"q, k, v (2, {heads}, {options.tokens}, {full.config.head_dim}) float32, {full.config.depth} sites, {RECIPE}"
     )
+    if options.limits:
+        limits(sla2_compile.transform(full, "max_speedup", example_inputs=data[0], **RECIPE), data[:HELD_OUT])
+        return
     table = Table(
         "variant", "error before", "after", "factor", "recall", "at best", "output before", "after", "seconds"
     )

@@ -15,7 +15,7 @@ from sla2_compile import calibrate
 from sla2_compile.passes.sites.site import Site
 from tests import models
 
-QUICK = {"steps": 12, "progress": False, "ratios": (0.1, 0.3), "held_out": 1}
+QUICK = {"steps": 6, "progress": False, "ratios": (0.1, 0.3), "held_out": 1}
 
 
 def net(**options):
@@ -143,7 +143,7 @@ def test_batches_whose_calls_all_keep_full_attention_are_refused_with_the_reason
 
 
 def test_an_iterator_that_ends_early_stops_with_a_warning():
-    with pytest.warns(UserWarning, match="batches ended after 2 of 12 steps"):
+    with pytest.warns(UserWarning, match="batches ended after 2 of 6 steps"):
         result = calibrate(planned(), iter(batches(3)), **QUICK)
     assert result.steps == 2
     assert "batches ended" in result.stopped
@@ -239,7 +239,7 @@ def test_autocast_and_inference_mode_around_the_call_do_not_matter():
     model = planned()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         result = calibrate(model, batches(), **QUICK)
-    assert result.steps == 12
+    assert result.steps == 6
     assert not sites(model)[0].alpha_bias.is_inference()
 
 
@@ -364,7 +364,7 @@ def test_the_result_is_plain_data_a_table_and_a_picture(tmp_path):
     assert data["sites"][0]["name"] == "blocks.0.sla2.0"
     assert data["error_after"] == pytest.approx(result.error_after)
     text = str(result)
-    assert "2 sites calibrated in 12 steps" in text
+    assert "2 sites calibrated in 6 steps" in text
     assert "blocks.1.sla2.0" in text
     result.plot(tmp_path / "calibration.png")
     assert (tmp_path / "calibration.png").stat().st_size > 10_000

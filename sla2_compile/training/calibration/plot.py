@@ -79,7 +79,7 @@ def _curves(result: Calibration, axes: Any) -> None:
     axes.set(title="error over key blocks kept (circle: now)", xlabel="share of key blocks", yscale="log")
     axes.set(xscale="log")
     ticks = sorted({p.share for site in result.sites for p in site.curve})
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False, rotation=45)
+    axes.set_xticks(ticks, [f"{tick:.1%}" for tick in ticks], minor=False, rotation=45)
     axes.set_xticks([], minor=True)
     if len(result.sites) <= 8:
         axes.legend(frameon=False, fontsize=8)
