@@ -71,7 +71,15 @@ def scheduled_sites(trainer: Any, pl_module: nn.Module) -> list[Site]:
     """Return the sites of the LightningModule's models, and of the averages that callbacks hold.
 
     To be asked for once, because a walk over a large model takes milliseconds.
+
+    Raises:
+        ValueError: there is no transformed model, or two callbacks have a schedule, which would count steps twice.
     """
+    schedules = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, CountsSteps)]
+    if len(schedules) > 1:
+        raise fail(
+            "the Trainer", "have one schedule for SLA2", " and ".join(schedules), "drop one of these callbacks"
+        )
     if not transformed_models(pl_module):
         return []
     return [site for model in (pl_module, *averages(trainer)) for site in sites_in(model).values()]

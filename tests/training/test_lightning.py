@@ -233,6 +233,9 @@ def test_what_callbacks_refuse():
     ):
         with pytest.raises(ValueError, match="LightningModule must hold a transformed model, got Module without"):
             fit(pl, module_of(pl, net()), callback)
+    both = (ours.RouterParameterScheduler(), ours.SLA2TwoStageScheduler(router_aux_weight_stage1=0.0))
+    with pytest.raises(ValueError, match="one schedule for SLA2, got RouterParameterScheduler and SLA2TwoStage"):
+        fit(pl, module_of(pl, transformed()), *both)
     with pytest.raises(ValueError, match="got no attention call"):
         fit(pl, module_of(pl, torch.nn.Linear(32, 32)), ours.SLA2Callback(module="denoiser", example=EXAMPLE))
     for make, words in (
@@ -260,12 +263,7 @@ def test_what_callbacks_refuse():
 def test_a_model_switched_off_by_configuration_lets_callbacks_rest():
     model = ours.sla2_denoiser(net(), use_sla2=False)
     module = module_of(pl, model)
-    callbacks = (
-        ours.RouterParameterScheduler(),
-        ours.SLA2QATCallback(),
-        ours.SLA2TwoStageScheduler(),
-        ours.QuantizedAttentionMonitor(),
-    )
+    callbacks = (ours.SLA2QATCallback(), ours.SLA2TwoStageScheduler(), ours.QuantizedAttentionMonitor())
     fit(pl, module, *callbacks, log=Log())
     plain = module_of(pl, net())
     fit(pl, plain)
