@@ -1,4 +1,4 @@
-"""What the rules say of a kind of eager call, asked once: only of calls without a mask, which the kind decides alone."""
+"""What the rules say of a kind of eager call, asked once; only of calls without a mask: their kind decides alone."""
 
 from __future__ import annotations
 
