@@ -45,8 +45,8 @@ class Recipe(BaseModel):
             number leaves the model as it is, with a warning, so that a sweep may end with full attention.
         include, exclude: patterns of owner names, such as "blocks.*.attn", with shell wildcards. exclude wins.
         overrides: field values for some sites, by patterns of owner names. Later patterns win.
-        min_seq_len: calls with fewer queries or keys keep full attention. "auto" is the length from which SLA2 was
-            measured to be faster on the device.
+        min_seq_len: calls with fewer queries or keys keep full attention. "auto" goes by what was
+            measured on the device: by tokens, by work (B Hq Nq Nk D), and in training steps by higher numbers.
 
     Raises:
         RecipeError: a field is unknown, a value is out of range, or fields contradict each other.
