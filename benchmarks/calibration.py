@@ -119,7 +119,7 @@ def limits(model: nn.Module, held: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         def branches(lut: Tensor) -> tuple[Tensor, ...]:
             rest = (*sizes, scale, "softmax", "complement", False)
             o, _, sparse, linear = reference.attention(q, k, v, k_mean, lut, log_rest, None, None, None, *rest)
-            true = (p * reference.selected_keys(lut, *p.shape[2:], *sizes)).sum(dim=-1, keepdim=True)
+            true = (p * reference.selected_keys(lut, p.shape[2], p.shape[3], *sizes)).sum(dim=-1, keepdim=True)
             return o, sparse, linear, true * sparse + (1 - true) * linear
 
         o, sparse, linear, by_true = branches(lut)

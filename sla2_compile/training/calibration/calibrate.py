@@ -135,11 +135,12 @@ def calibrate(
 
 def _settled(course: Run, after: Mapping[str, Measured]) -> list[SiteResult]:
     """Decide for each site which parameters it keeps, its topk_ratio, and whether it drops the linear branch."""
-    options, keeps = course.options, dict[str, Measured]()
+    options, keeps, kept_old = course.options, dict[str, Measured](), set[str]()
     for name, old in course.before.items():
         ratio = course.sites[name].settings.options.topk_ratio
-        worse = name not in after or after[name].at(ratio).error > old.at(ratio).error
-        keeps[name] = old if worse else after[name]
+        if name not in after or after[name].at(ratio).error > old.at(ratio).error:
+            kept_old.add(name)
+        keeps[name] = old if name in kept_old else after[name]
     ratios = _chosen(keeps, options)
     found = []
     for name, kept in keeps.items():
@@ -149,13 +150,9 @@ def _settled(course: Run, after: Mapping[str, Measured]) -> list[SiteResult]:
         dropped = options.drop_linear and now.sparse_error < now.error
         if dropped:
             now = type(now)(**{**vars(now), "error": now.sparse_error})
-        old = course.before[name]
-        new = after.get(name, old)
-        found.append(
-            SiteResult(
-                name, before, ratio, old.at(before), new.at(before), now, kept.points, kept is old, dropped, kept.work
-            )
-        )
+        old, is_old = course.before[name], name in kept_old
+        points = old.at(before), after.get(name, old).at(before), now
+        found.append(SiteResult(name, before, ratio, *points, kept.points, is_old, dropped, kept.work))
     return found
 
 

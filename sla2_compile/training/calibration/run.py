@@ -71,7 +71,7 @@ class Run:
         check(self.before)
         with _progress(self.options) as progress:
             self._train(progress)
-        return self.measure(self.trainer.learned)
+        return self.measure(self.trainer.learned) if self.step else self.before
 
     def _train(self, progress: Progress) -> None:
         options = self.options
