@@ -13,6 +13,9 @@
 | `feature_maps.py` | phi of the linear branch, and its derivative |
 | `options.py` | the options of a call; words such as "auto" are resolved by its lengths |
 | `flops.py` | what the ops count in PyTorch's FLOP counter |
+| `layout.py` | what of a tensor decides launches: the key of a kind of call |
+| `kinds.py` | what is decided once per kind of eager call, up to its launches |
+| `switches.py` | switches in the environment, read at each call |
 | `functional.py` | SLA2 in one call, through one op or two |
 | `reference/` | the method written plainly over dense maps: the specification |
 | `portable/` | blocked PyTorch for any device |
