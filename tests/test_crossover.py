@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -110,6 +111,19 @@ def test_planning_and_the_site_agree(shape: tuple[int, ...], recipe: str) -> Non
     assert reason is None or in_training is not None
     said = "training steps keep full attention in 1 call: min_seq_len auto" in str(sla2_compile.report(model))
     assert said is (reason is None and in_training is not None)
+
+
+def test_a_training_step_that_keeps_full_attention_says_so() -> None:
+    """Where inference runs SLA2: training would not see the approximation. Elsewhere there is nothing to say."""
+    for shape, warns in (((1, 16, 4096, 64), True), ((8, 16, 16384, 64), False), ((1, 1, 4096, 64), False)):
+        q = meta(*shape)
+        model = planned(q)
+        for training in (True, False):
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                model.train(training)(q, q, q)
+            said = any("training steps keep full attention where inference runs" in str(x.message) for x in seen)
+            assert said is (warns and training), (shape, training)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from sla2_compile.passes.sites.fake_quantizer import FORMATS, INPUTS, FakeQuantC
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
 from sla2_compile.passes.sites.progress import SiteProgress
 from sla2_compile.passes.sites.remembered import why_not_unmasked
-from sla2_compile.passes.sites.rules import Reason, why_not
+from sla2_compile.passes.sites.rules import SMALL, Reason, why_not
 from sla2_compile.passes.sites.settings import SiteSettings
 
 
@@ -141,6 +141,8 @@ class Site(SiteProgress):
         if reason is not None or mask is None:
             assert reason is not None
             self.count(reason)
+            if training and reason in SMALL and not torch.compiler.is_compiling():
+                self.warn_of_training(call, mask)
             return call.full_attention()
         alpha_bias = self.alpha_bias
         if alpha_bias is not None:
@@ -182,6 +184,20 @@ class Site(SiteProgress):
             # the call at this position is not the one that was planned
             reason = Reason.UNSEEN
         return mask, reason
+
+    def warn_of_training(self, call: AttentionCall, mask: MaskView | None) -> None:
+        """Warn if a training step keeps full attention where an inference of the same call runs SLA2.
+
+        Warns:
+            UserWarning: see above. Python shows it once.
+        """
+        if why_not(call, mask, self.settings) is None:
+            warnings.warn(
+                "training steps keep full attention where inference runs SLA2, because they would be slower "
+                "(min_seq_len auto); so training does not see the approximation: transform with min_seq_len=0 to "
+                "train what inference runs",
+                stacklevel=3,
+            )
 
     def count(self, reason: Reason) -> None:
         """Count a call that kept full attention. An export also warns, because its program keeps no counters."""
