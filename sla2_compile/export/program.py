@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from sla2_compile.graphs import dynamic_shapes as shapes_of
 from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs, RouteArgs
 from sla2_compile.kernels.checks import fail
 from sla2_compile.libraries.adapted import adapters_of
+from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import plans
 
@@ -39,7 +39,7 @@ def exported(
         # a tensor that is given twice would become one input
         apart, named = distinct((tuple(args), dict(kwargs)))
         before = _fallbacks(model)
-        with torch.no_grad(), evaluated(model):
+        with torch.no_grad(), in_eval_mode(model):
             program = torch.export.export(model, apart, named, dynamic_shapes=dynamic_shapes)
         _check_calls(model, program, _fallbacks(model) - before)
     join(program)
@@ -93,20 +93,6 @@ def distinct(values: Any) -> Any:
         return x
 
     return tree_map(once, values)
-
-
-@contextlib.contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Put a model into inference mode, and give each module its own flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    # not eval(), which models override, and which a graph of torch.export refuses
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def graphs(root: nn.Module) -> Iterator[fx.GraphModule]:

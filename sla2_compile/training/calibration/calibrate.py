@@ -22,9 +22,10 @@ from sla2_compile.training.calibration.measure import ALL_SPARSE, Measured
 from sla2_compile.training.calibration.options import RATIOS, Options
 from sla2_compile.training.calibration.result import Calibration, SiteResult
 from sla2_compile.training.calibration.run import Run
-from sla2_compile.training.calibration.session import check_model, frozen, pending, trainable
+from sla2_compile.training.calibration.session import check_model, frozen, trainable
 from sla2_compile.training.calibration.settle import write_parameters, write_ratios
 from sla2_compile.training.calibration.soft import Learned
+from sla2_compile.training.sites import pending
 
 
 def calibrate(

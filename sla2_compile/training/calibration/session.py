@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sla2_compile.first_forward import first_forward
 from sla2_compile.kernels.checks import fail
 from sla2_compile.libraries.adapted import adapters_of
+from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.plan import plain, roots
+from sla2_compile.plan import plain
+from sla2_compile.training.sites import pending
 
 
 class Observer(Protocol):
@@ -57,12 +58,6 @@ def trainable(model: nn.Module) -> dict[str, Site]:
     return {name: site for name, site in named if site.heads}
 
 
-def pending(model: nn.Module) -> bool:
-    """Whether a part of the model waits for its first forward to be planned."""
-    waiting = (first_forward(root) for _, root, _ in roots(model))
-    return any(first is not None and not first.done for first in waiting)
-
-
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Run a model in inference: no gradients, eval mode, uncompiled. Modes and random generators come back as before.
@@ -70,17 +65,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Compiled code runs as the Python that it was made of, since an observer cannot be part of a graph. It shares its
     parameters with the compiled code, which therefore computes with the new values afterwards.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    known = {id(module) for module, _ in modes}
+    known = {id(module) for module in model.modules()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=devices):
-        for module, _ in modes:
-            module.training = False
         try:
-            yield
+            with in_eval_mode(model):
+                yield
         finally:
-            for module, was in modes:
-                module.training = was
             _follow_owners(model, known)
 
 
