@@ -137,7 +137,7 @@ def test_batches_that_cannot_be_used_are_refused(given, words):
 
 
 def test_batches_whose_calls_all_keep_full_attention_are_refused_with_the_reason():
-    model = sla2_compile.transform(net(), example_inputs=(torch.randn(1, 600, 32),))
+    model = sla2_compile.transform(net(), example_inputs=(torch.randn(1, 1600, 32),))
     with pytest.raises(ValueError, match="batches must reach a site whose call SLA2 takes, got 2 x short sequence"):
         calibrate(model, batches(), **QUICK)
 
@@ -302,8 +302,8 @@ def test_a_largest_error_sets_the_smallest_ratio_that_meets_it():
 
 
 def test_a_ratio_at_which_the_length_does_not_pay_is_left_out():
-    model = sla2_compile.transform(net(), example_inputs=(torch.randn(1, 600, 32),), topk_ratio=0.1)
-    result = calibrate(model, batches(tokens=600), **{**QUICK, "steps": 0, "ratios": (0.05, 0.15, 0.3)})
+    model = sla2_compile.transform(net(), example_inputs=(torch.randn(2, 1200, 32),), topk_ratio=0.1)
+    result = calibrate(model, batches(tokens=1200), **{**QUICK, "steps": 0, "ratios": (0.05, 0.15, 0.3)})
     assert [point.topk_ratio for point in result.sites[0].curve] == [0.05, 0.1, 0.15]
 
 
