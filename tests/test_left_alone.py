@@ -392,7 +392,8 @@ def test_inductor_modes_and_options(x):
         torch.compile(model, backend="sla2", options=options)(x), twin(x), rtol=1e-4, atol=1e-5
     )
     torch._dynamo.reset()
-    long = torch.randn(1, 1024, 32)
+    # enough work for the recipe to take it
+    long = torch.randn(3, 1024, 32)
     by_mode = torch.compile(model, backend="sla2", mode="reduce-overhead")
     sla2_compile.transform(sla2_compile.restore(twin), example_inputs=(long,))
     torch.testing.assert_close(by_mode(long), twin(long), rtol=1e-4, atol=1e-5)

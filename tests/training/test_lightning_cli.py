@@ -142,7 +142,7 @@ def test_a_misspelt_or_impossible_argument_is_told(fit, capsys):
     with pytest.raises(ValueError, match="topk_ratio must be less than or equal to 1"):
         fit("range", range_)
     short = {**NODE, "init_args": {k: v for k, v in NODE["init_args"].items() if k != "min_seq_len"}}
-    with pytest.raises(ValueError, match=r"short sequence \(min_seq_len 512\).*min_seq_len=0 takes every length"):
+    with pytest.raises(ValueError, match=r"short sequence \(min_seq_len auto: .*min_seq_len=0 takes every length"):
         fit("short", short)
     none = {**NODE, "init_args": {k: v for k, v in NODE["init_args"].items() if k != "example"}}
     with pytest.raises(ValueError, match=r"example must be given, got None; write the shapes"):
