@@ -104,18 +104,21 @@ def session(path: Path) -> Any:
 
 
 def peak_memory(path: Path, N: int) -> float:
-    """MB that one run adds to the peak of a process of its own."""
-    # nothing else is imported, whose own peak would hide that of the run
+    """MB that one run adds at its peak, in a process of its own; Linux only."""
+    # the system's record of the peak is set back first: loading a file takes more than a short run
     code = f"""
-import resource, numpy, onnxruntime
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+import numpy, onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.log_severity_level = 1, 3
 run = onnxruntime.InferenceSession({str(path)!r}, options, providers=["CPUExecutionProvider"])
 x = {{name: numpy.random.default_rng(0).standard_normal(({B}, {H}, {N}, {D}), "float32") for name in "qkv"}}
-before = peak()
+def megabytes(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) / 1024
+open("/proc/self/clear_refs", "w").write("5")
+before = megabytes("VmRSS")
 run.run(None, x)
-print(peak() - before)
+print(megabytes("VmHWM") - before)
 """
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
