@@ -416,3 +416,36 @@ def test_calls_of_one_layout_share_a_schedule() -> None:
     for name, other in others.items():
         assert attention_schedule(plain_call(other), False) is not one, name
     assert attention_schedule(plain_call(x, scale=0.5), False) is not one
+
+
+def test_an_interrupt_while_cells_are_filled_leaves_no_note_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a later call with scratch at the earlier place would launch with the interrupted call's."""
+    from sla2_compile.kernels.cuda.launch.layout import Slot
+    from sla2_compile.kernels.cuda.launch.rerun import Rerun
+
+    class Held:
+        def __init__(self) -> None:
+            self.starts: list[int] = []
+            self.interrupts = False
+
+        def fill_first(self, addresses: list[int]) -> None: ...
+
+        def __setitem__(self, at: int, address: int) -> None: ...
+
+        def fill_from(self, start: int, scratch: Any) -> None:
+            self.starts.append(start)
+            if self.interrupts:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(rerun, "current_stream", lambda device: 0)
+    cells: Any = Held()
+    slots = [Slot(n, str(n), (4,), torch.float32) for n in (1, 2)]
+    again = Rerun([], cells, slots, set())
+    one, other = (torch.empty(4096, dtype=torch.uint8) for _ in range(2))
+    for memory, interrupts in ((one, False), (other, True), (one, False)):
+        cells.interrupts = interrupts
+        try:
+            again.straight([0], (1,), torch.empty(4), lambda *_, memory=memory: memory, 0)
+        except KeyboardInterrupt:
+            assert interrupts
+    assert cells.starts == [memory.data_ptr() for memory in (one, other, one)]

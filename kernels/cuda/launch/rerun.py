@@ -143,6 +143,8 @@ class Rerun:
                 cells[result[0]] = o.data_ptr()
                 filled, begun = self._filled
                 if filled is not room or begun != start:
+                    # an interrupt while they are filled must not leave a note of what they held before
+                    self._filled = None, 0
                     cells.fill_from(start, room.scratch)
                     self._filled = room, start
                 for launch in self._launches:
