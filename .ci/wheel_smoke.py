@@ -17,7 +17,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-model, x = Attention(), torch.randn(1, 1024, 64)
+model, x = Attention(), torch.randn(2, 1024, 64)
 expected = model(x)
 sla2_compile.transform(model, "balanced", example_inputs=(x,))
 assert len(sla2_compile.report(model).rewrites) == 1
