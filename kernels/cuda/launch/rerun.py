@@ -71,7 +71,8 @@ class Rerun:
         self._launches = [step for step in steps if isinstance(step, Again)]
         self._allocated, self._computed = allocated, computed
         self._rooms: dict[tuple[int, ...], Room] = {}
-        self._lock, self._thread = threading.Lock(), 0
+        # may be taken again: a finaliser may run just before this thread is noted, or just after
+        self._lock, self._thread = threading.RLock(), 0
         # the room that the cells of scratch were filled for last, and where it began
         self._filled: tuple[Room | None, int] = None, 0
 
