@@ -91,8 +91,8 @@ def export_onnx(
         What was written. `print` shows errors and times.
 
     Raises:
-        ValueError: model is not transformed; a replaced call would become full attention in the file; opset, target
-            or precision is unknown or does not fit; the path cannot be written; the file does not give what the model
+        ValueError: model is not transformed; a replaced call of a module would become full attention in the file;
+            opset, target or precision is unknown or does not fit; the path cannot be written; the file does not give what the model
             gives. The last is then kept as `<name>.failed.onnx`. Otherwise no file is left behind.
         TypeError: model is of another kind.
         ImportError: onnx, onnxscript or onnxruntime is missing.
