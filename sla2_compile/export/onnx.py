@@ -92,8 +92,8 @@ def export_onnx(
 
     Raises:
         ValueError: model is not transformed; a replaced call of a module would become full attention in the file;
-            opset, target or precision is unknown or does not fit; the path cannot be written; the file does not give what the model
-            gives. The last is then kept as `<name>.failed.onnx`. Otherwise no file is left behind.
+            opset, target or precision is unknown or does not fit; the path cannot be written; the file does not give
+            what the model gives. The last is then kept as `<name>.failed.onnx`. Otherwise no file is left behind.
         TypeError: model is of another kind.
         ImportError: onnx, onnxscript or onnxruntime is missing.
 
