@@ -17,10 +17,11 @@
 | `kinds.py` | what is decided once per kind of eager call, up to its launches |
 | `switches.py` | switches in the environment, read at each call |
 | `functional.py` | SLA2 in one call, through one op or two |
+| `quantise.py` | rounding to 8 bits: the ops `fake_quant`, `quantize` and `dequantize` |
 | `reference/` | the method written plainly over dense maps: the specification |
 | `portable/` | blocked PyTorch for any device |
 | `cuda/` | Triton and Gluon kernels, reached through `dispatch.py` |
-| `cuda/route/`, `cuda/forward/` | the router's kernels, the forward's kernels, and their launches |
+| `cuda/route/`, `cuda/forward/`, `cuda/backward/` | the kernels of router, forward and backward, and their launches |
 | `cuda/launch/` | a call's launches, planned once per layout and replayed without Triton's launcher |
 
 Importing this package loads torch and registers the ops; Triton is imported for the first call on CUDA tensors.
