@@ -105,7 +105,7 @@ def export_onnx(
     check_model(model)
     check_precision(model, precision)
     program = exported(model, args, kwargs or {}, dynamic_shapes)
-    check_dtypes(program)
+    check_dtypes(program, precision)
     changed = at_precision(model, program, args, kwargs or {}, dynamic_shapes, precision)
     with torch.no_grad():
         made = torch.onnx.export(

@@ -76,8 +76,8 @@ def at_precision(
     return Changed(program, "int8_fp8" if precision == "fp8" else None, unchanged)
 
 
-def check_dtypes(program: ExportedProgram) -> None:
-    """Refuse attention in a dtype that onnxruntime does not multiply.
+def check_dtypes(program: ExportedProgram, precision: str) -> None:
+    """Refuse attention in a dtype that onnxruntime does not multiply, or not at this precision.
 
     Raises:
         ValueError: see above.
@@ -86,6 +86,8 @@ def check_dtypes(program: ExportedProgram) -> None:
         dtype = call.q.meta["val"].dtype
         if dtype not in (torch.float32, torch.float16):
             raise fail("the model", "compute attention in float32 or float16", dtype, "call model.float() first")
+        if precision == "int8" and dtype == torch.float16:
+            raise fail("precision", "be another one for a float16 model", "'int8'", "call model.float() first")
 
 
 def to_half(x: Any) -> Any:

@@ -214,6 +214,8 @@ def test_models_that_do_not_fit(x: Tensor, tmp_path: Path) -> None:
         sla2_compile.export_onnx(lambda x: x, (x,), path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"compute attention in float32 or float16, got torch\.float64"):
         sla2_compile.export_onnx(transformed(x).double(), (x.double(),), path)
+    with pytest.raises(ValueError, match="precision must be another one for a float16 model, got 'int8'"):
+        sla2_compile.export_onnx(transformed(x).half(), (x.half(),), path, precision="int8")
     program = torch.export.export(transformed(x), (x,))
     with pytest.raises(ValueError, match="args, kwargs and dynamic_shapes must be left out for an ExportedProgram"):
         sla2_compile.export_onnx(program, (x,), path)
