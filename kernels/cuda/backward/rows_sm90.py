@@ -43,7 +43,9 @@ def rows_hopper_kernel(
             the query heads from `first` on. d_states may lie over states. `factor` is the one that H and Z lack.
         The others are as in `rows_kernel` and `gather_kernel`.
     """
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_D // 16, 1], [16, BLOCK_D, 16])
+    # 8 warps at head dim 64 and 16 at 128, so that a thread holds 32 numbers of a tile
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, BLOCK_D // 64], [16, 64, 16])
+    mma_h: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_D // 16, 2], [16, BLOCK_D // 2, 16])
     dims_m: gl.constexpr = gl.SliceLayout(0, mma)
     rows_m: gl.constexpr = gl.SliceLayout(1, mma)
     q_buf = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
@@ -121,22 +123,21 @@ def rows_hopper_kernel(
     pull = gl.expand_dims(scale * d_lse, 1)
     d_mean = -gl.sum(tile_q.load(mma).to(gl.float32) * pull, axis=0)
     gl.store(d_means + block * D + dims, d_mean, mask=dims < D)
-    d_z = -factor * gl.sum(phi_q * gl.expand_dims(delta, 1), axis=0)
 
+    # each thread writes over what it alone has read
+    pushed = tile_do.load(mma).to(gl.float32) * gl.expand_dims(weight * factor, 1)
+    tile_do.store(pushed.to(do_desc.dtype))
     d_x = d_phi * gl.expand_dims(weight, 1) - gl.expand_dims(delta, 1) * gl.expand_dims(z, 0)
     d_x = feature_map_backward(d_x, phi_q, FEATURE_MAP)
-    pushed = tile_do.load(mma).to(gl.float32) * gl.expand_dims(weight * factor, 1)
-    # all warps are done with q, dO, o and H as they were
-    barrier()
-    tile_q.store(d_x.to(q_desc.dtype))
-    tile_do.store(pushed.to(do_desc.dtype))
+    d_z = -factor * gl.sum(phi_q * gl.expand_dims(delta, 1), axis=0)
+    gl.store(d_states + state + dims, d_z.to(gl.bfloat16), mask=dims < D)
     tile_o.store(phi_q.to(o_desc.dtype))
+    tile_q.store(d_x.to(q_desc.dtype))
     fence_async_shared()
     barrier()
     tma.async_copy_shared_to_global(dq_desc, place, q_buf)
-    nothing = gl.zeros([BLOCK_D, BLOCK_D], gl.float32, layout=mma)
+    nothing = gl.zeros([BLOCK_D, BLOCK_D], gl.float32, layout=mma_h)
     d_kv = warpgroup_mma(tile_o.permute((1, 0)), tile_do, nothing, use_acc=False, is_async=True)
-    gl.store(d_states + state + dims, d_z.to(gl.bfloat16), mask=dims < D)
     d_kv = warpgroup_mma_wait(0, deps=[d_kv])
     tile_h.store(d_kv.to(h_desc.dtype))
     fence_async_shared()

@@ -12,7 +12,7 @@ from sla2_compile.kernels.arguments import BackwardArgs
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.launches import alpha_of
-from sla2_compile.kernels.cuda.forward.sm90 import multiprocessors, swizzled_tiles, whole_tiles
+from sla2_compile.kernels.cuda.forward.sm90 import swizzled_tiles, whole_tiles
 from sla2_compile.kernels.cuda.forward.states_launches import Group, StateLayout
 from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
@@ -58,9 +58,10 @@ def rows(
         swizzled_tiles(slots.saved.o, o.shape, o.stride, 1, 1, BLOCK_Q, width),
         states(group.summed), whole_tiles(dq, (B, Hq, Nq, D), 1, 1, BLOCK_Q, width), states(d_states),
         given.k_mean, slots.saved.lse, given.log_rest, given.alpha_gain, given.alpha_bias, group.summed, d_states,
-        *terms, d_means, d_logits, d_gains, *bias_strides, Hq, groups, Nq, tm, group.heads.start * groups, call.scale, factor,
+        *terms, d_means, d_logits, d_gains, *bias_strides, Hq, groups, Nq, tm, group.heads.start * groups, call.scale,
+        factor,
         D=D, BLOCK_D=width, STATE=state, Z_AT=layout.z_at, FEATURE_MAP=call.feature_map, ALPHA=alpha,
-        num_warps=width // 16,
+        num_warps=width // 8,
     )  # fmt: skip
 
 
@@ -110,17 +111,13 @@ def queries(
     call, given = args.saved.call, slots.saved.call
     q, k, v, do, (tm, topk) = call.q, call.k, call.v, args.do, call.lut.shape[2:]
     (B, Hq, Nq, D), (_, heads, Nk, _), width = q.shape, k.shape, padded(q.shape[3])
-    tile, stages, programs = (128, 3, 1) if width > 64 else (64, 4, 2)
-    parts = tm * (BLOCK_Q // tile)
-    items = B * Hq * parts
     schedule.launch(
-        kernels()[2], (min(items, programs * multiprocessors(q.device)),),
-        swizzled_tiles(given.q, q.shape, q.stride, 1, 1, tile, width),
-        swizzled_tiles(slots.do, do.shape, do.stride, 1, 1, tile, width),
+        kernels()[2], (B * Hq * tm * (BLOCK_Q // ROWS),),
+        swizzled_tiles(given.q, q.shape, q.stride, 1, 1, ROWS, width),
+        swizzled_tiles(slots.do, do.shape, do.stride, 1, 1, ROWS, width),
         swizzled_tiles(given.k, k.shape, k.stride, 1, 1, BLOCK_K, width),
         swizzled_tiles(given.v, v.shape, v.stride, 1, 1, BLOCK_K, width),
-        whole_tiles(dq, (B, Hq, Nq, D), 1, 1, tile, width),
-        dq, given.k_mean, given.lut, *terms, Hq, Hq // heads, Nq, Nk, tm, num_blocks(Nk, BLOCK_K), topk, items, parts,
-        call.scale,
-        D=D, BLOCK_D=width, BLOCK_K=BLOCK_K, ROWS=tile, STAGES=stages, num_warps=tile // 16,
+        whole_tiles(dq, (B, Hq, Nq, D), 1, 1, ROWS, width),
+        dq, given.k_mean, given.lut, *terms, Hq, Hq // heads, Nq, Nk, tm, num_blocks(Nk, BLOCK_K), topk, call.scale,
+        D=D, BLOCK_D=width, BLOCK_K=BLOCK_K, STAGES=2 if width > 64 else 3, num_warps=4,
     )  # fmt: skip
