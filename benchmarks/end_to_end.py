@@ -39,9 +39,9 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.end_to_end_contenders import CONTENDERS, MODES, Contender, compiled_blocks, contending
+from benchmarks.end_to_end_contenders import CONTENDERS, Contender, compiled_blocks, contending
 from benchmarks.end_to_end_report import load, row_line, save
-from benchmarks.end_to_end_workloads import PARTS, Workload, workloads
+from benchmarks.end_to_end_workloads import MODES, PARTS, Workload, workloads
 from benchmarks.environment import environment
 from benchmarks.host import Host
 
@@ -139,7 +139,7 @@ def measure(
         mine = [m for m in wanted if m == stage or (m == "graph" and graph_of_blocks == (stage == "compiled"))]
         if not mine:
             continue
-        row = dict(about)
+        row, left = dict(about), list(mine)
         try:
             with (
                 # each step of a training casts its parameters anew, within a graph too
@@ -159,10 +159,13 @@ def measure(
                     if clock.cuda and mode != "graph":
                         found["mib"] = clock.peak_mib(call)
                     del timed
+                    left.remove(mode)
                     yield {**row, **found}
         except Exception as error:
             # a contender that refuses must not end the run
-            yield {**row, "mode": mine[-1], "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            for mode in left:
+                yield {**row, "mode": mode, "error": text}
 
 
 def run(part: str, given: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:

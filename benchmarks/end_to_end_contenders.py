@@ -15,10 +15,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sla2_compile
-from benchmarks.end_to_end_workloads import Workload
+from benchmarks.end_to_end_workloads import TRAINED, Workload
 from sla2_compile.reports.computed import how_lines
 
-MODES = ("eager", "compiled", "graph")
 LEFT_ALONE = "no attention"
 
 
@@ -42,7 +41,6 @@ class Contender:
 
 
 FEWEST = {"recipe": "max_speedup", "topk_ratio": 0.03}
-TRAINED = ("train", "train_wan")
 MODELS = ("wan", "jit_1024", "jit_256", *TRAINED, "wan_14b")
 # in the order of what they tell: a run that is cut short lacks the last
 CONTENDERS = (

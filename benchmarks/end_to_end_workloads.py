@@ -15,6 +15,8 @@ from benchmarks.wan import Wan, WanConfig
 
 PARTS = ("wan", "jit_1024", "jit_256", "train", "train_wan", "layer", "wan_14b")
 """The longest one last: a run of all of them that is cut short has the others."""
+TRAINED = ("train", "train_wan")
+MODES = ("eager", "compiled", "graph")
 WAN_14B = WanConfig(depth=40, width=5120, heads=40, hidden=13824, latent=(21, 90, 160))
 """Wan2.1-T2V-14B at 1280 x 720 pixels, 81 frames."""
 WAN_LAYERS = WanConfig(depth=4)
@@ -40,7 +42,7 @@ class Workload:
     name: str
     make: Callable[[], Made]
     training: bool = False
-    modes: tuple[str, ...] = ("eager", "compiled", "graph")
+    modes: tuple[str, ...] = MODES
     min_seq_len: int | str = 0
     autocast: bool = False
 
@@ -55,7 +57,7 @@ class OneCall(nn.Module):
 def workloads(part: str, tiny: bool) -> list[Workload]:
     """The workloads of one part; tiny ones have the same structure and take milliseconds."""
     if part in ("wan", "wan_14b", "train_wan"):
-        training = part == "train_wan"
+        training = part in TRAINED
         size = "14B" if part == "wan_14b" else "1.3B"
         config = {"wan": WanConfig(), "wan_14b": WAN_14B, "train_wan": WAN_LAYERS}[part]
         if tiny:
@@ -65,7 +67,7 @@ def workloads(part: str, tiny: bool) -> list[Workload]:
         name = f"Wan2.1-{size}, {config.tokens} tokens, batch 1"
         name += f", {config.depth} layers, forward and backward" if training else ""
         modes = ("eager", "compiled", *(("graph",) if training else ()))
-        return [Workload(name, lambda: wan(config, tiny), training, modes, min_seq_len=shortest)]
+        return [Workload(name, lambda: wan(config, tiny), training, modes, shortest)]
     if part == "layer":
         sizes = ((1, 2, 128), (1, 2, 256)) if tiny else LAYERS
         return [
@@ -81,9 +83,10 @@ def workloads(part: str, tiny: bool) -> list[Workload]:
     pixels, batch = {"jit_1024": (1024, 4), "jit_256": (256, 8), "train": (1024, 4)}[part]
     if tiny:
         pixels, batch = pixels // 4, 1
-    what = ", forward and backward" if part == "train" else ""
+    training = part in TRAINED
+    what = ", forward and backward" if training else ""
     name = f"JiT-B/16, {(pixels // 16) ** 2} tokens, batch {batch}{what}"
-    return [Workload(name, lambda: jit(pixels, batch, tiny), part == "train", autocast=True)]
+    return [Workload(name, lambda: jit(pixels, batch, tiny), training, autocast=True)]
 
 
 def dtype(tiny: bool) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.nn import functional
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import end_to_end, end_to_end_report, host
-from benchmarks.end_to_end_contenders import CONTENDERS, MODES, answered, materialised, values
-from benchmarks.end_to_end_workloads import PARTS, WAN_14B, WAN_LAYERS, workloads
+from benchmarks.end_to_end_contenders import CONTENDERS, answered, materialised, values
+from benchmarks.end_to_end_workloads import MODES, PARTS, WAN_14B, WAN_LAYERS, workloads
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "end_to_end"
 
@@ -145,6 +146,46 @@ def test_a_step_is_that_of_a_training_loop() -> None:
     assert set(backward) == {(False, True)}
     assert len(forward) == len(backward)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_steps_are_compared_in_their_mode() -> None:
+    def row(contender: str, mode: str, **more: Any) -> dict[str, Any]:
+        return {"workload": "w", "contender": contender, "mode": mode, **more}
+
+    rows = [row("FlashAttention-2", "eager", ms=9.0, mib=5.0), row("FlashAttention-2", "graph", ms=6.0)]
+    rows += [row("balanced", "eager", ms=3.0, mib=7.0), row("balanced", "compiled", ms=2.0, mib=4.0)]
+    rows += [row("balanced", "graph", error="no")]
+    lines = end_to_end_report.steps({"train": {"environment": {}, "rows": rows}}).splitlines()
+    assert lines[2:] == [
+        "| w | FlashAttention-2 | 1.00x, 9 ms | not measured | 1.00x, 6 ms | 5 |  |",
+        "| w | balanced | 3.00x, 3 ms | 2 ms | failed | 7 | 4 |",
+    ]
+    assert end_to_end_report.steps({}) == ""
+
+
+def test_docs_have_the_measured_steps() -> None:
+    """What docs/performance.md says of whole models in training is what their results say."""
+    found = end_to_end_report.load(RESULTS)
+    if "train_wan" not in found:
+        pytest.skip("train_wan is not measured yet")
+    assert end_to_end_report.steps(found) in (RESULTS.parents[2] / "docs" / "performance.md").read_text()
+
+
+def test_modes_that_were_not_reached_have_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def graphed(call: Any) -> Any:
+        raise RuntimeError("capture failed\nand a long story")
+
+    monkeypatch.setattr(end_to_end, "graphed", graphed)
+    workload = workloads("layer", tiny=True)[0]
+    model, inputs = workload.make()
+    clock = end_to_end.Clock(torch.device("cpu"), 0.0)
+    first, second = end_to_end.measure(workload, model, inputs, CONTENDERS[0], ["eager", "graph"], clock)
+    assert (first["mode"], "error" in first) == ("eager", False)
+    assert (second["mode"], second["error"]) == ("graph", "RuntimeError: capture failed")
+    workload = dataclasses.replace(workload, modes=MODES)
+    monkeypatch.setattr(end_to_end, "compiled_blocks", graphed)
+    rows = list(end_to_end.measure(workload, model, inputs, CONTENDERS[0], ["compiled", "graph"], clock))
+    assert [(row["mode"], "error" in row) for row in rows] == [("compiled", True), ("graph", True)]
 
 
 def test_models_keep_the_shape_of_their_input() -> None:
