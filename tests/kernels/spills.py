@@ -74,6 +74,6 @@ def allowed(kernel: str, case: str) -> int:
 
     A Triton that is not in the table may spill as much as any that is.
     """
-    bytes_ = SPILLS.get(kernel, {}).get(case, (0,) * len(TRITONS))
+    spilled = SPILLS.get(kernel, {}).get(case, (0,) * len(TRITONS))
     version = device.triton_version()
-    return bytes_[TRITONS.index(version)] if version in TRITONS else max(bytes_)
+    return spilled[TRITONS.index(version)] if version in TRITONS else max(spilled)
