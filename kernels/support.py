@@ -173,7 +173,11 @@ TRITON: tuple[Rule, ...] = (
 """What `cuda/forward/`, `cuda/route/` and `cuda/backward/` compute; blocked PyTorch takes the rest."""
 
 FUSED: tuple[Rule, ...] = (
-    Rule(lambda f: f.direction == "forward", "a forward", lambda f: "the backward has no fused kernel"),
+    Rule(
+        lambda f: f.direction == "forward" or (f.dtype == torch.bfloat16 and f.low_bit == "none"),
+        "a forward, or a backward in bfloat16 of one that was not in low bit",
+        lambda f: "the fused kernel of the backward takes bfloat16 alone",
+    ),
     Rule(lambda f: f.chip.arch == 90, "sm_90", lambda f: f"the fused kernel needs sm_90, not sm_{f.chip.arch}"),
     Rule(
         lambda f: f.chip.triton in GLUON_TRITONS,

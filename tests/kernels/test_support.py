@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
          "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
     ]),
     "fused": (FUSED, [
-        ({"direction": "backward"}, "the backward has no fused kernel"),
+        ({"direction": "backward", "dtype": torch.float16}, "the fused kernel of the backward takes bfloat16 alone"),
         ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
         ({"chip": H200._replace(triton=(3, 8))}, "the fused kernel needs Triton 3.6 or 3.7, not 3.8"),
         ({"plain": False}, "the fused kernel takes no mask and no causality"),
@@ -97,10 +97,11 @@ def test_a_format_falls_back_to_the_next_less() -> None:
             assert found.why.low_bit == found.why.triton != ""
 
 
-def test_a_backward_is_never_fused() -> None:
-    for low_bit in ("none", "int8", "int8_fp8"):
-        found = support(CALL._replace(direction="backward", low_bit=low_bit))
-        assert found.why.fused == "the backward has no fused kernel"
+def test_a_backward_in_bfloat16_is_fused() -> None:
+    back = CALL._replace(direction="backward")
+    assert support(back).kernel == "fused"
+    for change in ({"low_bit": "int8"}, {"low_bit": "int8_fp8"}, {"dtype": torch.float16}):
+        assert support(back._replace(**change)).why.fused == "the fused kernel of the backward takes bfloat16 alone"
 
 
 def test_a_backward_takes_up_the_format_of_its_forward() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.cuda.backward import sm90
 from sla2_compile.kernels.cuda.backward.cuts import Cuts
 from sla2_compile.kernels.cuda.backward.gather import gather_kernel
 from sla2_compile.kernels.cuda.backward.keys import keys_kernel
@@ -32,13 +33,14 @@ from sla2_compile.kernels.cuda.backward.lists import lists_kernel
 from sla2_compile.kernels.cuda.backward.queries import queries_kernel
 from sla2_compile.kernels.cuda.backward.rows import rows_kernel
 from sla2_compile.kernels.cuda.backward.totals import totals_kernel
-from sla2_compile.kernels.cuda.device import padded
-from sla2_compile.kernels.cuda.forward.launches import Formats, alpha_of
+from sla2_compile.kernels.cuda.device import describable, padded
+from sla2_compile.kernels.cuda.forward.launches import Formats, alpha_of, facts_of
 from sla2_compile.kernels.cuda.forward.states_launches import Group, grouped_sums
 from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import split, with_tensors
+from sla2_compile.kernels.support import Facts, support
 
 TOTALS_WIDTH = 64
 """Query blocks that `totals_kernel` adds at a time."""
@@ -47,6 +49,14 @@ TOTALS_WIDTH = 64
 def complement_product(n: int, complement: Tensor, rows: Tensor) -> Tensor:
     """Sum dH over the query blocks that did not select a key block, for the first n heads."""
     return torch.bmm(complement[:n].to(rows.dtype).mT, rows[:n])
+
+
+def facts_of_backward(args: BackwardArgs[Layout]) -> Facts:
+    """What decides which kernels run a backward."""
+    facts, Nq = facts_of(args.saved.call), args.saved.call.q.shape[2]
+    # the terms of rows are in float32, without gaps
+    copyable = facts.copyable and describable(args.do) and describable(args.saved.o) and Nq % 4 == 0
+    return facts._replace(direction="backward", copyable=copyable)
 
 
 @dataclass(frozen=True)
@@ -72,13 +82,23 @@ class Rows:
     q_scales: Slot
     peaks: Slot
 
+    @property
+    def read_later(self) -> tuple[Slot, Slot, Slot]:
+        """What the kernels for keys and queries read."""
+        return self.alphas, self.shifts, self.log_sums
+
     @classmethod
-    def allocate(cls, schedule: Schedule, call: AttentionArgs[Layout], q: Slot, peaks: int) -> Rows:
+    def allocate(cls, schedule: Schedule, call: AttentionArgs[Layout], q: Slot, peaks: int, fused: bool) -> Rows:
         """peaks: for each query block, 0 for none."""
         (B, Hq, Nq, D), tm, fp32 = call.q.shape, call.lut.shape[2], torch.float32
         shapes = (*((B, Hq, Nq),) * 8, *((B, Hq, tm),) * 2, (B, Hq, tm, D))
         names = [x.name for x in fields(cls)]
-        made: list[Slot] = [schedule.empty(name, shape, fp32) for name, shape in zip(names, shapes, strict=False)]
+        # one kernel writes rows' terms and sums them up: what is between stays in it
+        inner = names[3:8] if fused else []
+        made: list[Slot] = [
+            q if name in inner else schedule.empty(name, shape, fp32)
+            for name, shape in zip(names, shapes, strict=False)
+        ]
         q8 = q_scales = q
         if call.low_bit != "none":
             q8 = schedule.empty("q8", (B, Hq, Nq, D), torch.int8)
@@ -93,6 +113,7 @@ class Backward:
 
     Attributes:
         args, slots: of the call. formats, cuts: how kernels see it and are cut.
+        fused: whether dK and dV are computed by `keys_sm90.py`.
         half: whether dS is rounded to float16. exact: whether D_s is summed from P (`queries.py`).
         rows: of the kernels for query rows; lists: of `lists_kernel`; dq, dk, dv: results.
         d_mean_keys: (B * Hkv, pieces, D) fp32, gradients for k_mean of the pieces of keys.
@@ -103,6 +124,7 @@ class Backward:
     slots: BackwardArgs[Slot]
     formats: Formats
     cuts: Cuts
+    fused: bool
     half: bool
     exact: bool
     rows: Rows
@@ -119,17 +141,19 @@ class Backward:
         (B, heads, Nk, D), (Hq, tm, topk) = call.k.shape, call.lut.shape[1:]
         # v is read as it is
         exact, scores = call.low_bit == "int8_fp8", "none" if call.low_bit == "none" else "int8"
+        fused = support(facts_of_backward(args)).kernel == "fused"
         tn, formats = num_blocks(Nk, call.block_k), Formats.of(schedule, call._replace(low_bit=scores), given)
         half = call.q.dtype == torch.float16 and not formats.eight.level
         cuts = Cuts.of(formats.shape, half)
         peaks = formats.layout.block_dv // cuts.gather.chunk_v if half else 0
+        pieces = tn if fused else tn * (call.block_k // cuts.keys.keys)
         return cls(
-            schedule, args, slots, formats, cuts, half, exact, Rows.allocate(schedule, call, given.q, peaks),
+            schedule, args, slots, formats, cuts, fused, half, exact, Rows.allocate(schedule, call, given.q, peaks, fused),
             lists=empty("lists", (B * heads, Hq // heads * tm * topk + 2 * tn), torch.int32),
             dq=empty("dq", tuple(call.q.shape), call.q.dtype),
             dk=empty("dk", tuple(call.k.shape), call.k.dtype),
             dv=empty("dv", tuple(call.v.shape), call.v.dtype),
-            d_mean_keys=empty("d_mean_keys", (B * heads, tn * (call.block_k // cuts.keys.keys), D), torch.float32),
+            d_mean_keys=empty("d_mean_keys", (B * heads, pieces, D), torch.float32),
         )  # fmt: skip
 
     @property
@@ -152,6 +176,12 @@ class Backward:
         """Compute the terms of a group's query rows, and `d_states`, the gradients for its sums."""
         call, args, given, rows = self.args.saved.call, self.args, self.slots.saved.call, self.rows
         cut, layout, low_bit = self.cuts.rows, self.formats.layout, self.formats.eight.level
+        if self.fused:
+            sm90.rows(
+                self.schedule, args, self.slots, layout, group, self.dq, d_states, rows.read_later, rows.d_means,
+                rows.d_logits, rows.d_gains,
+            )  # fmt: skip
+            return
         tm, (Hq, Nq), (bias_strides, alpha) = call.lut.shape[2], call.q.shape[1:3], alpha_of(call)
         groups = Hq // call.k.shape[1]
         programs, first = len(group.heads) * groups * tm, group.heads.start * groups
@@ -181,6 +211,12 @@ class Backward:
         call, given, rows = self.args.saved.call, self.slots.saved.call, self.rows
         (_, Hq, Nq, _), (_, heads, Nk, _), (tm, topk) = call.q.shape, call.k.shape, call.lut.shape[2:]
         cut, layout, mask, eight = self.cuts.keys, self.formats.layout, call.key_mask, self.formats.eight
+        if self.fused:
+            sm90.keys(
+                self.schedule, self.args, self.slots, layout, self.lists, group, rows.read_later, d_states, self.dk,
+                self.dv, self.d_mean_keys,
+            )  # fmt: skip
+            return
         self.schedule.launch(
             keys_kernel, (len(group.heads) * self.tn * (call.block_k // cut.keys),),
             given.q, given.k, given.v, self.slots.do, given.k_mean, self.lists, given.key_mask, rows.alphas,
@@ -200,6 +236,9 @@ class Backward:
         call, given, rows, eight = self.args.saved.call, self.slots.saved.call, self.rows, self.formats.eight
         (_, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = call.q.shape, call.v.shape, call.lut.shape[2:]
         groups = Hq // heads
+        if self.fused:
+            sm90.queries(self.schedule, self.args, self.slots, rows.read_later, self.dq)
+            return
         cut, layout, mask = self.cuts.queries, self.formats.layout, call.key_mask
         self.schedule.launch(
             queries_kernel, (len(heads_k) * groups * tm * (call.block_q // cut.rows),),
