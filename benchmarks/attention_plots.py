@@ -25,7 +25,8 @@ STAGES = {
     "states_kernel": "#2ca02c", "complement_kernel": "#17becf", "gemm and copies": "#9467bd",
     "linear_kernel": "#8c564b", "attend_kernel": "#1f77b4", "attend_hopper_kernel": "#08519c",
     "lists_kernel": "#dbdb8d", "rows_kernel": "#f7b6d2", "gather_kernel": "#98df8a", "queries_kernel": "#ff9896",
-    "keys_kernel": "#a63603", "totals_kernel": "#c5b0d5",
+    "keys_kernel": "#a63603", "rows_hopper_kernel": "#f7b6d2", "queries_hopper_kernel": "#ff9896",
+    "keys_hopper_kernel": "#a63603", "totals_kernel": "#c5b0d5",
 }  # fmt: skip
 """Kernels in the order of a call and its backward, with a colour each; one that is not listed comes last."""
 CALL = "forward of the whole op. SLA2 replayed from a CUDA graph unless it says eager, rivals eager"

@@ -50,6 +50,11 @@ SPILLS: dict[str, dict[str, tuple[int, int]]] = {
         "sm_100 backward, D64": (0, 8),
         "sm_120 backward, D96, causal masked, elu": (56, 0),
     },
+    # two programs share a multiprocessor
+    "keys_hopper_kernel": {
+        "sm_90 fused backward, D128": (152, 120),
+        "sm_90 fused backward, D128, relu": (8, 8),
+    },
     # 128 masked keys of a wide head: no cut tried does without
     "queries_kernel": {
         "sm_90 backward, D256, 128 keys, causal masked": (8, 16),

@@ -144,6 +144,7 @@ SHORT = ("choose_kernel", "sums_kernel")
 BACKWARD = ("lists_kernel", "rows_kernel", "gather_kernel", "queries_kernel", "keys_kernel", "totals_kernel")
 FRONT = ("front_kernel",)
 HOPPER = ("attend_hopper_kernel",)
+HOPPER_BACKWARD = ("rows_hopper_kernel", "queries_hopper_kernel", "keys_hopper_kernel")
 ALL = "causal masked"
 
 
@@ -271,6 +272,14 @@ COMPILED = [
 ]  # fmt: skip
 COMPILED_HOPPER = [
     *on(90, HOPPER, {f"fused, D{D}, {low}": call(D, (128, 64), low=low) for D in (64, 128) for low in LOW_BITS}),
+    *on(
+        90,
+        HOPPER_BACKWARD,
+        {
+            **{f"fused backward, D{D}": call(D, (128, 64), "backward") for D in (64, 80, 128)},
+            "fused backward, D128, relu": call(128, (128, 64), "backward", phi="relu"),
+        },
+    ),
     *on(90, HOPPER, {"fused, D128, fp16": call(128, (128, 64), dtype=torch.float16)}),
     *on(90, HOPPER, {f"fused, D{D}, {low}": call(D, (128, 64), low=low) for D in (48, 80) for low in LOW_BITS}),
 ]
