@@ -1,18 +1,24 @@
-"""Time one attention call: SLA2 against FlashAttention-2, cuDNN, FlexAttention and materialised attention in one run.
+"""Time one attention call, or a training step of it: SLA2 against full attention and FlexAttention in one run.
 
     python benchmarks/attention.py --suite anchors --output benchmarks/results/attention
     python benchmarks/attention.py --suite crossover --output benchmarks/results/attention_crossover
     python benchmarks/attention.py --suite sweep --output benchmarks/results/attention_sweep
+    python benchmarks/attention.py --suite training --output benchmarks/results/attention_training
     python benchmarks/attention.py --report --output benchmarks/results/attention_sweep
 
 Ours is the whole op: router, top-k, sparse branch, exact complement, mix; `int8` takes the scores of the sparse
 branch in INT8, `low` also weights and values in FP8. `ours`, `int8` and `low` call it as a user does; `_graph`
 replays the same call from a CUDA graph, which leaves the GPU's own time. `host` is how much longer the host took,
 while a row was measured, for a fixed piece of Python than at its best: eager times of a row far from 1 say nothing.
-`flex` is FlexAttention over random blocks of 128 x 128, `math` is softmax(q k^T) v with the map in memory.
+`fa2` and `cudnn` are PyTorch's FlashAttention-2 and cuDNN attention, `flex` FlexAttention over random blocks of 128 x
+128, `math` is softmax(q k^T) v with the map in memory.
 TFLOP/s are dense-equivalent, 4 B H N^2 D over the time of the whole op (in a graph, where there is one), and real:
 that times K / Tn, the share of key blocks computed, K = max(1, floor(top-k * Tn)). `_mib` is the peak beyond q, k and
 v. `int8_off` and `low_off` are the norm of the difference from ours over the norm of ours.
+
+The suite `training` takes a forward and a backward of a transformed module in their place, every contender also in a
+graph, with thu-ml/SLA (`sla`) where `sparse_linear_attention` can be imported. `int8` is then a module that `prepare`
+made imitate INT8, and dense-equivalent TFLOP/s count 14 B H N^2 D: two products forward, five backward.
 
 Results are saved after each row. A figure that cannot be taken leaves its error in the row, and the run goes on; it
 then ends with exit status 1.
@@ -24,58 +30,26 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-from sla2_compile.kernels.blocks import num_blocks, num_kept
-from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import attention_report
-from benchmarks.attention_report import FLEX_BLOCK, OURS, SPARSE, Row
+from benchmarks.attention_contenders import Call, Shape, contenders
+from benchmarks.attention_report import OURS, SPARSE, Row
 from benchmarks.environment import environment
 from benchmarks.host import Host
-
-Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One measurement: q, k, v (B, H, N, D), the share of key blocks kept, the router's resolution (0: a block)."""
-
-    B: int
-    H: int
-    N: int
-    D: int
-    topk_ratio: float = 0.03
-    compression_ratio: int = 16
-    dtype: str = "bfloat16"
-    with_flex: bool = False
-    block_q: int = 128
-    block_k: int = 64
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        torch.manual_seed(0)
-        kind = getattr(torch, self.dtype)
-        q, k, v = (torch.randn(self.B, self.H, self.N, self.D, device="cuda", dtype=kind) for _ in range(3))
-        return q, k, v
-
-    def options(self, low_bit: str) -> AttentionOptions:
-        ratio: int | Literal["block"] = self.compression_ratio or "block"
-        return AttentionOptions(self.topk_ratio, ratio, self.block_q, self.block_k, low_bit=low_bit)
-
 
 WAN, WAN_14B = (1, 12, 32760, 128), (1, 40, 75600, 128)
 RECIPES = ((0.05, 16), (0.15, 8), (0.25, 4))
 ANCHORS = "anchors"
+STAGED = (ANCHORS, "training")
+"""Suites that also take the device time of each kernel."""
 # FlexAttention compiles for each shape and evaluates its mask for all pairs of tokens: not where that takes minutes,
 # and not again where only the router's resolution differs
 SUITES = {
@@ -98,6 +72,12 @@ SUITES = {
         *(Shape(1, 16, 16384, 64, ratio, with_flex=True) for ratio in (0.03, 0.05, 0.1, 0.15, 0.25, 0.5)),
         *(Shape(1, 16, 16384, d, 0.05, with_flex=True) for d in (64, 96, 128, 256)),
         Shape(1, 16, 16384, 64, 0.05, dtype="float16", with_flex=True),
+    ],
+    "training": [
+        Shape(*shape, ratio, with_flex=True, training=True)
+        for shape, ratio in (
+            (WAN, 0.03), (WAN, 0.15), ((4, 16, 4096, 64), 0.03), ((1, 16, 16384, 64), 0.03), ((4, 12, 4128, 64), 0.15)
+        )
     ],
 }  # fmt: skip
 
@@ -131,69 +111,6 @@ def peak_memory(call: Call) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def flex_call(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Call:
-    """FlexAttention over as many random 128 x 128 blocks as the ratio keeps."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    blocks = num_blocks(shape.N, FLEX_BLOCK)
-    kept = num_kept(blocks, shape.topk_ratio, FLEX_BLOCK, FLEX_BLOCK, False)
-    order = torch.rand(shape.H, blocks, blocks, device="cuda").argsort(-1)[..., :kept]
-    table = torch.zeros(shape.H, blocks, blocks, dtype=torch.bool, device="cuda").scatter(-1, order, True)
-
-    def kept_block(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return table[h, i // FLEX_BLOCK, j // FLEX_BLOCK]
-
-    made: list[Any] = []
-
-    def run() -> Tensor:
-        if not made:
-            # a suite's shapes would use up Dynamo's limit, and those after the first be compiled for any size
-            torch._dynamo.reset()
-            made.append(create_block_mask(kept_block, None, shape.H, shape.N, shape.N, device="cuda", _compile=True))
-            made.append(torch.compile(flex_attention, dynamic=False))
-        return made[1](q, k, v, block_mask=made[0])
-
-    return run
-
-
-def materialised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention with its whole map in memory, in q's dtype; refuses what does not fit, by MemoryError."""
-    needed, free = (
-        3 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size(),
-        torch.cuda.mem_get_info()[0],
-    )
-    if needed > free:
-        raise MemoryError(f"three maps of {needed // 3 >> 20} MiB must fit into {free >> 20} MiB")
-    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
-
-
-def contenders(shape: Shape) -> dict[str, Call]:
-    """Everything that is timed on one shape, by name."""
-    q, k, v = shape.tensors()
-
-    def sla2(low_bit: str) -> Call:
-        def run() -> Tensor:
-            with torch.no_grad():
-                return sla2_attention(q, k, v, shape.options(low_bit))
-
-        return run
-
-    def backend(kind: SDPBackend) -> Call:
-        def run() -> Tensor:
-            with sdpa_kernel(kind):
-                return sdpa(q, k, v)
-
-        return run
-
-    found: dict[str, Call] = {
-        "fa2": backend(SDPBackend.FLASH_ATTENTION),
-        **{name: sla2(low_bit) for name, low_bit in OURS.items()},
-        "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
-        "math": lambda: materialised(q, k, v),
-    }
-    return {**found, "flex": flex_call(shape, q, k, v)} if shape.with_flex else found
 
 
 def stages(call: Call) -> dict[str, float]:
@@ -234,7 +151,7 @@ def take(row: Row, figure: str, how: Callable[..., Any], *arguments: Any) -> boo
 
 def measure(row: Row, shape: Shape, with_stages: bool, host: Host) -> None:
     """Fill row with the figures of every contender on one shape."""
-    budget = 400 if shape.N * shape.N * shape.H * shape.B > 10**11 else 60
+    budget = 400 if shape.training or shape.N * shape.N * shape.H * shape.B > 10**11 else 60
     row["host_ms"] = host.settle()
     calls = contenders(shape)
     for name, call in calls.items():
@@ -242,11 +159,11 @@ def measure(row: Row, shape: Shape, with_stages: bool, host: Host) -> None:
             continue
         row["host_ms"] = max(row["host_ms"], host.probe())
         take(row, f"{name}_mib", peak_memory, call)
-        if name in SPARSE:
+        if shape.training or name in SPARSE:
             take(row, f"{name}_graph", replayed, call, budget)
     mine = [name for name in OURS if name in row]
     for name in mine:
-        if name != "ours" and "ours" in mine:
+        if name != "ours" and "ours" in mine and not shape.training:
             take(row, f"{name}_off", off, calls[name], calls["ours"])
         if with_stages:
             take(row.setdefault("stages", {}), name, stages, calls[name])
@@ -258,7 +175,7 @@ def run(suite: str, host: Host, keep: Callable[[list[Row]], Any]) -> list[Row]:
     for shape in SUITES[suite]:
         row: Row = asdict(shape)
         try:
-            measure(row, shape, suite == ANCHORS, host)
+            measure(row, shape, suite in STAGED, host)
         except Exception as error:
             # what fails outside a contender, such as no memory for q, k and v, is the whole row's
             row["error"] = said(error)

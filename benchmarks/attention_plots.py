@@ -15,6 +15,8 @@ CURVES = {
     "ours_vs_cudnn_graph": ("SLA2 bf16 over cuDNN", "#b33c00", "-", "o"),
     "int8_vs_cudnn_graph": ("SLA2 INT8 over cuDNN", "#e6661a", "-.", "v"),
     "low_vs_cudnn_graph": ("SLA2 INT8 + FP8 over cuDNN", "#f7a35c", "--", "s"),
+    "ours_vs_flex_graph": ("SLA2 bf16 over FlexAttention, sparse part alone", "#54278f", "-", "D"),
+    "ours_vs_sla_graph": ("SLA2 bf16 over SLA", "#006d2c", "-", "^"),
     "ours_vs_fa2": ("SLA2 bf16, eager, over FlashAttention-2", "#222222", ":", "x"),
 }
 """What is drawn: its label, colour, line and marker."""
@@ -22,8 +24,14 @@ STAGES = {
     "pool_kernel": "#c7c7c7", "center_kernel": "#7f7f7f", "scores_kernel": "#bcbd22", "select_kernel": "#e377c2",
     "states_kernel": "#2ca02c", "complement_kernel": "#17becf", "gemm and copies": "#9467bd",
     "linear_kernel": "#8c564b", "attend_kernel": "#1f77b4", "attend_hopper_kernel": "#08519c",
+    "lists_kernel": "#dbdb8d", "rows_kernel": "#f7b6d2", "gather_kernel": "#98df8a", "queries_kernel": "#ff9896",
+    "keys_kernel": "#a63603", "rows_hopper_kernel": "#f7b6d2", "queries_hopper_kernel": "#ff9896",
+    "keys_hopper_kernel": "#a63603", "totals_kernel": "#c5b0d5",
 }  # fmt: skip
-"""Kernels in the order of a call, with a colour each; one that is not listed comes last."""
+"""Kernels in the order of a call and its backward, with a colour each; one that is not listed comes last."""
+CALL = "forward of the whole op. SLA2 replayed from a CUDA graph unless it says eager, rivals eager"
+STEP = "forward and backward of one attention call, each contender's replayed from a CUDA graph"
+SIDES = {"ours": "bf16", "int8": "INT8", "low": "INT8 + FP8"}
 
 
 def plot(about: dict[str, str], rows: list[Row], path: Path, suite: str) -> None:
@@ -41,15 +49,14 @@ def plot(about: dict[str, str], rows: list[Row], path: Path, suite: str) -> None
         return
     # a suite that was cut short may have no curve yet
     fig = over_what_varies(plt, rows) if suite != "anchors" and panels(rows) else single_shapes(plt, rows)
-    fig.suptitle(headline(about), fontsize=9)
+    fig.suptitle(headline(about, STEP if suite == "training" else CALL), fontsize=9)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def headline(about: dict[str, str]) -> str:
+def headline(about: dict[str, str], how: str) -> str:
     known = {"commit": "not recorded"} | about
     versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton", "commit"))
-    how = "forward of the whole op. SLA2 replayed from a CUDA graph unless it says eager, rivals eager"
     return f"{about['device']}: {how}\n{versions}"
 
 
@@ -86,19 +93,19 @@ def bars(axis: Any, rows: list[Row]) -> None:
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(rows)), [named(row) for row in rows], fontsize=8)
     axis.set_ylabel("speed-up")
-    axis.margins(y=0.12)
+    # room for the legend
+    axis.margins(y=0.06 * len(kinds))
     axis.legend(fontsize=8, ncols=2, loc="upper center")
     axis.set_title("Speed-up; (B, H, N, D), key blocks computed of a row's, r tokens to a router token", fontsize=9)
 
 
 def stages(axis: Any, rows: list[Row]) -> None:
-    """The share of each kernel in the time of a call: bf16 on the left, INT8 + FP8 on the right of each shape."""
-    columns = [
-        (at + side, row["stages"][name], label)
-        for at, row in enumerate(rows)
-        for name, side, label in (("ours", -0.2, "bf16"), ("low", 0.2, "INT8 + FP8"))
-        if name in row.get("stages", {})
-    ]
+    """The share of each kernel in the time of a call: bf16 on the left, the lowest precision on the right."""
+    columns: list[tuple[float, dict[str, float], str]] = []
+    for n, row in enumerate(rows):
+        kinds = [name for name in SIDES if name in row.get("stages", {})]
+        sides = zip(dict.fromkeys((kinds[0], kinds[-1])), (-0.2, 0.2), strict=False) if kinds else ()
+        columns += [(n + side, row["stages"][name], SIDES[name]) for name, side in sides]
     found = dict.fromkeys(stage for _, of_kind, _ in columns for stage in of_kind)
     sums = [sum(of_kind.values()) for _, of_kind, _ in columns]
     below = [0.0] * len(columns)
@@ -119,7 +126,7 @@ def stages(axis: Any, rows: list[Row]) -> None:
     axis.set_ylim(0, 112)
     axis.set_yticks(range(0, 101, 20))
     axis.set_ylabel("share of a call's device time, %")
-    axis.set_title("Where SLA2's time goes: device time of each kernel of one eager call", fontsize=9)
+    axis.set_title("Where SLA2's time goes: device time of each kernel, called eagerly", fontsize=9)
     handles, names = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], names[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 

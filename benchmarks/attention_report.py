@@ -19,18 +19,33 @@ LABELS = {"ours": "bf16", "int8": "INT8", "low": "INT8 + FP8"}
 """How tables call them; "bf16" is the input's dtype."""
 RIVALS = ("fa2", "cudnn")
 """Those that ratios are taken to."""
-SPARSE = (*OURS, "flex")
+SPARSE = (*OURS, "flex", "sla")
 """Those that are also replayed from a CUDA graph: compared with them, a rival that is one launch has no host time."""
+TRAINED = ("ours", "int8")
+"""Those of ours of which a training step is timed. A step of any contender is many launches: all are replayed."""
 FLEX_BLOCK = 128
 TIMES = ("fa2", "cudnn", "flex", "flex_graph", "math", "ours", "int8", "low", "ours_graph", "int8_graph", "low_graph")
 RATIOS = tuple(f"{name}_vs_{rival}_graph" for name in OURS for rival in RIVALS)
 TFLOPS = (
-    *(f"{name}_dense_tflops" for name in ("fa2", "cudnn", "math", *OURS)), *(f"{name}_real_tflops" for name in SPARSE)
-)  # fmt: skip
+    *(f"{name}_dense_tflops" for name in ("fa2", "cudnn", "math", *OURS)),
+    *(f"{name}_real_tflops" for name in (*OURS, "flex")),
+)
 OFF = ("int8_off", "low_off")
 MEMORY = tuple(f"{name}_mib" for name in ("fa2", "cudnn", "flex", "math", *OURS))
-DERIVED = ("_vs_fa2", "_vs_cudnn", "_tflops")
+DERIVED = ("_vs_", "_tflops")
 """What marks the name of a figure that follows from others."""
+STEPS = (*RIVALS, "flex", "sla", *TRAINED)
+"""Contenders of a training step."""
+STEP_FLOPS = 3.5
+"""Of a forward's: its two products and the five of a backward that computes the scores anew."""
+NAMES = {"fa2": "FA2", "cudnn": "cuDNN", "flex": "FlexAttention", "sla": "SLA", "ours": "SLA2", "int8": "SLA2 INT8"}
+"""How the table of training steps for docs/performance.md calls them."""
+NOTES = {
+    "training": "Forward and backward, with the gradients of q, k, v and of what is learned. SLA2 is a transformed "
+    "module in training, `int8` one that `prepare` made imitate INT8. `flex` is FlexAttention over random blocks of "
+    "128 x 128: the sparse part alone, without router and linear branch. `sla` is thu-ml/SLA, where it is installed."
+}
+"""What a suite's tables do not say themselves."""
 
 
 def complete(row: Row) -> Row:
@@ -42,18 +57,19 @@ def complete(row: Row) -> Row:
 
 def derived(row: Row) -> Row:
     """Key blocks that were computed, ratios and TFLOP/s."""
-    N, ratio = row["N"], row["topk_ratio"]
+    N, ratio, training = row["N"], row["topk_ratio"], row.get("training", False)
     # runs before these were recorded used the same blocks
     block_q, block_k = row.get("block_q", 128), row.get("block_k", 64)
     found: Row = {"key_blocks": num_blocks(N, block_k)}
     found["kept"] = int(num_kept(found["key_blocks"], ratio, block_q, block_k, False))
     found["sparsity"] = 1 - found["kept"] / found["key_blocks"]
     for name in OURS:
-        for rival in RIVALS:
+        for rival in (*RIVALS, "flex", "sla") if training else RIVALS:
             for mode in ("", "_graph"):
-                if rival in row and name + mode in row:
-                    found[f"{name}_vs_{rival}{mode}"] = row[rival] / row[name + mode]
-    dense = 4.0 * row["B"] * row["H"] * N**2 * row["D"] / 1e9
+                other = rival + mode if training else rival
+                if other in row and name + mode in row:
+                    found[f"{name}_vs_{rival}{mode}"] = row[other] / row[name + mode]
+    dense = 4.0 * row["B"] * row["H"] * N**2 * row["D"] / 1e9 * (STEP_FLOPS if training else 1)
     flex_blocks = num_blocks(N, FLEX_BLOCK)
     flex_kept = int(num_kept(flex_blocks, ratio, FLEX_BLOCK, FLEX_BLOCK, False))
     for name in ("fa2", "cudnn", "math", *SPARSE):
@@ -181,6 +197,46 @@ def grouped(rows: list[Row], *fields: str) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
+def summary(rows: list[Row]) -> str:
+    """Training steps as docs/performance.md has them: in a CUDA graph, then eagerly, and their memory."""
+    columns: dict[str, list[tuple[str, str, str]]] = {}
+    for name in (name for name in STEPS if any(f"{name}_graph" in row for row in rows)):
+        columns[f"{NAMES[name]} ms"] = [(f"{name}_graph", ".3f", "")]
+        if name in TRAINED:
+            over = [(f"{name}_vs_{rival}_graph", ".1f", "x") for rival in RIVALS]
+            columns[f"{NAMES[name]} over FA2, cuDNN"] = over
+    columns["eager ms: FA2, SLA2"] = [(name, ".3f", "") for name in ("fa2", "ours")]
+    columns["MiB: FA2, SLA2"] = [(f"{name}_mib", ".0f", "") for name in ("fa2", "ours")]
+    heads = ["(B, H, N, D)", "key blocks computed", *columns]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        cells = [f"({row['B']}, {row['H']}, {row['N']}, {row['D']})", f"{row['kept']} of {row['key_blocks']}"]
+        for figures in columns.values():
+            cells.append(", ".join(cell(row, figure, how) + unit * (figure in row) for figure, how, unit in figures))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def step_parts(rows: list[Row], timed: list[Row]) -> dict[str, str]:
+    """What is said of training steps; `timed` are the rows with the host's slowdown."""
+    graphs = tuple(f"{name}_graph" for name in STEPS)
+    sparse = ("flex", "sla")
+    ratios = tuple(f"{n}_vs_{r}{mode}" for mode in ("_graph", "") for n in TRAINED for r in (*RIVALS, *sparse))
+    flops = tuple(f"{n}_dense_tflops" for n in (*RIVALS, *TRAINED))
+    flops += tuple(f"{n}_real_tflops" for n in (*TRAINED, *sparse))
+    memory = tuple(f"{name}_mib" for name in STEPS)
+    return {
+        "Summary": summary(rows),
+        "Milliseconds": table(timed, (*STEPS, *graphs, "host"), blocks=True),
+        "SLA2 over the others: both in a CUDA graph, then both eager": table(rows, ratios),
+        "TFLOP/s: dense-equivalent, 14 B H N^2 D over the time, and real (of the key blocks computed)": table(
+            rows, flops, ".1f", blocks=True
+        ),
+        "Peak MiB beyond q, k, v and the gradient of the output": table(rows, memory, ".0f"),
+        "Stages: device time of one eager step, ms": stage_table(rows),
+    }
+
+
 def text(rows: list[Row], suite: str) -> str:
     """What is said of a suite."""
     hosts = slowdowns([row.get("host_ms") for row in rows])
@@ -191,13 +247,16 @@ def text(rows: list[Row], suite: str) -> str:
         "TFLOP/s: dense-equivalent, and real (of the key blocks computed)": table(rows, TFLOPS, ".1f", blocks=True),
         "Peak MiB beyond q, k and v": table(rows, MEMORY, ".0f"),
     }
+    if suite == "training":
+        parts = step_parts(rows, timed)
     if suite == "crossover":
         parts = {"First measured length from which SLA2 stays ahead": crossovers(rows), **parts}
     if suite == "anchors":
         parts["Stages: device time of one eager call, ms"] = stage_table(rows)
     if failed := failures(rows):
         parts["Failed"] = "\n".join(f"- {line}" for line in failed)
-    return "\n\n".join(f"## {head}\n\n{part}" for head, part in parts.items())
+    sections = [f"## {head}\n\n{part}" for head, part in parts.items()]
+    return "\n\n".join([NOTES[suite], *sections] if suite in NOTES else sections)
 
 
 def save(about: dict[str, str], rows: list[Row], prefix: Path | None, suite: str, draw: bool = True) -> str:

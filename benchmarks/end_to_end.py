@@ -1,23 +1,25 @@
 """Whole models with random weights: SLA2 by `transform` against full attention (FlashAttention-2, cuDNN), in one run.
 
-    python benchmarks/end_to_end.py wan jit_1024 jit_256 train layer --output benchmarks/results/end_to_end
+    python benchmarks/end_to_end.py wan jit_1024 jit_256 layer --output benchmarks/results/end_to_end
+    python benchmarks/end_to_end.py train train_wan --output benchmarks/results/end_to_end
     python benchmarks/end_to_end.py --tiny --modes eager        # the script itself, on a CPU
     python benchmarks/end_to_end.py --report --output benchmarks/results/end_to_end
 
 wan       Wan2.1-1.3B's shape, 30 layers, 32760 tokens, batch 1, forward
 jit_1024  JiT-B/16 at 1024 px, 4096 tokens and 32 more from block 4 on, batch 4, forward
 jit_256   the same at 256 px, 256 tokens, batch 8, forward: full attention is no bottleneck there
-train     jit_1024, forward and backward
+train     jit_1024, forward and backward, with the gradients of all parameters
+train_wan four layers of wan, forward and backward, with the gradients of all parameters
 layer     one attention call against materialised attention, softmax(q k^T) v, at 256 to 16384 tokens
 wan_14b   Wan2.1-14B's shape at 720p, 40 layers, 75600 tokens, batch 1, forward; 28 GB of weights, minutes
 
 bf16; JiT, as its repository trains it, has float32 parameters under autocast. `eager` as it is; `compiled`:
 `@torch.compile` on the forward of the blocks' class; `graph`: a CUDA graph of the compiled model (layer: of the
-eager call), which leaves the GPU's own time. `no attention` returns v instead of self-attention: what is left is
-everything else, and a contender's attention time is its total less that, or "within noise" where that is less than
-the clock is off by. Calls that SLA2 leaves alone run on FlashAttention-2. Memory is the peak beyond weights and
-inputs. `host` is how much longer the host took for a fixed piece of Python than at its best in the run: eager and
-compiled rows far from 1 say nothing.
+eager call), or of its whole step of training, which leaves the GPU's own time. `no attention` returns v instead of
+self-attention: what is left is everything else, and a contender's attention time is its total less that, or "within
+noise" where that is less than the clock is off by. Calls that SLA2 leaves alone run on FlashAttention-2. Memory is
+the peak beyond weights and inputs. `host` is how much longer the host took for a fixed piece of Python than at its
+best in the run: eager and compiled rows far from 1 say nothing.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.end_to_end_contenders import CONTENDERS, MODES, Contender, compiled_blocks, contending
+from benchmarks.end_to_end_contenders import CONTENDERS, Contender, compiled_blocks, contending
 from benchmarks.end_to_end_report import load, row_line, save
-from benchmarks.end_to_end_workloads import PARTS, Workload, workloads
+from benchmarks.end_to_end_workloads import MODES, PARTS, Workload, workloads
 from benchmarks.environment import environment
 from benchmarks.host import Host
 
@@ -111,7 +113,10 @@ def step(workload: Workload, model: nn.Module, inputs: tuple[Tensor, ...]) -> Ca
             model(*inputs)
 
     def train() -> None:
-        model(*inputs).float().square().mean().backward()
+        loss = model(*inputs).float().square().mean()
+        # a training loop leaves autocast before its backward
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            loss.backward()
         for leaf in leaves:
             leaf.grad = None
 
@@ -134,10 +139,13 @@ def measure(
         mine = [m for m in wanted if m == stage or (m == "graph" and graph_of_blocks == (stage == "compiled"))]
         if not mine:
             continue
-        row = dict(about)
+        row, left = dict(about), list(mine)
         try:
             with (
-                torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=workload.autocast),
+                # each step of a training casts its parameters anew, within a graph too
+                torch.autocast(
+                    inputs[0].device.type, torch.bfloat16, workload.autocast, cache_enabled=not workload.training
+                ),
                 contending(workload, model, inputs, contender, row),
                 compiled_blocks(model, contender) if stage == "compiled" else nullcontext(),
             ):
@@ -151,10 +159,13 @@ def measure(
                     if clock.cuda and mode != "graph":
                         found["mib"] = clock.peak_mib(call)
                     del timed
+                    left.remove(mode)
                     yield {**row, **found}
         except Exception as error:
             # a contender that refuses must not end the run
-            yield {**row, "mode": mine[-1], "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            for mode in left:
+                yield {**row, "mode": mode, "error": text}
 
 
 def run(part: str, given: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:

@@ -15,10 +15,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sla2_compile
-from benchmarks.end_to_end_workloads import Workload
+from benchmarks.end_to_end_workloads import TRAINED, Workload
 from sla2_compile.reports.computed import how_lines
 
-MODES = ("eager", "compiled", "graph")
 LEFT_ALONE = "no attention"
 
 
@@ -42,7 +41,7 @@ class Contender:
 
 
 FEWEST = {"recipe": "max_speedup", "topk_ratio": 0.03}
-MODELS = ("wan", "jit_1024", "jit_256", "train", "wan_14b")
+MODELS = ("wan", "jit_1024", "jit_256", *TRAINED, "wan_14b")
 # in the order of what they tell: a run that is cut short lacks the last
 CONTENDERS = (
     Contender("FlashAttention-2", "full"),
@@ -50,7 +49,8 @@ CONTENDERS = (
     Contender("balanced", recipe={"recipe": "balanced"}),
     Contender(LEFT_ALONE, "none", parts=MODELS),
     Contender("cuDNN", "full", SDPBackend.CUDNN_ATTENTION),
-    Contender("max_speedup", recipe={"recipe": "max_speedup"}, parts=MODELS[:4], modes=("eager",)),
+    Contender("max_speedup", recipe={"recipe": "max_speedup"}, parts=TRAINED),
+    Contender("max_speedup", recipe={"recipe": "max_speedup"}, parts=MODELS[:3], modes=("eager",)),
     Contender("high_quality", recipe={"recipe": "high_quality"}, parts=MODELS[:3], modes=("eager",)),
     Contender(
         "top-k 3 %, r = 16, INT8 + FP8", recipe={**FEWEST, "low_bit": "int8_fp8"},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.end_to_end_plots import picture
-from benchmarks.end_to_end_workloads import PARTS
+from benchmarks.end_to_end_workloads import MODES, PARTS, TRAINED
 from benchmarks.environment import described
 from benchmarks.host import slowdowns
 
@@ -26,6 +26,7 @@ def save(found: Found, prefix: Path | None, draw: bool = True) -> str:
     """Write JSON, Markdown and a picture, if there is a prefix; return the Markdown."""
     found = {part: found[part] for part in PARTS if part in found}
     text = "\n\n".join(section(part, **found[part]) for part in found)
+    text += f"\n\n## Training steps, over FlashAttention-2 in the same mode\n\n{steps(found)}" if steps(found) else ""
     absent = [part for part in PARTS if part not in found]
     text += "".join(f"\n\n## {part}\n\nNot measured yet: {measuring(part)}." for part in absent)
     if prefix:
@@ -75,6 +76,25 @@ def attention_ms(rows: list[Row], row: Row, rest: Row) -> str:
     noise = max(noise, row.get("spread_ms", 0.0), rest.get("spread_ms", 0.0))
     taken = row["ms"] - rest["ms"]
     return f"{taken:.4g}" if row is rest or taken > noise else "within noise"
+
+
+def steps(found: Found) -> str:
+    """Training steps as docs/performance.md has them: a line for each contender, a column for each mode."""
+    heads = ("model", "attention by", *MODES, "MiB eager", "MiB compiled")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for part in TRAINED:
+        rows = found[part]["rows"] if part in found else []
+        for workload, name in dict.fromkeys((row["workload"], row["contender"]) for row in rows):
+            mine = {r["mode"]: r for r in rows if (r["workload"], r["contender"]) == (workload, name)}
+            cells = [workload, name]
+            for mode in MODES:
+                row = mine.get(mode, {})
+                faster = ratio(rows, row, "FlashAttention-2") if row else None
+                took = f"{row['ms']:.4g} ms" if "ms" in row else "failed" if "error" in row else "not measured"
+                cells.append(took if faster is None else f"{faster:.2f}x, {took}")
+            cells += [f"{mine[m]['mib']:.0f}" if "mib" in mine.get(m, {}) else "" for m in MODES[:2]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def section(part: str, environment: dict[str, str], rows: list[Row]) -> str:

@@ -13,10 +13,14 @@ from torch.nn import functional as F
 from benchmarks.jit_context import B16, JiTInContext
 from benchmarks.wan import Wan, WanConfig
 
-PARTS = ("wan", "jit_1024", "jit_256", "train", "layer", "wan_14b")
+PARTS = ("wan", "jit_1024", "jit_256", "train", "train_wan", "layer", "wan_14b")
 """The longest one last: a run of all of them that is cut short has the others."""
+TRAINED = ("train", "train_wan")
+MODES = ("eager", "compiled", "graph")
 WAN_14B = WanConfig(depth=40, width=5120, heads=40, hidden=13824, latent=(21, 90, 160))
 """Wan2.1-T2V-14B at 1280 x 720 pixels, 81 frames."""
+WAN_LAYERS = WanConfig(depth=4)
+"""Four of the 30 layers of Wan2.1-T2V-1.3B: the backward of all would keep more than a GPU holds."""
 LAYERS = ((8, 12, 256), (4, 12, 1024), (4, 12, 4096), (1, 12, 16384))
 """(B, H, N) of one layer of JiT-B, head dim 64."""
 
@@ -38,7 +42,7 @@ class Workload:
     name: str
     make: Callable[[], Made]
     training: bool = False
-    modes: tuple[str, ...] = ("eager", "compiled", "graph")
+    modes: tuple[str, ...] = MODES
     min_seq_len: int | str = 0
     autocast: bool = False
 
@@ -52,14 +56,18 @@ class OneCall(nn.Module):
 
 def workloads(part: str, tiny: bool) -> list[Workload]:
     """The workloads of one part; tiny ones have the same structure and take milliseconds."""
-    if part in ("wan", "wan_14b"):
-        size, config = ("1.3B", WanConfig()) if part == "wan" else ("14B", WAN_14B)
+    if part in ("wan", "wan_14b", "train_wan"):
+        training = part in TRAINED
+        size = "14B" if part == "wan_14b" else "1.3B"
+        config = {"wan": WanConfig(), "wan_14b": WAN_14B, "train_wan": WAN_LAYERS}[part]
         if tiny:
             config = WanConfig(2, 64, 2, 128, latent=(2, 16, 16), text_tokens=16, text_width=32, frequencies=16)
         # self-attention is replaced, cross-attention to the text is not
         shortest = 64 if tiny else "auto"
         name = f"Wan2.1-{size}, {config.tokens} tokens, batch 1"
-        return [Workload(name, lambda: wan(config, tiny), modes=("eager", "compiled"), min_seq_len=shortest)]
+        name += f", {config.depth} layers, forward and backward" if training else ""
+        modes = ("eager", "compiled", *(("graph",) if training else ()))
+        return [Workload(name, lambda: wan(config, tiny), training, modes, shortest)]
     if part == "layer":
         sizes = ((1, 2, 128), (1, 2, 256)) if tiny else LAYERS
         return [
@@ -75,10 +83,10 @@ def workloads(part: str, tiny: bool) -> list[Workload]:
     pixels, batch = {"jit_1024": (1024, 4), "jit_256": (256, 8), "train": (1024, 4)}[part]
     if tiny:
         pixels, batch = pixels // 4, 1
-    what = ", forward and backward" if part == "train" else ""
+    training = part in TRAINED
+    what = ", forward and backward" if training else ""
     name = f"JiT-B/16, {(pixels // 16) ** 2} tokens, batch {batch}{what}"
-    modes = ("eager", "compiled") if part == "train" else ("eager", "compiled", "graph")
-    return [Workload(name, lambda: jit(pixels, batch, tiny), part == "train", modes, autocast=True)]
+    return [Workload(name, lambda: jit(pixels, batch, tiny), training, autocast=True)]
 
 
 def dtype(tiny: bool) -> torch.dtype:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import attention, attention_report, environment
+from benchmarks import attention, attention_contenders, attention_report, environment
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 FILES = {"anchors": "attention", "crossover": "attention_crossover", "sweep": "attention_sweep"}
+if (RESULTS / "attention_training.json").exists():
+    FILES["training"] = "attention_training"
 ROW: dict[str, Any] = {
     "B": 1, "H": 2, "N": 512, "D": 64, "dtype": "bfloat16", "topk_ratio": 0.05, "compression_ratio": 16,
 }  # fmt: skip
@@ -75,6 +81,27 @@ def test_crossover_is_where_ours_stays_ahead() -> None:
     assert attention_report.crossover(rows, "x") == 2048
     assert attention_report.crossover(rows[:2], "x") is None
     assert attention_report.crossover(rows, "not measured") is None
+
+
+def test_a_step_is_compared_with_a_step_in_the_same_mode() -> None:
+    times = {"ours": 2.0, "ours_graph": 1.0, "fa2": 9.0, "fa2_graph": 8.0, "cudnn": 5.0, "flex_graph": 3.0}
+    row = attention_report.complete({**ROW, **times, "training": True})
+    ratios = {name: ratio for name, ratio in row.items() if "_vs_" in name}
+    assert ratios == {
+        "ours_vs_fa2": 4.5, "ours_vs_fa2_graph": 8.0, "ours_vs_cudnn": 2.5, "ours_vs_flex_graph": 3.0,
+    }  # fmt: skip
+    forward = attention_report.complete({**ROW, **times})
+    assert forward["ours_vs_fa2_graph"] == 9.0
+    assert row["ours_dense_tflops"] == 3.5 * forward["ours_dense_tflops"]
+
+
+def test_docs_have_the_measured_steps() -> None:
+    """What docs/performance.md says of training is the summary of its results."""
+    path = RESULTS / "attention_training.json"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not measured yet")
+    page = RESULTS.parent.parent / "docs" / "performance.md"
+    assert attention_report.summary(json.loads(path.read_text())["rows"]) in page.read_text()
 
 
 def test_cheaper_recipe_that_wins_later_is_marked() -> None:
@@ -177,3 +204,64 @@ def test_recorded_command_and_commit_are_anyones() -> None:
     for suite in FILES:
         about = committed(suite)["environment"]
         assert about["command"].endswith(f"--output benchmarks/results/{FILES[suite]}")
+
+
+SMALL = attention.Shape(1, 2, 256, 32, 0.2, 8, "float32", block_q=32, block_k=16, training=True)
+
+
+def test_steps_have_all_gradients() -> None:
+    """Those of q, k and v, which are full attention's where it is full, and of what a transformed module learns."""
+    found = {name: step() for name, step in attention_contenders.steps(SMALL, "cpu").items() if name != "cudnn"}
+    assert list(found) == ["fa2", "ours", "int8"]
+    q, k, v = (x.requires_grad_() for x in SMALL.tensors("cpu"))
+    o = attention_contenders.OneCall()(q, k, v)
+    for mine, whole in zip(found["fa2"], torch.autograd.grad(o, (q, k, v), torch.randn_like(q)), strict=True):
+        torch.testing.assert_close(mine, whole)
+    for name in ("ours", "int8"):
+        assert len(found[name]) > 3
+        assert all(x.isfinite().all() and x.any() for x in found[name])
+    assert not torch.equal(found["ours"][0], found["int8"][0])
+
+
+def test_sla_is_timed_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+        import torch
+        class SparseLinearAttention(torch.nn.Module):
+            def __init__(self, head_dim, topk, BLKQ, BLKK, use_bf16):
+                super().__init__()
+                self.proj_l = torch.nn.Linear(head_dim, head_dim)
+                assert (topk, BLKQ, BLKK, use_bf16) == (0.2, 32, 16, False)
+            def forward(self, q, k, v):
+                return self.proj_l(q + k) + v
+    """
+    (tmp_path / f"{attention_contenders.SLA}.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    # imported by the test, it is forgotten after it
+    monkeypatch.delitem(sys.modules, attention_contenders.SLA, raising=False)
+    steps = attention_contenders.steps(SMALL, "cpu")
+    assert [x.shape[-1] for x in steps["sla"]()] == [32] * 5
+
+
+def test_contender_that_cannot_be_made_costs_no_other() -> None:
+    steps = attention_contenders.steps(dataclasses.replace(SMALL, topk_ratio=2.0), "cpu")
+    with pytest.raises(ValueError, match="topk_ratio"):
+        steps["ours"]()
+    assert len(steps["fa2"]()) == 3
+
+
+def test_training_is_reported(fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("fa2", "cudnn", "ours", "int8", "flex")
+    shape = attention.Shape(1, 2, 512, 64, training=True)
+    monkeypatch.setattr(attention, "SUITES", {"training": [shape]})
+    monkeypatch.setattr(attention, "contenders", lambda shape: {name: name for name in names})
+    said, (row,) = run("training", tmp_path / "out")
+    # cuDNN fails, and so does the graph of INT8
+    assert said.startswith("2 figures could not be taken:")
+    assert (row["fa2_graph"], row["ours_vs_fa2_graph"], row["flex_mib"]) == (2.0, 2.0, 10.0)
+    assert row["stages"] == {"ours": {"pool_kernel": 0.5}, "int8": {"pool_kernel": 0.5}}
+    assert "int8_off" not in row
+    text = (tmp_path / "out.md").read_text()
+    summary = "| 1 of 8 | 2.000 | 1.000 | 1.000 | 2.0x, not measured | 2.000, 1.000 | 10, 10 |"
+    assert f"| (1, 2, 512, 64) {summary}" in text
+    assert "the sparse part alone" in text
+    assert "Not measured in this run: `sla`, `cudnn_graph`, `sla_graph`." in text

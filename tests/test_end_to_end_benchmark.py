@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import end_to_end, end_to_end_report, host
 from benchmarks.end_to_end_contenders import CONTENDERS, answered, materialised, values
-from benchmarks.end_to_end_workloads import PARTS, WAN_14B, workloads
+from benchmarks.end_to_end_workloads import MODES, PARTS, WAN_14B, WAN_LAYERS, workloads
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "end_to_end"
 
@@ -98,6 +99,93 @@ def test_script_measures_every_contender(tmp_path: Path) -> None:
     assert all(row["spread_ms"] >= 0 for of_part in found.values() for row in of_part["rows"] if "error" not in row)
     assert all(row["host_ms"] > 0 for of_part in found.values() for row in of_part["rows"] if "error" not in row)
     assert "| FlashAttention-2 | eager |" in Path(f"{prefix}.md").read_text()
+
+
+def test_training_is_measured_forward_and_backward(tmp_path: Path) -> None:
+    """By contenders that also run in a graph, of which a CPU has none, and with the gradients of all parameters."""
+    prefix = tmp_path / "out"
+    fixed = ["--tiny", "--modes", "eager", "graph", "--budget", "0", "--output", str(prefix)]
+    end_to_end.main(["train", "train_wan", "--only", "Flash", "max", "no att", *fixed])
+    found = json.loads(Path(f"{prefix}.json").read_text())
+    for of_part in found.values():
+        rows = {row["contender"]: row for row in of_part["rows"]}
+        assert list(rows) == ["FlashAttention-2", "no attention", "max_speedup"]
+        assert not any("error" in row for row in rows.values()), rows
+        assert rows["max_speedup"]["replaced"] == rows["max_speedup"]["self_attention_calls"] == 2
+        assert "forward and backward" in rows["max_speedup"]["workload"]
+    assert "2 layers" in found["train_wan"]["rows"][0]["workload"]
+
+
+def test_training_runs_in_every_mode() -> None:
+    for part in ("train", "train_wan"):
+        (workload,) = workloads(part, tiny=False)
+        assert workload.training
+        assert workload.modes == MODES
+        names = {c.name for c in CONTENDERS if (not c.parts or part in c.parts) and not c.modes}
+        assert names >= {"FlashAttention-2", "cuDNN", "balanced", "max_speedup", "no attention"}
+    assert WAN_LAYERS.tokens == 32760
+
+
+def test_a_step_is_that_of_a_training_loop() -> None:
+    """It casts its parameters anew, computes backward outside of autocast, and leaves no gradient."""
+    (workload,) = workloads("train", tiny=True)
+    model, inputs = workload.make()
+    weight = model.get_parameter("out.weight")
+    forward: list[tuple[bool, bool]] = []
+    backward: list[tuple[bool, bool]] = []
+    model.register_forward_pre_hook(
+        lambda *_: forward.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+    )
+    weight.register_post_accumulate_grad_hook(
+        lambda p: backward.append((torch.is_autocast_enabled("cpu"), bool(p.grad.any())))
+    )
+    clock = end_to_end.Clock(torch.device("cpu"), 0.0)
+    (row,) = end_to_end.measure(workload, model, inputs, CONTENDERS[0], ["eager"], clock)
+    assert row["ms"] > 0
+    assert set(forward) == {(True, False)}
+    assert set(backward) == {(False, True)}
+    assert len(forward) == len(backward)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_steps_are_compared_in_their_mode() -> None:
+    def row(contender: str, mode: str, **more: Any) -> dict[str, Any]:
+        return {"workload": "w", "contender": contender, "mode": mode, **more}
+
+    rows = [row("FlashAttention-2", "eager", ms=9.0, mib=5.0), row("FlashAttention-2", "graph", ms=6.0)]
+    rows += [row("balanced", "eager", ms=3.0, mib=7.0), row("balanced", "compiled", ms=2.0, mib=4.0)]
+    rows += [row("balanced", "graph", error="no")]
+    lines = end_to_end_report.steps({"train": {"environment": {}, "rows": rows}}).splitlines()
+    assert lines[2:] == [
+        "| w | FlashAttention-2 | 1.00x, 9 ms | not measured | 1.00x, 6 ms | 5 |  |",
+        "| w | balanced | 3.00x, 3 ms | 2 ms | failed | 7 | 4 |",
+    ]
+    assert end_to_end_report.steps({}) == ""
+
+
+def test_docs_have_the_measured_steps() -> None:
+    """What docs/performance.md says of whole models in training is what their results say."""
+    found = end_to_end_report.load(RESULTS)
+    if "train_wan" not in found:
+        pytest.skip("train_wan is not measured yet")
+    assert end_to_end_report.steps(found) in (RESULTS.parents[2] / "docs" / "performance.md").read_text()
+
+
+def test_modes_that_were_not_reached_have_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def graphed(call: Any) -> Any:
+        raise RuntimeError("capture failed\nand a long story")
+
+    monkeypatch.setattr(end_to_end, "graphed", graphed)
+    workload = workloads("layer", tiny=True)[0]
+    model, inputs = workload.make()
+    clock = end_to_end.Clock(torch.device("cpu"), 0.0)
+    first, second = end_to_end.measure(workload, model, inputs, CONTENDERS[0], ["eager", "graph"], clock)
+    assert (first["mode"], "error" in first) == ("eager", False)
+    assert (second["mode"], second["error"]) == ("graph", "RuntimeError: capture failed")
+    workload = dataclasses.replace(workload, modes=MODES)
+    monkeypatch.setattr(end_to_end, "compiled_blocks", graphed)
+    rows = list(end_to_end.measure(workload, model, inputs, CONTENDERS[0], ["compiled", "graph"], clock))
+    assert [(row["mode"], "error" in row) for row in rows] == [("compiled", True), ("graph", True)]
 
 
 def test_models_keep_the_shape_of_their_input() -> None:

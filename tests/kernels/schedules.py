@@ -37,11 +37,13 @@ def as_long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the kernels run that the fused one replaces."""
-    from sla2_compile.kernels.cuda.forward import launches
+    """Have the kernels run that the fused ones replace, forward and backward."""
+    from sla2_compile.kernels.cuda.backward import launches as backward
+    from sla2_compile.kernels.cuda.forward import launches as forward
 
-    support = launches.support
-    monkeypatch.setattr(launches, "support", lambda facts: support(facts)._replace(kernel="triton"))
+    support = forward.support
+    for launches in (forward, backward):
+        monkeypatch.setattr(launches, "support", lambda facts: support(facts)._replace(kernel="triton"))
 
 
 def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
