@@ -17,6 +17,7 @@ curves     a small JiT from scratch: full attention in three orders of the data,
 convert    stage 2 without QAT, then low bit (`convert`)
 sparse     stage 2 with the sparse branch alone
 heuristic  stage 2 with a router that nothing trained
+demo       the model of `examples/demo.py`, on one photograph and batik, as trained.safetensors; half of --seconds
 
 Every row is saved when it is there, in the folder --state, and runs whose rows are there are skipped: a part that was
 cut short goes on where it stopped. `benchmarks/quality_measures.py` says what is measured.
@@ -34,15 +35,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import quality_curves, quality_variants
+from benchmarks import quality_curves, quality_demo, quality_variants
 from benchmarks.environment import described, environment
 from benchmarks.quality_report import row_line, write
 from benchmarks.quality_state import State
 from benchmarks.quality_training import FULL, TINY, Size
 from benchmarks.quality_variants import Bench, Run
 
-RUNS = [*quality_variants.runs(), *quality_curves.runs()]
-PARTS = ("teacher", "stage1", "stage2", "control", "curves", "convert", "sparse", "heuristic")
+RUNS = [*quality_variants.runs(), *quality_curves.runs(), *quality_demo.runs()]
+PARTS = ("teacher", "stage1", "stage2", "control", "curves", "convert", "sparse", "heuristic", "demo")
 
 
 def measure(run: Run, bench: Bench, about: dict[str, str]) -> float:

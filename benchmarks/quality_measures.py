@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import sla2_compile
 from benchmarks.quality_data import Pictures, as_float
-from benchmarks.quality_training import FLOOR, Batch, Size, autocast, noisy
+from benchmarks.quality_training import FLOOR, Batch, Size, autocast, noisy, sample
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CHUNK = 16
@@ -61,18 +61,12 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return max(0.0, float(distance))
 
 
-@torch.no_grad()
-def sample(model: nn.Module, noise: Tensor, y: Tensor, steps: int) -> Tensor:
-    """Draw pictures from noise (n, 3, S, S) by Euler's method, in float32: z += dt (x_hat - z) / (1 - t)."""
-    made = []
-    for z, label in zip(noise.split(CHUNK), y.split(CHUNK), strict=True):
-        for step in range(steps):
-            t = torch.full((len(z),), step / steps, device=z.device)
-            with autocast(z.device):
-                x_hat = model(z, t, label)
-            z = z + (x_hat.float() - z) / (steps - step)
-        made.append(z)
-    return torch.cat(made)
+def draw(model: nn.Module, noise: Tensor, y: Tensor, steps: int) -> Tensor:
+    """Draw pictures from noise (n, 3, S, S), a few at a time."""
+    with autocast(noise.device):
+        return torch.cat(
+            [sample(model, *part, steps) for part in zip(noise.split(CHUNK), y.split(CHUNK), strict=True)]
+        )
 
 
 def relative(x: Tensor, truth: Tensor) -> float:
@@ -99,7 +93,7 @@ class Judge:
         self.real = self.features(self.x)
         self.steps = self._steps(full)
         self.losses = self._losses(full)
-        self.samples = sample(full, self.start, self.labels, size.sampler)
+        self.samples = draw(full, self.start, self.labels, size.sampler)
         self.drawn = self.features(self.samples)
 
     @torch.no_grad()
@@ -121,7 +115,7 @@ class Judge:
         """Return the measures of a model by name, but those of sites, and the pictures that it drew."""
         model.eval()
         steps, losses = self._steps(model), self._losses(model)
-        samples = sample(model, self.start, self.labels, self.size.sampler)
+        samples = draw(model, self.start, self.labels, self.size.sampler)
         drawn, gap = self.features(samples), losses - self.losses
         errors = [relative(a, b) for a, b in zip(steps, self.steps, strict=True)]
         mse = float((samples - self.samples).square().mean())

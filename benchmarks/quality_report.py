@@ -69,7 +69,7 @@ def markdown(found: Found) -> str:
     for part in found:
         taken.setdefault(described(found[part]["environment"]), []).append(part)
     lines += [f"- {', '.join(parts)}: {how}" for how, parts in taken.items()]
-    rows = [row for part in found if part != "curves" for row in found[part]["rows"]]
+    rows = [row for part in found if part not in ("curves", "demo") for row in found[part]["rows"]]
     if rows:
         lines += ["", *teacher(rows), "", *table(rows), "", NOTES]
     if "curves" in found:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
-from jit import JiT, JiTConfig, diffusion_loss, noisy
+from jit import JiT, JiTConfig, diffusion_loss, noisy, sample  # noqa: F401
 
 import sla2_compile
 from benchmarks.quality_data import Pictures
@@ -43,6 +43,7 @@ class Size:
         teacher, stage1, stage2, curves: steps.
         samples, sampler: pictures that are drawn from noise, and steps for each.
         small, small_side: the model of the part `curves`, whose batch is `batch` too.
+        demo: the model of the part `demo`.
     """
 
     config: JiTConfig
@@ -62,6 +63,7 @@ class Size:
     sampler: int = 16
     small: JiTConfig = field(default_factory=lambda: JiTConfig(width=256, depth=4, classes=2))
     small_side: int = 128
+    demo: JiTConfig = field(default_factory=JiTConfig)
 
     @property
     def tokens(self) -> int:
@@ -77,6 +79,7 @@ FULL = Size(JiTConfig(width=384, depth=8, classes=2), 256)
 TINY = Size(
     JiTConfig(width=64, depth=2, head_dim=32, classes=2), 64, 16, 8, 32, 8, 4, 2, 1, 12, 4, 6, 8, 8, 3,
     JiTConfig(width=32, depth=1, head_dim=16, classes=2), 64,
+    JiTConfig(width=64, depth=1),
 )  # fmt: skip
 
 
