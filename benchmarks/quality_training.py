@@ -134,8 +134,6 @@ def distilled(full: nn.Module) -> LossOf:
         z = noisy(x, t, noise)
         with torch.no_grad():
             target = full(z, t, y)
-        # autocast keeps casts of weights, and those made without gradients would cut the student's graph
-        torch.clear_autocast_cache()
         error = (model(z, t, y) - target) / (1 - t).clamp(min=FLOOR).view(-1, 1, 1, 1)
         return error.square().mean()
 

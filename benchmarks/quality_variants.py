@@ -255,7 +255,8 @@ def heuristic(bench: Bench, run: Run) -> Iterator[Row]:
 
 def runs() -> list[Run]:
     """All runs on the teacher, in the order of their worth."""
-    at = [(sparsity, seed) for sparsity in SPARSITIES for seed in SEEDS.get(sparsity, (0,))]
+    # one seed everywhere before others: a run that is cut short has all sparsities
+    at = sorted(((x, seed) for x in SPARSITIES for seed in SEEDS.get(x, (0,))), key=lambda pair: pair[1])
     found = [Run("teacher", ("full",), teacher), Run("teacher", (FULL32,), rounding)]
     for sparsity, seed in at:
         found.append(Run("stage1", (*((UNTRAINED,) if seed == 0 else ()), STAGE1), stage1, sparsity, seed))
