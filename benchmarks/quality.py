@@ -3,7 +3,7 @@
     python benchmarks/quality.py teacher stage1 stage2 control curves --output benchmarks/results/quality
     python benchmarks/quality.py convert sparse heuristic --output benchmarks/results/quality
     python benchmarks/quality.py --report --state build/quality --output benchmarks/results/quality   # needs no GPU
-    python benchmarks/quality.py --tiny                                         # the script itself, on a CPU
+    python benchmarks/quality.py --tiny [--device cuda]                         # the script itself
 
 A JiT (`examples/jit.py`; depth 8, width 384, heads of 64, 4096 tokens) learns pixel diffusion on photographs that
 come with scikit-image and scikit-learn, and on batik drawn by code. It is the teacher. Then, at 85, 90, 95 and 97 %
@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,12 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--state", type=Path, help="folder of what the parts leave to each other")
     parser.add_argument("--output", type=Path, help="prefix of the JSON, Markdown and PNG files")
     parser.add_argument("--report", action="store_true", help="measure nothing: write the files from the folder")
-    parser.add_argument("--tiny", action="store_true", help="small sizes in float32 on a CPU: to try the script")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, in float32 on a CPU: to try the script")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda, or with --tiny cpu, if not given")
     given = parser.parse_args(arguments)
     unknown = [part for part in given.parts if part not in PARTS]
     if unknown:
         parser.error(f"part must be one of {', '.join(PARTS)}, got {unknown[0]!r}")
-    if not (given.tiny or given.report or torch.cuda.is_available()):
+    given.device = given.device or ("cpu" if given.tiny else "cuda")
+    if given.device == "cpu" and not given.tiny:
+        parser.error("--device cpu must come with --tiny: the sizes are a GPU's")
+    if given.device == "cuda" and not (given.report or torch.cuda.is_available()):
         raise SystemExit("benchmarks/quality.py must run on a CUDA GPU, got none; see benchmarks/results, or --tiny")
     if given.report:
         if given.output is None:
@@ -94,19 +99,25 @@ def main(arguments: list[str] | None = None) -> None:
         print(write(State(given.state) if given.state else None, given.output))
         return
     state = State(given.state or Path("build") / ("quality_tiny" if given.tiny else "quality"))
-    device = torch.device("cpu" if given.tiny else "cuda")
+    device = torch.device(given.device)
     about = environment(device.type, "quality.py", shown(sys.argv[1:] if arguments is None else arguments))
     print(described(about))
-    if given.tiny:
+    if given.device == "cpu":
         torch.set_num_threads(1)
-    work(Bench(chosen_size(given), device, state, not given.tiny, given.seconds), given, about)
+    failed = work(Bench(chosen_size(given), device, state, not given.tiny, given.seconds), given, about)
     if given.output:
         print(write(state, given.output))
+    if failed:
+        raise SystemExit(f"runs that failed, and are made again next time: {', '.join(failed)}")
 
 
-def work(bench: Bench, given: argparse.Namespace, about: dict[str, str]) -> None:
-    """Do the runs of the parts that are wanted, in the order of PARTS, as far as the limit allows."""
-    start, longest = time.perf_counter(), 0.0
+def work(bench: Bench, given: argparse.Namespace, about: dict[str, str]) -> list[str]:
+    """Do the runs of the parts that are wanted, in the order of PARTS, as far as the limit allows.
+
+    Returns:
+        the runs that failed.
+    """
+    start, longest, failed = time.perf_counter(), 0.0, []
     for run in sorted(RUNS, key=lambda run: PARTS.index(run.part)):
         wanted = not given.parts or run.part in given.parts
         if not wanted or all(bench.state.has(run.part, run.row(variant)) for variant in run.variants):
@@ -114,10 +125,17 @@ def work(bench: Bench, given: argparse.Namespace, about: dict[str, str]) -> None
         passed = time.perf_counter() - start
         if passed + longest > given.limit:
             print(f"stopped before {run.part} after {passed:.0f} s: --limit {given.limit:g}; run it again to go on")
-            return
-        seconds = measure(run, bench, about)
+            break
+        try:
+            seconds = measure(run, bench, about)
+        except Exception:
+            # one that fails must not take the others' time on a GPU
+            traceback.print_exc()
+            failed.append(f"{run.part}: {run.variants[-1]}")
+            continue
         # the teacher takes as long as it is given, once
         longest = longest if run.part == "teacher" else max(longest, seconds)
+    return failed
 
 
 if __name__ == "__main__":

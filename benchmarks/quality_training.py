@@ -77,7 +77,7 @@ class Size:
 
 FULL = Size(JiTConfig(width=384, depth=8, classes=2), 256)
 TINY = Size(
-    JiTConfig(width=64, depth=2, head_dim=32, classes=2), 64, 16, 8, 32, 8, 4, 2, 1, 12, 4, 6, 8, 8, 3,
+    JiTConfig(width=64, depth=2, head_dim=32, classes=2), 64, 16, 16, 32, 8, 4, 2, 1, 12, 4, 6, 8, 8, 3,
     JiTConfig(width=32, depth=1, head_dim=16, classes=2), 64,
     JiTConfig(width=64, depth=1),
 )  # fmt: skip

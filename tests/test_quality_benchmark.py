@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from benchmarks import quality, quality_data, quality_demo, quality_report
 from benchmarks.quality_batik import batik
 from benchmarks.quality_curves import verdict
 from benchmarks.quality_measures import draw, frechet
-from benchmarks.quality_state import State
+from benchmarks.quality_state import Row, State
 from benchmarks.quality_training import FULL, TINY, Stream, rate
+from benchmarks.quality_variants import Bench, Run
 
 CPU = torch.device("cpu")
 
@@ -40,6 +42,24 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
         quality.main(["sparse", *given])
 
 
+def test_a_run_that_fails_leaves_time_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bench: Bench, run: Run) -> Iterator[Row]:
+        yield run.row("half")
+        raise RuntimeError("no kernel")
+
+    def works(bench: Bench, run: Run) -> Iterator[Row]:
+        yield run.row("whole")
+
+    runs = [Run("teacher", ("half", "rest"), fails), Run("teacher", ("whole",), works)]
+    monkeypatch.setattr(quality, "RUNS", runs)
+    with pytest.raises(SystemExit, match="made again next time: teacher: rest"):
+        quality.main(["--tiny", "--state", str(tmp_path)])
+    assert "no kernel" in capsys.readouterr().err
+    assert [row["variant"] for row in State(tmp_path).rows("teacher")] == ["half", "whole"]
+
+
 def test_stages_at_one_sparsity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [run for run in quality.RUNS if run.sparsity in (None, 97) and run.part != "curves"]
     monkeypatch.setattr(quality, "RUNS", wanted)
@@ -52,7 +72,7 @@ def test_stages_at_one_sparsity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if row["sparsity"]:
             assert 0 < row["step"] < 1
             assert 0 < row["recall"] <= row["oracle"] <= 1
-            assert row["kept"] == 1 / 32
+            assert row["kept"] == 1 / 16
     text = (tmp_path / "out.md").read_text()
     assert "--state" not in text
     assert "| 97 % | stage 2, INT8 QAT |" in text
@@ -169,7 +189,11 @@ def test_demo_model_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_report_asks_for_its_files(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong, said in ((["--report"], "must come with --output"), (["teachers"], "part must be one of teacher")):
+    for wrong, said in (
+        (["--report"], "must come with --output"),
+        (["teachers"], "part must be one of teacher"),
+        (["--device", "cpu"], "come with --tiny"),
+    ):
         with pytest.raises(SystemExit):
             quality.main(wrong)
         assert said in capsys.readouterr().err
