@@ -9,7 +9,7 @@ A JiT (`examples/jit.py`; depth 8, width 384, heads of 64, 4096 tokens) learns p
 come with scikit-image and scikit-learn, and on batik drawn by code. It is the teacher. Then, at 85, 90, 95 and 97 %
 sparsity in blocks of 64 x 32:
 
-teacher    full attention from scratch, for --seconds; and the same model in float32, the floor of paired errors
+teacher    full attention from scratch, for --seconds; and the same model in float16, the floor of paired errors
 stage1     SLA2 untrained, and after `calibrate`
 stage2     after stage 2 with QAT (`prepare`), distilled from the teacher
 control    full attention fine-tuned for as many steps; stage 2 with the loss of diffusion instead

@@ -16,7 +16,7 @@ COLOURS = {
     "stage 2, then INT8": "#a1d99b", "stage 2, sparse branch alone": "#ae017e",
     "stage 2, heuristic router": "#f768a1", "stage 2, INT8 QAT, diffusion loss": "#6baed6",
 }  # fmt: skip
-LINES = {"full, fine-tuned": ("black", "--"), "full, in float32": ("black", ":")}
+LINES = {"full, fine-tuned": ("black", "--"), "full, in float16": ("black", ":")}
 MEASURES = {"sample": "error of whole pictures", "step": "error of single steps", "site_error": "error of sites"}
 ORDER = ("held out", "full", "full, fine-tuned", *COLOURS)
 
