@@ -128,6 +128,11 @@ def work(bench: Bench, given: argparse.Namespace, about: dict[str, str]) -> list
             break
         try:
             seconds = measure(run, bench, about)
+        except FileNotFoundError as error:
+            # what an earlier part leaves is missing; others may not need it
+            print(error, file=sys.stderr)
+            failed.append(f"{run.part}: {run.variants[-1]}")
+            continue
         except Exception:
             # one that fails must not take the others' time on a GPU
             traceback.print_exc()

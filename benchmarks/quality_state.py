@@ -68,12 +68,14 @@ class State:
         """Read weights, in float32.
 
         Raises:
-            SystemExit: they are not there, or a shard is missing.
+            FileNotFoundError: they are not there, or a shard is missing.
         """
         files = sorted(self.folder.glob(f"{name}-*.safetensors"))
         wanted = int(files[0].stem.rpartition("-")[2]) if files else 1
         if len(files) != wanted:
-            raise SystemExit(f"{self.folder} must hold {name}'s shards, got {len(files)} of them; run part {name}")
+            raise FileNotFoundError(
+                f"{self.folder} must hold {name}'s shards, got {len(files)} of them; run part {name}"
+            )
         return {key: x.float() for file in files for key, x in load_file(file).items()}
 
     def keep(self, kind: str, tensors: dict[str, Tensor]) -> None:

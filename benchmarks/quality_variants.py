@@ -104,7 +104,9 @@ class Bench:
         assert run.sparsity is not None
         model, learned = self.transformed(run.sparsity), self.state.kept("sites", f"{run.sparsity}/{run.seed}/")
         if not learned:
-            raise SystemExit(f"{run.part} must come after stage1, got no sites at {run.sparsity} %; run part stage1")
+            raise FileNotFoundError(
+                f"{run.part} must come after stage1, got no sites at {run.sparsity} %; run part stage1"
+            )
         for name, value in model.state_dict().items():
             if name in learned:
                 value.copy_(learned[name])
