@@ -31,8 +31,8 @@ NOTES = """
 - **site error**: mean over sites, on the same q, k and v as full attention; **recall**: share of the true attention
   mass in the selected key blocks, and the most that as many blocks could hold.
 - Rows with several seeds are means, ± the standard deviation over seeds. A seed decides what training draws.
-- Nothing here can be better than the teacher in earnest: it was trained on the same pictures. Published gains over
-  full attention come from better data in fine-tuning.
+- A held-out loss below the teacher's says that the teacher was not trained to its end, as the control shows. It is no
+  merit of SLA2. Published gains over full attention come from better data in fine-tuning.
 """.strip()
 
 
