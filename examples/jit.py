@@ -272,3 +272,20 @@ def diffusion_loss(model: nn.Module, x: Tensor, y: Tensor, t: Tensor, noise: Ten
     """
     error = model(noisy(x, t, noise), t, y) - x
     return (error / (1 - t).clamp(min=floor).view(-1, 1, 1, 1)).square().mean()
+
+
+@torch.no_grad()
+def sample(model: nn.Module, noise: Tensor, y: Tensor, steps: int) -> Tensor:
+    """Draw pictures by Euler's method, z += dt (x_hat - z) / (1 - t), with dt = 1 / steps; nothing is random.
+
+    Args:
+        noise: (B, C, H, W), where each picture begins; y: (B,), labels.
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    z = noise.float()
+    for step in range(steps):
+        t = torch.full((len(z),), step / steps, device=z.device)
+        z = z + (model(z, t, y).float() - z) / (steps - step)
+    return z

@@ -59,6 +59,14 @@ class AttentionCall:
             return self
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
+    def as_autocast_has_it(self) -> AttentionCall:
+        """Return the call with q, k and v in the dtype that autocast casts them to; unchanged without autocast."""
+        if not torch.is_autocast_enabled(self.q.device.type):
+            return self
+        dtype = torch.get_autocast_dtype(self.q.device.type)
+        q, k, v = (x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
+
 
 def causal_keys(key_mask: Tensor) -> Tensor:
     """Return the mask (B, 1, N, N) of keys that key_mask (B, 1, 1, N) keeps, up to each query's own position."""

@@ -150,7 +150,8 @@ class Site(SiteProgress):
             if not torch.compiler.is_compiling():
                 self.check_frozen()
         if self.observer is not None:
-            return self.observer(self, call, mask)
+            # observers compute outside of autocast, which may get q and k in float32 from norms, and v in 16 bits
+            return self.observer(self, call.as_autocast_has_it(), mask)
         o, routing = attend(
             call.q, call.k, call.v, self.settings.options,
             key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,

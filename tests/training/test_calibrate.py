@@ -243,6 +243,25 @@ def test_autocast_and_inference_mode_around_the_call_do_not_matter():
     assert not sites(model)[0].alpha_bias.is_inference()
 
 
+def test_queries_and_keys_may_be_float32_under_autocast():
+    """As norms make them on a GPU, where v comes from a linear layer in 16 bits."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = torch.nn.Linear(32, 96)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v)
+
+    model = planned(Normed())
+    with torch.autocast("cpu", torch.bfloat16):
+        result = calibrate(model, batches(), **QUICK)
+    assert 0 < result.error_before < 1
+    assert result.steps == 6
+
+
 def test_a_site_that_becomes_worse_keeps_its_parameters():
     model = planned()
     before = values(model)
