@@ -64,7 +64,9 @@ class Facts(NamedTuple):
         plain: whether every query sees every key: no key_mask, not causal.
         few: whether at most `MOST_KEPT` of the key blocks are asked for; many: whether a query block then keeps at
             least `LEAST_KEPT` of them.
-        copyable: whether the copy engine can read q, k and v, and k_mean is as the router returns it.
+        copyable: whether the copy engine can read q, k and v, and k_mean is as the router returns it; of a backward
+            also o, dO and what there is one number of for each row.
+        invertible: whether 1 / scale is finite in float32.
         direction: forward, or backward.
     """
 
@@ -80,6 +82,7 @@ class Facts(NamedTuple):
     few: bool = False
     many: bool = False
     copyable: bool = True
+    invertible: bool = True
     direction: Literal["forward", "backward"] = "forward"
 
 
@@ -176,8 +179,10 @@ FUSED: tuple[Rule, ...] = (
     Rule(
         lambda f: f.direction == "forward" or (f.dtype == torch.bfloat16 and f.low_bit == "none"),
         "a forward, or a backward in bfloat16 of one that was not in low bit",
-        lambda f: "the fused kernel of the backward takes bfloat16 alone",
+        lambda f: "the fused kernels of the backward take bfloat16 alone",
     ),
+    # dk of the linear branch is counted in units of the scale
+    Rule(lambda f: f.invertible, "a scale above 1e-38", lambda f: "the fused kernels need a scale above 1e-38"),
     Rule(lambda f: f.chip.arch == 90, "sm_90", lambda f: f"the fused kernel needs sm_90, not sm_{f.chip.arch}"),
     Rule(
         lambda f: f.chip.triton in GLUON_TRITONS,

@@ -17,7 +17,10 @@ def table() -> str:
     lines = [
         row("what runs a call", "needs"),
         row("---", "---"),
-        row("one fused kernel (Gluon): both branches and the mix", f"as the Triton kernels, and {needs(FUSED)}"),
+        row(
+            "fused kernels (Gluon): one for both branches and the mix, three for their backward",
+            f"as the Triton kernels, and {needs(FUSED)}",
+        ),
         row("Triton kernels, of a forward and of its backward", needs(TRITON)),
         row("blocked PyTorch", "any device; what the others do not take"),
         "",

@@ -8,6 +8,9 @@
 For all heads at once, the lists of query blocks come before (`lists.py`), and dQ (`queries.py`) and the small
 gradients (`totals.py`) after.
 
+On Hopper, three kernels in Gluon take the place of rows and gather, keys, and queries, for the calls that
+`kernels/support.py` calls fused (`sm90.py`).
+
 After a forward in low bit, the kernel of the states writes k8 again, and that of the rows q8. If it was in FP8, dQ
 comes before dK and dV, which need the D_s that it sums up.
 
@@ -17,13 +20,13 @@ Everything is added up in a fixed order, whatever the order of programs.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, BackwardResult
+from sla2_compile.kernels.arguments import BackwardArgs, BackwardResult
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda.backward import sm90
 from sla2_compile.kernels.cuda.backward.cuts import Cuts
@@ -32,6 +35,7 @@ from sla2_compile.kernels.cuda.backward.keys import keys_kernel
 from sla2_compile.kernels.cuda.backward.lists import lists_kernel
 from sla2_compile.kernels.cuda.backward.queries import queries_kernel
 from sla2_compile.kernels.cuda.backward.rows import rows_kernel
+from sla2_compile.kernels.cuda.backward.terms import Rows
 from sla2_compile.kernels.cuda.backward.totals import totals_kernel
 from sla2_compile.kernels.cuda.device import describable, padded
 from sla2_compile.kernels.cuda.forward.launches import Formats, alpha_of, facts_of
@@ -53,58 +57,11 @@ def complement_product(n: int, complement: Tensor, rows: Tensor) -> Tensor:
 
 def facts_of_backward(args: BackwardArgs[Layout]) -> Facts:
     """What decides which kernels run a backward."""
-    facts, Nq = facts_of(args.saved.call), args.saved.call.q.shape[2]
+    call = args.saved.call
+    facts = facts_of(call)
     # the terms of rows are in float32, without gaps
-    copyable = facts.copyable and describable(args.do) and describable(args.saved.o) and Nq % 4 == 0
-    return facts._replace(direction="backward", copyable=copyable)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the kernels for query rows write for the other steps, fp32 but q8; see `rows_kernel` and `gather_kernel`.
-
-    Attributes:
-        q8, q_scales: q in INT8; peaks: where dS is in float16. Those that a call does not use are q, and never read.
-    """
-
-    alphas: Slot
-    shifts: Slot
-    log_sums: Slot
-    weights: Slot
-    deltas: Slot
-    pulls: Slot
-    row_logits: Slot
-    row_gains: Slot
-    d_logits: Slot
-    d_gains: Slot
-    d_means: Slot
-    q8: Slot
-    q_scales: Slot
-    peaks: Slot
-
-    @property
-    def read_later(self) -> tuple[Slot, Slot, Slot]:
-        """What the kernels for keys and queries read."""
-        return self.alphas, self.shifts, self.log_sums
-
-    @classmethod
-    def allocate(cls, schedule: Schedule, call: AttentionArgs[Layout], q: Slot, peaks: int, fused: bool) -> Rows:
-        """peaks: for each query block, 0 for none."""
-        (B, Hq, Nq, D), tm, fp32 = call.q.shape, call.lut.shape[2], torch.float32
-        shapes = (*((B, Hq, Nq),) * 8, *((B, Hq, tm),) * 2, (B, Hq, tm, D))
-        names = [x.name for x in fields(cls)]
-        # one kernel writes rows' terms and sums them up: what is between stays in it
-        inner = names[3:8] if fused else []
-        made: list[Slot] = [
-            q if name in inner else schedule.empty(name, shape, fp32)
-            for name, shape in zip(names, shapes, strict=False)
-        ]
-        q8 = q_scales = q
-        if call.low_bit != "none":
-            q8 = schedule.empty("q8", (B, Hq, Nq, D), torch.int8)
-            q_scales = schedule.empty("q_scales", (B, Hq, Nq), fp32)
-        made += [q8, q_scales, schedule.empty("peaks", (B, Hq, tm, peaks), fp32) if peaks else q]
-        return cls(*made)
+    copyable = facts.copyable and describable(args.do) and describable(args.saved.o) and call.q.shape[2] % 4 == 0
+    return facts._replace(direction="backward", copyable=copyable, invertible=call.scale > 1e-38)
 
 
 @dataclass(frozen=True)
@@ -113,7 +70,7 @@ class Backward:
 
     Attributes:
         args, slots: of the call. formats, cuts: how kernels see it and are cut.
-        fused: whether dK and dV are computed by `keys_sm90.py`.
+        fused: whether Hopper's kernels run (`sm90.py`).
         half: whether dS is rounded to float16. exact: whether D_s is summed from P (`queries.py`).
         rows: of the kernels for query rows; lists: of `lists_kernel`; dq, dk, dv: results.
         d_mean_keys: (B * Hkv, pieces, D) fp32, gradients for k_mean of the pieces of keys.
@@ -148,7 +105,8 @@ class Backward:
         peaks = formats.layout.block_dv // cuts.gather.chunk_v if half else 0
         pieces = tn if fused else tn * (call.block_k // cuts.keys.keys)
         return cls(
-            schedule, args, slots, formats, cuts, fused, half, exact, Rows.allocate(schedule, call, given.q, peaks, fused),
+            schedule, args, slots, formats, cuts, fused, half, exact,
+            Rows.allocate(schedule, call, given.q, peaks, fused),
             lists=empty("lists", (B * heads, Hq // heads * tm * topk + 2 * tn), torch.int32),
             dq=empty("dq", tuple(call.q.shape), call.q.dtype),
             dk=empty("dk", tuple(call.k.shape), call.k.dtype),

@@ -6,8 +6,8 @@ A program takes 64 query rows, half of a query block. From start to end of a ste
 Two or three programs share a multiprocessor, so that one has products queued while another works on results. As in
 `keys_sm90.py`, the copy engine loads key blocks ahead, and no warp is set aside for it.
 
-q and dO are read from shared memory at each step. In registers they would be read once (0.53 ms, see NOTES), but at head
-dim 64 the assembler of CUDA 12 then put dS over dO, which the next step still needs.
+q and dO are read from shared memory at each step. Held in registers they gained nothing, and at head dim 64 the
+assembler put dS over dO, which the next step still needs (Triton 3.6 and 3.7).
 """
 
 from __future__ import annotations

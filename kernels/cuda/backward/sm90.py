@@ -61,7 +61,7 @@ def rows(
         *terms, d_means, d_logits, d_gains, *bias_strides, Hq, groups, Nq, tm, group.heads.start * groups, call.scale,
         factor,
         D=D, BLOCK_D=width, STATE=state, Z_AT=layout.z_at, FEATURE_MAP=call.feature_map, ALPHA=alpha,
-        num_warps=width // 8,
+        num_warps=width // 16,
     )  # fmt: skip
 
 
