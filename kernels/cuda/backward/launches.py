@@ -6,7 +6,8 @@
     GEMM      dH of each key block's complement
     keys      dK, dV                                        (`keys.py`)
 For all heads at once, the lists of query blocks come before (`lists.py`), and dQ (`queries.py`) and the small
-gradients (`totals.py`) after.
+gradients (`totals.py`) after. In a training step's one node of autograd, the gradient of k's mean is then spread over
+dk (`spread.py`), which two nodes leave to PyTorch.
 
 On Hopper, three kernels in Gluon take the place of rows and gather, keys, and queries, for the calls that
 `kernels/support.py` calls fused (`sm90.py`).
@@ -35,6 +36,7 @@ from sla2_compile.kernels.cuda.backward.keys import keys_kernel
 from sla2_compile.kernels.cuda.backward.lists import lists_kernel
 from sla2_compile.kernels.cuda.backward.queries import queries_kernel
 from sla2_compile.kernels.cuda.backward.rows import rows_kernel
+from sla2_compile.kernels.cuda.backward.spread import spread_kernel
 from sla2_compile.kernels.cuda.backward.terms import Rows
 from sla2_compile.kernels.cuda.backward.totals import totals_kernel
 from sla2_compile.kernels.cuda.device import describable, padded
@@ -230,13 +232,26 @@ class Backward:
         )  # fmt: skip
         return BackwardResult(self.dq, self.dk, self.dv, dk_mean, dgain, dbias)
 
+    def add_spread(self, dk_mean: Slot) -> None:
+        """Add to dk what comes from k's mean."""
+        call, mask = self.args.saved.call, self.slots.saved.call.key_mask
+        (B, heads, Nk, D), rows = call.k.shape, 8192 // self.formats.layout.block_d
+        self.schedule.launch(
+            spread_kernel, (B * heads * num_blocks(Nk, rows),),
+            self.dk, dk_mean, mask, 0 if call.key_mask is None else call.key_mask.stride[0], heads, Nk,
+            D=D, BLOCK_D=self.formats.layout.block_d, ROWS=rows, HAS_MASK=call.key_mask is not None, num_warps=4,
+        )  # fmt: skip
+
 
 @functools.lru_cache(maxsize=256)
-def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
+def backward_schedule(
+    args: BackwardArgs[Layout], trials: bool, spread: bool = False
+) -> tuple[Schedule, tuple[Slot, ...]]:
     """Schedule the gradients of `sla2::attention`.
 
     Args:
         trials: whether tiles of the forward's kernels are found by trial (`switches.by_trial`).
+        spread: whether dk has the gradient of k's mean too, and not only dk_mean.
 
     Returns:
         The schedule of the tensors of args, and the slots of its results.
@@ -266,4 +281,7 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
     if not backward.exact:
         backward.add_queries(range(call.k.shape[0] * call.k.shape[1]))
 
-    return schedule, tuple(backward.add_totals())
+    made = backward.add_totals()
+    if spread:
+        backward.add_spread(made.dk_mean)
+    return schedule, tuple(made)

@@ -168,7 +168,9 @@ def add_attention(
     return made
 
 
-def add_forward(schedule: Schedule, args: ForwardArgs[Layout], trials: bool) -> AttentionResult[Slot]:
+def add_forward(
+    schedule: Schedule, args: ForwardArgs[Layout], trials: bool
+) -> tuple[RouteResult[Slot], AttentionResult[Slot]]:
     """Put route and attention on one schedule; in short calls selection and block states share a launch."""
     route_args, route_slots = args.route(), with_tensors(args, schedule.given).route()
     sizes = Sizes.of(route_args)
@@ -185,7 +187,7 @@ def add_forward(schedule: Schedule, args: ForwardArgs[Layout], trials: bool) -> 
             choose(schedule, choice)
     else:
         add_route(schedule, route_args, route_slots, made, trials)
-    return add_attention(schedule, attention_args, attention_slots, trials, formats, states)
+    return made, add_attention(schedule, attention_args, attention_slots, trials, formats, states)
 
 
 def add_front(
@@ -228,4 +230,16 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
 def forward_schedule(args: ForwardArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
     """Schedule route and attention together; the only result is o."""
     schedule = Schedule(*split(args)[0])
-    return schedule, (add_forward(schedule, args, trials).o,)
+    return schedule, (add_forward(schedule, args, trials)[1].o,)
+
+
+@functools.lru_cache(maxsize=256)
+def step_schedule(args: ForwardArgs[Layout]) -> tuple[Schedule, tuple[Slot, ...]]:
+    """Schedule route and attention together for a training step.
+
+    Returns:
+        The schedule, and its results: o and lse, and lut, log_rest and k_mean of the route.
+    """
+    schedule = Schedule(*split(args)[0])
+    routed, attended = add_forward(schedule, args, False)
+    return schedule, (*attended, routed.lut, routed.log_rest, routed.k_mean)
