@@ -177,9 +177,9 @@ TRITON: tuple[Rule, ...] = (
 
 FUSED: tuple[Rule, ...] = (
     Rule(
-        lambda f: f.direction == "forward" or (f.dtype == torch.bfloat16 and f.low_bit == "none"),
-        "a forward, or a backward in bfloat16 of one that was not in low bit",
-        lambda f: "the fused kernels of the backward take bfloat16 alone",
+        lambda f: f.direction == "forward" or (f.dtype == torch.bfloat16 and f.low_bit != "int8_fp8"),
+        "a forward, or a backward in bfloat16 of one that was not in FP8",
+        lambda f: "the fused kernels of the backward take bfloat16 alone, and no FP8",
     ),
     # dk of the linear branch is counted in units of the scale
     Rule(lambda f: f.invertible, "a scale above 1e-38", lambda f: "the fused kernels need a scale above 1e-38"),

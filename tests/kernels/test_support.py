@@ -39,7 +39,8 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
          "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
     ]),
     "fused": (FUSED, [
-        ({"direction": "backward", "dtype": torch.float16}, "the fused kernels of the backward take bfloat16 alone"),
+        ({"direction": "backward", "dtype": torch.float16},
+         "the fused kernels of the backward take bfloat16 alone, and no FP8"),
         ({"invertible": False}, "the fused kernels need a scale above 1e-38"),
         ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
         ({"chip": H200._replace(triton=(3, 8))}, "the fused kernel needs Triton 3.6 or 3.7, not 3.8"),
@@ -101,8 +102,12 @@ def test_a_format_falls_back_to_the_next_less() -> None:
 def test_a_backward_in_bfloat16_is_fused() -> None:
     back = CALL._replace(direction="backward")
     assert support(back).kernel == "fused"
-    for change in ({"low_bit": "int8"}, {"low_bit": "int8_fp8"}, {"dtype": torch.float16}):
-        assert support(back._replace(**change)).why.fused == "the fused kernels of the backward take bfloat16 alone"
+    assert support(back._replace(low_bit="int8")).kernel == "fused"
+    for change in ({"low_bit": "int8_fp8"}, {"dtype": torch.float16}):
+        assert (
+            support(back._replace(**change)).why.fused
+            == "the fused kernels of the backward take bfloat16 alone, and no FP8"
+        )
 
 
 def test_a_backward_takes_up_the_format_of_its_forward() -> None:
@@ -111,8 +116,8 @@ def test_a_backward_takes_up_the_format_of_its_forward() -> None:
         {"D": 256},
         {"dtype": torch.float16},
         {"block_k": 128},
-        {"low_bit": "int8"},
         {"low_bit": "int8_fp8"},
+        {"low_bit": "int8", "D": 256},
     ):
         found = support(back._replace(**change))
         assert (found.kernel, found.low_bit, found.why.low_bit) == ("triton", change.get("low_bit", "none"), "")

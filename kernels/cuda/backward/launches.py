@@ -101,7 +101,12 @@ class Backward:
         # v is read as it is
         exact, scores = call.low_bit == "int8_fp8", "none" if call.low_bit == "none" else "int8"
         fused = support(facts_of_backward(args)).kernel == "fused"
-        tn, formats = num_blocks(Nk, call.block_k), Formats.of(schedule, call._replace(low_bit=scores), given)
+        # Hopper's kernels multiply whole numbers of 8 bits in bfloat16, which holds them
+        numbers = torch.bfloat16 if fused else torch.int8
+        tn, formats = (
+            num_blocks(Nk, call.block_k),
+            Formats.of(schedule, call._replace(low_bit=scores), given, numbers),
+        )
         half = call.q.dtype == torch.float16 and not formats.eight.level
         cuts = Cuts.of(formats.shape, half)
         peaks = formats.layout.block_dv // cuts.gather.chunk_v if half else 0
@@ -137,10 +142,7 @@ class Backward:
         call, args, given, rows = self.args.saved.call, self.args, self.slots.saved.call, self.rows
         cut, layout, low_bit = self.cuts.rows, self.formats.layout, self.formats.eight.level
         if self.fused:
-            sm90.rows(
-                self.schedule, args, self.slots, layout, group, self.dq, d_states, rows.read_later, rows.d_means,
-                rows.d_logits, rows.d_gains,
-            )  # fmt: skip
+            sm90.rows(self.schedule, args, self.slots, layout, group, self.dq, d_states, rows)
             return
         tm, (Hq, Nq), (bias_strides, alpha) = call.lut.shape[2], call.q.shape[1:3], alpha_of(call)
         groups = Hq // call.k.shape[1]
@@ -173,8 +175,8 @@ class Backward:
         cut, layout, mask, eight = self.cuts.keys, self.formats.layout, call.key_mask, self.formats.eight
         if self.fused:
             sm90.keys(
-                self.schedule, self.args, self.slots, layout, self.lists, group, rows.read_later, d_states, self.dk,
-                self.dv, self.d_mean_keys,
+                self.schedule, self.args, self.slots, layout, self.lists, group, rows, eight, d_states, self.dk, self.dv,
+                self.d_mean_keys,
             )  # fmt: skip
             return
         self.schedule.launch(
@@ -197,7 +199,7 @@ class Backward:
         (_, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = call.q.shape, call.v.shape, call.lut.shape[2:]
         groups = Hq // heads
         if self.fused:
-            sm90.queries(self.schedule, self.args, self.slots, rows.read_later, self.dq)
+            sm90.queries(self.schedule, self.args, self.slots, rows, eight, self.dq)
             return
         cut, layout, mask = self.cuts.queries, self.formats.layout, call.key_mask
         self.schedule.launch(

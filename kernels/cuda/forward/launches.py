@@ -93,9 +93,13 @@ class Formats:
     tma: bool
 
     @classmethod
-    def of(cls, schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot]) -> Formats:
+    def of(
+        cls, schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot],
+        numbers: torch.dtype = torch.int8,
+    ) -> Formats:  # fmt: skip
+        """numbers: what k in INT8 is held in."""
         q, k, v, D, Dv = args.q, args.k, args.v, args.q.shape[3], args.v.shape[3]
-        eight = EightBit.of(schedule, slots.k, slots.v, args.block_k, args.low_bit)
+        eight = EightBit.of(schedule, slots.k, slots.v, args.block_k, args.low_bit, numbers)
         # an INT8 product sums over 32 dims at a time
         layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), args.feature_map)
         arch = device.capability(q.device)

@@ -38,7 +38,7 @@ class EightBit:
 
     Attributes:
         level: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
-        k8: (B, Hkv, Tn * block_k, D) int8, smoothed, 0 at rows that are no real keys.
+        k8: (B, Hkv, Tn * block_k, D) int8 (or whole numbers in bfloat16), smoothed, 0 at rows that are no real keys.
         v8: (B, Hkv, Tn, Dv, block_k) float8_e4m3fn, the keys in `key_order`.
         scales: (B, Hkv, Tn, 4) fp32: k's scale, log2 of v's, and two of no meaning, for rows of 16 bytes.
         Tensors that a level does not use are set to k and never read.
@@ -50,14 +50,16 @@ class EightBit:
     scales: Slot
 
     @classmethod
-    def of(cls, schedule: Schedule, k: Slot, v: Slot, block_k: int, low_bit: str) -> EightBit:
-        """Allocate what low_bit needs for k (B, Hkv, Nk, D) and v (B, Hkv, Nk, Dv)."""
+    def of(
+        cls, schedule: Schedule, k: Slot, v: Slot, block_k: int, low_bit: str, numbers: torch.dtype = torch.int8
+    ) -> EightBit:
+        """Allocate what low_bit needs for k (B, Hkv, Nk, D), held in `numbers`, and v (B, Hkv, Nk, Dv)."""
         level, (B, heads, Nk, D), Dv = LOW_BITS.index(low_bit), k.shape, v.shape[3]
         tn = num_blocks(Nk, block_k)
         # unused ones must not have an 8-bit type, which older chips do not know
         k8 = v8 = scales = k
         if level >= 1:
-            k8 = schedule.empty("k8", (B, heads, tn * block_k, D), torch.int8)
+            k8 = schedule.empty("k8", (B, heads, tn * block_k, D), numbers)
             scales = schedule.empty("scales", (B, heads, tn, 4), torch.float32)
         if level == 2:
             v8 = schedule.empty("v8", (B, heads, tn, Dv, block_k), torch.float8_e4m3fn)
