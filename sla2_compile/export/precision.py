@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
+from sla2_compile.export.calls import sla2_calls
 from sla2_compile.export.linear_int8 import linear_to_int8
-from sla2_compile.export.program import exported, sla2_calls
+from sla2_compile.export.program import exported
 from sla2_compile.kernels.checks import fail
 
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
@@ -67,10 +68,7 @@ def at_precision(
         ValueError: the model computes attention in a dtype that onnxruntime does not multiply.
     """
     if precision == "fp16" and isinstance(model, nn.Module):
-        with torch.no_grad():
-            half = copy.deepcopy(model).half()
-        args, kwargs = tree_map(to_half, (tuple(args), dict(kwargs)))
-        return Changed(exported(half, args, kwargs, dynamic_shapes), None, unchanged)
+        return Changed(in_half(model, args, kwargs, dynamic_shapes), None, unchanged)
     if precision == "int8":
         return Changed(program, "int8_int8", linear_to_int8)
     return Changed(program, "int8_fp8" if precision == "fp8" else None, unchanged)
@@ -88,6 +86,14 @@ def check_dtypes(program: ExportedProgram, precision: str) -> None:
             raise fail("the model", "compute attention in float32 or float16", dtype, "call model.float() first")
         if precision == "int8" and dtype == torch.float16:
             raise fail("precision", "be another one for a float16 model", "'int8'", "call model.float() first")
+
+
+def in_half(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    """Export a copy of a model in float16."""
+    with torch.no_grad():
+        half = copy.deepcopy(model).half()
+    args, kwargs = tree_map(to_half, (tuple(args), dict(kwargs)))
+    return exported(half, args, kwargs, dynamic_shapes).program
 
 
 def to_half(x: Any) -> Any:
