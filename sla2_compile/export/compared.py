@@ -116,7 +116,7 @@ def error_of(got: Tensor, want: Tensor) -> float:
         return float("inf")
     if not want.numel():
         return 0.0
-    a, b = (x.detach().cpu().double().reshape(x.shape[0] if x.dim() else 1, -1) for x in (got, want))
+    a, b = (x.cpu().double().reshape(x.shape[0] if x.dim() else 1, -1) for x in (got, want))
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite) or not torch.allclose(a[~finite], b[~finite], equal_nan=True):
         return float("nan")

@@ -98,11 +98,15 @@ def export_onnx(
         What was written. `print` shows errors and times.
 
     Raises:
-        ValueError: model is not transformed; a replaced call of a module would become full attention in the file;
-            opset, target or precision is unknown or does not fit; the path cannot be written; the file does not give
-            what the model gives. The last is then kept as `<name>.failed.onnx`. Otherwise no file is left behind.
+        ValueError: model is not transformed; a call that SLA2 answers would become full attention in the file; an
+            input or output is of a kind that no file has; opset, target or precision is unknown or does not fit; the
+            path cannot be written; the file does not give what the model gives. The last is then kept as
+            `<name>.failed.onnx`. Otherwise no file is left behind.
         TypeError: model is of another kind.
         ImportError: onnx, onnxscript or onnxruntime is missing.
+
+    Warns:
+        UserWarning: a program whose plan is not known has attention that is not SLA2's.
 
     Example:
         >>> print(export_onnx(model, (x,), "model.onnx", dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)))

@@ -134,6 +134,7 @@ def _check_calls(model: nn.Module, program: ExportedProgram, called: Sequence[Ca
     """
     wanted = sum(rewrite.where.times for _, _, plan in plans(model) for rewrite in plan.rewrites)
     wanted += sum(call.reason is None for call in called)
+    reasons += Counter(call.reason.value for call in called if call.reason is not None)
     found = count(program.graph_module)
     if found == 0 or (wanted and found != wanted):
         fix = "export at the lengths that transform saw, or above min_seq_len"
