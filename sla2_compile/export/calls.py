@@ -1,7 +1,7 @@
 """The attention calls of an exported program: those that are SLA2's op, and those whose site lost it.
 
-A program keeps no counters. But each node knows the modules whose code made it, and the program holds all parameters
-of its module, used or not. Both survive `torch.export.save`.
+A program keeps no counters. But each node knows the modules whose code made it, and the state dict holds all
+parameters of the module, used or not. Both survive `torch.export.save`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sla2_compile.kernels.arguments import ForwardArgs
 from sla2_compile.kernels.checks import fail
 from sla2_compile.modules.redirect import CHILD
-from sla2_compile.passes.graph.nodes import Nodes
+from sla2_compile.passes.graph.nodes import Nodes, memory_of
 from sla2_compile.passes.graph.sdpa import SPELLINGS
 from sla2_compile.passes.graph.traits import Trait
 from sla2_compile.passes.sites.site import Site
@@ -99,14 +99,23 @@ def unused_sites(program: ExportedProgram) -> dict[str, str]:
     """Sites none of whose parameters a program uses, with their owners."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    used: dict[str, bool] = {}
-    owners: dict[str, str] = {}
-    for node in program.graph.nodes:
-        found = PARAMETER.fullmatch(names.get(node.name, ""))
+    state = program.state_dict
+    called = (names.get(node.name) for node in program.graph.nodes if node.users)
+    used = {_place(state[name]) for name in called if name in state}
+    sites: dict[str, str] = {}
+    answered: set[str] = set()
+    # an export in strict mode drops unused parameters from the graph, but not from the state dict
+    for name, x in state.items():
+        found = PARAMETER.fullmatch(name)
         if found is not None:
             owner = found[1] or ""
             site = f"{owner}.{CHILD}.{found[2]}".lstrip(".")
-            owners[site] = owner
-            # a wrapper may hold copies of a site, of which one runs
-            used[site] = used.get(site, False) or bool(node.users)
-    return {site: owner for site, owner in owners.items() if not used[site]}
+            sites[site] = owner
+            # a shared layer has several names and one use; a wrapper may hold copies of a site, of which one runs
+            if _place(x) in used:
+                answered.add(site)
+    return {site: owner for site, owner in sites.items() if site not in answered}
+
+
+def _place(x: Tensor) -> tuple[int | None, Any]:
+    return memory_of(x), x.storage_offset()

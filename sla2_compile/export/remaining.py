@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +15,12 @@ from sla2_compile.kernels.checks import fail
 from sla2_compile.libraries.adapted import adapters_of
 from sla2_compile.libraries.adapter import Called, listing
 from sla2_compile.modules.mode import in_eval_mode
+from sla2_compile.modules.restoring.leave_alone import private_copy
 from sla2_compile.passes.expand_multihead import ExpandMultihead
 from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.inline_autocast import InlineAutocast
 from sla2_compile.passes.normalize_sdpa import NormalizeSDPA
-from sla2_compile.passes.pipeline import Pipeline
+from sla2_compile.passes.pipeline import PassError, Pipeline
 from sla2_compile.passes.read_masks import ReadMasks
 from sla2_compile.passes.select_attention import SelectAttention
 from sla2_compile.passes.sites.outcome import Miss
@@ -52,7 +52,7 @@ def of_libraries(
     """
     if not exported and not adapters_of(model):
         return []
-    args, kwargs = copy.deepcopy((tuple(args), dict(kwargs)))
+    args, kwargs = private_copy(args, kwargs)
     with listing() as eager, torch.no_grad(), in_eval_mode(model):
         model(*args, **kwargs)
     names = {module: plain(name) for name, module in model.named_modules()}
@@ -82,13 +82,18 @@ def of_program(program: ExportedProgram) -> list[str]:
     """The attention in a program whose plan is not known, as the passes find it.
 
     Warns:
-        UserWarning: there is some. Nothing tells whether `transform` left it alone.
+        UserWarning: there is some, and nothing tells whether `transform` left it alone; or the passes failed.
     """
     recipe = Recipe.of(DEFAULT, min_seq_len=0)
     passes = (InlineAutocast(), ExpandMultihead(), NormalizeSDPA(), FuseAttention(), ReadMasks())
     gm: Any = program.module()
     found = Counter[str]()
-    for outcome in Pipeline((*passes, SelectAttention(recipe))).run(gm):
+    try:
+        outcomes = Pipeline((*passes, SelectAttention(recipe))).run(gm)
+    except PassError as error:
+        warnings.warn(f"attention that is not SLA2's was not looked for in the program: {error}", stacklevel=4)
+        return []
+    for outcome in outcomes:
         why = outcome.reason.value if isinstance(outcome, Miss) else "SLA2 could take it"
         found[_line(outcome.where.owner, why)] += outcome.where.times
     lines = _counted(found)

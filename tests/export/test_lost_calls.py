@@ -66,10 +66,11 @@ def test_a_site_that_refused_its_call(strict: bool, model: Any, x: Tensor, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_call_that_went_past_its_site(model: Any, x: Tensor) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_call_that_went_past_its_site(strict: bool, model: Any, x: Tensor) -> None:
     """Another library put a forward of its own in the place of the owner's."""
     model.second.__dict__["forward"] = model.second.__dict__[SLOT].original
-    program = exported(model, x)
+    program = exported(model, x, strict=strict)
     with pytest.raises(ValueError, match=LOST):
         check_sites(saved(program))
 
@@ -85,10 +86,31 @@ def test_a_transformed_program(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> No
     program.graph.eliminate_dead_code()
     with pytest.raises(ValueError, match=r"got full attention at first\.sla2\.0"):
         check_sites(program)
-    # exports drop unused parameters in strict mode
     monkeypatch.setattr(calls, "unused_sites", lambda program: {})
     with pytest.raises(ValueError, match="the program must have 2 calls of SLA2, as transform made, got 1"):
         check_sites(program)
+
+
+class Shared(nn.Module):
+    """One layer under three names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = models.Attention()
+        self.layers, self.last = nn.ModuleList([layer, layer]), layer
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_layer_of_several_names_lost_nothing(strict: bool, x: Tensor) -> None:
+    model = sla2_compile.transform(Shared(), example_inputs=(x,), **ANY).eval()
+    program = exported(model, x, strict=strict)
+    for given in (program, saved(program), program.run_decompositions()):
+        check_sites(given)
 
 
 class Branch(Two):
