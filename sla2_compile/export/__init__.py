@@ -4,7 +4,7 @@
 |---|---|
 | `onnx.py` | `export_onnx`: from a model to a file, step by step |
 | `program.py` | the ExportedProgram of a model, in which each site's call is one op |
-| `arguments.py` | what a model may take and return |
+| `arguments.py`, `state.py` | what a model may take and return, and what it writes into |
 | `calls.py`, `remaining.py` | calls that a program lost, which is an error, and those that stay full attention |
 | `node.py`, `config.py` | the node, its schema, and the constants that its body is built for |
 | `body/` | the body in standard operators |

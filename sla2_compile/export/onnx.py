@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from sla2_compile.export.arguments import check_signature
 from sla2_compile.export.program import check_model, exported
 from sla2_compile.export.remaining import recipes_of
+from sla2_compile.export.state import warn_of_state
 from sla2_compile.export.written import check_writable, write_whole
 from sla2_compile.kernels.checks import fail
 
@@ -106,7 +107,8 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime is missing.
 
     Warns:
-        UserWarning: a program whose plan is not known has attention that is not SLA2's.
+        UserWarning: a program whose plan is not known has attention that is not SLA2's; the model writes into its
+            buffers or inputs, which a file does not.
 
     Example:
         >>> print(export_onnx(model, (x,), "model.onnx", dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)))
@@ -125,6 +127,8 @@ def export_onnx(
             opset_version=chosen, verbose=False,
         )  # fmt: skip
     assert made is not None
+    assert made.exported_program is not None
+    warn_of_state(made.exported_program)
     made.model = changed.finish(made.model)
     sites = len(list(nodes_of(made.model)))
     if target == "portable":

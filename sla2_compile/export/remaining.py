@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from sla2_compile.kernels.checks import fail
 from sla2_compile.libraries.adapted import adapters_of
 from sla2_compile.libraries.adapter import Called, listing
 from sla2_compile.modules.mode import in_eval_mode
-from sla2_compile.modules.restoring.leave_alone import private_copy
+from sla2_compile.modules.restoring.leave_alone import left_alone, private_copy
 from sla2_compile.passes.expand_multihead import ExpandMultihead
 from sla2_compile.passes.fuse_attention import FuseAttention
 from sla2_compile.passes.inline_autocast import InlineAutocast
@@ -38,14 +39,14 @@ def of_plans(model: nn.Module) -> list[str]:
 
 
 def of_libraries(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], exported: Sequence[Called]
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], exported: Sequence[Called], got: int
 ) -> list[str]:
     """What models that select SLA2 by a library's name left alone in an export.
 
-    The model runs once more, on copies of the inputs, to tell which calls SLA2 answers outside of an export.
+    The model runs once more, and is left as it was, to tell which calls SLA2 answers outside of an export.
 
     Args:
-        exported: the calls of the export, in order.
+        exported: the calls of the export, in order. got: how many SLA2 answers in its program.
 
     Raises:
         ValueError: SLA2 answers a call of the model that it does not answer in the export.
@@ -53,29 +54,29 @@ def of_libraries(
     if not exported and not adapters_of(model):
         return []
     args, kwargs = private_copy(args, kwargs)
-    with listing() as eager, torch.no_grad(), in_eval_mode(model):
+    with (
+        left_alone(model, (args, kwargs), sys.maxsize) as writes, writes.active(),
+        listing() as eager, torch.no_grad(), in_eval_mode(model),
+    ):  # fmt: skip
         model(*args, **kwargs)
     names = {module: plain(name) for name, module in model.named_modules()}
-    wanted, got = (sum(call.reason is None for call in calls) for calls in (eager, exported))
+    # diffusers does not tell which module calls in an export
+    same = len(exported) == len(eager)
+    modules = [call.module for call in (eager if same else exported)]
+    refused = [
+        (at, _line(names.get(module, "a module"), call.reason.value) if module else call.reason.value)
+        for at, (call, module) in enumerate(zip(exported, modules, strict=True))
+        if call.reason is not None
+    ]
+    wanted = sum(call.reason is None for call in eager)
     if got < wanted:
-        lost = Counter[str]()
-        for at, call in enumerate(eager):
-            other = exported[at] if len(exported) == len(eager) else None
-            if call.reason is None and (other is None or other.reason is not None):
-                why = "not seen in the export" if other is None or other.reason is None else other.reason.value
-                lost[_line(names.get(call.module, ""), why) if call.module else why] += 1
+        lost = _counted(Counter(line for at, line in refused if not same or eager[at].reason is None))
         fix = (
-            f"full attention: {', '.join(_counted(lost))}; an export reads no mask's values: use "
-            "sla2_compile.transform with example_inputs in the place of the library's name"
+            f"full attention: {', '.join(lost) or 'calls that the export does not make'}; an export reads no mask's "
+            "values: use sla2_compile.transform with example_inputs in the place of the library's name"
         )
         raise fail("the exported program", f"have the {wanted} calls of SLA2 that the model has", got, fix)
-    found = Counter[str]()
-    for at, call in enumerate(exported):
-        if call.reason is not None:
-            # diffusers does not tell which module calls in an export
-            module = call.module or (eager[at].module if len(exported) == len(eager) else None)
-            found[_line(names.get(module, ""), call.reason.value) if module else call.reason.value] += 1
-    return _counted(found)
+    return _counted(Counter(line for _, line in refused))
 
 
 def of_program(program: ExportedProgram) -> list[str]:

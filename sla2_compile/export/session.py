@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
+import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -16,10 +16,10 @@ from sla2_compile.export.node import DOMAIN, NAME
 from sla2_compile.kernels.checks import fail
 
 INPUT_TYPES = {
-    "float": np.float32, "float16": np.float16, "double": np.float64, "bool": np.bool_, "int64": np.int64,
-    "int32": np.int32, "int16": np.int16, "int8": np.int8, "uint8": np.uint8,
+    "float": torch.float32, "float16": torch.float16, "double": torch.float64, "bool": torch.bool,
+    "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8,
 }  # fmt: skip
-"""The types of a file's inputs, as onnxruntime names them."""
+"""The types of a file's inputs, as onnxruntime names them; numpy has them too."""
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -85,17 +85,16 @@ def feeds_of(session: Any, tensors: Sequence[Tensor]) -> dict[str, Any]:
     check_number(len(inputs), tensors)
     feeds = {}
     for given, x in zip(inputs, tensors, strict=True):
-        array, name = x.detach().cpu().numpy(), f"input {given.name!r}"
-        wanted = INPUT_TYPES.get(given.type.removeprefix("tensor(").removesuffix(")"))
-        if array.dtype != wanted:
-            raise fail(name, f"be a {given.type}, as in the file", array.dtype, "export with inputs of this type")
-        fixed = len(given.shape) == array.ndim and all(
-            not isinstance(n, int) or n == size for n, size in zip(given.shape, array.shape, strict=True)
+        name, wanted = f"input {given.name!r}", INPUT_TYPES.get(given.type.removeprefix("tensor(").removesuffix(")"))
+        if x.dtype != wanted:
+            raise fail(name, f"be a {given.type}, as in the file", x.dtype, "export with inputs of this type")
+        fits = len(given.shape) == x.dim() and all(
+            not isinstance(n, int) or n == size for n, size in zip(given.shape, x.shape, strict=True)
         )
-        if not fixed:
+        if not fits:
             fix = "name sizes that may change in dynamic_shapes of export_onnx"
-            raise fail(name, f"be of shape {tuple(given.shape)}, as in the file", tuple(array.shape), fix)
-        feeds[given.name] = array
+            raise fail(name, f"be of shape {tuple(given.shape)}, as in the file", tuple(x.shape), fix)
+        feeds[given.name] = x.detach().cpu().numpy()
     return feeds
 
 

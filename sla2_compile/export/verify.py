@@ -22,6 +22,7 @@ from sla2_compile.export.precision import TOLERANCES, in_half, to_half
 from sla2_compile.export.program import exported
 from sla2_compile.export.runs import at_other_sizes, given_tensors, is_dynamic
 from sla2_compile.export.session import check_number, feeds_of, first_line, open_file, read, sites_in
+from sla2_compile.export.state import runner
 from sla2_compile.kernels.checks import fail
 
 RUNS = 3
@@ -131,7 +132,7 @@ def _runs(session: Any, program: ExportedProgram, precision: str) -> list[tuple[
     for inputs in at_other_sizes(program):
         # guards of a program may be narrower than a file, which has none
         try:
-            program.module()(*inputs[0], **inputs[1])
+            runner(program, inputs)()
         except (AssertionError, RuntimeError) as error:
             refused = Compared(_sizes(inputs), refused=first_line(error))
             continue
@@ -152,11 +153,10 @@ def _outputs(made: Any) -> list[Tensor]:
 
 
 def _compare(session: Any, program: ExportedProgram, inputs: Any, cast: Callable[[Any], Any]) -> Compared:
-    args, kwargs = inputs
-    module = program.module()
+    run = runner(program, inputs)
     feeds = feeds_of(session, [cast(x) for x in given_tensors(inputs)])
     # copied to the CPU within the time, because an accelerator returns before it is done
-    model_ms, wanted = _timed(lambda: [x.cpu() for x in _outputs(module(*args, **kwargs))])
+    model_ms, wanted = _timed(lambda: [x.cpu() for x in _outputs(run())])
     file_ms, got = _timed(lambda: session.run(None, feeds))
     if len(got) != len(wanted):
         fix = "compare it with the model that it was made of"
@@ -172,11 +172,8 @@ def _beside_half(
     found = []
     for inputs, run in runs:
         if inputs is not None:
-            args, kwargs = inputs
-            rounded, named = tree_map(to_half, inputs)
-            pairs = zip(
-                _outputs(half.module()(*rounded, **named)), _outputs(program.module()(*args, **kwargs)), strict=True
-            )
+            rounded, exact = runner(half, tree_map(to_half, inputs)), runner(program, inputs)
+            pairs = zip(_outputs(rounded()), _outputs(exact()), strict=True)
             run = replace(run, in_half=tuple(error_of(a, b) for a, b in pairs))
         found.append(run)
     return found
