@@ -12,4 +12,5 @@
 | `written.py` | a file that is there whole or not at all |
 | `verify.py` | `verify_onnx`: the file against the model |
 | `runs.py`, `session.py`, `compared.py` | its inputs, also at another batch and length; its file; its errors |
+| `imitation.py` | the model in the format of a file, in PyTorch |
 """

@@ -25,6 +25,10 @@ class VerificationError(ValueError):
         self.verification = verification
 
 
+MOST = 0.5
+"""Error from which on a file is of no use, whatever error the model itself has in the file's format."""
+
+
 @dataclass(frozen=True)
 class Compared:
     """One run of a file and of its model.
@@ -33,7 +37,7 @@ class Compared:
         sizes: of the inputs. errors: of each output (`error_of`).
         model_ms, file_ms: times in milliseconds; 0 where not measured.
         refused: why nothing was compared at these sizes, or empty.
-        in_half: the same errors of the model itself in float16, in PyTorch; empty where not asked for.
+        own: the same errors of the model itself in the file's format, in PyTorch; empty where not looked for.
     """
 
     sizes: tuple[tuple[int, ...], ...]
@@ -41,7 +45,7 @@ class Compared:
     model_ms: float = 0.0
     file_ms: float = 0.0
     refused: str = ""
-    in_half: tuple[float, ...] = ()
+    own: tuple[float, ...] = ()
 
     @property
     def error(self) -> float:
@@ -49,9 +53,9 @@ class Compared:
         return float("nan") if any(e != e for e in self.errors) else max(self.errors, default=0.0)
 
     def right(self, tolerance: float) -> bool:
-        """Whether each error is within tolerance, or within twice that of the model itself in float16."""
-        own = self.in_half or (0.0,) * len(self.errors)
-        return all(e <= max(tolerance, 2 * half) for e, half in zip(self.errors, own, strict=True))
+        """Whether each error is within tolerance, or within twice that of the model itself in the file's format."""
+        own = self.own or (0.0,) * len(self.errors)
+        return all(e <= max(tolerance, min(2 * mine, MOST)) for e, mine in zip(self.errors, own, strict=True))
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ class Verification:
                 table.add_row(sizes, f"not compared: {run.refused}", "", "", "")
                 continue
             errors = ", ".join(f"{e:.1e}" for e in run.errors)
-            if run.in_half:
-                errors += f" (the model itself in float16: {', '.join(f'{e:.1e}' for e in run.in_half)})"
+            if run.own:
+                errors += f" (the model itself in this format: {', '.join(f'{e:.1e}' for e in run.own)})"
             times = (f"{run.model_ms:.1f} ms", f"{run.file_ms:.1f} ms", f"{run.model_ms / run.file_ms:.2f}x")
             table.add_row(sizes, errors, *times)
         return table

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
@@ -41,9 +41,13 @@ def may_write(program: ExportedProgram) -> bool:
     return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in nodes)
 
 
-def runner(program: ExportedProgram, inputs: Any) -> Callable[[], Any]:
-    """Return a function that runs a program each time as the first time: what it writes into is put back."""
-    module: Any = program.module()
+def runner(program: ExportedProgram, inputs: Any, changed: nn.Module | None = None) -> Callable[[], Any]:
+    """Return a function that runs a program each time as the first time: what it writes into is put back.
+
+    Args:
+        changed: the program's module in another format, which runs in the place of its own.
+    """
+    module: Any = program.module() if changed is None else changed
     args, kwargs = inputs
     if not may_write(program):
         return lambda: module(*args, **kwargs)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sla2_compile.export.arguments import check_arguments
 from sla2_compile.export.calls import count
 from sla2_compile.export.compared import Compared, Verification, VerificationError, error_of
+from sla2_compile.export.imitation import LOW_BIT, in_low_bit
 from sla2_compile.export.node import DOMAIN
 from sla2_compile.export.precision import TOLERANCES, in_half, to_half
 from sla2_compile.export.program import exported
@@ -47,7 +48,7 @@ def verify_onnx(
     Args:
         path: of the file. model: the transformed module, or the ExportedProgram. args, kwargs: as for `export_onnx`.
         tolerance: largest error of an entry of the batch, relative to its norm; None takes that of the file's
-            precision, and in float16 also twice the error that the model itself has in float16.
+            precision, or twice the error that the model itself has in that format in PyTorch, if that is larger.
 
     Returns:
         Errors and times. `print` it.
@@ -100,7 +101,8 @@ def verify_file(
     """Compare a file with the program that it was made of; see `verify_onnx`.
 
     Args:
-        half: makes the program in float16, which is compared only if the file is beyond the precision's tolerance.
+        half: makes the program in float16. A model in the file's format is compared only if the file is beyond the
+            precision's tolerance.
     """
     limit = TOLERANCES[precision] if tolerance is None else tolerance
     file = read(path)
@@ -109,13 +111,13 @@ def verify_file(
     with torch.no_grad():
         runs = _runs(session, program, precision)
         found = Verification(sites, tuple(run for _, run in runs), limit)
-        if half is not None and tolerance is None and not found.right:
-            found = Verification(sites, tuple(_beside_half(program, half(), runs)), limit)
+        if tolerance is None and not found.right and (changed := _in_format(program, precision, half)) is not None:
+            found = Verification(sites, tuple(_beside(program, changed, runs, precision)), limit)
     if any(opset.domain == DOMAIN for opset in file.opset_import) and sites != wanted:
         raise VerificationError(f"the file must have {wanted} sla2::attention nodes, got {sites}", found)
     if not found.right:
         worst = max((run.error for run in found.runs), key=lambda e: float("inf") if e != e else e)
-        hint = ", and try others: float16 may choose other key blocks" if precision == "fp16" else ""
+        hint = ", and try others: rounding may choose other key blocks" if precision != "fp32" else ""
         raise VerificationError(
             f"the file must be within {limit:g} of the model, got {worst:.2e}; see which inputs below{hint}", found
         )
@@ -124,7 +126,7 @@ def verify_file(
 
 def _runs(session: Any, program: ExportedProgram, precision: str) -> list[tuple[Any, Compared]]:
     """Compare at the example's inputs, and at the first others that the program takes; return inputs with results."""
-    cast = to_half if precision == "fp16" else _as_it_is
+    cast = _cast(precision)
     runs = [(program.example_inputs, _compare(session, program, program.example_inputs, cast))]
     if not is_dynamic(program):
         return runs
@@ -140,8 +142,9 @@ def _runs(session: Any, program: ExportedProgram, precision: str) -> list[tuple[
     return [*runs, (None, refused)]
 
 
-def _as_it_is(x: Any) -> Any:
-    return x
+def _cast(precision: str) -> Callable[[Any], Any]:
+    """What a precision does with inputs."""
+    return to_half if precision == "fp16" else lambda x: x
 
 
 def _sizes(inputs: Any) -> tuple[tuple[int, ...], ...]:
@@ -165,16 +168,25 @@ def _compare(session: Any, program: ExportedProgram, inputs: Any, cast: Callable
     return Compared(_sizes(inputs), errors, model_ms, file_ms)
 
 
-def _beside_half(
-    program: ExportedProgram, half: ExportedProgram, runs: Sequence[tuple[Any, Compared]]
+def _in_format(
+    program: ExportedProgram, precision: str, half: Callable[[], ExportedProgram] | None
+) -> nn.Module | None:
+    """The model in a file's format, in PyTorch; None where there is no other, or where none can be made."""
+    if precision in LOW_BIT:
+        return in_low_bit(program, precision)
+    return None if half is None else half().module()
+
+
+def _beside(
+    program: ExportedProgram, changed: nn.Module, runs: Sequence[tuple[Any, Compared]], precision: str
 ) -> list[Compared]:
-    """Add the error that the model itself has in float16."""
+    """Add the error that the model itself has in a file's format."""
     found = []
     for inputs, run in runs:
         if inputs is not None:
-            rounded, exact = runner(half, tree_map(to_half, inputs)), runner(program, inputs)
-            pairs = zip(_outputs(rounded()), _outputs(exact()), strict=True)
-            run = replace(run, in_half=tuple(error_of(a, b) for a, b in pairs))
+            mine, exact = runner(program, tree_map(_cast(precision), inputs), changed), runner(program, inputs)
+            pairs = zip(_outputs(mine()), _outputs(exact()), strict=True)
+            run = replace(run, own=tuple(error_of(a, b) for a, b in pairs))
         found.append(run)
     return found
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import sla2_compile
+from sla2_compile.export import precision as precisions
 from sla2_compile.export import runs
 from sla2_compile.export.compared import Compared, VerificationError, error_of
 from sla2_compile.export.runs import at_other_sizes, solved
@@ -73,10 +74,12 @@ def test_what_is_not_finite_must_match_in_place() -> None:
     assert not Compared((), (NAN,)).right(INF)
 
 
-def test_float16_may_be_as_wrong_as_the_model_itself_in_float16() -> None:
-    assert Compared((), (0.05,), in_half=(0.03,)).right(0.01)
-    assert not Compared((), (0.05, 0.05), in_half=(0.03, 0.02)).right(0.01)
-    assert not Compared((), (NAN,), in_half=(0.03,)).right(0.01)
+def test_a_file_may_be_as_wrong_as_the_model_itself_in_its_format() -> None:
+    assert Compared((), (0.4,), own=(0.3,)).right(0.01)
+    assert not Compared((), (0.6,), own=(0.5,)).right(0.01)
+    assert Compared((), (0.05,), own=(0.03,)).right(0.01)
+    assert not Compared((), (0.05, 0.05), own=(0.03, 0.02)).right(0.01)
+    assert not Compared((), (NAN,), own=(0.03,)).right(0.01)
 
 
 def test_in_float16_a_model_may_choose_other_key_blocks(tmp_path: Path) -> None:
@@ -88,12 +91,23 @@ def test_in_float16_a_model_may_choose_other_key_blocks(tmp_path: Path) -> None:
     made: Any = sla2_compile.export_onnx(model, (x,), path, precision="fp16")
     (run,) = made.verification.runs
     assert run.error > 0.05
-    assert run.error == pytest.approx(run.in_half[0], rel=0.1)
-    assert "(the model itself in float16: " in str(made)
-    assert sla2_compile.verify_onnx(path, model, (x,)).runs[0].in_half == run.in_half
+    assert run.error == pytest.approx(run.own[0], rel=0.1)
+    assert "(the model itself in this format: " in str(made)
+    assert sla2_compile.verify_onnx(path, model, (x,)).runs[0].own == run.own
     # a program has no float16
     with pytest.raises(VerificationError, match=r"the file must be within 0\.01 of the model, got"):
         verify_file(path, torch.export.export(model, (x,)), "fp16")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_the_model_in_low_bit_has_the_error_of_its_file(
+    precision: Any, model: Any, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(precisions.TOLERANCES, precision, 1e-5)
+    made: Any = sla2_compile.export_onnx(model, (4 * x,), tmp_path / "model.onnx", precision=precision)
+    (run,) = made.verification.runs
+    assert run.error > 1e-3
+    assert run.own[0] == pytest.approx(run.error, rel=1e-3 if precision == "fp8" else 0.2)
 
 
 # sizes
