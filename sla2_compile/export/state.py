@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
@@ -37,8 +37,11 @@ def warn_of_state(decomposed: ExportedProgram) -> None:
 
 def may_write(program: ExportedProgram) -> bool:
     """Whether an operator of a program writes in place, be it into a result of its own."""
-    nodes = (node for gm in graphs(program.graph_module) for node in gm.graph.nodes)
-    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in nodes)
+    return any(writes(node) for gm in graphs(program.graph_module) for node in gm.graph.nodes)
+
+
+def writes(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def runner(program: ExportedProgram, inputs: Any, changed: nn.Module | None = None) -> Callable[[], Any]:

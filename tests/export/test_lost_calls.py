@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import sla2_compile
-from sla2_compile.export import calls
+from sla2_compile.export import calls, remaining
 from sla2_compile.export.calls import check_sites
 from sla2_compile.modules.redirect import SLOT
 from tests import models
@@ -127,6 +127,8 @@ def test_attention_of_a_program_without_a_plan_is_named(x: Tensor, tmp_path: Pat
     """Nothing tells whether transform left it alone, so there is a warning as well."""
     model = sla2_compile.transform(Two(), example_inputs=(x,), **{**ANY, "min_seq_len": 60}).eval()
     left = ("second: short sequence",)
+    written = sla2_compile.transform(models.HandWritten(), example_inputs=(x,), **ANY).eval()
+    assert remaining.of_program(exported(written, x)) == []
     path = tmp_path / "model.onnx"
     assert sla2_compile.export_onnx(model, (x,), path, verify=False).remaining == left
     with pytest.warns(UserWarning, match="attention that is not SLA2's: second: SLA2 could take it. If"):
