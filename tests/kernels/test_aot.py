@@ -277,6 +277,7 @@ COMPILED_HOPPER = [
         HOPPER_BACKWARD,
         {
             **{f"fused backward, D{D}": call(D, (128, 64), "backward") for D in (64, 80, 128)},
+            **{f"fused backward, D{D}, int8": call(D, (128, 64), "backward", "int8") for D in (64, 128)},
             "fused backward, D128, relu": call(128, (128, 64), "backward", phi="relu"),
         },
     ),

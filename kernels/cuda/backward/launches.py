@@ -175,8 +175,8 @@ class Backward:
         cut, layout, mask, eight = self.cuts.keys, self.formats.layout, call.key_mask, self.formats.eight
         if self.fused:
             sm90.keys(
-                self.schedule, self.args, self.slots, layout, self.lists, group, rows, eight, d_states, self.dk, self.dv,
-                self.d_mean_keys,
+                self.schedule, self.args, self.slots, layout, self.lists, group, rows, eight, d_states, self.dk,
+                self.dv, self.d_mean_keys,
             )  # fmt: skip
             return
         self.schedule.launch(

@@ -51,8 +51,8 @@ def queries_hopper_kernel(
             engine reads zeros and writes nothing, here and below. dq_desc: the same of dq. k_desc, v_desc: (1, 1,
             BLOCK_K, BLOCK_D), as many rows as those of q.
         dq: (B, Hq, Nq, D), in from `rows_hopper_kernel`, and out. k_mean: (B, heads, D) fp32; lut: (B, Hq, Tm, topk).
-        alphas, shifts, log_sums, q_scales: of `rows_hopper_kernel`. k_scales: (B, heads, Tn, 4) fp32, the first of each
-            that of k8 (if LOW_BIT); q_desc and k_desc are then of q8 and k8, whole numbers in bf16.
+        alphas, shifts, log_sums, q_scales: of `rows_hopper_kernel`. k_scales: (B, heads, Tn, 4) fp32, the first of
+            each that of k8 (if LOW_BIT); q_desc and k_desc are then of q8 and k8, whole numbers in bf16.
     """
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     mma_d: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -145,8 +145,8 @@ def queries_hopper_kernel(
         if not LOW_BIT:
             total += gl.sum(d_s.to(gl.float32), axis=1)
 
-    # the mean times the rounded dS: otherwise the rounding would be multiplied by what all keys have in common. k8 has
-    # its mean taken off, and then the sum is 0
+    # the mean times the rounded dS: otherwise the rounding would be multiplied by what all keys have in common. With
+    # k8, which has its mean taken off, the total is 0
     mean = gl.load(k_mean + (b * (Hq // groups) + h_kv).to(gl.int64) * D + dims, mask=dims < D, other=0.0)
     acc = warpgroup_mma_wait(0, deps=[acc])
     acc = (acc - gl.expand_dims(gl.convert_layout(total, rows_d), 1) * gl.expand_dims(mean, 0)) * scale

@@ -5,8 +5,8 @@ the rows lies in shared memory in place of what it is made of: phi(q) over o, (1
 at (1, 12, 32760, 128), which would take 0.15 ms, and takes 0.27. Loads of the next block during this one (0.30), two
 programs of half the rows each (0.30) and 16 warps (0.31) were no faster.
 
-After a forward in INT8, q8 is written as well, in bfloat16, which holds its whole numbers: products of these are exact
-too, and the other kernels then need no second type of product.
+After a forward in INT8, q8 is written as well, in bfloat16, which holds its whole numbers: their products are exact,
+and the other kernels need no second type of product.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def whole_numbers(x, scale):
 @jit(do_not_specialize=["Nq", "Tm", "first"])
 def rows_hopper_kernel(
     q_desc, do_desc, o_desc, h_desc, dq_desc, dh_desc, q8_desc, k_mean, lse, log_rest, gain, bias, states, d_states,
-    alphas, shifts, log_sums, q_scales, d_means, d_logits, d_gains, bias_stride_h, bias_stride_m, Hq, groups, Nq, Tm, first,
-    scale, factor,
+    alphas, shifts, log_sums, q_scales, d_means, d_logits, d_gains, bias_stride_h, bias_stride_m, Hq, groups, Nq, Tm,
+    first, scale, factor,
     D: gl.constexpr, BLOCK_D: gl.constexpr, STATE: gl.constexpr, Z_AT: gl.constexpr, FEATURE_MAP: gl.constexpr,
     ALPHA: gl.constexpr, LOW_BIT: gl.constexpr,
 ):  # fmt: skip
