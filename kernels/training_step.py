@@ -14,7 +14,10 @@ from torch import Tensor
 
 from sla2_compile.kernels import ops, torch_internals
 from sla2_compile.kernels.arguments import Saved
-from sla2_compile.kernels.records import of
+from sla2_compile.kernels.records import of, tensor_count
+
+SAVED = tensor_count(Saved)
+"""Tensors that the ops keep; a step may keep more."""
 
 
 class TrainingStep(torch.autograd.Function):
@@ -23,8 +26,8 @@ class TrainingStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Any, *tensors: Tensor | None) -> Tensor:
         q, k, v, _, _, gain, bias, key_mask = tensors
-        o, lse, lut, log_rest, k_mean = step.forward(tensors)
-        ctx.save_for_backward(o, lse, q, k, v, k_mean, lut, log_rest, gain, bias, key_mask)
+        o, lse, lut, log_rest, k_mean, *sums = step.forward(tensors)
+        ctx.save_for_backward(o, lse, q, k, v, k_mean, lut, log_rest, gain, bias, key_mask, *sums)
         ctx.step = step
         return o
 
@@ -34,9 +37,9 @@ class TrainingStep(torch.autograd.Function):
         if torch_internals.goes_straight((do, *saved), ops.CUDA):
             found = ctx.step.backward(do, saved)
         if found is None:
-            found = ops.gradients(do, of(Saved, (*saved, *ctx.step.options)))
+            found = ops.gradients(do, of(Saved, (*saved[:SAVED], *ctx.step.options)))
         dq, dk, dv, dgain, dbias = found
-        gain, bias = saved[-3:-1]
+        gain, bias = saved[SAVED - 3 : SAVED - 1]
         return (
             None, dq, dk, dv, None, None, None if gain is None else dgain, None if bias is None else dbias, None,
         )  # fmt: skip

@@ -37,7 +37,10 @@ class Step:
         self.options = options
 
     def forward(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return o, lse, lut, log_rest and k_mean of a call on these tensors, in the order of `ForwardArgs`."""
+        """Return o, lse, lut, log_rest and k_mean of a call on these tensors, in the order of `ForwardArgs`.
+
+        Where the backward can use them, the sums of block states come last (`step_schedule`).
+        """
         return self._schedule.run(*tensors, results=self._results)
 
     def backward(self, do: Tensor, saved: Sequence[Tensor | None]) -> list[Tensor] | None:
@@ -46,7 +49,7 @@ class Step:
         None where tensors must be copied, or PyTorch computes.
 
         Args:
-            saved: in the order of `Saved`.
+            saved: in the order of `Saved`, and then the sums, if there are any.
         """
         tensors = (packed(do), *saved)
         scheduled = backward_of(read(tensors)[0], self.options)
@@ -66,11 +69,13 @@ def as_kernels_read(name: str, x: Layout | None) -> bool:
 def backward_of(layouts: tuple[Fields | None, ...], options: tuple[Any, ...]) -> Scheduled | None:
     """Check and schedule a backward whose dk has the gradient of k's mean; None as for `Step.backward`."""
     made = [None if x is None else Layout(*x) for x in layouts]
-    names = [x.name for x in arguments(BackwardArgs)[: tensor_count(BackwardArgs)]]
-    args: BackwardArgs[Layout] = of(BackwardArgs, (*made, *options))
+    count = tensor_count(BackwardArgs)
+    names = [*[x.name for x in arguments(BackwardArgs)[:count]], "sums"]
+    args: BackwardArgs[Layout] = of(BackwardArgs, (*made[:count], *options))
     if not all(map(as_kernels_read, names, made)) or not takes_backward(args):
         return None
-    schedule, (dq, dk, dv, _, dgain, dbias) = backward_schedule(args, False, spread=True)
+    sums = made[count] if len(made) > count else None
+    schedule, (dq, dk, dv, _, dgain, dbias) = backward_schedule(args, False, spread=True, sums=sums)
     return schedule, (dq, dk, dv, dgain, dbias)
 
 
@@ -80,7 +85,7 @@ def step_of(args: ForwardArgs[Tensor]) -> Step | None:
     if any(x is not given for x, given in zip(tensors, args, strict=False)) or not takes_route(layouts.route()):
         return None
     schedule, results = step_schedule(layouts)
-    _, _, lut, log_rest, k_mean = (slot.layout(args.q.device) for slot in results)
+    _, _, lut, log_rest, k_mean, *_ = (slot.layout(args.q.device) for slot in results)
     # entropy, which an attention does not take, has the layout of log_rest
     call = layouts.attention(RouteResult(lut, log_rest, log_rest, k_mean))
     return Step((schedule, results), split(call)[1]) if takes_attention(call) else None

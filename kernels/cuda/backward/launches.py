@@ -247,19 +247,22 @@ class Backward:
 
 @functools.lru_cache(maxsize=256)
 def backward_schedule(
-    args: BackwardArgs[Layout], trials: bool, spread: bool = False
+    args: BackwardArgs[Layout], trials: bool, spread: bool = False, sums: Layout | None = None
 ) -> tuple[Schedule, tuple[Slot, ...]]:
     """Schedule the gradients of `sla2::attention`.
 
     Args:
         trials: whether tiles of the forward's kernels are found by trial (`switches.by_trial`).
         spread: whether dk has the gradient of k's mean too, and not only dk_mean.
+        sums: of the block states, if the forward kept them; a tensor more behind those of args.
 
     Returns:
         The schedule of the tensors of args, and the slots of its results.
     """
-    schedule = Schedule(*split(args)[0])
-    slots = with_tensors(args, schedule.inputs)
+    tensors = split(args)[0]
+    schedule = Schedule(*tensors, *([] if sums is None else [sums]))
+    slots = with_tensors(args, schedule.inputs[: len(tensors)])
+    kept = None if sums is None else schedule.inputs[-1]
     call, given, bf16 = args.saved.call, slots.saved.call, torch.bfloat16
     backward = Backward.begin(schedule, args, slots)
     formats = backward.formats
@@ -267,12 +270,12 @@ def backward_schedule(
     # of query blocks, and summed for key blocks
     d_rows: Slot | None = None
     d_states: Slot | None = None
-    for group in grouped_sums(schedule, call, given, formats.shape, formats.layout, formats.eight, trials):
+    for group in grouped_sums(schedule, call, given, formats.shape, formats.layout, formats.eight, trials, kept):
         if d_rows is None:
-            # over H and Z in memory, where these have its dtype
-            own = group.summed.dtype != bf16
+            # over H and Z in memory, where these have its dtype and nobody keeps them
+            own = kept is not None or group.summed.dtype != bf16
             d_rows = schedule.empty("d_rows", group.summed.shape, bf16) if own else group.summed
-        d_states = d_states or schedule.later("d_states", group.states.shape, bf16)
+        d_states = d_states or schedule.later("d_states", group.shape, bf16)
         backward.add_rows(group, d_rows)
         if backward.exact:
             # D_s, which the keys need

@@ -197,40 +197,47 @@ class Group:
 
     Attributes:
         complement: (heads, groups * Tm, columns), `weight` where a query block's linear branch covers a key block.
-        states: (heads, columns, `StateLayout.size`), and summed: (heads, groups * Tm, `StateLayout.size`).
+        summed: (heads, groups * Tm, `StateLayout.size`). shape: of the states, (heads, columns, `StateLayout.size`).
     """
 
     heads: range
     complement: Slot
-    states: Slot
     summed: Slot
+    shape: tuple[int, int, int]
     weight: float
 
 
 def grouped_sums(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
-    layout: StateLayout, eight: EightBit, trials: bool,
+    layout: StateLayout, eight: EightBit, trials: bool, kept: Slot | None = None,
 ) -> Iterator[Group]:  # fmt: skip
-    """Sum states by a GEMM for as many heads at a time as `STATE_BYTES` allows."""
+    """Sum states by a GEMM for as many heads at a time as `STATE_BYTES` allows.
+
+    Args:
+        kept: sums of all heads, (B * heads, groups * Tm, `StateLayout.size`), which are not computed again.
+    """
     k, Hq = args.k, args.q.shape[1]
     (B, heads, Nk, _), (tm, topk) = k.shape, args.lut.shape[2:]
     groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
     # rows of whole 16-byte pieces, or the GEMM is three times slower; the padding is zero
     columns = num_blocks(tn, 8) * 8
     per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
-    step = max(1, min(B * heads, STATE_BYTES // per_head))
-    states = schedule.empty("states", (step, columns, layout.size), k.dtype)
+    step = B * heads if kept else max(1, min(B * heads, STATE_BYTES // per_head))
+    size = (step, columns, layout.size)
+    states = None if kept else schedule.empty("states", size, k.dtype)
     complement = schedule.empty("complement", (step, groups * tm, columns), k.dtype)
-    summed = schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
+    summed = kept or schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
     weight = 1.0 / triton.next_power_of_2(tn)
     for first in range(0, B * heads, step):
         some = range(first, min(first + step, B * heads))
-        add_states(schedule, args, slots, shape, layout, eight, states, some, trials)
+        if states:
+            add_states(schedule, args, slots, shape, layout, eight, states, some, trials)
         schedule.launch(
             complement_kernel, (len(some) * groups * tm,),
             slots.lut, complement, tm, tn, columns, topk, first * groups * tm, weight,
             BLOCK_Q=shape.block_q, BLOCK_K=shape.block_k, BLOCK_N=512, CAUSAL=args.is_causal,
             ALL=args.linear_scope == "all", num_warps=2,
         )  # fmt: skip
-        schedule.compute(partial(product, len(some)), complement, states, into=summed)
-        yield Group(some, complement, states, summed, weight)
+        if states:
+            schedule.compute(partial(product, len(some)), complement, states, into=summed)
+        yield Group(some, complement, summed, size, weight)
