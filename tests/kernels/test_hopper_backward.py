@@ -56,8 +56,8 @@ def fused(call: Any, do: Tensor | None = None, o: Tensor | None = None) -> bool:
     """Whether an H100 runs a backward by kernels of its own; do, o: contiguous if None."""
     B, Hq, Nq, _ = call.q.shape
     plain = torch.empty(B, Hq, Nq, call.v.shape[3], dtype=call.q.dtype)
-    given = Layout.of_all(*(plain if x is None else x for x in (do, o)), torch.empty(B, Hq, Nq))
-    args: Any = BackwardArgs(given[0], Saved(*given[1:], call))
+    given: Any = Layout.of_all(*(plain if x is None else x for x in (do, o)), torch.empty(B, Hq, Nq))
+    args: BackwardArgs[Layout] = BackwardArgs(given[0], Saved(given[1], given[2], call))
     return support(facts_of_backward(args)._replace(chip=H100)).kernel == "fused"
 
 
