@@ -60,8 +60,8 @@ def scheduled(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Launch]:
     return seen
 
 
-def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
-    """Compile one launch as Triton's launcher would specialise it; returns registers, spilled and shared bytes."""
+def built(launch: Launch, arch: int) -> Any:
+    """Compile one launch as Triton's launcher would specialise it."""
     kernel, args, kwargs = launch.kernel, launch.args, launch.constants
     options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if kwargs.get(name) is not None}
     names = list(inspect.signature(kernel.fn).parameters)
@@ -90,14 +90,19 @@ def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
             if value % 16 == 0 and name not in fixed:
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if gluon else ASTSource)(kernel, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
+    """Compile one launch; returns registers, spilled and shared bytes."""
+    made = built(launch, arch)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
+        cubin.write_bytes(made.asm["cubin"])
         usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return found["REG"], found["STACK"], built.metadata.shared
+    return found["REG"], found["STACK"], made.metadata.shared
 
 
 def call(
