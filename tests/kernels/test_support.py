@@ -40,8 +40,8 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
     ]),
     "fused": (FUSED, [
         ({"direction": "backward", "dtype": torch.float16},
-         "the fused kernels of the backward take bfloat16 alone, and no FP8"),
-        ({"invertible": False}, "the fused kernels need a scale above 1e-38"),
+         "the fused kernels of the backward take bfloat16 alone, and no low bit"),
+        ({"invertible": False}, "the fused kernels of the backward need a scale of 1e-18 to 1e18"),
         ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
         ({"chip": H200._replace(triton=(3, 8))}, "the fused kernel needs Triton 3.6 or 3.7, not 3.8"),
         ({"plain": False}, "the fused kernel takes no mask and no causality"),
@@ -102,12 +102,20 @@ def test_a_format_falls_back_to_the_next_less() -> None:
 def test_a_backward_in_bfloat16_is_fused() -> None:
     back = CALL._replace(direction="backward")
     assert support(back).kernel == "fused"
-    assert support(back._replace(low_bit="int8")).kernel == "fused"
-    for change in ({"low_bit": "int8_fp8"}, {"dtype": torch.float16}):
+    for change in ({"low_bit": "int8"}, {"low_bit": "int8_fp8"}, {"dtype": torch.float16}):
         assert (
             support(back._replace(**change)).why.fused
-            == "the fused kernels of the backward take bfloat16 alone, and no FP8"
+            == "the fused kernels of the backward take bfloat16 alone, and no low bit"
         )
+
+
+def test_a_backward_that_cannot_be_copied_is_told_what_it_needs() -> None:
+    found = support(CALL._replace(direction="backward", copyable=False))
+    assert (found.kernel, found.why.fused) == (
+        "triton",
+        "the fused kernels of the backward need strides and addresses of q, k, v, o and its gradient in whole 16 "
+        "bytes, and a number of queries divisible by 4",
+    )
 
 
 def test_a_backward_takes_up_the_format_of_its_forward() -> None:
@@ -117,7 +125,7 @@ def test_a_backward_takes_up_the_format_of_its_forward() -> None:
         {"dtype": torch.float16},
         {"block_k": 128},
         {"low_bit": "int8_fp8"},
-        {"low_bit": "int8", "D": 256},
+        {"low_bit": "int8"},
     ):
         found = support(back._replace(**change))
         assert (found.kernel, found.low_bit, found.why.low_bit) == ("triton", change.get("low_bit", "none"), "")

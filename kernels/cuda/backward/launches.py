@@ -63,7 +63,7 @@ def facts_of_backward(args: BackwardArgs[Layout]) -> Facts:
     facts = facts_of(call)
     # the terms of rows are in float32, without gaps
     copyable = facts.copyable and describable(args.do) and describable(args.saved.o) and call.q.shape[2] % 4 == 0
-    return facts._replace(direction="backward", copyable=copyable, invertible=call.scale > 1e-38)
+    return facts._replace(direction="backward", copyable=copyable, invertible=1e-18 <= call.scale <= 1e18)
 
 
 @dataclass(frozen=True)

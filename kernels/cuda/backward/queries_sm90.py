@@ -135,7 +135,8 @@ def queries_hopper_kernel(
         else:
             p = gl.exp2(s * log2_scale - log_sum)
         key = j * BLOCK_K + gl.arange(0, BLOCK_K, layout=columns_s)
-        p = gl.where(gl.expand_dims((j >= 0) & (key < Nk), 0), p, 0.0)
+        # j itself is checked: j * BLOCK_K of an invalid entry can wrap round to a valid row
+        p = gl.where(gl.expand_dims((j >= 0) & (j < Tn) & (key < Nk), 0), p, 0.0)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
         slope = p * (d_p * alpha + shift)
         if LOW_BIT:
