@@ -234,8 +234,9 @@ def _not_faster(f: Facts) -> str:
 
 # Faster (benchmarks/NOTES.md): at head dim 128 with 35 key blocks or more per query block. With 15 it gains nothing,
 # and at head dim 64 it is slower throughout. FP8 PV on top gains 3 to 6 %, at three times the error.
-# Close enough (benchmarks/results/low_bit.md): at most three times bf16's own error in the whole op on normal data, by
-# the Triton kernels. The fused kernel's own error in bf16 is smaller: INT8's was 3.3 times it in the one case measured.
+# Close enough (benchmarks/results/low_bit.md): at most three times bf16's own error in the whole op on normal data,
+# by the Triton kernels. The fused kernel's own error in bf16 is smaller; INT8's was 3.3 times it in the one case
+# measured.
 AUTO: tuple[Rule, ...] = (
     Rule(lambda f: f.chip.arch == 90, "sm_90", lambda f: f"not measured on sm_{f.chip.arch}"),
     Rule(lambda f: f.plain, "no key mask, not causal", _not_faster),
