@@ -26,7 +26,9 @@ class TrainingStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Any, *tensors: Tensor | None) -> Tensor:
         q, k, v, _, _, gain, bias, key_mask = tensors
-        o, lse, lut, log_rest, k_mean, *sums = step.forward(tensors)
+        assert q is not None
+        with ops.without_autocast(q):
+            o, lse, lut, log_rest, k_mean, *sums = step.forward(tensors)
         ctx.save_for_backward(o, lse, q, k, v, k_mean, lut, log_rest, gain, bias, key_mask, *sums)
         ctx.step = step
         return o
@@ -35,7 +37,9 @@ class TrainingStep(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
         saved, found = ctx.saved_tensors, None
         if torch_internals.goes_straight((do, *saved), ops.CUDA):
-            found = ctx.step.backward(do, saved)
+            # a backward may be called under autocast, which would cast the operands of its products
+            with ops.without_autocast(do):
+                found = ctx.step.backward(do, saved)
         if found is None:
             found = ops.gradients(do, of(Saved, (*saved[:SAVED], *ctx.step.options)))
         dq, dk, dv, dgain, dbias = found

@@ -147,6 +147,21 @@ def test_saved_tensors_pass_through_hooks_that_move_them(taken: list[str]) -> No
 
 
 @body
+def test_a_backward_under_autocast_to_another_dtype(taken: list[str]) -> None:
+    """It would cast the operands of the products that PyTorch makes."""
+    x = inputs()
+    _, want = step(x)
+    o = sla2_attention(
+        x["q"], x["k"], x["v"], OPTIONS, alpha_gain=x["alpha_gain"], alpha_bias=x["alpha_bias"], training=True
+    )
+    do = torch.linspace(-1, 1, o.numel(), device=DEVICE).view(o.shape).to(o.dtype)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        got = torch.autograd.grad(o, list(x.values()), do)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert taken == ["step", "step"]
+
+
+@body
 def test_a_second_derivative_is_refused(taken: list[str]) -> None:
     x = inputs()
     o = sla2_attention(x["q"], x["k"], x["v"], OPTIONS, training=True)
