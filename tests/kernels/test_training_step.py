@@ -53,7 +53,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def inputs(heads: int = 1, groups: int = 1, N: int = 35, D: int = 16) -> dict[str, Any]:
+def inputs(heads: int = 1, groups: int = 1, N: int = 20, D: int = 16) -> dict[str, Any]:
     def tokens(count: int) -> Tensor:
         return torch.randn(1, count, N, D, device=DEVICE).bfloat16().requires_grad_()
 
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_ops(name: str, taken: list[str], monkeypatch
     x = inputs(groups=2 if name == "grouped" else 1)
     more: dict[str, Any] = {"is_causal": True} if name == "causal" else {}
     if name == "masked":
-        more["key_mask"] = torch.arange(35, device=DEVICE)[None] % 5 > 0
+        more["key_mask"] = torch.arange(20, device=DEVICE)[None] % 5 > 0
     if name == "without alpha":
         x["alpha_gain"] = x["alpha_bias"] = None
     if name == "bias alone":
@@ -116,8 +116,8 @@ def test_gradients_are_those_of_the_ops(name: str, taken: list[str], monkeypatch
 def test_an_expanded_gradient_and_one_by_columns(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs()
     for do in (
-        torch.ones((), device=DEVICE, dtype=torch.bfloat16).expand(1, 1, 35, 16),
-        torch.randn(1, 1, 16, 35, device=DEVICE).bfloat16().mT,
+        torch.ones((), device=DEVICE, dtype=torch.bfloat16).expand(1, 1, 20, 16),
+        torch.randn(1, 1, 16, 20, device=DEVICE).bfloat16().mT,
     ):
         _, got = step(x, do)
         _, want = by_the_ops(monkeypatch, lambda do=do: step(x, do))
