@@ -4,7 +4,9 @@
 |---|---|
 | `arguments.py` | arguments and results of the ops; `records.py` reads schemas and values from them |
 | `ops.py` | fakes, autograd and dispatch of the ops |
-| `sparse_ops.py` | the op of the other methods |
+| `sparse_ops.py` | the op that the other methods share |
+| `methods.py` | the other methods than SLA2, and what each is made of |
+| `routing.py` | what was chosen in a call |
 | `checks.py` | what an op accepts, judged by metadata alone; the form of every error |
 | `blocks.py` | block geometry: how many blocks, how many are kept, which sizes suit a length |
 | `support.py` | which kernels run a call, in which format, and why not better ones |
