@@ -54,7 +54,7 @@ def gradients(run: Any, call: SparseArgs[Tensor], do: Tensor) -> list[Tensor]:
     """The results of a call, and the gradients of q, k and v."""
     q, k, v = (x.detach().clone().requires_grad_() for x in call[:3])
     made = SparseResult(*run(*call._replace(q=q, k=k, v=v)))
-    return [*made, *torch.autograd.grad(made.o, (q, k, v), do.to(made.o.dtype))]
+    return [*made, *torch.autograd.grad(made.o, (q, k, v), do.to(made.o))]
 
 
 def gradient(call: SparseArgs[Tensor]) -> Tensor:
@@ -84,13 +84,29 @@ def test_in_float64(case: SparseCase) -> None:
 @examples(60)
 @given(cases(), st.sampled_from(LOW), st.booleans())
 def test_by_the_oracle(case: SparseCase, dtype: torch.dtype, native: bool) -> None:
-    call = replace(case, B=2, heads=2, groups=2).call()
+    with multiplying(native):
+        check_by_the_oracle(replace(case, B=2, heads=2, groups=2), dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_on_a_gpu_by_the_oracle(dtype: torch.dtype, is_causal: bool) -> None:
+    for tail, order in (("none", 1), ("proxy", 1), ("proxy", 2)):
+        check_by_the_oracle(SparseCase(is_causal=is_causal, masked=True, tail=tail, proxy_order=order), dtype, "cuda")
+
+
+def check_by_the_oracle(case: SparseCase, dtype: torch.dtype, device: str) -> None:
+    call = case.call()
     do = gradient(call)
     exact = gradients(reference.sparse_attention, call, do)
     low = gradients(reference.sparse_attention, in_dtype(call, dtype), do)
-    with multiplying(native):
-        # the router hands over in the accumulation dtype
-        got = gradients(sparse_attention, in_dtype(call, dtype)._replace(k_mean=call.k_mean.float()), do)
+    # the router hands over in the accumulation dtype
+    handed = in_dtype(call, dtype)._replace(k_mean=call.k_mean.float())
+    moved: Any = {name: x.to(device) for name, x in handed._asdict().items() if isinstance(x, Tensor)}
+    there = handed._replace(**moved)
+    got = [x.cpu() for x in gradients(sparse_attention, there, do)]
     for name, ours, theirs, want in zip(NAMES[:3], got, low, exact, strict=False):
         assert_oracle(name, ours, theirs, want, torch.finfo(dtype).eps)
     # a few rows' rounding is a matter of luck in either: the gradient is judged as one vector
