@@ -2,11 +2,13 @@
 
     python benchmarks/export.py                       # everything; about ten minutes on a quiet machine
     python benchmarks/export.py --lengths 1024 4096
+    python benchmarks/export.py --threads 1 2         # each number of threads takes as long again
 
 Files are what `export_onnx` writes for a model that is one attention call, with dynamic batch and length. Full
 attention is exported twice, decomposed (opset 20) and as one Attention node (opset 23), and the faster one counts.
-One thread, least process time of several runs, taken in turns. Peak memory is what one run adds, in a process of its
-own. Writes benchmarks/results/export.json and export.md.
+Least process time of several runs, taken in turns; wall time for more than one thread, which needs a quiet machine.
+Peak memory is what one run adds with one thread, in a process of its own. Full attention is in float32 also beside
+float16, in which onnxruntime has no products on a CPU. Writes benchmarks/results/export.json and export.md.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,11 @@ from torch.export import Dim
 import sla2_compile
 from benchmarks.cpu import cpu_model
 from benchmarks.environment import commit
+from sla2_compile.export.precision import Precision
 
 RESULTS = Path(__file__).parent / "results"
 B, H, D = 1, 4, 64
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 SETTINGS = {"5 %": (0.05, 16), "15 %": (0.15, 8), "25 %": (0.25, 4)}
 TARGETS = {
     (4096, "5 %", "fp32"): 9.0, (4096, "15 %", "fp32"): 4.5, (4096, "25 %", "fp32"): 2.5, (4096, "15 %", "int8"): 6.0,
@@ -59,6 +64,7 @@ class Row:
     mb: float
     full_mb: float
     error: float
+    threads: int = 1
 
     @property
     def ratio(self) -> float:
@@ -89,7 +95,7 @@ def write(folder: Path, N: int) -> dict[str, Path]:
             Attention(), example_inputs=example, topk_ratio=topk_ratio, compression_ratio=ratio, block_q=block_q,
             block_k=block_k, min_seq_len=0,
         )  # fmt: skip
-        for precision in ("fp32", "int8"):
+        for precision in PRECISIONS:
             path = files[f"{name} {precision}"] = folder / f"{topk_ratio}-{precision}.onnx"
             sla2_compile.export_onnx(
                 model, example, path, dynamic_shapes=(sizes,) * 3, precision=precision, verify=False
@@ -97,9 +103,11 @@ def write(folder: Path, N: int) -> dict[str, Path]:
     return files
 
 
-def session(path: Path) -> Any:
+def session(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    # the threads of one session must not spin into the turn of the next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -111,7 +119,9 @@ import numpy, onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.log_severity_level = 1, 3
 run = onnxruntime.InferenceSession({str(path)!r}, options, providers=["CPUExecutionProvider"])
-x = {{name: numpy.random.default_rng(0).standard_normal(({B}, {H}, {N}, {D}), "float32") for name in "qkv"}}
+dtype = "float16" if run.get_inputs()[0].type == "tensor(float16)" else "float32"
+rng = numpy.random.default_rng(0)
+x = {{name: rng.standard_normal(({B}, {H}, {N}, {D}), "float32").astype(dtype) for name in "qkv"}}
 def megabytes(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) / 1024
@@ -123,8 +133,10 @@ print(megabytes("VmHWM") - before)
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def measure(N: int, seconds: float) -> list[Row]:
+def measure(N: int, seconds: float, threads: Sequence[int]) -> list[Row]:
+    """Measure all files for a length, with each number of threads."""
     x = inputs(N)
+    half = {name: a.astype(np.float16) for name, a in x.items()}
     with torch.no_grad():
         want = Attention()(*(torch.from_numpy(a) for a in x.values())).numpy()
     with tempfile.TemporaryDirectory() as folder:
@@ -133,26 +145,40 @@ def measure(N: int, seconds: float) -> list[Row]:
             # twice the memory of the other, and slower
             del files["full, opset 20"]
         memory = {name: peak_memory(path, N) for name, path in files.items()}
-        runs = {name: session(path) for name, path in files.items()}
-        errors, best = {}, dict.fromkeys(runs, float("inf"))
-        for name, run in runs.items():
-            (got,) = run.run(None, x)
-            errors[name] = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-        rounds, until = 0, time.perf_counter() + seconds
-        while rounds < 3 or time.perf_counter() < until:
-            rounds += 1
+        feeds = {name: half if name.endswith("fp16") else x for name in files}
+        rows: list[Row] = []
+        for count in threads:
+            runs = {name: session(path, count) for name, path in files.items()}
+            errors = {}
             for name, run in runs.items():
-                start = time.process_time()
-                run.run(None, x)
-                best[name] = min(best[name], 1e3 * (time.process_time() - start))
-    full = min((name for name in files if name.startswith("full")), key=lambda name: best[name])
-    print(f"N {N}: full attention " + ", ".join(f"{n} {t:.1f} ms" for n, t in best.items() if n.startswith("full")))
-    return [
-        Row(N, setting, precision, best[name], best[full], memory[name], memory[full], errors[name])
-        for setting in SETTINGS
-        for precision in ("fp32", "int8")
-        if (name := f"{setting} {precision}") in files
-    ]
+                (got,) = run.run(None, feeds[name])
+                errors[name] = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+            best = least_times(runs, feeds, seconds, time.process_time if count == 1 else time.perf_counter)
+            full = min((name for name in files if name.startswith("full")), key=lambda name: best[name])
+            both = ", ".join(f"{n} {t:.1f} ms" for n, t in best.items() if n.startswith("full"))
+            print(f"N {N}, {count} threads: full attention {both}")
+            rows += [
+                Row(N, setting, precision, best[name], best[full], memory[name], memory[full], errors[name], count)
+                for setting in SETTINGS
+                for precision in PRECISIONS
+                if (name := f"{setting} {precision}") in files
+            ]
+    return rows
+
+
+def least_times(
+    runs: dict[str, Any], feeds: dict[str, Any], seconds: float, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Run sessions in turns, and return the least time of each in milliseconds."""
+    best = dict.fromkeys(runs, float("inf"))
+    rounds, until = 0, time.perf_counter() + seconds
+    while rounds < 3 or time.perf_counter() < until:
+        rounds += 1
+        for name, run in runs.items():
+            start = clock()
+            run.run(None, feeds[name])
+            best[name] = min(best[name], 1e3 * (clock() - start))
+    return best
 
 
 def document(found: dict[str, Any]) -> str:
@@ -161,19 +187,20 @@ def document(found: dict[str, Any]) -> str:
         f"# Exported attention in onnxruntime: {about['cpu']}", "",
         ", ".join(f"{name} {version}" for name, version in about.items() if name not in ("cpu", "command"))
         + f"; `{about['command']}`.", "",
-        f"One attention call, q, k, v ({B}, {H}, N, {D}), normal, one thread, dynamic batch and length. "
+        f"One attention call, q, k, v ({B}, {H}, N, {D}), normal, dynamic batch and length. "
         "Full attention is the faster of its decomposed export and the Attention node. The error is "
         "untrained SLA2's, on noise, which no choice of blocks approximates well.",
-        "", "| N | key blocks kept | precision | full ms | SLA2 ms | ratio | full MB | SLA2 MB | error | target |",
-        "|" + "---|" * 10,
+        "",
+        "| N | threads | blocks kept | precision | full ms | SLA2 ms | ratio | full MB | SLA2 MB | error | target |",
+        "|" + "---|" * 11,
     ]  # fmt: skip
     for given in found["rows"]:
         row = Row(**given)
-        target = TARGETS.get((row.N, row.setting, row.precision))
+        target = TARGETS.get((row.N, row.setting, row.precision)) if row.threads == 1 else None
         goal = "" if target is None else f"{target:g}x: " + ("reached" if row.ratio >= target else "missed")
         cells = (
-            row.N, row.setting, row.precision, f"{row.full_ms:.1f}", f"{row.ms:.1f}", f"**{row.ratio:.2f}x**",
-            f"{row.full_mb:.0f}", f"{row.mb:.0f}", f"{row.error:.3f}", goal,
+            row.N, row.threads, row.setting, row.precision, f"{row.full_ms:.1f}", f"{row.ms:.1f}",
+            f"**{row.ratio:.2f}x**", f"{row.full_mb:.0f}", f"{row.mb:.0f}", f"{row.error:.3f}", goal,
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
@@ -182,7 +209,8 @@ def document(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each length")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each length and number of threads")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     given = parser.parse_args()
     about = {
         "cpu": cpu_model(), "torch": torch.__version__, "onnx": onnx.__version__,
@@ -192,9 +220,11 @@ def main() -> None:
     print(*about.values(), sep="\n", flush=True)
     rows: list[Row] = []
     for N in given.lengths:
-        rows += measure(N, given.seconds)
-        for row in rows[-6:]:
-            print(f"  {row.setting} {row.precision}: {row.ms:.1f} ms, {row.ratio:.2f}x, {row.mb:.0f} MB", flush=True)
+        found_here = measure(N, given.seconds, given.threads)
+        rows += found_here
+        for row in found_here:
+            what = f"{row.threads} threads, {row.setting} {row.precision}"
+            print(f"  {what}: {row.ms:.1f} ms, {row.ratio:.2f}x, {row.mb:.0f} MB", flush=True)
     found = {"about": about, "rows": [asdict(row) for row in rows]}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "export.json").write_text(json.dumps(found, indent=1) + "\n")

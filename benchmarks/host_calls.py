@@ -14,6 +14,9 @@ best of many batches on one thread. To compare two versions, run this file in ea
 | module | a module of one SDPA call, transformed with `balanced` |
 | model | twelve such modules, per call |
 | plain | that module before it was transformed, its SDPA replaced by `empty` |
+| step | a training step of such a module: forward and backward, with the gradients of all that learns |
+
+PyTorch's products in a step return memory and compute nothing.
 """
 
 from __future__ import annotations
@@ -89,6 +92,7 @@ def start(folder: Path) -> None:
 
     ops.CUDA = torch_internals.plain_keys("CPU")
     kinds.DEVICES.add("cpu")
+    setattr(torch, "bmm", lambda a, b: a.new_empty(a.shape[0], a.shape[1], b.shape[2]))  # noqa: B010
 
 
 def calls() -> dict[str, tuple[int, Callable[[], Any]]]:
@@ -103,10 +107,17 @@ def calls() -> dict[str, tuple[int, Callable[[], Any]]]:
 
     def transformed(model: nn.Module) -> nn.Module:
         with torch.device("cpu"):
-            made = sla2_compile.transform(model.eval(), "balanced", example_inputs=(q, k, v), min_seq_len=0)
+            made = sla2_compile.transform(model, "balanced", example_inputs=(q, k, v), min_seq_len=0)
         return made
 
-    module, layers, plain = transformed(Attention()), transformed(Layers()), Plain()
+    module, layers, plain = transformed(Attention().eval()), transformed(Layers().eval()), Plain()
+    trained, leaves, do = transformed(Attention().train()), [x.clone().requires_grad_() for x in (q, k, v)], q.clone()
+    learned_too = [*leaves, *(x for x in trained.parameters() if x.shape != proj.shape)]
+
+    def step() -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(trained(*leaves), learned_too, do)
+
     return {
         "empty": (1, lambda: empty(q, k, v)),
         "plain": (1, lambda: plain(q, k, v)),
@@ -114,6 +125,7 @@ def calls() -> dict[str, tuple[int, Callable[[], Any]]]:
         "op, all": (1, lambda: sla2_compile.sla2_attention(q, k, v, options, **learned)),
         "module": (1, lambda: module(q, k, v)),
         "model": (LAYERS, lambda: layers(q, k, v)),
+        "step": (1, step),
     }
 
 

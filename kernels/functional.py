@@ -1,4 +1,4 @@
-"""SLA2 attention in one call, as sites and graphs run it: one op, or two in a training step.
+"""SLA2 attention in one call, as sites and graphs run it: one op, or two in a training step; eagerly past them.
 
 Other methods than sla2 (`AttentionOptions.method`) go to `methods.py`.
 """
@@ -19,6 +19,7 @@ from sla2_compile.kernels.options import AttentionOptions, asked
 from sla2_compile.kernels.routing import Routing
 from sla2_compile.kernels.switches import by_trial, debugging
 from sla2_compile.kernels.tracing import autocasts, refuse_forward_mode, traced
+from sla2_compile.kernels.training_step import TrainingStep
 
 DEFAULTS = AttentionOptions()
 PLAIN = torch_internals.plain_keys("CPU") | torch_internals.plain_keys("CUDA")
@@ -107,10 +108,15 @@ def attend(
         kind = kind_of(layouts, options, low_bit, imitated, scale, bool(is_causal))
         # proj_q and proj_k get no gradient, but as with any op, the result requires one if they do
         differentiable = torch_internals.wants_gradient(tensors)
-        if not (differentiable or keep_routing or debugging() or by_trial()):
-            run = kind.straight if kind.asked else kind.ask(tensors)
-            if run is not None:
-                return run(tensors, addresses), None
+        if not (keep_routing or debugging() or by_trial()):
+            if not differentiable:
+                run = kind.straight if kind.asked else kind.ask(tensors)
+                if run is not None:
+                    return run(tensors, addresses), None
+            elif training:
+                step = kind.step if kind.asked_step else kind.ask_step(tensors)
+                if step is not None:
+                    return TrainingStep.apply(step, *tensors), None
         args = ForwardArgs(*tensors, *kind.resolved)
     else:
         refuse_forward_mode(q, k, v)

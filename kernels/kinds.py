@@ -57,15 +57,17 @@ class Kind:
     Attributes:
         resolved: the arguments of `sla2::forward` behind its tensors.
         straight: what its calls without a gradient run past the op; None where the op must run, and until `ask`.
-        asked: whether `ask` has answered.
+        step: what its training steps run past the ops (`cuda.step.Step`); None likewise, and until `ask_step`.
+        asked, asked_step: whether `ask` and `ask_step` have answered.
     """
 
-    __slots__ = ("asked", "resolved", "straight")
+    __slots__ = ("asked", "asked_step", "resolved", "step", "straight")
 
     def __init__(self, resolved: tuple[Any, ...]) -> None:
         self.resolved = resolved
         self.straight: Straight | None = None
-        self.asked = False
+        self.step: Any = None
+        self.asked = self.asked_step = False
 
     def ask(self, tensors: Tensors) -> Straight | None:
         """Find out what `straight` is, with the tensors of a first call, and return it.
@@ -81,6 +83,21 @@ class Kind:
             self.straight = dispatch.straight(ForwardArgs(*values))
         self.asked = True
         return self.straight
+
+    def ask_step(self, tensors: Tensors) -> Any:
+        """Find out what `step` is, with the tensors of a first call, and return it.
+
+        Raises:
+            ValueError: as the ops do.
+        """
+        first = tensors[0]
+        if first is not None and first.device.type in DEVICES:
+            from sla2_compile.kernels.cuda import step
+
+            values: Any = (*tensors, *self.resolved)
+            self.step = step.step_of(ForwardArgs(*values))
+        self.asked_step = True
+        return self.step
 
 
 @functools.lru_cache(maxsize=1024)

@@ -203,6 +203,13 @@ def _gradients_of(do: Tensor, saved: Saved[Tensor]) -> dict[str, Any]:
 attention.register_autograd(_attention_backward, setup_context=_attention_setup)
 
 
+def gradients(do: Tensor, saved: Saved[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients for q, k (that of its mean too), v, alpha_gain and alpha_bias, by the ops."""
+    found = _gradients_of(do, saved)
+    found["k"] = found["k"] + _spread(found.pop("k_mean"), saved.call.k, saved.call.key_mask)
+    return tuple(found[name] for name in ("q", "k", "v", "alpha_gain", "alpha_bias"))
+
+
 def _gradients(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
     from sla2_compile.kernels.portable.backward import attention_backward
 
@@ -263,9 +270,8 @@ def _forward_backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
     args = of(ForwardArgs, (*ctx.saved_tensors, *ctx.options))
     call = args.attention(RouteResult(*route(*args.route())))._replace(low_bit="none")
     again = AttentionResult(*attention(*call))
-    found = _gradients_of(do, Saved(again.o, again.lse, call))
-    found["k"] = found["k"] + _spread(found.pop("k_mean"), call.k, call.key_mask)
-    return named(ForwardArgs, **found)
+    q, k, v, gain, bias = gradients(do, Saved(again.o, again.lse, call))
+    return named(ForwardArgs, q=q, k=k, v=v, alpha_gain=gain, alpha_bias=bias)
 
 
 forward.register_autograd(_forward_backward, setup_context=_forward_setup)

@@ -61,7 +61,7 @@ _HOMES = {
     "report": "reports.report",
     "inspect": "api",
     "export_onnx": "export.onnx",
-    "verify_onnx": "export.verify",
+    "verify_onnx": "export.onnx",
     "get_sla2_statistics": "reports.statistics",
     "record_statistics": "reports.recording",
     "log_sla2_config": "reports.statistics",

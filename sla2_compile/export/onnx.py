@@ -12,20 +12,25 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from sla2_compile.export.precision import Precision, at_precision, check_dtypes, check_precision
+from sla2_compile.export.arguments import check_signature
 from sla2_compile.export.program import check_model, exported
+from sla2_compile.export.remaining import recipes_of
+from sla2_compile.export.state import warn_of_state
 from sla2_compile.export.written import check_writable, write_whole
 from sla2_compile.kernels.checks import fail
-from sla2_compile.plan import plans
 
 try:
     from sla2_compile.export.attach import attach_bodies, nodes_of, write_inline
+    from sla2_compile.export.compared import Verification, VerificationError
     from sla2_compile.export.node import translation_table
-    from sla2_compile.export.verify import Verification, VerificationError, verify_file
+    from sla2_compile.export.precision import Precision, at_precision, check_dtypes, check_precision
+    from sla2_compile.export.verify import verify_file, verify_onnx
 except ImportError as error:
     raise ImportError(
         "sla2_compile.export_onnx needs onnx, onnxscript and onnxruntime; pip install 'sla2_compile[onnx]'"
     ) from error
+
+__all__ = ["ExportedFile", "Verification", "VerificationError", "export_onnx", "verify_onnx"]
 
 Target = Literal["portable", "opaque", "inlined"]
 TARGETS = ("portable", "opaque", "inlined")
@@ -41,6 +46,7 @@ class ExportedFile:
         path: the file. sites: how many nodes `sla2::attention` it has, or had before they were written inline.
         target, precision, opset: as asked for.
         verification: the file against the model; None if it was not compared.
+        remaining: attention calls of the model that stay full attention, each with its reason.
     """
 
     path: Path
@@ -49,10 +55,12 @@ class ExportedFile:
     precision: str
     opset: int
     verification: Verification | None
+    remaining: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        head = f"{self.path}: {self.sites} SLA2 calls, {self.target}, {self.precision}, opset {self.opset}"
-        return head if self.verification is None else f"{head}\n{self.verification}"
+        lines = [f"{self.path}: {self.sites} SLA2 calls, {self.target}, {self.precision}, opset {self.opset}"]
+        lines += [f"full attention in {line}" for line in self.remaining]
+        return "\n".join(lines if self.verification is None else [*lines, str(self.verification)])
 
 
 def export_onnx(
@@ -91,11 +99,16 @@ def export_onnx(
         What was written. `print` shows errors and times.
 
     Raises:
-        ValueError: model is not transformed; a replaced call of a module would become full attention in the file;
-            opset, target or precision is unknown or does not fit; the path cannot be written; the file does not give
-            what the model gives. The last is then kept as `<name>.failed.onnx`. Otherwise no file is left behind.
+        ValueError: model is not transformed; a call that SLA2 answers would become full attention in the file; an
+            input or output is of a kind that no file has; opset, target or precision is unknown or does not fit; the
+            path cannot be written; the file does not give what the model gives. The last is then kept as
+            `<name>.failed.onnx`. Otherwise no file is left behind.
         TypeError: model is of another kind.
         ImportError: onnx, onnxscript or onnxruntime is missing.
+
+    Warns:
+        UserWarning: a program whose plan is not known has attention that is not SLA2's; the model writes into its
+            buffers or inputs, which a file does not.
 
     Example:
         >>> print(export_onnx(model, (x,), "model.onnx", dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)))
@@ -104,8 +117,9 @@ def export_onnx(
     _check(path, chosen, target)
     check_model(model)
     check_precision(model, precision)
-    program = exported(model, args, kwargs or {}, dynamic_shapes)
+    program, remaining = exported(model, args, kwargs or {}, dynamic_shapes)
     check_dtypes(program, precision)
+    check_signature(program)
     changed = at_precision(model, program, args, kwargs or {}, dynamic_shapes, precision)
     with torch.no_grad():
         made = torch.onnx.export(
@@ -113,6 +127,8 @@ def export_onnx(
             opset_version=chosen, verbose=False,
         )  # fmt: skip
     assert made is not None
+    assert made.exported_program is not None
+    warn_of_state(made.exported_program)
     made.model = changed.finish(made.model)
     sites = len(list(nodes_of(made.model)))
     if target == "portable":
@@ -122,18 +138,20 @@ def export_onnx(
     made.model.metadata_props.update(_metadata(model, precision))
     found = None
 
+    half = (lambda: changed.program) if precision == "fp16" else None
+
     def write(file: Path) -> None:
         nonlocal found
         made.save(file)
         if verify and target != "opaque":
-            found = verify_file(file, program, precision)
+            found = verify_file(file, program, precision, half)
 
     try:
         write_whole(path, write)
     except VerificationError:
         write_whole(path.with_name(f"{path.stem}.failed.onnx"), made.save)
         raise
-    return ExportedFile(path, sites, target, precision, chosen, found)
+    return ExportedFile(path, sites, target, precision, chosen, found, remaining)
 
 
 def _check(path: Path, opset: int, target: str) -> None:
@@ -148,8 +166,7 @@ def _metadata(model: nn.Module | ExportedProgram, precision: str) -> dict[str, s
     """What the file says of where it comes from: our version, the recipes and the precision."""
     import sla2_compile
 
-    root = model.graph_module if isinstance(model, ExportedProgram) else model
-    recipes = {name or "model": plan.recipe.model_dump(mode="json") for name, _, plan in plans(root)}
+    recipes = {name: recipe.model_dump(mode="json") for name, recipe in recipes_of(model)}
     return {
         "sla2_compile.version": sla2_compile.__version__,
         "sla2_compile.recipes": json.dumps(recipes),

@@ -3,47 +3,70 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
+from sla2_compile.export import remaining
+from sla2_compile.export.arguments import check_arguments
+from sla2_compile.export.calls import check_sites, count, graphs
 from sla2_compile.graphs import dynamic_shapes as shapes_of
 from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs, RouteArgs
 from sla2_compile.kernels.checks import fail
 from sla2_compile.libraries.adapted import adapters_of
+from sla2_compile.libraries.adapter import Called, listing
 from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.plan import plans
+from sla2_compile.plan import plan_of, plans
 
-OPS = (torch.ops.sla2.forward.default, torch.ops.sla2.attention.default)
+
+class Exported(NamedTuple):
+    """A model as a program, and its attention calls that stay full attention, each with a reason."""
+
+    program: ExportedProgram
+    remaining: tuple[str, ...]
 
 
 def exported(
     model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
-) -> ExportedProgram:
+) -> Exported:
     """Export a model for inference; a program is exported again, so that it can be changed.
 
     Raises:
         ValueError: a replaced call is not SLA2 in the program, or nothing is replaced; the program and other
             arguments are given.
         TypeError: model is neither.
+
+    Warns:
+        UserWarning: the program of a model whose plan is not known has attention that is not SLA2's.
     """
     check_model(model)
     if isinstance(model, ExportedProgram):
         program = _again(model, args, kwargs, dynamic_shapes)
+        check_sites(model)
+        found = (
+            remaining.of_program(model)
+            if plan_of(model.graph_module) is None
+            else remaining.of_plans(model.graph_module)
+        )
     else:
+        check_arguments(args)
         # a tensor that is given twice would become one input
         apart, named = distinct((tuple(args), dict(kwargs)))
         before = _fallbacks(model)
-        with torch.no_grad(), in_eval_mode(model):
+        with torch.no_grad(), in_eval_mode(model), listing() as called:
             program = torch.export.export(model, apart, named, dynamic_shapes=dynamic_shapes)
-        _check_calls(model, program, _fallbacks(model) - before)
+        by_name = _check_calls(model, program, called, _fallbacks(model) - before)
+        check_sites(program)
+        found = remaining.of_libraries(model, apart, named, called, by_name)
+        planned = any(True for _ in plans(model))
+        found += remaining.of_plans(model) if planned or called else remaining.of_program(program)
     join(program)
-    return program
+    return Exported(program, tuple(found))
 
 
 def check_model(model: Any) -> None:
@@ -95,26 +118,6 @@ def distinct(values: Any) -> Any:
     return tree_map(once, values)
 
 
-def graphs(root: nn.Module) -> Iterator[fx.GraphModule]:
-    """Yield a graph and the graphs inside it."""
-    for module in root.modules():
-        if isinstance(module, fx.GraphModule):
-            yield module
-
-
-def count(root: nn.Module) -> int:
-    """How many calls in a graph, and in the graphs inside it, are SLA2's."""
-    return sum(node.target in OPS for gm in graphs(root) for node in gm.graph.nodes)
-
-
-def sla2_calls(root: nn.Module) -> Iterator[ForwardArgs[Any]]:
-    """Yield the arguments of each op `sla2::forward` in a graph and in the graphs inside it."""
-    for gm in graphs(root):
-        for node in gm.graph.nodes:
-            if node.target is torch.ops.sla2.forward.default:
-                yield ForwardArgs(*node.args, **node.kwargs)
-
-
 def _fallbacks(model: nn.Module) -> Counter[str]:
     found: Counter[str] = Counter()
     for module in model.modules():
@@ -123,20 +126,25 @@ def _fallbacks(model: nn.Module) -> Counter[str]:
     return found
 
 
-def _check_calls(model: nn.Module, program: ExportedProgram, reasons: Counter[str]) -> None:
-    """Refuse a program in which a replaced call has become full attention.
+def _check_calls(model: nn.Module, program: ExportedProgram, called: Sequence[Called], reasons: Counter[str]) -> int:
+    """Refuse a program in which a replaced call has become full attention, and return its calls by library's names.
 
     Raises:
         ValueError: see above.
     """
-    wanted = sum(rewrite.where.times for _, _, plan in plans(model) for rewrite in plan.rewrites)
+    planned = sum(rewrite.where.times for _, _, plan in plans(model) for rewrite in plan.rewrites)
+    wanted = planned + sum(call.reason is None for call in called)
+    reasons += Counter(call.reason.value for call in called if call.reason is not None)
     found = count(program.graph_module)
-    if found == 0 or (wanted and found != wanted):
+    # calls by name in a block of the graph, such as a checkpoint, are traced by Dynamo, which lists none
+    more = bool(called or adapters_of(model))
+    if found == 0 or found < wanted or (wanted and found > wanted and not more):
         fix = "export at the lengths that transform saw, or above min_seq_len"
         if reasons:
             fix += "; full attention: " + ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
         rule = f"have {wanted or 'its'} calls of SLA2, as the model has"
         raise fail("the exported program", rule, found, fix)
+    return found - planned
 
 
 def join(program: ExportedProgram) -> None:

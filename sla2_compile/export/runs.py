@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -32,30 +32,50 @@ def is_dynamic(program: ExportedProgram) -> bool:
     return any(isinstance(n, sympy.Expr) for sizes in symbolic_sizes(program) for n in sizes)
 
 
-def at_other_sizes(program: ExportedProgram) -> Any:
-    """Return inputs like the example's, with other values and about one and a half times its dynamic sizes.
+def at_other_sizes(program: ExportedProgram) -> Iterator[Any]:
+    """Yield inputs like the example's, with other values, at about 1.5 times and at twice its dynamic sizes.
 
-    Sizes that a program derives from others are derived here too. Whole numbers are taken from the example, so that
-    token ids stay token ids.
+    A program may refuse the first, for lengths that must be whole patches, and take the second. Sizes that a program
+    derives from others are derived here too. Whole numbers are taken from the example, so that token ids stay token
+    ids. Nothing is yielded where no other size is known.
     """
     assert program.example_inputs is not None
     examples, sizes = given_tensors(program.example_inputs), symbolic_sizes(program)
     known: dict[Any, int] = {}
     for x, shape in zip(examples, sizes, strict=True):
         for axis, n in enumerate(shape):
-            if isinstance(n, sympy.Symbol):
-                known[n] = x.shape[axis]
-    grown = {symbol: within(program, symbol, n + n // 2 + 1) for symbol, n in known.items()}
-    made = iter([resized(x, evaluated(shape, grown, x)) for x, shape in zip(examples, sizes, strict=True)])
-    return tree_map(lambda x: next(made) if isinstance(x, Tensor) else x, program.example_inputs)
+            if isinstance(n, sympy.Expr):
+                known |= solved(n, x.shape[axis])
+    done = [tuple(x.shape for x in examples)]
+    for grow in (lambda n: n + n // 2 + 1, lambda n: 2 * n):
+        grown = {symbol: within(program, symbol, n, grow(n)) for symbol, n in known.items()}
+        shapes = tuple(torch.Size(evaluated(shape, grown, x)) for x, shape in zip(examples, sizes, strict=True))
+        if shapes in done:
+            continue
+        done.append(shapes)
+        made = iter([resized(x, shape) for x, shape in zip(examples, shapes, strict=True)])
+        yield tree_map(lambda x, made=made: next(made) if isinstance(x, Tensor) else x, program.example_inputs)
 
 
-def within(program: ExportedProgram, symbol: Any, n: int) -> int:
-    """Bring a size into the range that the program declares for it."""
+def solved(size: Any, n: int) -> dict[Any, int]:
+    """Find the value of the one symbol of a size that is n; nothing if it has several symbols, or no such value."""
+    if len(size.free_symbols) != 1:
+        return {}
+    (symbol,) = size.free_symbols
+    try:
+        values = sympy.solve(sympy.Eq(size, n), symbol)
+    except NotImplementedError:
+        # sympy solves no equations with remainders
+        return {}
+    return next(({symbol: int(x)} for x in values if x.is_Integer and x > 0), {})
+
+
+def within(program: ExportedProgram, symbol: Any, n: int, grown: int) -> int:
+    """Bring a grown size into the range that the program declares for it; below n if n is the largest."""
     limits = program.range_constraints.get(symbol)
-    if limits is None or not limits.upper.is_Integer:
-        return n
-    return min(n, int(limits.upper))
+    if limits is None or not limits.upper.is_Integer or grown <= limits.upper:
+        return grown
+    return int(limits.upper) if n < limits.upper else max(int(limits.lower), n - n // 3)
 
 
 def evaluated(shape: Sequence[Any], sizes: dict[Any, int], x: Tensor) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -120,6 +121,49 @@ def keeping_choices(modules: Iterable[nn.Module]) -> Iterator[None]:
             _RECORDING.discard(module)
 
 
+@dataclass(frozen=True)
+class Called:
+    """A call that came to an adapter: the module that made it, if known, and why it kept full attention, or None."""
+
+    adapter: Adapter
+    module: nn.Module | None
+    reason: Reason | None
+
+
+_CALLED: ContextVar[list[Called] | None] = ContextVar("sla2_compile_called", default=None)
+
+
+@contextlib.contextmanager
+def listing() -> Iterator[list[Called]]:
+    """List the calls that come to adapters in this context and thread, eager ones and those of a non-strict export.
+
+    They enter no other record.
+    """
+    found: list[Called] = []
+    before = _CALLED.set(found)
+    try:
+        yield found
+    finally:
+        _CALLED.reset(before)
+
+
+class _Listed(AdapterSite):
+    """Answers one call, and tells what became of it."""
+
+    def __init__(self, adapter: Adapter, tell: Callable[[Reason | None], None]) -> None:
+        super().__init__(adapter)
+        self.told = tell
+
+    def decide(self, call: AttentionCall, training: bool | None = None) -> tuple[MaskView | None, Reason | None]:
+        mask, reason = Site.decide(self, call, training)
+        if reason is None:
+            self.told(None)
+        return mask, reason
+
+    def count(self, reason: Reason) -> None:
+        self.told(reason)
+
+
 def forget(module: nn.Module) -> None:
     """Begin a new record of a module's calls."""
     _SITES.pop(module, None)
@@ -171,7 +215,12 @@ class Adapter:
         """
         if under_plan() or (module is not None and is_owner(module)) or recording():
             return function(*args, **kwargs)
-        site = self.nameless if module is None or torch.compiler.is_compiling() else self._site(module)
+        # Dynamo cannot trace a context variable
+        called = None if torch.compiler.is_dynamo_compiling() else _CALLED.get()
+        if called is not None:
+            site: AdapterSite = _Listed(self, lambda reason: called.append(Called(self, module, reason)))
+        else:
+            site = self.nameless if module is None or torch.compiler.is_compiling() else self._site(module)
         with Redirect(site, training=module is not None and module.training):
             return function(*args, **kwargs)
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import sla2_compile
 from sla2_compile.cli import app
 from sla2_compile.export import verify
-from sla2_compile.export.verify import VerificationError
+from sla2_compile.export.compared import VerificationError
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0, "topk_ratio": 0.3, "block_q": 32, "block_k": 16}

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.arguments import AttentionArgs, Saved
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, Saved
 from sla2_compile.kernels.records import of
 from sla2_compile.kernels.reference import sla2 as reference
-from tests.kernels.triton_case import Case, exact, scheduled_attention
+from tests.kernels.oracle import assert_oracle
+from tests.kernels.triton_case import Case, exact, scheduled_attention, scheduled_backward
 
 NAMES = ("q", "k", "v", "k_mean", "gain", "bias")
 
@@ -41,6 +42,26 @@ def by_autograd(case: Case, x: dict[str, Any], do: Tensor, dtype: torch.dtype) -
     y |= {name: y[name].detach().clone().requires_grad_() for name in wanted}
     case.attention(y, reference.attention)[0].backward(do.to(dtype))
     return {name: y[name].grad for name in wanted}
+
+
+def check_gradients(case: Case) -> None:
+    """Compare each gradient of a call with the reference's by the oracle rule."""
+    x = case.tensors()
+    saved = saved_call(case, x)
+    do = gradient_of(saved.o)
+    got = dict(zip(NAMES, scheduled_backward(BackwardArgs(do, saved)), strict=True))
+    low, want = by_autograd(case, x, do, case.dtype), by_autograd(case, x, do, torch.float64)
+    for part, exactly in want.items():
+        assert got[part].shape == x[part].shape
+        assert got[part].dtype == x[part].dtype
+        eps = torch.finfo(case.dtype).eps
+        if part in ("k_mean", "gain", "bias"):
+            # sums over all rows that may cancel: each row's error counts
+            terms = do.numel() ** 0.5 * do.double().abs().mean().item()
+            eps = max(eps, eps * terms / max(exactly.abs().max().item(), 1e-9))
+        assert_oracle(part, got[part], low[part], exactly, eps)
+    for part in set(NAMES) - set(want):
+        assert got[part].numel() == 0
 
 
 def in_the_interpreter(file: str) -> None:

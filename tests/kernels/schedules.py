@@ -12,12 +12,13 @@ from sla2_compile.kernels.kinds import kind_of
 try:
     from sla2_compile.kernels.cuda import dispatch as cuda
     from sla2_compile.kernels.cuda.backward.launches import backward_schedule
-    from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule
+    from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule, step_schedule
     from sla2_compile.kernels.cuda.route.launches import route_schedule
+    from sla2_compile.kernels.cuda.step import backward_of
 except ImportError:  # no Triton here, so nothing is scheduled
     CACHES: list[Any] = []
 else:
-    CACHES = [route_schedule, attention_schedule, forward_schedule, backward_schedule]
+    CACHES = [route_schedule, attention_schedule, forward_schedule, step_schedule, backward_schedule, backward_of]
     CACHES += [cuda.scheduled_route, cuda.scheduled_attention, cuda.scheduled_forward, cuda.scheduled_backward]
 
 
@@ -44,6 +45,18 @@ def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     support = forward.support
     for launches in (forward, backward):
         monkeypatch.setattr(launches, "support", lambda facts: support(facts)._replace(kernel="triton"))
+
+
+def with_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Hopper's kernels of the backward run after a forward in INT8 too."""
+    from sla2_compile.kernels.cuda.backward import launches
+
+    support = launches.support
+
+    def admitted(facts: Any) -> Any:
+        return support(facts._replace(low_bit="none") if facts.low_bit == "int8" else facts)
+
+    monkeypatch.setattr(launches, "support", admitted)
 
 
 def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:

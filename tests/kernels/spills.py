@@ -53,8 +53,10 @@ SPILLS: dict[str, dict[str, tuple[int, int]]] = {
     # two programs share a multiprocessor
     "keys_hopper_kernel": {
         "sm_90 fused backward, D128": (152, 120),
+        "sm_90 fused backward, D128, int8": (80, 88),
         "sm_90 fused backward, D128, relu": (8, 8),
     },
+    "rows_hopper_kernel": {"sm_90 fused backward, D64": (8, 0)},
     # 128 masked keys of a wide head: no cut tried does without
     "queries_kernel": {
         "sm_90 backward, D256, 128 keys, causal masked": (8, 16),

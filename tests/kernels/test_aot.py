@@ -31,7 +31,7 @@ from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
 from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
 from sla2_compile.kernels.records import of  # noqa: E402
 from sla2_compile.kernels.support import GLUON_TRITONS  # noqa: E402
-from tests.kernels.schedules import forget_schedules, without_fused  # noqa: E402
+from tests.kernels.schedules import forget_schedules, with_int8, without_fused  # noqa: E402
 from tests.kernels.spills import SPILLS, allowed  # noqa: E402
 from tests.kernels.triton_case import (  # noqa: E402
     scheduled_attention,
@@ -60,8 +60,8 @@ def scheduled(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Launch]:
     return seen
 
 
-def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
-    """Compile one launch as Triton's launcher would specialise it; returns registers, spilled and shared bytes."""
+def built(launch: Launch, arch: int) -> Any:
+    """Compile one launch as Triton's launcher would specialise it."""
     kernel, args, kwargs = launch.kernel, launch.args, launch.constants
     options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if kwargs.get(name) is not None}
     names = list(inspect.signature(kernel.fn).parameters)
@@ -90,14 +90,19 @@ def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
             if value % 16 == 0 and name not in fixed:
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if gluon else ASTSource)(kernel, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
+    """Compile one launch; returns registers, spilled and shared bytes."""
+    made = built(launch, arch)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
+        cubin.write_bytes(made.asm["cubin"])
         usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return found["REG"], found["STACK"], built.metadata.shared
+    return found["REG"], found["STACK"], made.metadata.shared
 
 
 def call(
@@ -284,6 +289,10 @@ COMPILED_HOPPER = [
     *on(90, HOPPER, {f"fused, D{D}, {low}": call(D, (128, 64), low=low) for D in (48, 80) for low in LOW_BITS}),
 ]
 
+COMPILED_INT8 = on(
+    90, HOPPER_BACKWARD, {f"fused backward, D{D}, int8": call(D, (128, 64), "backward", "int8") for D in (64, 128)}
+)
+
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiles_without_spills(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +303,13 @@ def test_compiles_without_spills(case: Compiled, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(device.triton_version() not in GLUON_TRITONS, reason="a Triton whose Gluon nobody tried")
 @pytest.mark.parametrize("case", COMPILED_HOPPER, ids=str)
 def test_hopper_kernel_compiles(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compile_all(case, monkeypatch) == set(case.hot)
+
+
+@pytest.mark.skipif(device.triton_version() not in GLUON_TRITONS, reason="a Triton whose Gluon nobody tried")
+@pytest.mark.parametrize("case", COMPILED_INT8, ids=str)
+def test_hopper_kernels_compile_for_a_backward_in_int8(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_int8(monkeypatch)
     assert compile_all(case, monkeypatch) == set(case.hot)
 
 
@@ -323,11 +339,12 @@ def compile_all(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def test_allowed_spills_are_of_cases() -> None:
     """A row that no case reaches allows nothing and says something untrue."""
-    hot = {str(case): case.hot for case in COMPILED + COMPILED_HOPPER}
-    assert len(hot) == len(COMPILED) + len(COMPILED_HOPPER)
-    for kernel, cases in SPILLS.items():
-        for case in cases:
-            assert kernel in hot[case] or hot[case] is HOT, (kernel, case)
+    cases = COMPILED + COMPILED_HOPPER + COMPILED_INT8
+    hot = {str(case): case.hot for case in cases}
+    assert len(hot) == len(cases)
+    for kernel, allowed_in in SPILLS.items():
+        for name in allowed_in:
+            assert kernel in hot[name] or hot[name] is HOT, (kernel, name)
 
 
 TABLES = {

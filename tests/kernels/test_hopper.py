@@ -49,15 +49,20 @@ CASES = {
 LEVELS = ("none", "int8", "int8_fp8")
 
 
-def facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changes: Any) -> Facts:
-    """What of a plain call over these tensors decides its kernels, on an H100."""
+def call_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changes: Any) -> AttentionArgs[Layout]:
+    """A plain call over these tensors."""
     B, heads, _, D = k.shape
     lut, rest = torch.zeros(B, q.shape[1], 2, 2, dtype=torch.int32), torch.zeros(B, q.shape[1], 2)
     mean = changes.pop("k_mean", torch.zeros(B, heads, D))
     tensors = Layout.of_all(q, k, v, mean, lut, rest, None, None, changes.pop("key_mask", None))
     options = (128, 64, D**-0.5, "softmax", "complement", False)
     call: AttentionArgs[Layout] = of(AttentionArgs, (*tensors, *options))
-    return facts_of(call._replace(**changes))._replace(chip=H100)
+    return call._replace(**changes)
+
+
+def facts(*x: torch.Tensor, **changes: Any) -> Facts:
+    """What of such a call decides its kernels, on an H100."""
+    return facts_of(call_of(*x, **changes))._replace(chip=H100)
 
 
 H100 = Chip("cuda", 90, 227 * 1024, triton=(3, 7))

@@ -28,5 +28,5 @@ def test_a_short_call_makes_four_launches_and_two_allocations(tmp_path: Path) ->
         # the same past the op, and without projections
         "eager": (4 + WITHOUT_FUSED, 2, 0),
         # its six gradients, one piece of scratch, and what PyTorch's two products read
-        "backward": (7, 9, 2),
+        "backward": (7 + WITHOUT_FUSED, 9, 2),
     }

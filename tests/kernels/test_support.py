@@ -39,8 +39,9 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
          "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
     ]),
     "fused": (FUSED, [
-        ({"direction": "backward", "dtype": torch.float16}, "the fused kernels of the backward take bfloat16 alone"),
-        ({"invertible": False}, "the fused kernels need a scale above 1e-38"),
+        ({"direction": "backward", "dtype": torch.float16},
+         "the fused kernels of the backward take bfloat16 alone, and no low bit"),
+        ({"invertible": False}, "the fused kernels of the backward need a scale of 1e-18 to 1e18"),
         ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
         ({"chip": H200._replace(triton=(3, 8))}, "the fused kernel needs Triton 3.6 or 3.7, not 3.8"),
         ({"plain": False}, "the fused kernel takes no mask and no causality"),
@@ -102,7 +103,19 @@ def test_a_backward_in_bfloat16_is_fused() -> None:
     back = CALL._replace(direction="backward")
     assert support(back).kernel == "fused"
     for change in ({"low_bit": "int8"}, {"low_bit": "int8_fp8"}, {"dtype": torch.float16}):
-        assert support(back._replace(**change)).why.fused == "the fused kernels of the backward take bfloat16 alone"
+        assert (
+            support(back._replace(**change)).why.fused
+            == "the fused kernels of the backward take bfloat16 alone, and no low bit"
+        )
+
+
+def test_a_backward_that_cannot_be_copied_is_told_what_it_needs() -> None:
+    found = support(CALL._replace(direction="backward", copyable=False))
+    assert (found.kernel, found.why.fused) == (
+        "triton",
+        "the fused kernels of the backward need strides and addresses of q, k, v, o and its gradient in whole 16 "
+        "bytes, and a number of queries divisible by 4",
+    )
 
 
 def test_a_backward_takes_up_the_format_of_its_forward() -> None:
@@ -111,8 +124,8 @@ def test_a_backward_takes_up_the_format_of_its_forward() -> None:
         {"D": 256},
         {"dtype": torch.float16},
         {"block_k": 128},
-        {"low_bit": "int8"},
         {"low_bit": "int8_fp8"},
+        {"low_bit": "int8"},
     ):
         found = support(back._replace(**change))
         assert (found.kernel, found.low_bit, found.why.low_bit) == ("triton", change.get("low_bit", "none"), "")

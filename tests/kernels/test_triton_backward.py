@@ -15,8 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.arguments import BackwardArgs, BackwardResult
 from sla2_compile.kernels.cuda.forward import states_launches
-from tests.kernels.backward_case import NAMES, by_autograd, gradient_of, in_the_interpreter, saved_call
-from tests.kernels.oracle import assert_oracle
+from tests.kernels.backward_case import by_autograd, check_gradients, gradient_of, in_the_interpreter, saved_call
 from tests.kernels.schedules import forget_schedules
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, poison_outputs, scheduled_backward
 
@@ -53,23 +52,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @body
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name: str) -> None:
-    case = CASES[name]
-    x = case.tensors()
-    saved = saved_call(case, x)
-    do = gradient_of(saved.o)
-    got = dict(zip(NAMES, scheduled_backward(BackwardArgs(do, saved)), strict=True))
-    low, want = by_autograd(case, x, do, case.dtype), by_autograd(case, x, do, torch.float64)
-    for part, exactly in want.items():
-        assert got[part].shape == x[part].shape
-        assert got[part].dtype == x[part].dtype
-        eps = torch.finfo(case.dtype).eps
-        if part in ("k_mean", "gain", "bias"):
-            # sums over all rows that may cancel: each row's error counts
-            terms = do.numel() ** 0.5 * do.double().abs().mean().item()
-            eps = max(eps, eps * terms / max(exactly.abs().max().item(), 1e-9))
-        assert_oracle(part, got[part], low[part], exactly, eps)
-    for part in set(NAMES) - set(want):
-        assert got[part].numel() == 0
+    check_gradients(CASES[name])
 
 
 @body

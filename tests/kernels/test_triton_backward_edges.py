@@ -20,6 +20,10 @@ from tests.kernels.backward_case import NAMES, by_autograd, gradient_of, in_the_
 from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_backward
 
 SMALL = Case(Nq=75, Nk=107, block_q=32, block_k=16, groups=1)
+# blocks of the kernels that Hopper has of its own, and as many of them
+WHOLE = replace(SMALL, Nq=300, Nk=427, block_q=128, block_k=64)
+SIZES = {"small": SMALL} if INTERPRETED else {"small": SMALL, "whole": WHOLE}
+sizes = pytest.mark.parametrize("size_of", SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -40,29 +44,32 @@ def assert_close(case: Case, x: dict[str, Any], tolerance: float = 0.01) -> None
 
 
 @body
-def test_a_key_block_may_be_selected_by_all_query_blocks_or_by_none() -> None:
-    x = SMALL.tensors()
+@sizes
+def test_a_key_block_may_be_selected_by_all_query_blocks_or_by_none(size_of: str) -> None:
+    x = SIZES[size_of].tensors()
     x["lut"] = torch.tensor([1, 4], dtype=torch.int32, device=x["q"].device).expand(1, 1, 3, 2).contiguous()
-    assert_close(SMALL, x)
+    assert_close(SIZES[size_of], x)
 
 
 @body
+@sizes
 @pytest.mark.parametrize("bias", [-200.0, 200.0])
-def test_alpha_0_and_1(bias: float) -> None:
+def test_alpha_0_and_1(bias: float, size_of: str) -> None:
     """One branch alone: the other one's share is exactly 0."""
-    case = replace(SMALL, alpha="head")
+    case = replace(SIZES[size_of], alpha="head")
     x = case.tensors()
     x["bias"].fill_(bias)
     assert_close(case, x)
 
 
 @body
+@sizes
 @pytest.mark.parametrize("size", [0.0, 1e-18, 1e-36])
-def test_rows_whose_linear_branch_has_no_weight(size: float) -> None:
+def test_rows_whose_linear_branch_has_no_weight(size: float, size_of: str) -> None:
     """phi(q) Z of some rows is 0, or so small that its inverse would overflow (such rows get no gradient through the
     linear branch), or nearly so.
     """
-    case = replace(SMALL, feature_map="relu")
+    case = replace(SIZES[size_of], feature_map="relu")
     x = case.tensors()
     x["q"][:, :, ::3] = (x["q"][:, :, ::3].abs() * size).to(case.dtype)
     x["q"][:, :, 1::9] = -x["q"][:, :, 1::9].abs()
@@ -122,11 +129,15 @@ BAD_TABLES = {
 
 
 @body
+@sizes
 @pytest.mark.parametrize("name", BAD_TABLES)
 @pytest.mark.parametrize("low_bit", ["none", "int8"])
-def test_a_bad_table_touches_nothing_outside(name: str, low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_table_touches_nothing_outside(
+    name: str, low_bit: str, size_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The values mean nothing, but they are numbers, and no memory but the kernels' own is written."""
-    case = replace(SMALL, block_q=64, block_k=32, topk_ratio=1.0)
+    case = replace(SMALL, block_q=64, block_k=32) if size_of == "small" else replace(WHOLE, Nk=243, D=72, Dv=72)
+    case = replace(case, topk_ratio=1.0)
     saved = saved_call(case, case.tensors())
     call, do = saved.call, gradient_of(saved.o)
     lut = BAD_TABLES[name](call.lut).contiguous()

@@ -31,20 +31,22 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @jit
-def ask(descs, tiles, terms, full, stage, row, half, b, h, heads, groups, Tm):
+def ask(descs, tiles, terms, full, stage, row, half, b, h, heads, groups, Tm, LOW_BIT: gl.constexpr):
     """Ask the copy engine for 64 rows of the query block at `row` of a list; `half` says which."""
-    q_desc, do_desc, alpha_desc, shift_desc, sum_desc = descs
+    q_desc, do_desc, alpha_desc, shift_desc, sum_desc, scale_desc = descs
     i = row % Tm
     head = h * groups + row // Tm
     at = (2 * i + half) * ROWS
     bar = full.index(stage)
-    mbarrier.expect(bar, 2 * q_desc.block_type.nbytes + 3 * alpha_desc.block_type.nbytes)
+    mbarrier.expect(bar, 2 * q_desc.block_type.nbytes + (3 + LOW_BIT) * alpha_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(q_desc, [b, head, at, 0], bar, tiles.index(2 * stage))
     tma.async_copy_global_to_shared(do_desc, [b, head, at, 0], bar, tiles.index(2 * stage + 1))
     flat = b * heads * groups + head
-    tma.async_copy_global_to_shared(alpha_desc, [flat, at], bar, terms.index(3 * stage))
-    tma.async_copy_global_to_shared(shift_desc, [flat, at], bar, terms.index(3 * stage + 1))
-    tma.async_copy_global_to_shared(sum_desc, [flat, at], bar, terms.index(3 * stage + 2))
+    tma.async_copy_global_to_shared(alpha_desc, [flat, at], bar, terms.index(4 * stage))
+    tma.async_copy_global_to_shared(shift_desc, [flat, at], bar, terms.index(4 * stage + 1))
+    tma.async_copy_global_to_shared(sum_desc, [flat, at], bar, terms.index(4 * stage + 2))
+    if LOW_BIT:
+        tma.async_copy_global_to_shared(scale_desc, [flat, at], bar, terms.index(4 * stage + 3))
 
 
 @jit
@@ -60,17 +62,20 @@ def feature_map_backward(grad, phi, NAME: gl.constexpr):
 
 @jit(do_not_specialize=["Nk", "Tm", "Tn", "columns_n", "entries", "first"])
 def keys_hopper_kernel(
-    q_desc, do_desc, alpha_desc, shift_desc, sum_desc, k_desc, v_desc, dh_desc, dk_desc, dv_desc,
-    lists, k_mean, d_states, d_means, heads, groups, Nk, Tm, Tn, columns_n, entries, first, scale, factor,
+    q_desc, do_desc, alpha_desc, shift_desc, sum_desc, scale_desc, k_desc, k8_desc, v_desc, dh_desc, dk_desc, dv_desc,
+    k_scales, lists, k_mean, d_states, d_means, heads, groups, Nk, Tm, Tn, columns_n, entries, first, scale, factor,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, STATE: gl.constexpr, Z_AT: gl.constexpr,
-    STAGES: gl.constexpr, FEATURE_MAP: gl.constexpr,
+    STAGES: gl.constexpr, FEATURE_MAP: gl.constexpr, LOW_BIT: gl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one key block of 64 keys.
 
     Args:
         q_desc, do_desc: tiles (1, 1, 64, BLOCK_D), whose head dim is D: after it, and after the last row, the copy
             engine reads zeros and writes nothing, here and below. k_desc, v_desc, dk_desc, dv_desc: the same.
-        alpha_desc, shift_desc, sum_desc: tiles (1, 64) of alphas, shifts and log_sums (B * Hq, Nq) of `rows_kernel`.
+        alpha_desc, shift_desc, sum_desc: tiles (1, 64) of alphas, shifts and log_sums (B * Hq, Nq) of `rows_kernel`;
+            scale_desc: the same of q_scales (if LOW_BIT).
+        k8_desc: tiles of k8 (B, heads, Tn * 64, D), whole numbers in bf16, whose scales are the first of each
+            k_scales (B, heads, Tn, 4) fp32 (if LOW_BIT); q_desc is then of q8, likewise.
         dh_desc: (1, BLOCK_D, BLOCK_D) of d_states (n * columns_n, STATE) bf16, [dh, dz] of the key heads from `first`
             on, to be multiplied by `factor`.
         lists: (B * heads, entries + 2 * Tn) int32, of `lists_kernel`; k_mean: (B, heads, D) fp32.
@@ -87,7 +92,7 @@ def keys_hopper_kernel(
     v_buf = gl.allocate_shared_memory(v_desc.dtype, v_desc.block_type.shape, v_desc.layout)
     # of each stage q and dO
     tiles = gl.allocate_shared_memory(q_desc.dtype, [2 * STAGES] + q_desc.block_type.shape, q_desc.layout)
-    terms = gl.allocate_shared_memory(gl.float32, [3 * STAGES] + alpha_desc.block_type.shape, alpha_desc.layout)
+    terms = gl.allocate_shared_memory(gl.float32, [4 * STAGES] + alpha_desc.block_type.shape, alpha_desc.layout)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     begun = gl.allocate_shared_memory(gl.int64, [1], bar)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -115,10 +120,10 @@ def keys_hopper_kernel(
     begin = gl.load(lists + entries + j)
     count = 2 * (gl.load(lists + entries + Tn + j) - begin)
     lists += begin
-    descs = (q_desc, do_desc, alpha_desc, shift_desc, sum_desc)
+    descs = (q_desc, do_desc, alpha_desc, shift_desc, sum_desc, scale_desc)
     for n in gl.static_range(STAGES - 1):
         if n < count:
-            ask(descs, tiles, terms, full, n, gl.load(lists + n // 2), n % 2, b, h, heads, groups, Tm)
+            ask(descs, tiles, terms, full, n, gl.load(lists + n // 2), n % 2, b, h, heads, groups, Tm, LOW_BIT)
 
     # the linear branch
     dims = gl.arange(0, BLOCK_D, layout=dims_d)
@@ -144,14 +149,20 @@ def keys_hopper_kernel(
     d_values = warpgroup_mma_wait(0, deps=[d_values])
     d_values = d_values * factor
 
-    # no warp reads dh any more
+    # no warp reads dh any more, nor k as it was
     barrier()
+    log2_scale = scale * LOG2_E
+    if LOW_BIT:
+        mbarrier.expect(begun, k8_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k8_desc, [b, h, j * BLOCK_K, 0], begun, k_buf)
+        log2_scale *= gl.load(k_scales + (bh.to(gl.int64) * Tn + j) * 4)
     if count > STAGES - 1:
         row = gl.load(lists + (STAGES - 1) // 2)
-        ask(descs, tiles, terms, full, STAGES - 1, row, (STAGES - 1) % 2, b, h, heads, groups, Tm)
+        ask(descs, tiles, terms, full, STAGES - 1, row, (STAGES - 1) % 2, b, h, heads, groups, Tm, LOW_BIT)
     # entries of lists are read a step before they are used
     row = gl.load(lists + gl.minimum(STAGES, gl.maximum(count - 1, 0)) // 2)
-    log2_scale = scale * LOG2_E
+    if LOW_BIT:
+        mbarrier.wait(begun, 1)
     no_scores = gl.zeros([BLOCK_K, ROWS], gl.float32, layout=mma_s)
     d_keys = warpgroup_mma_init(d_keys)
     d_values = warpgroup_mma_init(d_values)
@@ -167,16 +178,23 @@ def keys_hopper_kernel(
         barrier()
         ahead = n + STAGES - 1
         if (n > 0) & (ahead < count):
-            ask(descs, tiles, terms, full, ahead % STAGES, row, ahead % 2, b, h, heads, groups, Tm)
+            ask(descs, tiles, terms, full, ahead % STAGES, row, ahead % 2, b, h, heads, groups, Tm, LOW_BIT)
             row = gl.load(lists + gl.minimum(ahead + 1, count - 1) // 2)
-        log_sum = terms.index(3 * stage + 2).reshape([ROWS]).load(rows_s)
-        p = gl.exp2(s * log2_scale - gl.expand_dims(log_sum, 0))
-        alpha = gl.expand_dims(terms.index(3 * stage).reshape([ROWS]).load(rows_s), 0)
+        log_sum = terms.index(4 * stage + 2).reshape([ROWS]).load(rows_s)
+        if LOW_BIT:
+            x_scale = gl.expand_dims(terms.index(4 * stage + 3).reshape([ROWS]).load(rows_s), 0)
+            p = gl.exp2(s * (x_scale * log2_scale) - gl.expand_dims(log_sum, 0))
+        else:
+            p = gl.exp2(s * log2_scale - gl.expand_dims(log_sum, 0))
+        alpha = gl.expand_dims(terms.index(4 * stage).reshape([ROWS]).load(rows_s), 0)
         weights = gl.convert_layout((p * alpha).to(q_desc.dtype), operand)
         d_values = warpgroup_mma(weights, g, d_values, is_async=True)
         d_p = warpgroup_mma_wait(1, deps=[d_p])
-        shift = gl.expand_dims(terms.index(3 * stage + 1).reshape([ROWS]).load(rows_s), 0)
-        d_s = gl.convert_layout((p * (d_p * alpha + shift)).to(q_desc.dtype), operand)
+        shift = gl.expand_dims(terms.index(4 * stage + 1).reshape([ROWS]).load(rows_s), 0)
+        slope = p * (d_p * alpha + shift)
+        if LOW_BIT:
+            slope *= gl.expand_dims(terms.index(4 * stage + 3).reshape([ROWS]).load(rows_s), 0)
+        d_s = gl.convert_layout(slope.to(q_desc.dtype), operand)
         d_keys = warpgroup_mma(d_s, x, d_keys, is_async=True)
     d_keys, d_values = warpgroup_mma_wait(0, deps=[d_keys, d_values])
 

@@ -6,7 +6,8 @@
     GEMM      dH of each key block's complement
     keys      dK, dV                                        (`keys.py`)
 For all heads at once, the lists of query blocks come before (`lists.py`), and dQ (`queries.py`) and the small
-gradients (`totals.py`) after.
+gradients (`totals.py`) after. In a training step's one node of autograd, the gradient of k's mean is then spread over
+dk (`spread.py`), which two nodes leave to PyTorch.
 
 On Hopper, three kernels in Gluon take the place of rows and gather, keys, and queries, for the calls that
 `kernels/support.py` calls fused (`sm90.py`).
@@ -35,6 +36,7 @@ from sla2_compile.kernels.cuda.backward.keys import keys_kernel
 from sla2_compile.kernels.cuda.backward.lists import lists_kernel
 from sla2_compile.kernels.cuda.backward.queries import queries_kernel
 from sla2_compile.kernels.cuda.backward.rows import rows_kernel
+from sla2_compile.kernels.cuda.backward.spread import spread_kernel
 from sla2_compile.kernels.cuda.backward.terms import Rows
 from sla2_compile.kernels.cuda.backward.totals import totals_kernel
 from sla2_compile.kernels.cuda.device import describable, padded
@@ -61,7 +63,7 @@ def facts_of_backward(args: BackwardArgs[Layout]) -> Facts:
     facts = facts_of(call)
     # the terms of rows are in float32, without gaps
     copyable = facts.copyable and describable(args.do) and describable(args.saved.o) and call.q.shape[2] % 4 == 0
-    return facts._replace(direction="backward", copyable=copyable, invertible=call.scale > 1e-38)
+    return facts._replace(direction="backward", copyable=copyable, invertible=1e-18 <= call.scale <= 1e18)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,12 @@ class Backward:
         # v is read as it is
         exact, scores = call.low_bit == "int8_fp8", "none" if call.low_bit == "none" else "int8"
         fused = support(facts_of_backward(args)).kernel == "fused"
-        tn, formats = num_blocks(Nk, call.block_k), Formats.of(schedule, call._replace(low_bit=scores), given)
+        # Hopper's kernels multiply whole numbers of 8 bits in bfloat16, which holds them
+        numbers = torch.bfloat16 if fused else torch.int8
+        tn, formats = (
+            num_blocks(Nk, call.block_k),
+            Formats.of(schedule, call._replace(low_bit=scores), given, numbers),
+        )
         half = call.q.dtype == torch.float16 and not formats.eight.level
         cuts = Cuts.of(formats.shape, half)
         peaks = formats.layout.block_dv // cuts.gather.chunk_v if half else 0
@@ -135,10 +142,7 @@ class Backward:
         call, args, given, rows = self.args.saved.call, self.args, self.slots.saved.call, self.rows
         cut, layout, low_bit = self.cuts.rows, self.formats.layout, self.formats.eight.level
         if self.fused:
-            sm90.rows(
-                self.schedule, args, self.slots, layout, group, self.dq, d_states, rows.read_later, rows.d_means,
-                rows.d_logits, rows.d_gains,
-            )  # fmt: skip
+            sm90.rows(self.schedule, args, self.slots, layout, group, self.dq, d_states, rows)
             return
         tm, (Hq, Nq), (bias_strides, alpha) = call.lut.shape[2], call.q.shape[1:3], alpha_of(call)
         groups = Hq // call.k.shape[1]
@@ -171,7 +175,7 @@ class Backward:
         cut, layout, mask, eight = self.cuts.keys, self.formats.layout, call.key_mask, self.formats.eight
         if self.fused:
             sm90.keys(
-                self.schedule, self.args, self.slots, layout, self.lists, group, rows.read_later, d_states, self.dk,
+                self.schedule, self.args, self.slots, layout, self.lists, group, rows, eight, d_states, self.dk,
                 self.dv, self.d_mean_keys,
             )  # fmt: skip
             return
@@ -195,7 +199,7 @@ class Backward:
         (_, Hq, Nq, D), (_, heads, Nk, Dv), (tm, topk) = call.q.shape, call.v.shape, call.lut.shape[2:]
         groups = Hq // heads
         if self.fused:
-            sm90.queries(self.schedule, self.args, self.slots, rows.read_later, self.dq)
+            sm90.queries(self.schedule, self.args, self.slots, rows, eight, self.dq)
             return
         cut, layout, mask = self.cuts.queries, self.formats.layout, call.key_mask
         self.schedule.launch(
@@ -230,19 +234,35 @@ class Backward:
         )  # fmt: skip
         return BackwardResult(self.dq, self.dk, self.dv, dk_mean, dgain, dbias)
 
+    def add_spread(self, dk_mean: Slot) -> None:
+        """Add to dk what comes from k's mean."""
+        call, mask = self.args.saved.call, self.slots.saved.call.key_mask
+        (B, heads, Nk, D), rows = call.k.shape, 8192 // self.formats.layout.block_d
+        self.schedule.launch(
+            spread_kernel, (B * heads * num_blocks(Nk, rows),),
+            self.dk, dk_mean, mask, 0 if call.key_mask is None else call.key_mask.stride[0], heads, Nk,
+            D=D, BLOCK_D=self.formats.layout.block_d, ROWS=rows, HAS_MASK=call.key_mask is not None, num_warps=4,
+        )  # fmt: skip
+
 
 @functools.lru_cache(maxsize=256)
-def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
+def backward_schedule(
+    args: BackwardArgs[Layout], trials: bool, spread: bool = False, sums: Layout | None = None
+) -> tuple[Schedule, tuple[Slot, ...]]:
     """Schedule the gradients of `sla2::attention`.
 
     Args:
         trials: whether tiles of the forward's kernels are found by trial (`switches.by_trial`).
+        spread: whether dk has the gradient of k's mean too, and not only dk_mean.
+        sums: of the block states, if the forward kept them; a tensor more behind those of args.
 
     Returns:
         The schedule of the tensors of args, and the slots of its results.
     """
-    schedule = Schedule(*split(args)[0])
-    slots = with_tensors(args, schedule.inputs)
+    tensors = split(args)[0]
+    schedule = Schedule(*tensors, *([] if sums is None else [sums]))
+    slots = with_tensors(args, schedule.inputs[: len(tensors)])
+    kept = None if sums is None else schedule.inputs[-1]
     call, given, bf16 = args.saved.call, slots.saved.call, torch.bfloat16
     backward = Backward.begin(schedule, args, slots)
     formats = backward.formats
@@ -250,12 +270,12 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
     # of query blocks, and summed for key blocks
     d_rows: Slot | None = None
     d_states: Slot | None = None
-    for group in grouped_sums(schedule, call, given, formats.shape, formats.layout, formats.eight, trials):
+    for group in grouped_sums(schedule, call, given, formats.shape, formats.layout, formats.eight, trials, kept):
         if d_rows is None:
-            # over H and Z in memory, where these have its dtype
-            own = group.summed.dtype != bf16
+            # over H and Z in memory, where these have its dtype and nobody keeps them
+            own = kept is not None or group.summed.dtype != bf16
             d_rows = schedule.empty("d_rows", group.summed.shape, bf16) if own else group.summed
-        d_states = d_states or schedule.later("d_states", group.states.shape, bf16)
+        d_states = d_states or schedule.later("d_states", group.shape, bf16)
         backward.add_rows(group, d_rows)
         if backward.exact:
             # D_s, which the keys need
@@ -266,4 +286,7 @@ def backward_schedule(args: BackwardArgs[Layout], trials: bool) -> tuple[Schedul
     if not backward.exact:
         backward.add_queries(range(call.k.shape[0] * call.k.shape[1]))
 
-    return schedule, tuple(backward.add_totals())
+    made = backward.add_totals()
+    if spread:
+        backward.add_spread(made.dk_mean)
+    return schedule, tuple(made)

@@ -39,9 +39,10 @@ def ask_keys(k_desc, v_desc, tiles, full, stage, j, b, h, Tn):
 
 @jit(do_not_specialize=["Nq", "Nk", "Tm", "Tn", "topk"])
 def queries_hopper_kernel(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, dq, k_mean, lut, alphas, shifts, log_sums,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, dq, k_mean, lut, alphas, shifts, log_sums, q_scales, k_scales,
     Hq, groups, Nq, Nk, Tm, Tn, topk, scale,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    LOW_BIT: gl.constexpr,
 ):  # fmt: skip
     """Add to dq for 64 rows of q.
 
@@ -50,7 +51,8 @@ def queries_hopper_kernel(
             engine reads zeros and writes nothing, here and below. dq_desc: the same of dq. k_desc, v_desc: (1, 1,
             BLOCK_K, BLOCK_D), as many rows as those of q.
         dq: (B, Hq, Nq, D), in from `rows_hopper_kernel`, and out. k_mean: (B, heads, D) fp32; lut: (B, Hq, Tm, topk).
-        alphas, shifts, log_sums: of `rows_hopper_kernel`.
+        alphas, shifts, log_sums, q_scales: of `rows_hopper_kernel`. k_scales: (B, heads, Tn, 4) fp32, the first of
+            each that of k8 (if LOW_BIT); q_desc and k_desc are then of q8 and k8, whole numbers in bf16.
     """
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     mma_d: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -106,6 +108,10 @@ def queries_hopper_kernel(
     later = gl.load(lut + gl.minimum(STAGES, topk - 1))
     total = gl.zeros([ROWS], gl.float32, layout=rows_s)
     log2_scale = scale * LOG2_E
+    if LOW_BIT:
+        rows = (2 * (row % Tm) + pid % 2) * ROWS + gl.arange(0, ROWS, layout=rows_s)
+        log2_scales = gl.expand_dims(gl.load(q_scales + at, mask=rows < Nq, other=0.0) * log2_scale, 1)
+        k_scales += (b * (Hq // groups) + h_kv).to(gl.int64) * Tn * 4
     no_scores = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=mma_s)
     for n in range(topk):
         stage = n % STAGES
@@ -122,15 +128,26 @@ def queries_hopper_kernel(
         if (n > 0) & (ahead < topk):
             ask_keys(k_desc, v_desc, tiles, full, ahead % STAGES, later, b, h_kv, Tn)
             later = gl.load(lut + gl.minimum(ahead + 1, topk - 1))
-        p = gl.exp2(s * log2_scale - log_sum)
+        if LOW_BIT:
+            exists = (j >= 0) & (j < Tn)
+            k_scale = gl.load(k_scales + j.to(gl.int64) * 4, mask=exists, other=0.0)
+            p = gl.exp2(s * (log2_scales * k_scale) - log_sum)
+        else:
+            p = gl.exp2(s * log2_scale - log_sum)
         key = j * BLOCK_K + gl.arange(0, BLOCK_K, layout=columns_s)
-        p = gl.where(gl.expand_dims((j >= 0) & (key < Nk), 0), p, 0.0)
+        # j itself is checked: j * BLOCK_K of an invalid entry can wrap round to a valid row
+        p = gl.where(gl.expand_dims((j >= 0) & (j < Tn) & (key < Nk), 0), p, 0.0)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
-        d_s = (p * (d_p * alpha + shift)).to(q_desc.dtype)
+        slope = p * (d_p * alpha + shift)
+        if LOW_BIT:
+            slope *= k_scale
+        d_s = slope.to(q_desc.dtype)
         acc = warpgroup_mma(gl.convert_layout(d_s, operand), keys, acc, is_async=True)
-        total += gl.sum(d_s.to(gl.float32), axis=1)
+        if not LOW_BIT:
+            total += gl.sum(d_s.to(gl.float32), axis=1)
 
-    # the mean times the rounded dS: otherwise the rounding would be multiplied by what all keys have in common
+    # the mean times the rounded dS: otherwise the rounding would be multiplied by what all keys have in common. With
+    # k8, which has its mean taken off, the total is 0
     mean = gl.load(k_mean + (b * (Hq // groups) + h_kv).to(gl.int64) * D + dims, mask=dims < D, other=0.0)
     acc = warpgroup_mma_wait(0, deps=[acc])
     acc = (acc - gl.expand_dims(gl.convert_layout(total, rows_d), 1) * gl.expand_dims(mean, 0)) * scale

@@ -4,6 +4,9 @@ A program takes the 128 rows of a query block, whose q, dO, o and H the copy eng
 the rows lies in shared memory in place of what it is made of: phi(q) over o, (1 - a) dO / t over dO. It moves 600 MB
 at (1, 12, 32760, 128), which would take 0.15 ms, and takes 0.27. Loads of the next block during this one (0.30), two
 programs of half the rows each (0.30) and 16 warps (0.31) were no faster.
+
+After a forward in INT8, q8 is written as well, in bfloat16, which holds its whole numbers: their products are exact,
+and the other kernels need no second type of product.
 """
 
 from __future__ import annotations
@@ -26,20 +29,34 @@ LEAST_WEIGHT = gl.constexpr(1e-30)
 """As in `rows.py`."""
 
 
+@jit
+def scale_of(top):
+    """As in `forward/states.py`."""
+    return gl.maximum(top * (1.0 / 127.0), 1e-20)
+
+
+@jit
+def whole_numbers(x, scale):
+    """Round x (rows, dims) / scale (rows,) as `to_int8` in `forward/states.py` does, and return fp32."""
+    x = x * gl.expand_dims(gl.div_rn(1.0, scale), 1)
+    x = gl.minimum(gl.maximum(x, -127.0), 127.0)
+    return (x + 12582912.0) - 12582912.0
+
+
 @jit(do_not_specialize=["Nq", "Tm", "first"])
 def rows_hopper_kernel(
-    q_desc, do_desc, o_desc, h_desc, dq_desc, dh_desc, k_mean, lse, log_rest, gain, bias, states, d_states,
-    alphas, shifts, log_sums, d_means, d_logits, d_gains, bias_stride_h, bias_stride_m, Hq, groups, Nq, Tm, first,
-    scale, factor,
+    q_desc, do_desc, o_desc, h_desc, dq_desc, dh_desc, q8_desc, k_mean, lse, log_rest, gain, bias, states, d_states,
+    alphas, shifts, log_sums, q_scales, d_means, d_logits, d_gains, bias_stride_h, bias_stride_m, Hq, groups, Nq, Tm,
+    first, scale, factor,
     D: gl.constexpr, BLOCK_D: gl.constexpr, STATE: gl.constexpr, Z_AT: gl.constexpr, FEATURE_MAP: gl.constexpr,
-    ALPHA: gl.constexpr,
+    ALPHA: gl.constexpr, LOW_BIT: gl.constexpr,
 ):  # fmt: skip
     """Compute the terms of the 128 rows of one query block, and their sums.
 
     Args:
         q_desc, do_desc, o_desc, dq_desc: tiles (1, 1, 128, BLOCK_D), whose head dim is D: after it, and after the
             last row, the copy engine reads zeros and writes nothing, here and below. dq is the part that does not
-            come from scores.
+            come from scores. q8_desc: the same of q8 (if LOW_BIT), out.
         h_desc, dh_desc: (1, BLOCK_D, BLOCK_D) of states and d_states (n * Tm, STATE), [H, Z] and, out, [dH, dZ] of
             the query heads from `first` on. d_states may lie over states. `factor` is the one that H and Z lack.
         The others are as in `rows_kernel` and `gather_kernel`.
@@ -86,8 +103,19 @@ def rows_hopper_kernel(
     d_phi = warpgroup_mma(tile_do, tile_h.permute((1, 0)), zeros, use_acc=False, is_async=True)
     along = gl.sum(tile_do.load(mma).to(gl.float32) * tile_o.load(mma).to(gl.float32), axis=1)
     x = tile_q.load(mma).to(gl.float32)
-    of_mean = scale * gl.sum(x * gl.expand_dims(mean, 0), axis=1)
     phi_q = feature_map(x, D, dims_m, FEATURE_MAP)
+    of_mean = gl.zeros([ROWS], gl.float32, layout=rows_m)
+    x_scale = of_mean + 1.0
+    if LOW_BIT:
+        # over q, for the copy engine and for what is summed of it below
+        x_scale = scale_of(gl.max(gl.abs(x), axis=1))
+        gl.store(q_scales + at, x_scale, mask=row_in)
+        tile_q.store(whole_numbers(x, x_scale).to(q_desc.dtype))
+        fence_async_shared()
+        barrier()
+        tma.async_copy_shared_to_global(q8_desc, place, q_buf)
+    else:
+        of_mean = scale * gl.sum(x * gl.expand_dims(mean, 0), axis=1)
     total = gl.where(rest > NEG_INF, gl.sum(phi_q * gl.expand_dims(z, 0), axis=1), 0.0)
     has_sparse = row_lse > NEG_INF
     has_linear = total > 0.0
@@ -119,7 +147,7 @@ def rows_hopper_kernel(
     block = bh.to(gl.int64) * Tm + i
     gl.store(d_logits + block, gl.sum(d_logit, axis=0))
     gl.store(d_gains + block, gl.sum(d_logit * gap, axis=0))
-    pull = gl.expand_dims(scale * d_lse, 1)
+    pull = gl.expand_dims(scale * d_lse * x_scale, 1)
     d_mean = -gl.sum(tile_q.load(mma).to(gl.float32) * pull, axis=0)
     gl.store(d_means + block * D + dims, d_mean, mask=dims < D)
     d_z = -factor * gl.sum(phi_q * gl.expand_dims(delta, 1), axis=0)
@@ -128,6 +156,7 @@ def rows_hopper_kernel(
     d_x = feature_map_backward(d_x, phi_q, FEATURE_MAP)
     pushed = tile_do.load(mma).to(gl.float32) * gl.expand_dims(weight * factor, 1)
     # all warps are done with q, dO, o and H as they were
+    tma.store_wait(0)
     barrier()
     tile_q.store(d_x.to(q_desc.dtype))
     tile_do.store(pushed.to(do_desc.dtype))

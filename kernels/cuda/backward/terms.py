@@ -17,7 +17,8 @@ class Rows:
     """What the kernels for query rows write for the other steps, fp32 but q8; see `rows_kernel` and `gather_kernel`.
 
     Attributes:
-        q8, q_scales: q in INT8; peaks: where dS is in float16. Those that a call does not use are q, and never read.
+        q8, q_scales: q in INT8, held in bfloat16 for Hopper's kernels; peaks: where dS is in float16. Those that a
+            call does not use are q, and never read.
     """
 
     alphas: Slot
@@ -42,7 +43,7 @@ class Rows:
 
     @classmethod
     def allocate(cls, schedule: Schedule, call: AttentionArgs[Layout], q: Slot, peaks: int, fused: bool) -> Rows:
-        """peaks: for each query block, 0 for none."""
+        """peaks: for each query block, 0 for none; fused: whether Hopper's kernels run."""
         (B, Hq, Nq, D), tm, fp32 = call.q.shape, call.lut.shape[2], torch.float32
         shapes = (*((B, Hq, Nq),) * 8, *((B, Hq, tm),) * 2, (B, Hq, tm, D))
         names = [x.name for x in fields(cls)]
@@ -54,7 +55,7 @@ class Rows:
         ]
         q8 = q_scales = q
         if call.low_bit != "none":
-            q8 = schedule.empty("q8", (B, Hq, Nq, D), torch.int8)
+            q8 = schedule.empty("q8", (B, Hq, Nq, D), torch.bfloat16 if fused else torch.int8)
             q_scales = schedule.empty("q_scales", (B, Hq, Nq), fp32)
         made += [q8, q_scales, schedule.empty("peaks", (B, Hq, tm, peaks), fp32) if peaks else q]
         return cls(*made)

@@ -22,7 +22,7 @@ from sla2_compile.kernels.cuda.forward import sm90 as hopper
 from sla2_compile.kernels.cuda.forward.attend import attend_kernel
 from sla2_compile.kernels.cuda.forward.front import front_kernel
 from sla2_compile.kernels.cuda.forward.linear import linear_kernel
-from sla2_compile.kernels.cuda.forward.states_launches import EightBit, StateLayout, summed_states, sums
+from sla2_compile.kernels.cuda.forward.states_launches import EightBit, StateLayout, Summed, summed_states, sums
 from sla2_compile.kernels.cuda.forward.states_launches import is_short as sums_short
 from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
@@ -93,9 +93,13 @@ class Formats:
     tma: bool
 
     @classmethod
-    def of(cls, schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot]) -> Formats:
+    def of(
+        cls, schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot],
+        numbers: torch.dtype = torch.int8,
+    ) -> Formats:  # fmt: skip
+        """numbers: what k in INT8 is held in."""
         q, k, v, D, Dv = args.q, args.k, args.v, args.q.shape[3], args.v.shape[3]
-        eight = EightBit.of(schedule, slots.k, slots.v, args.block_k, args.low_bit)
+        eight = EightBit.of(schedule, slots.k, slots.v, args.block_k, args.low_bit, numbers)
         # an INT8 product sums over 32 dims at a time
         layout = StateLayout(D, Dv, max(padded(D), 32 if eight.level else 16), padded(Dv), args.feature_map)
         arch = device.capability(q.device)
@@ -110,12 +114,13 @@ class Formats:
 
 def add_attention(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], trials: bool,
-    formats: Formats, states: Slot | None = None,
+    formats: Formats, states: Slot | None = None, kept: list[Summed] | None = None,
 ) -> AttentionResult[Slot]:  # fmt: skip
     """Put an attention call's launches on a schedule; return the slots of its results.
 
     Args:
         states: of all key blocks, if an earlier launch writes them.
+        kept: is given the sums of states, of some heads each.
     """
     q, k, v, mask = args.q, args.k, args.v, args.key_mask
     block_q, block_k = args.block_q, args.block_k
@@ -133,6 +138,8 @@ def add_attention(
     else:
         all_sums = iter([sums(schedule, args, slots, layout, states)])
     for summed in all_sums:
+        if kept is not None:
+            kept.append(summed)
         if fused:
             hopper.attend(schedule, args, slots, shape, layout, eight.slots, summed, o, lse, bias_strides, alpha)
             continue
@@ -168,8 +175,13 @@ def add_attention(
     return made
 
 
-def add_forward(schedule: Schedule, args: ForwardArgs[Layout], trials: bool) -> AttentionResult[Slot]:
-    """Put route and attention on one schedule; in short calls selection and block states share a launch."""
+def add_forward(
+    schedule: Schedule, args: ForwardArgs[Layout], trials: bool, kept: list[Summed] | None = None
+) -> tuple[RouteResult[Slot], AttentionResult[Slot]]:
+    """Put route and attention on one schedule; in short calls selection and block states share a launch.
+
+    kept: as in `add_attention`.
+    """
     route_args, route_slots = args.route(), with_tensors(args, schedule.given).route()
     sizes = Sizes.of(route_args)
     made = results(schedule, route_args, sizes)
@@ -185,7 +197,7 @@ def add_forward(schedule: Schedule, args: ForwardArgs[Layout], trials: bool) -> 
             choose(schedule, choice)
     else:
         add_route(schedule, route_args, route_slots, made, trials)
-    return add_attention(schedule, attention_args, attention_slots, trials, formats, states)
+    return made, add_attention(schedule, attention_args, attention_slots, trials, formats, states, kept)
 
 
 def add_front(
@@ -228,4 +240,20 @@ def attention_schedule(args: AttentionArgs[Layout], trials: bool) -> tuple[Sched
 def forward_schedule(args: ForwardArgs[Layout], trials: bool) -> tuple[Schedule, tuple[Slot, ...]]:
     """Schedule route and attention together; the only result is o."""
     schedule = Schedule(*split(args)[0])
-    return schedule, (add_forward(schedule, args, trials).o,)
+    return schedule, (add_forward(schedule, args, trials)[1].o,)
+
+
+@functools.lru_cache(maxsize=256)
+def step_schedule(args: ForwardArgs[Layout]) -> tuple[Schedule, tuple[Slot, ...]]:
+    """Schedule route and attention together for a training step.
+
+    Returns:
+        The schedule, and its results: o and lse, and lut, log_rest and k_mean of the route. Then the sums of states
+        over each query block's complement, where the backward would only compute them again: not after low bit, whose
+        backward needs the kernel of the states, nor where heads are taken in groups for want of memory. They take as
+        much memory as q at head dim 128, and half of that at 64.
+    """
+    schedule, kept = Schedule(*split(args)[0]), list[Summed]()
+    routed, attended = add_forward(schedule, args, False, kept)
+    sums = (kept[0].slot,) if len(kept) == 1 and args.low_bit == "none" else ()
+    return schedule, (*attended, routed.lut, routed.log_rest, routed.k_mean, *sums)

@@ -38,7 +38,7 @@ class EightBit:
 
     Attributes:
         level: LOW_BIT of the kernels: 0 none, 1 int8, 2 int8_fp8.
-        k8: (B, Hkv, Tn * block_k, D) int8, smoothed, 0 at rows that are no real keys.
+        k8: (B, Hkv, Tn * block_k, D) int8 (or whole numbers in bfloat16), smoothed, 0 at rows that are no real keys.
         v8: (B, Hkv, Tn, Dv, block_k) float8_e4m3fn, the keys in `key_order`.
         scales: (B, Hkv, Tn, 4) fp32: k's scale, log2 of v's, and two of no meaning, for rows of 16 bytes.
         Tensors that a level does not use are set to k and never read.
@@ -50,14 +50,16 @@ class EightBit:
     scales: Slot
 
     @classmethod
-    def of(cls, schedule: Schedule, k: Slot, v: Slot, block_k: int, low_bit: str) -> EightBit:
-        """Allocate what low_bit needs for k (B, Hkv, Nk, D) and v (B, Hkv, Nk, Dv)."""
+    def of(
+        cls, schedule: Schedule, k: Slot, v: Slot, block_k: int, low_bit: str, numbers: torch.dtype = torch.int8
+    ) -> EightBit:
+        """Allocate what low_bit needs for k (B, Hkv, Nk, D), held in `numbers`, and v (B, Hkv, Nk, Dv)."""
         level, (B, heads, Nk, D), Dv = LOW_BITS.index(low_bit), k.shape, v.shape[3]
         tn = num_blocks(Nk, block_k)
         # unused ones must not have an 8-bit type, which older chips do not know
         k8 = v8 = scales = k
         if level >= 1:
-            k8 = schedule.empty("k8", (B, heads, tn * block_k, D), torch.int8)
+            k8 = schedule.empty("k8", (B, heads, tn * block_k, D), numbers)
             scales = schedule.empty("scales", (B, heads, tn, 4), torch.float32)
         if level == 2:
             v8 = schedule.empty("v8", (B, heads, tn, Dv, block_k), torch.float8_e4m3fn)
@@ -195,40 +197,47 @@ class Group:
 
     Attributes:
         complement: (heads, groups * Tm, columns), `weight` where a query block's linear branch covers a key block.
-        states: (heads, columns, `StateLayout.size`), and summed: (heads, groups * Tm, `StateLayout.size`).
+        summed: (heads, groups * Tm, `StateLayout.size`). shape: of the states, (heads, columns, `StateLayout.size`).
     """
 
     heads: range
     complement: Slot
-    states: Slot
     summed: Slot
+    shape: tuple[int, int, int]
     weight: float
 
 
 def grouped_sums(
     schedule: Schedule, args: AttentionArgs[Layout], slots: AttentionArgs[Slot], shape: ShapeClass,
-    layout: StateLayout, eight: EightBit, trials: bool,
+    layout: StateLayout, eight: EightBit, trials: bool, kept: Slot | None = None,
 ) -> Iterator[Group]:  # fmt: skip
-    """Sum states by a GEMM for as many heads at a time as `STATE_BYTES` allows."""
+    """Sum states by a GEMM for as many heads at a time as `STATE_BYTES` allows.
+
+    Args:
+        kept: sums of all heads, (B * heads, groups * Tm, `StateLayout.size`), which are not computed again.
+    """
     k, Hq = args.k, args.q.shape[1]
     (B, heads, Nk, _), (tm, topk) = k.shape, args.lut.shape[2:]
     groups, tn = Hq // heads, num_blocks(Nk, shape.block_k)
     # rows of whole 16-byte pieces, or the GEMM is three times slower; the padding is zero
     columns = num_blocks(tn, 8) * 8
     per_head = layout.size * (columns + groups * tm) * k.dtype.itemsize
-    step = max(1, min(B * heads, STATE_BYTES // per_head))
-    states = schedule.empty("states", (step, columns, layout.size), k.dtype)
+    step = B * heads if kept else max(1, min(B * heads, STATE_BYTES // per_head))
+    size = (step, columns, layout.size)
+    states = None if kept else schedule.empty("states", size, k.dtype)
     complement = schedule.empty("complement", (step, groups * tm, columns), k.dtype)
-    summed = schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
+    summed = kept or schedule.later("summed", (step, groups * tm, layout.size), k.dtype)
     weight = 1.0 / triton.next_power_of_2(tn)
     for first in range(0, B * heads, step):
         some = range(first, min(first + step, B * heads))
-        add_states(schedule, args, slots, shape, layout, eight, states, some, trials)
+        if states:
+            add_states(schedule, args, slots, shape, layout, eight, states, some, trials)
         schedule.launch(
             complement_kernel, (len(some) * groups * tm,),
             slots.lut, complement, tm, tn, columns, topk, first * groups * tm, weight,
             BLOCK_Q=shape.block_q, BLOCK_K=shape.block_k, BLOCK_N=512, CAUSAL=args.is_causal,
             ALL=args.linear_scope == "all", num_warps=2,
         )  # fmt: skip
-        schedule.compute(partial(product, len(some)), complement, states, into=summed)
-        yield Group(some, complement, states, summed, weight)
+        if states:
+            schedule.compute(partial(product, len(some)), complement, states, into=summed)
+        yield Group(some, complement, summed, size, weight)
