@@ -23,9 +23,10 @@ sites cannot learn. Hard top-k gives the selection no gradient; proxy and topk h
 
 What another method does not have yet is an error or a line of the report, never silent: low bit (the input's dtype
 runs, and `prepare` refuses), `calibrate` (refuses), Triton kernels (blocked PyTorch runs on a GPU too), ONNX files
-(refused). Statistics have `alpha_*`, the share of the selected keys: in the softmax of proxy and topk it is what it
-is, and a sum as sla's has no shares. `min_seq_len: auto` has SLA2's numbers, so that comparisons replace the same
-calls.
+(refused). Statistics have `alpha_*`, the share of the selected keys: exact for proxy and topk, and left out for sla,
+whose sum has no shares. `min_seq_len: auto` has SLA2's numbers, so that comparisons replace the same calls. sla's
+block scores have the logarithm of a block's real keys added, as the router's have: only ragged and masked blocks
+differ from SLA's code.
 
 To come: vsa (scores of cubes, a gated coarse branch) and vmoba (gates, a threshold) are selections of their own,
 which fill a table for the same op; token order is a permutation before all of this.

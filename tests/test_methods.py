@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import sla2_compile
 from sla2_compile.kernels.functional import attend
 from sla2_compile.kernels.options import METHODS
+from sla2_compile.libraries.adapter import Adapter
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.reports.computed import How
 from tests import models
@@ -193,6 +194,18 @@ def test_sla_is_refused_where_sites_learn_nothing(x):
         compiled(x)
     with pytest.raises(ValueError, match="method must not be 'sla' where sites learn nothing"):
         sla2_compile.register_transformers("rival", method="sla")
+
+
+def test_by_a_librarys_name(x):
+    q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
+    adapter = Adapter(sla2_compile.Recipe(method="topk", **ANY), "a library's name")
+    module = nn.Identity()
+    got = adapter.call(module, F.scaled_dot_product_attention, q, k, v)
+    site = adapter.record(module)
+    assert site is not None
+    assert torch.equal(got, attend(q, k, v, site.settings.options)[0])
+    (rewrite,) = site.outcomes.values()
+    assert rewrite.settings.options.method == "topk"
 
 
 def test_by_torch_compile_alone(x):
