@@ -4,6 +4,9 @@
 |---|---|
 | `arguments.py` | arguments and results of the ops; `records.py` reads schemas and values from them |
 | `ops.py` | fakes, autograd and dispatch of the ops |
+| `sparse_ops.py` | the op that the other methods share |
+| `methods.py` | the other methods than SLA2, and what each is made of |
+| `routing.py` | what was chosen in a call |
 | `checks.py` | what an op accepts, judged by metadata alone; the form of every error |
 | `blocks.py` | block geometry: how many blocks, how many are kept, which sizes suit a length |
 | `support.py` | which kernels run a call, in which format, and why not better ones |
@@ -32,7 +35,16 @@ from sla2_compile.kernels.blocks import auto_block_sizes
 from sla2_compile.kernels.functional import sla2_attention
 from sla2_compile.kernels.ops import attention, forward, route
 from sla2_compile.kernels.options import AttentionOptions
+from sla2_compile.kernels.sparse_ops import sparse_attention
 
 flops.register()
 
-__all__ = ["AttentionOptions", "attention", "auto_block_sizes", "forward", "route", "sla2_attention"]
+__all__ = [
+    "AttentionOptions",
+    "attention",
+    "auto_block_sizes",
+    "forward",
+    "route",
+    "sla2_attention",
+    "sparse_attention",
+]

@@ -178,6 +178,72 @@ class ForwardArgs(NamedTuple, Generic[T]):
         return AttentionArgs(*[known[n] for n in _ATTENTION])
 
 
+class SparseArgs(NamedTuple, Generic[T]):
+    """Arguments of `sla2::sparse_attention`: one softmax over the selected key blocks and, with a tail, all others.
+
+    Attributes:
+        q, k, v, k_mean, lut, key_mask, block_q, block_k, scale, is_causal: as `AttentionArgs` has them. k_mean is
+            taken from each key, which a softmax does not see, and gets no gradient.
+        tail: what the key blocks that are not selected count as: none (nothing) or proxy (one pooled term each).
+        proxy_order: 1 or 2: how many moments of a block's keys the pooled term knows.
+    """
+
+    q: T
+    k: T
+    v: T
+    k_mean: T
+    lut: T
+    key_mask: T | None
+    block_q: int
+    block_k: int
+    scale: float
+    tail: str
+    proxy_order: int
+    is_causal: bool
+
+    @property
+    def low_bit(self) -> str:
+        """Format of the products, as `AttentionArgs` has it: always the input's dtype."""
+        return "none"
+
+
+class SparseResult(NamedTuple, Generic[T]):
+    """What `sla2::sparse_attention` returns.
+
+    Attributes:
+        o: (B, Hq, Nq, Dv) in q's dtype, laid out as `output` does it.
+        lse: (B, Hq, Nq) acc, natural, of all terms of a row.
+        alpha: (B, Hq, Nq) acc, share of the selected keys in the row's softmax, in [0, 1].
+    """
+
+    o: T
+    lse: T
+    alpha: T
+
+
+class SparseSaved(NamedTuple, Generic[T]):
+    """What the forward keeps for the backward: results, and the arguments of its `sla2::sparse_attention`."""
+
+    o: T
+    lse: T
+    call: SparseArgs[T]
+
+
+class SparseBackwardArgs(NamedTuple, Generic[T]):
+    """Arguments of `sla2::sparse_attention_backward`: do (B, Hq, Nq, Dv), the gradient for o, and what was saved."""
+
+    do: T
+    saved: SparseSaved[T]
+
+
+class SparseBackwardResult(NamedTuple, Generic[T]):
+    """What `sla2::sparse_attention_backward` returns: each gradient has its tensor's shape and dtype."""
+
+    dq: T
+    dk: T
+    dv: T
+
+
 # positions of the parts' arguments, found once by name: an eager call cannot spare the time
 _ROUTE = [ForwardArgs._fields.index(name) for name in RouteArgs._fields]
 _KNOWN = (*ForwardArgs._fields, *RouteResult._fields)

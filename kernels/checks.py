@@ -7,11 +7,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArgs, accumulation_dtype
+from sla2_compile.kernels.arguments import (
+    AttentionArgs,
+    BackwardArgs,
+    RouteArgs,
+    SparseArgs,
+    SparseBackwardArgs,
+    accumulation_dtype,
+)
 from sla2_compile.kernels.switches import debugging
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("complement", "all")
+TAILS = ("none", "proxy")
 LOW_BITS = ("none", "int8", "int8_fp8")
 """Formats that an op computes; `precision.py` resolves what a recipe asks for to one of them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -126,19 +134,9 @@ def check_route(args: RouteArgs[Described]) -> None:
             raise fail(name, f"be on q's device {q.device}", proj.device, "move the model and its inputs together")
 
 
-def check_attention(args: AttentionArgs[Described]) -> None:
-    """All checks of `sla2::attention`."""
-    q, k, lut, log_rest, k_mean = args.q, args.k, args.lut, args.log_rest, args.k_mean
-    alpha_gain, alpha_bias = args.alpha_gain, args.alpha_bias
-    check_qkv(q, k, args.v)
-    check_key_mask(args.key_mask, k)
-    check_blocks(args.block_q, args.block_k)
-    B, Hq, Nq, D = q.shape
-    tm = (Nq + args.block_q - 1) // args.block_q
-    others = {"k_mean": k_mean, "lut": lut, "log_rest": log_rest, "alpha_gain": alpha_gain, "alpha_bias": alpha_bias}
-    for name, x in others.items():
-        if x is not None and x.device != q.device:
-            raise fail(name, f"be on q's device {q.device}", x.device, "move the model and its inputs together")
+def _check_routed(q: Described, k: Described, k_mean: Described, lut: Described, tm: int) -> None:
+    """Refuse a mean of keys or a table that a route of this call cannot have returned; tm: query blocks."""
+    B, Hq, _, D = q.shape
     if k_mean.shape != (B, k.shape[1], D):
         raise fail("k_mean", f"have shape {(B, k.shape[1], D)}", tuple(k_mean.shape), "take it from sla2::route")
     if len(lut.shape) != 4 or lut.shape[:3] != (B, Hq, tm) or lut.dtype != torch.int32:
@@ -146,6 +144,22 @@ def check_attention(args: AttentionArgs[Described]) -> None:
         raise fail("lut", rule, f"{lut.dtype} {tuple(lut.shape)}", "route with the same block_q")
     if lut.shape[3] == 0:
         raise fail("lut", "keep at least one key block", tuple(lut.shape), "take it from sla2::route")
+
+
+def check_attention(args: AttentionArgs[Described]) -> None:
+    """All checks of `sla2::attention`."""
+    q, k, lut, log_rest, k_mean = args.q, args.k, args.lut, args.log_rest, args.k_mean
+    alpha_gain, alpha_bias = args.alpha_gain, args.alpha_bias
+    check_qkv(q, k, args.v)
+    check_key_mask(args.key_mask, k)
+    check_blocks(args.block_q, args.block_k)
+    B, Hq, Nq, _ = q.shape
+    tm = (Nq + args.block_q - 1) // args.block_q
+    others = {"k_mean": k_mean, "lut": lut, "log_rest": log_rest, "alpha_gain": alpha_gain, "alpha_bias": alpha_bias}
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            raise fail(name, f"be on q's device {q.device}", x.device, "move the model and its inputs together")
+    _check_routed(q, k, k_mean, lut, tm)
     if log_rest.shape != (B, Hq, tm):
         raise fail("log_rest", f"have shape {(B, Hq, tm)}", tuple(log_rest.shape), "take it from sla2::route")
     if alpha_gain is not None and (alpha_gain.shape != (Hq,) or alpha_bias is None):
@@ -171,18 +185,48 @@ def check_backward(args: BackwardArgs[Described]) -> None:
     """All checks of `sla2::attention_backward`."""
     saved, call = args.saved, args.saved.call
     check_attention(call)
-    q, o_shape = call.q, (*call.q.shape[:3], call.v.shape[3])
+    _check_saved(args.do, saved.o, saved.lse, call.q, call.v, "sla2::attention")
+
+
+def _check_saved(do: Described, o: Described, lse: Described, q: Described, v: Described, op: str) -> None:
+    """Refuse a gradient and results that do not fit the op's arguments."""
+    o_shape = (*q.shape[:3], v.shape[3])
     for name, x, shape, dtype in (
-        ("do", args.do, o_shape, q.dtype),
-        ("lse", saved.lse, o_shape[:3], accumulation_dtype(q.dtype)),
-        ("o", saved.o, o_shape, q.dtype),
+        ("do", do, o_shape, q.dtype),
+        ("lse", lse, o_shape[:3], accumulation_dtype(q.dtype)),
+        ("o", o, o_shape, q.dtype),
     ):
         if x.shape != shape or x.dtype != dtype or x.device != q.device:
             rule = f"be {dtype} of shape {shape} on {q.device}"
-            raise fail(name, rule, f"{x.dtype} {tuple(x.shape)} on {x.device}", "take it as sla2::attention gave it")
+            raise fail(name, rule, f"{x.dtype} {tuple(x.shape)} on {x.device}", f"take it as {op} gave it")
 
 
-def check_table(args: AttentionArgs[Tensor]) -> None:
+def check_sparse(args: SparseArgs[Described]) -> None:
+    """All checks of `sla2::sparse_attention`."""
+    q, k = args.q, args.k
+    check_qkv(q, k, args.v)
+    check_key_mask(args.key_mask, k)
+    check_blocks(args.block_q, args.block_k)
+    for name, x in (("k_mean", args.k_mean), ("lut", args.lut)):
+        if x.device != q.device:
+            raise fail(name, f"be on q's device {q.device}", x.device, "move the model and its inputs together")
+    _check_routed(q, k, args.k_mean, args.lut, (q.shape[2] + args.block_q - 1) // args.block_q)
+    if args.tail not in TAILS:
+        raise fail(
+            "tail", f"be one of {', '.join(TAILS)}", repr(args.tail), "proxy pools the blocks that are not selected"
+        )
+    if args.proxy_order not in (1, 2):
+        raise fail("proxy_order", "be 1 or 2", args.proxy_order, "2 also counts the spread of a block's keys")
+
+
+def check_sparse_backward(args: SparseBackwardArgs[Described]) -> None:
+    """All checks of `sla2::sparse_attention_backward`."""
+    saved, call = args.saved, args.saved.call
+    check_sparse(call)
+    _check_saved(args.do, saved.o, saved.lse, call.q, call.v, "sla2::sparse_attention")
+
+
+def check_table(args: AttentionArgs[Tensor] | SparseArgs[Tensor]) -> None:
     """Refuse a table that no router made, if SLA2_DEBUG is set. The check reads values, so it waits for the device.
 
     Without it, the Triton kernels compute meaningless numbers from such a table, but read and write nothing outside

@@ -5,7 +5,9 @@ K key blocks of block_k keys selected for each of Tm query blocks:
     route:     2 Tq Tk D, over the router's tokens, and 2 T D^2 for each projection of T tokens
     attention: 2 Nq K block_k (D + Dv)  +  2 D Dv (Nq + Tm Tn), and 2 D Dv Nk per head of k
     backward:  2 Nq K block_k (3 D + 2 Dv)  +  4 D Dv (Nq + Tm Tn), and 6 D Dv Nk per head of k
-With every block selected the complement is empty, and the linear branch counts nothing.
+    sparse_attention: 2 Nq K block_k (D + Dv)  +  2 Nq Tn (F + Dv) for the tail, with F = D or, at order 2, 2 D;
+                      backward: 2 Nq K block_k (3 D + 2 Dv)  +  2 Nq Tn (3 F + 2 Dv)
+With every block selected the complement is empty, and the linear branch and the tail count nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from sla2_compile.kernels.arguments import (
     ForwardArgs,
     RouteArgs,
     RouteResult,
+    SparseArgs,
+    SparseBackwardArgs,
 )
 from sla2_compile.kernels.blocks import num_blocks, num_kept, router_tokens
-from sla2_compile.kernels.options import AttentionOptions
+from sla2_compile.kernels.options import METHODS, AttentionOptions
 from sla2_compile.kernels.records import of
 
 Shape = Sequence[int]
@@ -67,6 +71,35 @@ def _flops(args: AttentionArgs[Shape], sparse: tuple[int, int], per_row: int, pe
     return 2 * B * (selected + D * Dv * (per_row * Hq * (Nq + tm * tn) + per_key * heads * Nk))
 
 
+def sparse_flops(args: SparseArgs[Shape], products: tuple[int, int] = (1, 1)) -> int:
+    """FLOPs of `sla2::sparse_attention`, also given shapes, or of an op that makes so many products D and Dv wide."""
+    (B, Hq, Nq, D), (_, _, Nk, Dv), kept = args.q, args.v, args.lut[3]
+    tn = num_blocks(Nk, args.block_k)
+    terms = min(Nk, kept * args.block_k) * (products[0] * D + products[1] * Dv)
+    if args.tail == "proxy" and kept < tn:
+        terms += tn * (products[0] * D * args.proxy_order + products[1] * Dv)
+    return 2 * B * Hq * Nq * terms
+
+
+def sparse_backward_flops(args: SparseBackwardArgs[Shape]) -> int:
+    """FLOPs of `sla2::sparse_attention_backward`, also given shapes."""
+    return sparse_flops(args.saved.call, (3, 2))
+
+
+def _otherwise(args: ForwardArgs[Shape], routed: RouteResult[Shape], options: AttentionOptions) -> int:
+    """FLOPs of a call by another method than sla2."""
+    method = METHODS[options.method]
+    if method.selects_by_means:
+        args = args._replace(compression_ratio=max(args.block_q, args.block_k))
+    call: SparseArgs[Shape] = SparseArgs(
+        args.q, args.k, args.v, routed.k_mean, routed.lut, None, args.block_q, args.block_k, 1.0, method.tail,
+        options.proxy_order, is_causal=False,
+    )  # fmt: skip
+    (B, Hq, Nq, D), (_, heads, Nk, Dv) = args.q, args.v
+    linear = 2 * B * D * Dv * (Hq * Nq + heads * Nk) + 2 * B * Hq * Nq * Dv * Dv if method.all_keys else 0
+    return route_flops(args.route()) + sparse_flops(call) + linear
+
+
 def call_flops(q: Shape, k: Shape, v: Shape, options: AttentionOptions, kept: int) -> int:
     """FLOPs of one call with these options, without the router's projections; kept: key blocks per query block."""
     block_q, block_k = options.block_sizes(q[2], k[2])
@@ -77,6 +110,8 @@ def call_flops(q: Shape, k: Shape, v: Shape, options: AttentionOptions, kept: in
     )  # fmt: skip
     rows = (*q[:2], tm)
     routed: RouteResult[Shape] = RouteResult((*rows, kept), rows, rows, (*k[:2], k[3]))
+    if options.method != "sla2":
+        return _otherwise(args, routed, options)
     return route_flops(args.route()) + attention_flops(args.attention(routed))
 
 
@@ -98,6 +133,8 @@ def _register() -> None:
         "attention": (AttentionArgs, lambda args, out: attention_flops(args)),
         "attention_backward": (BackwardArgs, lambda args, out: backward_flops(args)),
         "forward": (ForwardArgs, lambda args, out: forward_flops(args)),
+        "sparse_attention": (SparseArgs, lambda args, out: sparse_flops(args)),
+        "sparse_attention_backward": (SparseBackwardArgs, lambda args, out: sparse_backward_flops(args)),
     }
     for name, (record, count) in formulas.items():
 

@@ -1,8 +1,9 @@
-"""SLA2 attention in one call, as sites and graphs run it: one op, or two in a training step; eagerly past them."""
+"""SLA2 attention in one call, as sites and graphs run it: one op, or two in a training step; eagerly past them.
+
+Other methods than sla2 (`AttentionOptions.method`) go to `methods.py`.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, RouteRe
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.kinds import kind_of, resolve
 from sla2_compile.kernels.layout import read
+from sla2_compile.kernels.methods import attend_otherwise
 from sla2_compile.kernels.ops import attention, forward, route
 from sla2_compile.kernels.options import AttentionOptions, asked
+from sla2_compile.kernels.routing import Routing
 from sla2_compile.kernels.switches import by_trial, debugging
 from sla2_compile.kernels.tracing import autocasts, refuse_forward_mode, traced
 from sla2_compile.kernels.training_step import TrainingStep
@@ -23,30 +26,13 @@ PLAIN = torch_internals.plain_keys("CPU") | torch_internals.plain_keys("CUDA")
 """Key sets of tensors that a kind of call is known by."""
 
 
-@dataclass
-class Routing:
-    """The router's choices in one call, for statistics and pictures.
-
-    lut (B, Hq, Tm, K) int32; log_rest, entropy (B, Hq, Tm); lse (B, Hq, Tm), of the first row of each query
-    block only, to save memory; block_q, block_k in tokens; Tn key blocks in all.
-    """
-
-    lut: Tensor
-    log_rest: Tensor
-    entropy: Tensor
-    lse: Tensor
-    block_q: int
-    block_k: int
-    Tn: int
-
-
 def sla2_attention(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = DEFAULTS, *,
     key_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None,
     proj_q: Tensor | None = None, proj_k: Tensor | None = None,
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None, training: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Approximate softmax attention by SLA2 (arXiv 2602.12675, Alg. 2).
+    """Approximate softmax attention by SLA2 (arXiv 2602.12675, Alg. 2), or by another method of the options.
 
     Args:
         q: (B, Hq, Nq, D); k: (B, Hkv, Nk, D); v: (B, Hkv, Nk, Dv). Hkv divides Hq. float64, 32, bf16, fp16.
@@ -84,15 +70,30 @@ def attend(
     proj_q: Tensor | None = None, proj_k: Tensor | None = None,
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
     training: bool = False, imitate: str | None = None, keep_routing: bool = True,
+    linear_weight: Tensor | None = None, linear_bias: Tensor | None = None,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """Run `sla2_attention`, and return (o, the router's choices).
 
     Args:
         imitate: format that the sparse branch is computed in, forward and backward, in training as well: none, int8
             or int8_fp8. If None, options and training decide.
+        linear_weight: (Dv, Dv); linear_bias: (Dv,): the projection of SLA's linear branch, for method sla alone.
+            Without them it is its sparse branch.
 
     The choices are None without keep_routing, and in a compiler's trace.
     """
+    if options.method != "sla2":
+        refuse_forward_mode(q, k, v)
+        if autocasts(q):
+            q, k, v = _cast(q, k, v)
+        given = {
+            "proj_q": proj_q, "proj_k": proj_k, "alpha_gain": alpha_gain, "alpha_bias": alpha_bias,
+            "linear_weight": linear_weight, "linear_bias": linear_bias,
+        }  # fmt: skip
+        return attend_otherwise(
+            q, k, v, options, key_mask=key_mask, is_causal=is_causal, scale=scale, low_bit=imitate or options.low_bit,
+            learned={name: x for name, x in given.items() if x is not None}, keep_routing=keep_routing,
+        )  # fmt: skip
     low_bit, imitated = asked(options, training) if imitate is None else imitate, imitate is not None
     learned = (proj_q, proj_k, alpha_gain, alpha_bias)
     tensors = (q, k, v, *learned, key_mask)

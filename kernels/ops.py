@@ -236,14 +236,14 @@ attention_backward = define(
 """Gradients of `sla2::attention` (SLA2, Alg. 3). Formulas and shapes: `portable/backward.py`."""
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise NotImplementedError(
         "SLA2 must be differentiated once, got a backward through its backward (create_graph=True); compute full "
         "attention there: exclude the module (exclude='...') or restore(model)"
     )
 
 
-attention_backward.register_autograd(_no_second_derivative)
+attention_backward.register_autograd(no_second_derivative)
 
 
 def _forward(args: ForwardArgs[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ DEFAULT = "balanced"
 
 SITE_FIELDS = (
     "topk_ratio", "compression_ratio", "block_q", "block_k", "feature_map",
-    "alpha", "linear_scope", "low_bit", "qat", "min_seq_len",
+    "alpha", "linear_scope", "low_bit", "qat", "min_seq_len", "method", "proxy_order",
 )  # fmt: skip
 """Fields that may differ between sites (`overrides`). The other fields choose the sites."""
 
@@ -45,6 +45,10 @@ class Recipe(BaseModel):
             number leaves the model as it is, with a warning, so that a sweep may end with full attention.
         include, exclude: patterns of owner names, such as "blocks.*.attn", with shell wildcards. exclude wins.
         overrides: field values for some sites, by patterns of owner names. Later patterns win.
+        method: what takes the place of full attention: sla2, or a rival with the same topk_ratio and blocks. proxy
+            has one pooled term of the softmax for each key block that is not selected (Sol-Attn, PISA); topk has
+            nothing for them; sla is SLA (arXiv 2509.24006). `kernels/methods.py` says what each is made of.
+        proxy_order: of method proxy: 1, or 2 to count the spread of a block's keys too.
         min_seq_len: calls with fewer queries or keys keep full attention. "auto" goes by what was
             measured on the device: by tokens, by work (B Hq Nq Nk D), and in training steps by higher numbers.
 
@@ -74,6 +78,8 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     min_seq_len: int | Literal["auto"] = "auto"
+    method: Literal["sla2", "sla", "proxy", "topk"] = "sla2"
+    proxy_order: Literal[1, 2] = 1
 
     def __init__(self, **values: Any) -> None:
         try:

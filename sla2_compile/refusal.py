@@ -33,6 +33,7 @@ ADVICE = {
     Reason.BROADCAST: "expand k and v to q's batch and heads, or pass enable_gqa=True for fewer heads",
     Reason.DTYPE: "compute attention in float32, bfloat16 or float16",
     Reason.CAUSAL_ALL_KEYS: "linear_scope='complement' takes causal calls",
+    Reason.CAUSAL_METHOD: "methods sla2, proxy and topk take causal calls",
     Reason.EXCLUDED: "change include and exclude",
     Reason.LAYER_RANGE: "change start_layer and end_layer",
     Reason.WEIGHTS: "ask for no attention weights: need_weights=False",

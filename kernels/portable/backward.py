@@ -47,27 +47,36 @@ LEAST_WEIGHT = 1e-30
 
 
 @dataclass
-class RowGradients:
-    """Gradients at a group's query rows, computed before those at the keys.
+class SparseGradients:
+    """Gradients at a group's query rows that the sparse branch's own are made from.
 
     Attributes:
         do_sparse: (R, block_q, Dv), dO_s, with exp(-lse) as a factor if `plain`.
-        d_logit, d_gain: (R,), gradients for each query block's bias and gain.
         shift: (R, 1, block_q), dlse - D_s, added to dP before it is multiplied by P; with the same factor. dlse alone
             if `exact`.
         plain: whether P is taken as exp(S), without subtracting lse.
         exact: whether D_s is still to be summed from P and dP.
-        dq: (R, block_q, D), of the linear branch.
-        d_kv: (R, D, Dv) and d_k: (R, D, 1), for the row's sums over its complement.
+        dq: (R, block_q, D), of the other branch.
     """
 
     do_sparse: Tensor
-    d_logit: Tensor
-    d_gain: Tensor
     shift: Tensor
     plain: bool
     exact: bool
     dq: Tensor
+
+
+@dataclass
+class RowGradients(SparseGradients):
+    """All gradients at a group's query rows, computed before those at the keys.
+
+    Attributes:
+        d_logit, d_gain: (R,), gradients for each query block's bias and gain.
+        d_kv: (R, D, Dv) and d_k: (R, D, 1), for the row's sums over its complement.
+    """
+
+    d_logit: Tensor
+    d_gain: Tensor
     d_kv: Tensor
     d_k: Tensor
 
@@ -140,7 +149,7 @@ def key_backward(tiles: Tiles, state: LinearState, rows: RowGradients, feature_m
     return feature_map_backward(d_phi_k, state.phi_k, feature_map), torch.bmm(state.phi_k, d_kv)
 
 
-def add_sparse_backward(tiles: Tiles, rows: RowGradients, lse: Tensor, dk: Tensor, dv: Tensor) -> None:
+def add_sparse_backward(tiles: Tiles, rows: SparseGradients, lse: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Add the sparse branch's share to rows.dq, dk (C, block_k, D) and dv (C, block_k, Dv).
 
     Args:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla2_compile.kernels.arguments import AttentionArgs, accumulation_dtype
+from sla2_compile.kernels.arguments import AttentionArgs, SparseArgs, accumulation_dtype
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.portable.low_bit import Operands
 from sla2_compile.kernels.torch_internals import multiplies_bfloat16
@@ -256,7 +256,7 @@ class Tiles:
         return keep.view(heads, tm_all, self.Tn)
 
 
-def cut(args: AttentionArgs[Tensor], bs: slice, hs: slice, hq: slice, scratch: Scratch) -> Tiles:
+def cut(args: AttentionArgs[Tensor] | SparseArgs[Tensor], bs: slice, hs: slice, hq: slice, scratch: Scratch) -> Tiles:
     """Cut one group of heads into `Tiles`: batch entries bs, key/value heads hs, and their query heads hq."""
     q, k, v, lut, k_mean = args.q[bs, hq], args.k[bs, hs], args.v[bs, hs], args.lut[bs, hq], args.k_mean[bs, hs]
     key_mask = None if args.key_mask is None else args.key_mask[bs]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.options import METHODS
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.settings import SiteSettings
 
@@ -22,27 +23,31 @@ from sla2_compile.passes.sites.settings import SiteSettings
 # trained, so a site starts with 95 % sparse branch
 UNTRAINED_LOGIT = 3.0
 
-NAMES = ("proj_q", "proj_k", "alpha_gain", "alpha_bias")
+NAMES = tuple(name for method in METHODS.values() for name in method.learns)
 
 
 class SiteParameters(nn.Module):
-    """The parameters of one site; all None for a site that learns nothing.
+    """The parameters of one site; all None but those of its method, and all None for a site that learns nothing.
 
     Parameters:
         proj_q, proj_k: (D, D), the router's projections, identity before calibration. Hard top-k gives them no
             gradient, so they do not require one until stage 1 (`calibrate`) trains them.
         alpha_gain: (Hq,), 1 before training; for alpha="routed" only.
         alpha_bias: (Hq, 1), for alpha="routed" (0 before training) and "head"; (1, Tm) for "block".
+        linear_weight: (Dv, Dv), linear_bias: (Dv,), 0 before training: the projection of SLA's linear branch, for
+            method sla alone, which has none of the above.
 
     Attributes:
         settings: what the recipe says about the site.
-        heads, head_dim: those of the calls that the parameters are for; 0 without parameters.
+        heads, head_dim: those of the calls that the site was planned for; 0 if it was made without one.
     """
 
     proj_q: Tensor | None
     proj_k: Tensor | None
     alpha_gain: Tensor | None
     alpha_bias: Tensor | None
+    linear_weight: Tensor | None
+    linear_bias: Tensor | None
 
     def __init__(self, settings: SiteSettings) -> None:
         super().__init__()
@@ -53,9 +58,18 @@ class SiteParameters(nn.Module):
 
     def make_parameters(self, call: AttentionCall, dtype: torch.dtype) -> None:
         """Register untrained parameters for calls like this one, on its device."""
-        heads, Nq, D = call.q.shape[1:]
-        self.heads, self.head_dim = heads, D
+        self.heads, self.head_dim = call.q.shape[1], call.q.shape[3]
         like: dict[str, Any] = {"device": call.q.device, "dtype": dtype}
+        if self.settings.options.method == "sla2":
+            self._make_sla2(call, like)
+        elif self.settings.options.method == "sla":
+            Dv = call.v.shape[3]
+            self.linear_weight = nn.Parameter(torch.empty(Dv, Dv, **like))
+            self.linear_bias = nn.Parameter(torch.empty(Dv, **like))
+        self.reset_parameters()
+
+    def _make_sla2(self, call: AttentionCall, like: dict[str, Any]) -> None:
+        heads, Nq, D = call.q.shape[1:]
         self.proj_q = nn.Parameter(torch.empty(D, D, **like), requires_grad=False)
         self.proj_k = nn.Parameter(torch.empty(D, D, **like), requires_grad=False)
         if self.settings.alpha == "routed":
@@ -65,7 +79,6 @@ class SiteParameters(nn.Module):
             block_q, _ = self.settings.options.block_sizes(Nq, call.k.shape[2])
             heads, blocks = 1, num_blocks(Nq, block_q)
         self.alpha_bias = nn.Parameter(torch.empty(heads, blocks, **like))
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -77,6 +90,9 @@ class SiteParameters(nn.Module):
             self.alpha_gain.fill_(1.0)
         if self.alpha_bias is not None:
             self.alpha_bias.fill_(0.0 if self.settings.alpha == "routed" else UNTRAINED_LOGIT)
+        for linear in (self.linear_weight, self.linear_bias):
+            if linear is not None:
+                linear.zero_()
 
     def check_frozen(self) -> None:
         """Warn if the router's projections require a gradient that they never get, and training would change them.

@@ -11,6 +11,7 @@ from enum import Enum
 import torch
 
 from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
+from sla2_compile.kernels.options import METHODS
 from sla2_compile.kernels.torch_internals import surely
 from sla2_compile.kernels.tracing import autocasts, shorter
 from sla2_compile.passes.sites.call import AttentionCall
@@ -34,6 +35,7 @@ class Reason(str, Enum):
     BROADCAST = "heads or batch broadcast"
     DTYPE = "dtype"
     CAUSAL_ALL_KEYS = "causal with linear_scope 'all'"
+    CAUSAL_METHOD = "causal with method 'sla', whose linear branch covers all keys"
     EXCLUDED = "excluded by the recipe"
     LAYER_RANGE = "outside start_layer..end_layer"
     WEIGHTS = "attention weights requested"
@@ -89,8 +91,11 @@ def why_not(
     if mask is None:
         assert call.attn_mask is not None
         return Reason.QUERY_MASK if call.attn_mask.dtype == torch.bool else Reason.BIAS
-    if mask.is_causal and settings.options.linear_scope == "all":
-        return Reason.CAUSAL_ALL_KEYS
+    if mask.is_causal:
+        if METHODS[settings.options.method].all_keys:
+            return Reason.CAUSAL_METHOD
+        if settings.options.method == "sla2" and settings.options.linear_scope == "all":
+            return Reason.CAUSAL_ALL_KEYS
     return too_small(q.shape, k.shape, settings.least(q.device.type, training))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from sla2_compile.kernels import AttentionOptions
@@ -20,7 +20,8 @@ class SiteSettings:
         options: how the call is computed.
         alpha: routed, head or block: where the mix comes from (`Recipe.alpha`).
         fake_quant: format that a prepared site imitates: none, int8 or int8_fp8. It is none unless the recipe sets
-            qat and low_bit; auto, which decides by device and length, is imitated as int8.
+            qat and low_bit; auto, which decides by device and length, is imitated as int8. Methods other than sla2
+            have no low bit; it and the options' low_bit are none then.
         min_seq_len: shortest length that is replaced; "auto" means the device's crossover, by tokens and by work.
         recipe_ratio: the recipe's topk_ratio, which decides the crossover, if a schedule has changed that of options.
     """
@@ -36,6 +37,8 @@ class SiteSettings:
         """Return the settings of the sites of one owner, with overrides applied."""
         recipe = recipe.for_site(owner)
         options = AttentionOptions(**{x.name: getattr(recipe, x.name) for x in fields(AttentionOptions)})
+        if recipe.method != "sla2":
+            return cls(replace(options, low_bit="none"), recipe.alpha, "none", recipe.min_seq_len)
         imitated = {"auto": "int8"}.get(recipe.low_bit, recipe.low_bit) if recipe.qat else "none"
         return cls(options, recipe.alpha, imitated, recipe.min_seq_len)
 

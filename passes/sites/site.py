@@ -1,4 +1,4 @@
-"""`Site`, the module that replaces one attention call."""
+"""`Site`, the module that replaces one attention call, by SLA2 or by another method of its settings."""
 
 from __future__ import annotations
 
@@ -62,7 +62,13 @@ class Site(SiteProgress):
             settings: see `SiteSettings`.
             call: gives heads, head dim, length and device.
             dtype: of the parameters; q's if None.
+
+        Raises:
+            ValueError: there is no call, and the method is nothing without what a site learns.
         """
+        if call is None and settings.options.method == "sla":
+            fix = "sites by a library's name or in backend='sla2' learn nothing: call sla2_compile.transform"
+            raise fail("method", "not be 'sla' where sites learn nothing", "'sla'", fix)
         super().__init__(settings)
         self.state = State.PLAIN
         self.off = False
@@ -152,13 +158,20 @@ class Site(SiteProgress):
         if self.observer is not None:
             # observers compute outside of autocast, which may get q and k in float32 from norms, and v in 16 bits
             return self.observer(self, call.as_autocast_has_it(), mask)
-        o, routing = attend(
-            call.q, call.k, call.v, self.settings.options,
-            key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
-            proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=alpha_bias,
-            training=training, imitate=self.imitates(),
-            keep_routing=self.recording,
-        )  # fmt: skip
+        if self.settings.options.method == "sla2":
+            o, routing = attend(
+                call.q, call.k, call.v, self.settings.options,
+                key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
+                proj_q=self.proj_q, proj_k=self.proj_k, alpha_gain=self.alpha_gain, alpha_bias=alpha_bias,
+                training=training, imitate=self.imitates(),
+                keep_routing=self.recording,
+            )  # fmt: skip
+        else:
+            o, routing = attend(
+                call.q, call.k, call.v, self.settings.options,
+                key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
+                linear_weight=self.linear_weight, linear_bias=self.linear_bias, keep_routing=self.recording,
+            )  # fmt: skip
         if routing is not None:
             self.last_routing = routing
         if not torch.compiler.is_compiling():
@@ -241,4 +254,6 @@ class Site(SiteProgress):
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha
         sizes = f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}"
+        if options.method != "sla2":
+            return f"method={options.method}, {sizes}"
         return f"{sizes}, alpha={alpha}, state={self.state.value}"

@@ -15,7 +15,7 @@ from sla2_compile.passes.sites.site import Site
 from sla2_compile.training.aux_loss import AuxLoss, SoftLoss, calibration_loss, end_observing, observe_calls
 from sla2_compile.training.groups import ROUTER
 from sla2_compile.training.schedule import check_schedule, common_progress, set_schedule
-from sla2_compile.training.sites import sites_in
+from sla2_compile.training.sites import check_sla2, sites_in
 
 
 class SLA2TwoStageScheduler(CountsSteps):
@@ -44,7 +44,7 @@ class SLA2TwoStageScheduler(CountsSteps):
 
     Raises:
         ValueError: a number is out of range; from the Trainer: the LightningModule holds no transformed model, or
-            SLA2Callback comes after this callback.
+            one of another method than sla2, or SLA2Callback comes after this callback.
     """
 
     def __init__(
@@ -164,4 +164,6 @@ def _trained(model: nn.Module) -> list[Site]:
     """The sites that learn, if the model is trained: an EMA has no parameter that requires a gradient."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return []
-    return [site for site in sites_in(model).values() if site.heads]
+    sites = [site for site in sites_in(model).values() if site.heads]
+    check_sla2(sites, "trained in two stages")
+    return sites

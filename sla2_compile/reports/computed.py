@@ -1,4 +1,4 @@
-"""How a replaced call is computed in inference: in which format, by Triton kernels or blocked PyTorch, and why."""
+"""How a replaced call is computed: by which method, in which format, by which kernels, and why."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs
 from sla2_compile.kernels.blocks import num_blocks, num_kept
+from sla2_compile.kernels.options import METHODS
 from sla2_compile.kernels.support import LEAST_KEPT, MOST_KEPT, Chip, Facts, support
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 
@@ -42,9 +43,11 @@ class How:
 
     @classmethod
     def of(cls, r: Rewrite, device: str) -> How:
+        on = device or r.where.device
+        if (method := r.settings.options.method) != "sla2":
+            return cls("none", "none", "", f"method {method} has no GPU kernels" if on == "cuda" else "")
         if r.low_bit:
             return cls._exported(r)
-        on = device or r.where.device
         found = [cls._with(r, on, *blocks) for blocks in _blocks(r, on)]
         if len({(how.runs, how.portable) for how in found}) == 1:
             # reasons may differ: take that of the longest
@@ -115,6 +118,8 @@ def _attention_ops(root: nn.Module) -> Iterator[str]:
                 yield AttentionArgs(*node.args, **node.kwargs).low_bit
             elif node.target is torch.ops.sla2.forward.default:
                 yield ForwardArgs(*node.args, **node.kwargs).low_bit
+            elif node.target is torch.ops.sla2.sparse_attention.default:
+                yield "none"
 
 
 def how_lines(
@@ -144,7 +149,20 @@ def how_lines(
         fixed = all(how.fixed for how in mine)
         rest = "fixed by the export" if fixed else "training computes in the input's dtype"
         lines.append(f"low bit {low_bit}: {', '.join(each)}; {rest}")
-    return lines + _imitated_lines(rewrites, imitated, converted)
+    return [*_method_lines(rewrites), *lines, *_imitated_lines(rewrites, imitated, converted)]
+
+
+def _method_lines(rewrites: list[Rewrite]) -> list[str]:
+    """Say which calls another method than sla2 computes, how, and which fields of a recipe it does not read."""
+    counts = Counter[str]()
+    for r in rewrites:
+        counts[r.settings.options.method] += r.where.times
+    return [
+        f"method {name} in {calls(n)}: blocked PyTorch in the input's dtype, on every device; without effect: "
+        f"{', '.join((*METHODS[name].unused, 'low_bit', 'qat'))}"
+        for name, n in counts.items()
+        if name != "sla2"
+    ]
 
 
 def _imitated_lines(rewrites: list[Rewrite], imitated: Mapping[str, str], converted: bool) -> list[str]:

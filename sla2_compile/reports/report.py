@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from sla2_compile.libraries.adapted import adapter_sites, adapters_of
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
+from sla2_compile.passes.sites.settings import SiteSettings
 from sla2_compile.plan import plans
 from sla2_compile.reports import runtime
 from sla2_compile.reports.computed import How, as_exported, how_lines
@@ -74,15 +75,16 @@ class Report:
         Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone, imitated,
         converted.
 
-        A replaced call has low_bit and portable. low_bit holds what was asked for, what runs (empty where that
-        depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton kernels
-        runs the call on a GPU, or is empty.
+        A replaced call has its method, low_bit and portable. low_bit holds what was asked for, what runs (empty where
+        that depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton
+        kernels runs the call on a GPU, or is empty.
         """
         calls = []
         for x in self.outcomes:
             row: dict[str, Any] = {**asdict(x.where), "replaced": isinstance(x, Rewrite)}
             if isinstance(x, Rewrite):
-                row |= {"sparsity": x.sparsity, "topk": x.topk, "tm": x.tm, "tn": x.tn}
+                row |= {"method": x.settings.options.method, "sparsity": x.sparsity}
+                row |= {"topk": x.topk, "tm": x.tm, "tn": x.tn}
                 row |= {"block_q": x.block_q, "block_k": x.block_k, "flops": x.flops, "full_flops": x.full_flops}
                 how = How.of(x, self.device)
                 row |= {"low_bit": {"asked": how.asked, "runs": how.runs, "why": how.why}, "portable": how.portable}
@@ -120,7 +122,7 @@ class Report:
             if isinstance(x, Rewrite):
                 kept = f"{x.topk} of {x.tn}" if x.tn else f"{x.settings.options.topk_ratio:.0%}"
                 saved = f"{1 - x.flops / x.full_flops:.0%}" if x.full_flops else ""
-                done = "planned, not reached (see below)" if w.owner in self.gone else "SLA2"
+                done = "planned, not reached (see below)" if w.owner in self.gone else name_of(x.settings)
                 table.add_row(w.owner or "(model)", call, shape, keys, done, kept, saved)
             else:
                 why = x.reason.value + (f" ({x.detail})" if x.detail else "")
@@ -145,7 +147,8 @@ class Report:
         lines += how_lines(self.rewrites, self.device, self.imitated, self.converted)
         lines += training_lines(self.rewrites)
         if self.ran:
-            lines.append(f"SLA2 answered {sum(self.ran.values())} eager calls")
+            who = " and ".join(dict.fromkeys(name_of(x.settings) for x in self.rewrites)) or "SLA2"
+            lines.append(f"{who} answered {sum(self.ran.values())} eager calls")
         lines += [f"{name or '(model)'}: {why}" for name, why in self.gone.items()]
         for name, counts in self.fallbacks.items():
             reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
@@ -201,6 +204,12 @@ def report(model: nn.Module | ExportedProgram) -> Report:
         tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, by_adapter, ran, lost,
         runtime.imitated(model), runtime.is_converted(model),
     )  # fmt: skip
+
+
+def name_of(settings: SiteSettings) -> str:
+    """What a report calls a site's method."""
+    method = settings.options.method
+    return {"sla2": "SLA2", "sla": "SLA"}.get(method, method)
 
 
 def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:

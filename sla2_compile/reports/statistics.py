@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sla2_compile.kernels.checks import fail
-from sla2_compile.kernels.functional import Routing
+from sla2_compile.kernels.routing import Routing
 from sla2_compile.libraries.adapted import adapter_sites, adapters_of
 from sla2_compile.modules.redirect import CHILD
 from sla2_compile.passes.sites.site import Site
@@ -39,7 +39,7 @@ def get_sla2_statistics(model: nn.Module, style: Literal["sites", "flat"] = "sit
     Keys of style "sites", per site `<site>/...` and averaged over sites `mean/...`:
         sparsity: share of key blocks that the sparse branch skipped.
         alpha_mean, alpha_std, alpha_min, alpha_max: share of the sparse branch, over heads and query blocks
-            (one row of each block).
+            (one row of each block). A site of method sla has none: its sum has no shares.
         router_entropy: entropy of the router's distribution over key blocks, in nats, mean over heads and query
             blocks.
 
@@ -68,7 +68,7 @@ def get_sla2_statistics(model: nn.Module, style: Literal["sites", "flat"] = "sit
             found = _site_statistics(site, routing)
             found["router_params"] = float(sum(0 if p is None else p.numel() for p in (site.proj_q, site.proj_k)))
             keys = ("alpha_mean", "alpha_std", "sparsity", "router_params")
-            stats |= {f"{_flat(name)}/{key}": found[key] for key in keys}
+            stats |= {f"{_flat(name)}/{key}": found[key] for key in keys if key in found}
         return stats
     for name, site, routing in ran:
         stats |= {f"{name}/{key}": value for key, value in _site_statistics(site, routing).items()}
@@ -108,6 +108,18 @@ def _nothing_recorded(model: nn.Module, all_sites: list[Site]) -> ValueError:
 @torch.no_grad()
 def _site_statistics(site: Site, routing: Routing) -> dict[str, float]:
     kept = (routing.lut >= 0).sum(dim=-1).float().mean().item()
+    found = {"sparsity": 1.0 - kept / routing.Tn}
+    alpha = _alpha(site, routing) if site.settings.options.method == "sla2" else routing.alpha
+    if alpha is not None:
+        alpha = alpha.float()
+        found["alpha_mean"] = alpha.mean().item()
+        found["alpha_std"] = alpha.std(correction=0).item()
+        found["alpha_min"], found["alpha_max"] = alpha.min().item(), alpha.max().item()
+    return {**found, "router_entropy": routing.entropy.float().mean().item()}
+
+
+def _alpha(site: Site, routing: Routing) -> Tensor:
+    """SLA2's alpha of the recorded rows, (B, Hq, Tm)."""
     logit = routing.lse - routing.log_rest
     if site.alpha_bias is not None:
         bias = site.alpha_bias.to(logit.dtype)
@@ -116,15 +128,7 @@ def _site_statistics(site: Site, routing: Routing) -> dict[str, float]:
         else:
             gain = site.alpha_gain.to(logit.dtype)[:, None]
             logit = torch.where(routing.log_rest.isneginf(), logit, logit * gain + bias)
-    alpha = torch.sigmoid(logit).nan_to_num(0.0).float()
-    return {
-        "sparsity": 1.0 - kept / routing.Tn,
-        "alpha_mean": alpha.mean().item(),
-        "alpha_std": alpha.std(correction=0).item(),
-        "alpha_min": alpha.min().item(),
-        "alpha_max": alpha.max().item(),
-        "router_entropy": routing.entropy.float().mean().item(),
-    }
+    return torch.sigmoid(logit).nan_to_num(0.0)
 
 
 def log_sla2_config(model: nn.Module, log: Callable[[str], object] = print) -> None:

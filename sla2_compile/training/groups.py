@@ -7,10 +7,13 @@ from typing import Any
 from torch import nn
 
 from sla2_compile.kernels.checks import fail
+from sla2_compile.kernels.options import METHODS
 from sla2_compile.training.sites import sites_in
 
 ALPHA = ("alpha_gain", "alpha_bias")
 ROUTER = ("proj_q", "proj_k")
+UNDECAYED = ("alpha", "router")
+LINEAR = METHODS["sla"].learns
 
 
 def parameter_groups(
@@ -27,6 +30,7 @@ def parameter_groups(
     | model | the model's own | `weight_decay` |
     | alpha | the mix of each site (`alpha_gain`, `alpha_bias`) | 0: decay would pull a gain of 1 to 0 |
     | router | projections of the router, where they require a gradient | 0: decay would shrink an identity |
+    | linear | projection of the linear branch, of method sla | `weight_decay` |
 
     Hard top-k gives the projections no gradient, and `transform` freezes them. Without a gradient an optimizer leaves
     them as they are. Set `requires_grad` on them if a loss of your own trains them.
@@ -36,9 +40,9 @@ def parameter_groups(
 
     Args:
         model: a transformed module, or a module around one.
-        lr: learning rate of the model's own parameters.
+        lr: learning rate of the model's own parameters, and of SLA's projection.
         alpha_lr, router_lr: of the other groups; lr if None.
-        weight_decay: of the model's own parameters.
+        weight_decay: of the same.
 
     Raises:
         TypeError, ValueError: model has no sites, a number is negative, or nothing requires a gradient.
@@ -50,6 +54,7 @@ def parameter_groups(
         "model": lr,
         "alpha": lr if alpha_lr is None else alpha_lr,
         "router": lr if router_lr is None else router_lr,
+        "linear": lr,
     }
     for name, value in (("weight_decay", weight_decay), *((f"the lr of group {k}", v) for k, v in rates.items())):
         if value < 0:
@@ -60,7 +65,7 @@ def parameter_groups(
         if parameter.requires_grad:
             held[of_sites.get(id(parameter), "model")].append(parameter)
     groups = [
-        {"name": name, "params": params, "lr": rates[name], "weight_decay": weight_decay if name == "model" else 0.0}
+        {"name": name, "params": params, "lr": rates[name], "weight_decay": weight_decay * (name not in UNDECAYED)}
         for name, params in held.items()
         if params
     ]
@@ -69,4 +74,5 @@ def parameter_groups(
     return groups
 
 
-_KINDS = tuple((kind, key) for kind, keys in (("alpha", ALPHA), ("router", ROUTER)) for key in keys)
+_PARTS = (("alpha", ALPHA), ("router", ROUTER), ("linear", LINEAR))
+_KINDS = tuple((kind, key) for kind, keys in _PARTS for key in keys)

@@ -22,7 +22,7 @@ from sla2_compile.passes.pipeline import Pipeline
 from sla2_compile.passes.replace_attention import drop_rounding
 from sla2_compile.passes.sites.fake_quantizer import FORMATS, FakeQuantConfig, FakeQuantizer
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.training.sites import sites_in
+from sla2_compile.training.sites import check_sla2, sites_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,8 +46,8 @@ def prepare(model: M, *, low_bit: str | None = None, make: Make = FakeQuantizer)
         The same object.
 
     Raises:
-        ValueError: model is not transformed, or is converted; the recipe lets no site imitate low bit; low_bit is
-            another word. Nothing is changed.
+        ValueError: model is not transformed, has another method than sla2, or is converted; the recipe lets no site
+            imitate low bit; low_bit is another word. Nothing is changed.
         TypeError: model is not an nn.Module.
 
     Example:
@@ -74,6 +74,7 @@ def wanted_sites(model: nn.Module) -> list[Site]:
         ValueError, TypeError: as `prepare`.
     """
     sites = list(sites_in(model).values())
+    check_sla2(sites, "computed in low bit")
     if any(site.state is State.CONVERTED for site in sites):
         raise fail("model", "not be converted", "converted sites", "restore(model), transform and load its weights")
     wanted = [site for site in sites if site.settings.fake_quant != "none"]

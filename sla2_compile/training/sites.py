@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -46,6 +47,21 @@ def sites_in(model: nn.Module, pattern: str = "*") -> dict[str, Site]:
         shown = ", ".join(list(found)[:3]) + (", ..." if len(found) > 3 else "")
         raise fail("the pattern", "fit the name of a site", repr(pattern), f"the sites are {shown}")
     return chosen
+
+
+def check_sla2(sites: Iterable[Site], what: str) -> None:
+    """Refuse sites of another method than sla2.
+
+    Args:
+        what: what only sla2 has, for the message: "trained by calibrate".
+
+    Raises:
+        ValueError: a site has another method.
+    """
+    others = sorted({site.settings.options.method for site in sites} - {"sla2"})
+    if others:
+        got, fix = " and ".join(map(repr, others)), "restore(model), and transform it with method='sla2'"
+        raise fail("method", f"be 'sla2' to be {what}", got, fix)
 
 
 def pending(model: nn.Module) -> bool:

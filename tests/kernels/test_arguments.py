@@ -18,6 +18,10 @@ from sla2_compile.kernels.arguments import (
     RouteArgs,
     RouteResult,
     Saved,
+    SparseArgs,
+    SparseBackwardArgs,
+    SparseBackwardResult,
+    SparseResult,
     T,
 )
 from sla2_compile.kernels.records import arguments, flat, named, of, schema, split, tensor_count, with_tensors
@@ -27,6 +31,8 @@ OPS: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionArgs, AttentionResult),
     "attention_backward": (BackwardArgs, BackwardResult),
     "forward": (ForwardArgs, Tensor),
+    "sparse_attention": (SparseArgs, SparseResult),
+    "sparse_attention_backward": (SparseBackwardArgs, SparseBackwardResult),
 }
 ops = pytest.mark.parametrize("name", OPS)
 

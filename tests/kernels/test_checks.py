@@ -13,9 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sla2_compile.kernels import checks
-from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArgs
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArgs, SparseArgs, SparseBackwardArgs
 from sla2_compile.kernels.ops import attention, attention_backward, route
 from sla2_compile.kernels.records import arguments, flat, of
+from sla2_compile.kernels.sparse_ops import sparse_attention, sparse_attention_backward
 
 
 def good() -> dict[str, Any]:
@@ -41,13 +42,21 @@ def good() -> dict[str, Any]:
         "linear_scope": "complement",
         "is_causal": False,
         "low_bit": "none",
+        "tail": "proxy",
+        "proxy_order": 1,
         "do": torch.zeros(2, 4, 40, 24),
         "o": torch.zeros(2, 4, 40, 24),
         "lse": torch.zeros(2, 4, 40),
     }
 
 
-RECORDS: dict[Any, Any] = {route: RouteArgs, attention: AttentionArgs, attention_backward: BackwardArgs}
+RECORDS: dict[Any, Any] = {
+    route: RouteArgs,
+    attention: AttentionArgs,
+    attention_backward: BackwardArgs,
+    sparse_attention: SparseArgs,
+    sparse_attention_backward: SparseBackwardArgs,
+}
 
 
 def record(kind: Any, args: dict[str, Any]) -> Any:
@@ -60,6 +69,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 
 # (ops that refuse, what is wrong, the whole message)
 BOTH, R, A, W = (route, attention), (route,), (attention, attention_backward), (attention_backward,)
+S = (sparse_attention, sparse_attention_backward)
 REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (BOTH, {"q": zeros(4, 40, 16)},
      "q must have shape (batch, heads, tokens, head_dim), got (4, 40, 16); reshape it to 4-D"),
@@ -139,6 +149,21 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
      "linear_scope must be 'complement' when is_causal, got 'all'; all keys would include future ones"),
     (A, {"low_bit": "int4"},
      "low_bit must be one of none, int8, int8_fp8, got 'int4'; int8_fp8 is the paper's"),
+    (S, {"q": zeros(4, 40, 16)},
+     "q must have shape (batch, heads, tokens, head_dim), got (4, 40, 16); reshape it to 4-D"),
+    (S, {"key_mask": zeros(2, 40, dtype=torch.bool)},
+     "key_mask must have shape (2, 50), got (2, 40); expand it over the batch"),
+    (S, {"block_q": 24},
+     "block_q must be a power of two from 8 to 256, got 24; use 128 and 64 for long sequences"),
+    (S, {"lut": zeros(2, 4, 3, 1, dtype=torch.int32)},
+     "lut must be int32 of shape (2, 4, 2, topk), got torch.int32 (2, 4, 3, 1); route with the same block_q"),
+    (S, {"tail": "linear"},
+     "tail must be one of none, proxy, got 'linear'; proxy pools the blocks that are not selected"),
+    (S, {"proxy_order": 3},
+     "proxy_order must be 1 or 2, got 3; 2 also counts the spread of a block's keys"),
+    (S[1:], {"do": zeros(2, 4, 24, 40)},
+     "do must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (2, 4, 24, 40) on cpu; "
+     "take it as sla2::sparse_attention gave it"),
     (W, {"do": zeros(2, 4, 24, 40)},
      "do must be torch.float32 of shape (2, 4, 40, 24) on cpu, got torch.float32 (2, 4, 24, 40) on cpu; "
      "take it as sla2::attention gave it"),
@@ -160,6 +185,8 @@ ON_ANOTHER_DEVICE = [
         (BOTH, "k", "be on q's device cpu", "move q, k and v to one device"),
         (A, "v", "be on q's device cpu", "move q, k and v to one device"),
         (BOTH, "key_mask", "be on k's device cpu", "move it"),
+        (S, "k_mean", "be on q's device cpu", "move the model and its inputs together"),
+        (S, "lut", "be on q's device cpu", "move the model and its inputs together"),
         (R, "proj_q", "be on q's device cpu", "move the model and its inputs together"),
         (R, "proj_k", "be on q's device cpu", "move the model and its inputs together"),
     )
@@ -189,6 +216,8 @@ def test_refusal_of_a_second_device(op: Any, name: str, message: str) -> None:
         route: checks.check_route,
         attention: checks.check_attention,
         attention_backward: checks.check_backward,
+        sparse_attention: checks.check_sparse,
+        sparse_attention_backward: checks.check_sparse_backward,
     }
     with pytest.raises(ValueError, match="must") as refused:
         check[op](record(RECORDS[op], args))
@@ -204,6 +233,8 @@ def test_what_is_right_is_taken(fake: bool) -> None:
         (2, 4, 2, 1), (2, 4, 2), (2, 4, 2), (2, 2, 16),
         (2, 4, 40, 24), (2, 4, 40),
         (2, 4, 40, 16), (2, 2, 50, 16), (2, 2, 50, 24), (2, 2, 16), (4,), (4, 1),
+        (2, 4, 40, 24), (2, 4, 40), (2, 4, 40),
+        (2, 4, 40, 16), (2, 2, 50, 16), (2, 2, 50, 24),
     ]  # fmt: skip
     with FakeTensorMode() if fake else nullcontext():
         assert shapes() == want

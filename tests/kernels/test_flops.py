@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 import sla2_compile
+from sla2_compile.kernels.flops import call_flops
 from sla2_compile.kernels.functional import sla2_attention
 from sla2_compile.kernels.options import AttentionOptions
 from tests import models
@@ -104,6 +106,31 @@ def test_an_empty_complement_counts_no_linear_branch() -> None:
     assert found > ROUTE + 2 * B * HQ * NQ * NK * (D + DV)
 
 
+@pytest.mark.parametrize(("method", "order"), [("topk", 1), ("proxy", 1), ("proxy", 2)])
+def test_counts_of_the_other_methods(method: str, order: int) -> None:
+    options = replace(OPTIONS, method=method, proxy_order=order)
+    tail = 0 if method == "topk" else TN
+    forward = 2 * B * HQ * NQ * (KEYS * (D + DV) + tail * (order * D + DV))
+    backward = 2 * B * HQ * NQ * (KEYS * (3 * D + 2 * DV) + tail * (3 * order * D + 2 * DV))
+    q, k, v = inputs(True)
+    assert counted(lambda: sla2_attention(q, k, v, options).sum().backward()) == {
+        "route": ROUTE, "sparse_attention": forward, "sparse_attention_backward": backward
+    }  # fmt: skip
+    assert call_flops(q.shape, k.shape, v.shape, options, 2) == ROUTE + forward
+    # with every block selected nothing is left to a tail
+    (_, found) = counted(lambda: sla2_attention(q, k, v, replace(options, topk_ratio=1.0))).values()
+    assert found == 2 * B * HQ * NQ * NK * (D + DV)
+
+
+def test_a_report_counts_slas_linear_branch() -> None:
+    q, k, v = inputs(False)
+    options = replace(OPTIONS, method="sla")
+    # one router token for a block, and the projection
+    route = 2 * B * HQ * TM * TN * D
+    linear = 2 * B * (D * DV * (HQ * NQ + HKV * NK) + HQ * NQ * DV * DV)
+    assert call_flops(q.shape, k.shape, v.shape, options, 2) == route + 2 * B * HQ * NQ * KEYS * (D + DV) + linear
+
+
 def test_a_models_report_counts_alike(x: torch.Tensor) -> None:
     """But for the router's projections, which a report leaves out."""
     model = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), min_seq_len=0, topk_ratio=0.3).eval()
@@ -130,7 +157,8 @@ def test_whichever_is_imported_first(first: str) -> None:
     code = (
         f"import sys, torch; {first}; from torch.utils.flop_counter import flop_registry, FlopCounterMode\n"
         "names = sorted(str(op) for op in flop_registry if 'sla2' in str(op))\n"
-        "assert names == ['sla2.attention', 'sla2.attention_backward', 'sla2.forward', 'sla2.route'], names\n"
+        "assert names == ['sla2.attention', 'sla2.attention_backward', 'sla2.forward', 'sla2.route', "
+        "'sla2.sparse_attention', 'sla2.sparse_attention_backward'], names\n"
         "assert not any('sla2' in type(finder).__module__ for finder in sys.meta_path)\n"
         "q = torch.randn(1, 1, 64, 8)\n"
         "with FlopCounterMode(display=False) as counter: sla2_compile.sla2_attention(q, q, q)\n"

@@ -305,6 +305,12 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_two_stages_are_sla2s():
+    model = ours.sla2_denoiser(net(), example=EXAMPLE, min_seq_len=0, method="topk")
+    with pytest.raises(ValueError, match="method must be 'sla2' to be trained in two stages, got 'topk'"):
+        fit(pl, module_of(pl, model), ours.SLA2TwoStageScheduler(**OPTIONS))
+
+
 @pytest.mark.parametrize("asks", [False, True])
 def test_the_router_learns_in_stage_one_and_rests_in_stage_two(asks):
     module, held = module_of(pl, transformed(), asks=asks), []

@@ -92,8 +92,9 @@ def calibrate(
 
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: the model is not transformed, is a graph or sharded; there is no batch, one does not run, or none
-            reaches a site; an option is out of range; the checkpoint is of another run; the budget is too small.
+        ValueError: the model is not transformed by method sla2, is a graph or sharded; there is no batch, one does
+            not run, or none reaches a site; an option is out of range; the checkpoint is of another run; the budget
+            is too small.
 
     Warns:
         UserWarning: batches ended before the last step, and cannot be repeated.

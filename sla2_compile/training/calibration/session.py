@@ -18,7 +18,7 @@ from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import plain
-from sla2_compile.training.sites import pending
+from sla2_compile.training.sites import check_sla2, pending
 
 
 class Observer(Protocol):
@@ -32,7 +32,7 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: it is not transformed, a graph, sharded, or uses SLA2 by a library's name only.
+        ValueError: it is not transformed, a graph, sharded, uses SLA2 by a library's name only, or another method.
     """
     if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module):
         kind = type(model).__name__
@@ -53,9 +53,15 @@ def check_model(model: Any) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, Site]:
-    """The sites that learn, by their names in the state dict (without a compiler's wrapper)."""
+    """The sites that learn, by their names in the state dict (without a compiler's wrapper).
+
+    Raises:
+        ValueError: a site has another method, which has no router and no alpha.
+    """
     named = ((plain(name), m) for name, m in model.named_modules() if isinstance(m, Site))
-    return {name: site for name, site in named if site.heads}
+    found = {name: site for name, site in named if site.heads}
+    check_sla2(found.values(), "calibrated")
+    return found
 
 
 @contextmanager

@@ -1,0 +1,29 @@
+"""Linear attention over all keys in plain PyTorch: the linear branch of SLA, O(N) and differentiable by autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla2_compile.kernels.arguments import accumulation_dtype
+from sla2_compile.kernels.feature_maps import feature_map as phi
+
+LEAST = 1e-5
+"""What SLA adds to the weight of its linear branch."""
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, feature_map: str) -> Tensor:
+    """Compute what `reference.methods.linear_attention` defines; the result is in the accumulation dtype.
+
+    Args:
+        q: (B, Hq, Nq, D); k: (B, Hkv, Nk, D); v: (B, Hkv, Nk, Dv); key_mask: (B, Nk) bool or None.
+    """
+    acc, groups = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
+    phi_q, phi_k = phi(q.to(acc), feature_map), phi(k.to(acc), feature_map)
+    if key_mask is not None:
+        phi_k = phi_k * key_mask[:, None, :, None]
+    # the weight is one more value, so that one product gives both sums
+    values = torch.cat([v.to(acc), v.new_ones(*v.shape[:3], 1, dtype=acc)], dim=-1)
+    sums = (phi_k.mT @ values).repeat_interleave(groups, dim=1)
+    both = phi_q @ sums
+    return both[..., :-1] / (LEAST + both[..., -1:])
