@@ -22,6 +22,7 @@ from sla2_compile.libraries.adapter import Called, listing
 from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import plan_of, plans
+from sla2_compile.training.sites import check_sla2
 
 
 class Exported(NamedTuple):
@@ -70,7 +71,7 @@ def exported(
 
 
 def check_model(model: Any) -> None:
-    """Refuse what holds no SLA2.
+    """Refuse what holds no SLA2, or a site of another method.
 
     Raises:
         ValueError, TypeError: as `exported`.
@@ -82,7 +83,9 @@ def check_model(model: Any) -> None:
         raise fail("model", "not be compiled", "torch.compile's wrapper", "export the module that it was made of")
     if isinstance(model, ExportedProgram) or adapters_of(model) or count(model):
         return
-    if not any(isinstance(m, Site) for m in model.modules()):
+    sites = [m for m in model.modules() if isinstance(m, Site)]
+    check_sla2(sites, "exported to ONNX")
+    if not sites:
         pending = any(plan.discovery == "pending" for _, _, plan in plans(model))
         fix = "run one forward first" if pending else "call sla2_compile.transform first, with example_inputs"
         raise fail("model", "have SLA2 sites", "none", fix)

@@ -208,6 +208,8 @@ def test_models_that_do_not_fit(x: Tensor, tmp_path: Path) -> None:
         sla2_compile.export_onnx(models.Net(depth=1), (x,), path)
     with pytest.raises(ValueError, match="got none; run one forward first"):
         sla2_compile.export_onnx(sla2_compile.transform(models.Net(depth=1)), (x,), path)
+    with pytest.raises(ValueError, match="method must be 'sla2' to be exported to ONNX, got 'topk'"):
+        sla2_compile.export_onnx(transformed(x, method="topk"), (x,), path)
     with pytest.raises(ValueError, match=r"model must not be compiled, got torch\.compile's wrapper"):
         sla2_compile.export_onnx(torch.compile(transformed(x)), (x,), path)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model must be an nn\.Module or ExportedProgram, got function"):
