@@ -64,7 +64,7 @@ def single_shapes(plt: Any, rows: list[Row]) -> Any:
     """One group of bars a shape, and below where the time goes."""
     staged = any("stages" in row for row in rows)
     fig, axes = plt.subplots(
-        1 + staged, 1, figsize=(max(6, 1.65 * len(rows)), 4.6 * (1 + staged)), squeeze=False, layout="constrained"
+        1 + staged, 1, figsize=(max(9, 1.65 * len(rows)), 4.6 * (1 + staged)), squeeze=False, layout="constrained"
     )
     bars(axes[0, 0], rows)
     if staged:
