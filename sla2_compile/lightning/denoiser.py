@@ -33,6 +33,7 @@ def sla2_denoiser(
     exclude: list[str] | None = None,
     overrides: dict[str, dict] | None = None,
     discover: Literal["auto", "fake", "real"] = "auto",
+    quantize_linear: str | None = None,
 ) -> nn.Module:
     """Transform a model where it is built, so that optimizers, EMA copies and checkpoints know its sites.
 
@@ -57,7 +58,8 @@ def sla2_denoiser(
             else is passed on. A mapping from names to such entries is forward's keyword arguments.
         discover: as `sla2_compile.transform` has it. "real" runs the model once on the CPU, "fake" computes nothing.
         topk_ratio, compression_ratio, start_layer, end_layer, feature_map, min_seq_len, alpha, block_q, block_k,
-            linear_scope, low_bit, include, exclude, overrides: fields of `Recipe`; None leaves the recipe's.
+            linear_scope, low_bit, include, exclude, overrides, quantize_linear: fields of `Recipe`; None leaves the
+            recipe's.
 
     Returns:
         The same model.
@@ -78,7 +80,7 @@ def sla2_denoiser(
         recipe, topk_ratio=topk_ratio, compression_ratio=compression_ratio, qat=qat, start_layer=start_layer,
         feature_map=feature_map, min_seq_len=min_seq_len, end_layer=end_layer, alpha=alpha, block_q=block_q,
         block_k=block_k, linear_scope=linear_scope, low_bit=low_bit, include=include, exclude=exclude,
-        overrides=overrides,
+        overrides=overrides, quantize_linear=quantize_linear,
     )  # fmt: skip
     args, kwargs = example_inputs(example)
     sla2_compile.transform(model, chosen, example_inputs=args, example_kwargs=kwargs, discover=discover)

@@ -14,6 +14,7 @@ from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.plan import plans
 from sla2_compile.reports import runtime
 from sla2_compile.reports.computed import How, as_exported, how_lines
+from sla2_compile.reports.linear import linear_lines, linear_states
 from sla2_compile.reports.training import training_lines
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Report:
         by_adapter: whether modules select SLA2 in a library's registry; their eager calls so far are listed.
         imitated: per name of a prepared or converted site, its format; none where that is switched off.
         converted: whether sites compute in low bit for good.
+        linear: per name of a Linear layer, its state (`reports.linear.STATES`) or why it stays as it is; empty
+            unless a recipe has quantize_linear.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -52,6 +55,7 @@ class Report:
     gone: dict[str, str] = field(default_factory=dict)
     imitated: dict[str, str] = field(default_factory=dict)
     converted: bool = False
+    linear: dict[str, str] = field(default_factory=dict)
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -72,7 +76,7 @@ class Report:
         """Return the report as plain data.
 
         Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone, imitated,
-        converted.
+        converted, linear.
 
         A replaced call has low_bit and portable. low_bit holds what was asked for, what runs (empty where that
         depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton kernels
@@ -101,6 +105,7 @@ class Report:
             "gone": self.gone,
             "imitated": self.imitated,
             "converted": self.converted,
+            "linear": self.linear,
         }
 
     def __rich__(self) -> Table:
@@ -143,6 +148,7 @@ class Report:
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
         lines += how_lines(self.rewrites, self.device, self.imitated, self.converted)
+        lines += linear_lines(self.linear)
         lines += training_lines(self.rewrites)
         if self.ran:
             lines.append(f"SLA2 answered {sum(self.ran.values())} eager calls")
@@ -199,7 +205,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     ran, lost = runtime.counts(model), runtime.gone(model)
     return Report(
         tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, by_adapter, ran, lost,
-        runtime.imitated(model), runtime.is_converted(model),
+        runtime.imitated(model), runtime.is_converted(model), linear_states(model),
     )  # fmt: skip
 
 
