@@ -52,6 +52,8 @@ def convert(model: M) -> M:
     for site, low_bit in formats:
         site.convert(low_bit)
     exchange(model, layers)
+    for layer in layers.values():
+        layer.requires_grad_(False)
     return model
 
 

@@ -82,9 +82,8 @@ def test_convert_gives_what_the_prepared_model_gave(dtype: torch.dtype, limit: f
     assert sla2_compile.convert(model) is model
     assert torch.equal(torch.get_rng_state(), drawn)
     assert error(model(x), want) < limit
-    layer: Any = model.blocks[0].qkv
-    assert type(layer) is nn.Linear
-    assert layer.weight.qdata.dtype is torch.int8
+    assert model.blocks[0].qkv.weight.qdata.dtype is torch.int8
+    assert type(model.blocks[0].qkv) is nn.Linear
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -290,6 +289,13 @@ def test_what_cannot_be_prepared_is_refused_and_nothing_changes(x: Tensor) -> No
         sla2_compile.prepare(model)
     assert set(sla2_compile.report(model).linear.values()) == {"plain"}
     assert not sla2_compile.report(model).imitated
+    model.blocks[0]._is_fsdp_managed_module = False
+    sla2_compile.prepare(model)
+    model.blocks[0]._is_fsdp_managed_module = True
+    sla2_compile.prepare(model, low_bit="int8_fp8")
+    with pytest.raises(ValueError, match="model must hold whole weights, to convert its Linear layers, got FSDP"):
+        sla2_compile.convert(model)
+    assert set(sla2_compile.report(model).linear.values()) == {"prepared"}
     with pytest.raises(ValueError, match=r"exclude must match an owner or a Linear layer, got 'block\.\*'"):
         transformed(x, exclude=("block.*",))
 

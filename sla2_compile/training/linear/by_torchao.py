@@ -87,7 +87,7 @@ def _only_seen(module: nn.Module, args: Any) -> None:
 
 
 def converted(layers: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
-    """Return, for each prepared layer, an nn.Linear that computes in INT8 and does not train.
+    """Return, for each prepared layer, an nn.Linear that computes in INT8; both have one bias.
 
     Raises:
         ValueError: this CPU's INT8 products overflow.
@@ -109,7 +109,7 @@ def _converted(layer: nn.Module, config: Int8DynamicActivationInt8WeightConfig) 
     # torchao's own, a bound method that cannot be pickled
     made.__dict__.pop("extra_repr", None)
     made.__dict__[CONVERTED] = True
-    return made.train(layer.training).requires_grad_(False)
+    return made.train(layer.training)
 
 
 def _check_products() -> None:

@@ -64,9 +64,6 @@ def layers_to_prepare(model: nn.Module) -> list[nn.Linear]:
     if any(id(root) not in known for root in wanted):
         fix = "the recipe's patterns name layers in the whole: prepare that"
         raise fail("model", "be the one that was transformed, to prepare its Linear layers", "a part of it", fix)
-    if (how := sharding_of(model)) is not None:
-        fix = "sharding takes hold of the Linear layers that it finds: prepare first"
-        raise fail("model", "be prepared before it is sharded", how, fix)
     found = layers(model)
     if any(CONVERTED in layer.module.__dict__ for layer in found):
         fix = "make the model anew, transform it and load weights from before convert"
@@ -75,7 +72,11 @@ def layers_to_prepare(model: nn.Module) -> list[nn.Linear]:
         reasons = ", ".join(dict.fromkeys(layer.why for layer in found)) or "there is none"
         fix = "quantize_linear='none' prepares the sites alone"
         raise fail("model", "have a Linear layer that can be prepared", f"none of {len(found)}: {reasons}", fix)
-    return [layer.module for layer in found if not layer.why and ORIGINAL not in layer.module.__dict__]
+    todo = [layer.module for layer in found if not layer.why and ORIGINAL not in layer.module.__dict__]
+    if todo and (how := sharding_of(model)) is not None:
+        fix = "sharding takes hold of the Linear layers that it finds: prepare first"
+        raise fail("model", "be prepared before it is sharded", how, fix)
+    return todo
 
 
 def asks_for_linear(model: nn.Module) -> bool:
