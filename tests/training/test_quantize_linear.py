@@ -104,6 +104,21 @@ def test_prepare_keeps_parameters_keys_and_random_numbers(x: Tensor) -> None:
     model.load_state_dict(other.state_dict())
 
 
+def test_gradients_pass_straight_through_also_for_the_largest_numbers(x: Tensor) -> None:
+    model = prepared(x, depth=1, low_bit="none")
+    layer = model.blocks[0].qkv
+    x = x.clone().requires_grad_()
+    loss = layer(x).square().sum()
+    with torch.no_grad():
+        # the rounding is the same without gradients
+        y = layer(x)
+        assert torch.equal(loss, y.square().sum())
+    loss.backward()
+    weight, given = rounded(layer.weight, -1, True), rounded(x, -1, False)
+    assert error(layer.weight.grad, 2 * y.flatten(0, 1).T @ given.flatten(0, 1)) < 1e-5
+    assert error(x.grad, 2 * y @ weight) < 1e-5  # type: ignore[arg-type]
+
+
 def test_the_switch_and_the_teacher(x: Tensor) -> None:
     model = transformed(x)
     with sla2_compile.sites_off(model):

@@ -37,6 +37,9 @@ WEIGHTS = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True, e
 class LinearFakeQuantizer(IntxFakeQuantizer):
     """torchao's fake quantiser, which rests inside `sites_off` and keeps no tensor of a forward.
 
+    Gradients pass straight through. torchao's own are 0 where a number was rounded above 127. With a scale taken from
+    the row that is its largest number alone, which is not clipped, and would never learn.
+
     Attributes:
         off: whether it rests; neither saved nor copied, as with sites.
     """
@@ -46,12 +49,16 @@ class LinearFakeQuantizer(IntxFakeQuantizer):
         self.off = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.off:
+        if self.off or not self.enabled:
             return x
-        rounded: Tensor = super().forward(x)
+        with torch.no_grad():
+            rounded: Tensor = super().forward(x)
         # an export refuses a module that holds tensors of its forward
         self.scale = self.zero_point = None
-        return rounded
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return rounded
+        # exact, because no number is rounded to over twice or under half of itself, except to 0
+        return x + (rounded - x).detach()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "off": False}
