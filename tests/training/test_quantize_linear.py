@@ -87,6 +87,14 @@ def test_convert_gives_what_the_prepared_model_gave(dtype: torch.dtype, limit: f
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_tiny_numbers_are_imitated_as_they_will_be_computed(x: Tensor) -> None:
+    model, x = prepared(x, depth=1), 1e-6 * x
+    model.blocks[0].qkv.bias.data.zero_()
+    want = model.blocks[0].qkv(x)
+    sla2_compile.convert(model)
+    assert error(model.blocks[0].qkv(x), want) < 1e-6
+
+
 def test_prepare_keeps_parameters_keys_and_random_numbers(x: Tensor) -> None:
     model = transformed(x)
     plain, before, keys = model(x), dict(model.named_parameters()), list(model.state_dict())
@@ -223,6 +231,10 @@ def test_a_converted_model_exports_to_onnx(x: Tensor, tmp_path: Path) -> None:
     assert made.verification.runs[0].error < 1e-4
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     assert sum(node.op_type == "MatMulInteger" for node in nodes) == 2
+    moved = sla2_compile.convert(prepared(x, depth=1)).to("meta")
+    with pytest.raises(ValueError, match="on the CPU, because its Linear layers are converted, got meta"):
+        sla2_compile.export_onnx(moved, (x.to("meta"),), tmp_path / "other.onnx")
+    assert not (tmp_path / "other.onnx").exists()
 
 
 def test_patterns_choose_layers_and_the_report_says_why_others_stay(x: Tensor) -> None:

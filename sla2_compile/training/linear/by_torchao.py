@@ -27,8 +27,7 @@ except ImportError as error:
         "quantize_linear needs torchao 0.18 or later; pip install 'sla2_compile[qat]', or set quantize_linear='none'"
     ) from error
 
-# as torchao's INT8 inference has it. Its fake quantisers would take the eps of the dtype, which for bfloat16 is
-# larger than most scales
+# the smallest scale of torchao's INT8 inference; left to themselves, its fake quantisers would imitate smaller ones
 EPS = torch.finfo(torch.float32).eps
 ACTIVATIONS = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False, eps=EPS)
 WEIGHTS = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True, eps=EPS)
