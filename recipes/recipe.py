@@ -40,10 +40,15 @@ class Recipe(BaseModel):
             Training and CPUs use the input's dtype. The report says what runs.
         qat: whether `prepare` makes the sites imitate low_bit, in training and in inference (auto is imitated as
             int8). Until `prepare` is called it has no effect, and never if low_bit is none.
+        quantize_linear: number format of the Linear layers around the sites: none, or int8. `prepare` then has
+            torchao make them imitate int8 weights and activations, and `convert` has them compute so. Whether the
+            sites do is another matter (qat, low_bit). include and exclude choose the layers, by their names or those
+            of the modules around them.
         start_layer, end_layer: replace attention in layers start_layer <= i < end_layer; end_layer None means up to
             the last. Layers are counted in the order in which a forward reaches them. A start_layer equal to their
             number leaves the model as it is, with a warning, so that a sweep may end with full attention.
-        include, exclude: patterns of owner names, such as "blocks.*.attn", with shell wildcards. exclude wins.
+        include, exclude: patterns of owner names, such as "blocks.*.attn", with shell wildcards. exclude wins. With
+            quantize_linear they may name Linear layers too.
         overrides: field values for some sites, by patterns of owner names. Later patterns win.
         method: what takes the place of full attention: sla2, or a rival with the same topk_ratio and blocks. proxy
             has one pooled term of the softmax for each key block that is not selected (Sol-Attn, PISA); topk has
@@ -72,6 +77,7 @@ class Recipe(BaseModel):
     linear_scope: Literal["complement", "all"] = "complement"
     low_bit: Literal["none", "auto", "int8", "int8_fp8"] = "auto"
     qat: bool = True
+    quantize_linear: Literal["none", "int8"] = "none"
     start_layer: int = Field(default=0, ge=0)
     end_layer: int | None = Field(default=None, ge=1)
     include: tuple[str, ...] = ("*",)

@@ -21,6 +21,7 @@ from sla2_compile.plan import plan_of, roots, set_plan
 from sla2_compile.planning import apply, plan_model
 from sla2_compile.recipes import DEFAULT, Recipe
 from sla2_compile.reports.report import Report, report
+from sla2_compile.training.linear.state import check_restorable, put_back
 
 M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
@@ -152,11 +153,13 @@ def inspect(
 def restore(model: nn.Module) -> nn.Module:
     """Give a transformed model its own attention back: original forward, original state-dict keys, same weights.
 
-    A model that was never transformed is returned as it is. Parts transformed on their own are restored too.
+    A model that was never transformed is returned as it is. Parts transformed on their own are restored too. Prepared
+    Linear layers become again the modules that they were, with the weights that they have.
 
     Raises:
         TypeError: model is not an nn.Module. An ExportedProgram needs no restore: `transform` left it unchanged.
-        ValueError: a forward was wrapped after transform; nothing is changed.
+        ValueError: a forward was wrapped after transform; Linear layers are converted, whose weights are rounded for
+            good. Nothing is changed.
     """
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
@@ -164,6 +167,8 @@ def restore(model: nn.Module) -> nn.Module:
     owners = [module for module in model.modules() if is_owner(module) or site_forward(module) is not None]
     for owner in owners:
         check_removable(owner)
+    check_restorable(model)
+    put_back(model)
     for _, root, _ in list(roots(model)):
         first = first_forward(root)
         if first is not None:

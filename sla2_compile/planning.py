@@ -26,6 +26,7 @@ from sla2_compile.passes.sites.sites import Sites
 from sla2_compile.plan import Plan, set_plan
 from sla2_compile.refusal import check_nothing_wanted
 from sla2_compile.reports.report import report
+from sla2_compile.training.linear.layers import names_for_patterns
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe
@@ -62,7 +63,7 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
         ValueError: nothing is to be replaced, unless allow_none; a name pattern matches no owner; a module has an
             attribute where its sites would go.
     """
-    check_patterns(found.seen, recipe)
+    check_patterns(found.seen, recipe, names_for_patterns(model, recipe))
     outcomes = select(found.seen, recipe)
     rewrites = [x for x in outcomes if isinstance(x, Rewrite)]
     if not rewrites and not allow_none:

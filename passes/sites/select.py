@@ -74,8 +74,11 @@ def select(seen: Sequence[SeenCall], recipe: Recipe) -> list[Rewrite | Miss]:
     return outcomes
 
 
-def check_patterns(seen: Sequence[SeenCall], recipe: Recipe) -> None:
+def check_patterns(seen: Sequence[SeenCall], recipe: Recipe, others: Sequence[str] = ()) -> None:
     """Refuse name patterns that match no owner of an attention call: most likely a misspelling.
+
+    Args:
+        others: names of other modules that include and exclude may match.
 
     Raises:
         ValueError: names the pattern and the owners.
@@ -84,9 +87,11 @@ def check_patterns(seen: Sequence[SeenCall], recipe: Recipe) -> None:
     named = {"include": recipe.include, "exclude": recipe.exclude, "overrides": tuple(recipe.overrides)}
     for field, patterns in named.items():
         for pattern in patterns:
-            if owners and not any(fnmatchcase(owner, pattern) for owner in owners):
+            known = owners if field == "overrides" else [*owners, *others]
+            if owners and not any(fnmatchcase(name, pattern) for name in known):
                 shown = ", ".join(repr(owner) for owner in owners[:4]) + (", ..." if len(owners) > 4 else "")
-                raise ValueError(f"{field} must match an owner, got {pattern!r}; the owners are {shown}")
+                rule = "match an owner or a Linear layer" if len(known) > len(owners) else "match an owner"
+                raise ValueError(f"{field} must {rule}, got {pattern!r}; the owners are {shown}")
 
 
 def _detail(reason: Reason, s: SeenCall, settings: SiteSettings, layer: int) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from sla2_compile.export.config import INPUTS, BodyConfig
 from sla2_compile.export.fake_quant import fake_quant
+from sla2_compile.export.products_int8 import int_mm
 
 DOMAIN, NAME, VERSION = "sla2", "attention", 1
 
@@ -56,7 +57,7 @@ def share_of(topk_ratio: float) -> Fraction:
 
 
 def translation_table(low_bit: str | None) -> dict[Any, Callable[..., Any]]:
-    """What `torch.onnx.export` needs to know of the ops `sla2::*`.
+    """What `torch.onnx.export` needs to know of the ops `sla2::*`, and of one of torch's.
 
     Args:
         low_bit: format of the nodes, one of `BodyConfig`; None takes each op's.
@@ -78,7 +79,11 @@ def translation_table(low_bit: str | None) -> dict[Any, Callable[..., Any]]:
             is_causal=int(is_causal), low_bit=low_bit if asked is None else asked,
         )  # fmt: skip
 
-    return {torch.ops.sla2.forward.default: forward, torch.ops.sla2.fake_quant.default: fake_quant}
+    return {
+        torch.ops.sla2.forward.default: forward,
+        torch.ops.sla2.fake_quant.default: fake_quant,
+        torch.ops.aten._int_mm.default: int_mm,
+    }
 
 
 def sizes(x: ir.Value) -> tuple[Any, ...]:

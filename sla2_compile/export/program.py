@@ -22,6 +22,7 @@ from sla2_compile.libraries.adapter import Called, listing
 from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import plan_of, plans
+from sla2_compile.training.linear.state import converted_layers
 from sla2_compile.training.sites import check_sla2
 
 
@@ -71,7 +72,7 @@ def exported(
 
 
 def check_model(model: Any) -> None:
-    """Refuse what holds no SLA2, or a site of another method.
+    """Refuse what holds no SLA2, a site of another method, and Linear layers in INT8 on another device than the CPU.
 
     Raises:
         ValueError, TypeError: as `exported`.
@@ -81,6 +82,7 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be an nn.Module or ExportedProgram, got {kind}; pass the module itself")
     if hasattr(model, "_orig_mod"):
         raise fail("model", "not be compiled", "torch.compile's wrapper", "export the module that it was made of")
+    _check_linear(model)
     if isinstance(model, ExportedProgram) or adapters_of(model) or count(model):
         return
     sites = [m for m in model.modules() if isinstance(m, Site)]
@@ -89,6 +91,15 @@ def check_model(model: Any) -> None:
         pending = any(plan.discovery == "pending" for _, _, plan in plans(model))
         fix = "run one forward first" if pending else "call sla2_compile.transform first, with example_inputs"
         raise fail("model", "have SLA2 sites", "none", fix)
+
+
+def _check_linear(model: nn.Module | ExportedProgram) -> None:
+    layers = {} if isinstance(model, ExportedProgram) else converted_layers(model)
+    devices = {parameter.device.type for layer in layers.values() for parameter in layer.parameters()} - {"cpu"}
+    if devices:
+        # torchao writes their products in another way there, which the exporter does not know
+        rule = "be on the CPU, because its Linear layers are converted"
+        raise fail("model", rule, ", ".join(sorted(devices)), "export model.cpu()")
 
 
 def _again(program: ExportedProgram, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:

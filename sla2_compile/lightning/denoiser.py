@@ -35,6 +35,7 @@ def sla2_denoiser(
     discover: Literal["auto", "fake", "real"] = "auto",
     method: str | None = None,
     proxy_order: int | None = None,
+    quantize_linear: str | None = None,
 ) -> nn.Module:
     """Transform a model where it is built, so that optimizers, EMA copies and checkpoints know its sites.
 
@@ -59,8 +60,8 @@ def sla2_denoiser(
             else is passed on. A mapping from names to such entries is forward's keyword arguments.
         discover: as `sla2_compile.transform` has it. "real" runs the model once on the CPU, "fake" computes nothing.
         topk_ratio, compression_ratio, start_layer, end_layer, feature_map, min_seq_len, alpha, block_q, block_k,
-            linear_scope, low_bit, include, exclude, overrides, method, proxy_order: fields of `Recipe`; None leaves
-            the recipe's.
+            linear_scope, low_bit, include, exclude, overrides, method, proxy_order, quantize_linear: fields of
+            `Recipe`; None leaves the recipe's.
 
     Returns:
         The same model.
@@ -81,7 +82,7 @@ def sla2_denoiser(
         recipe, topk_ratio=topk_ratio, compression_ratio=compression_ratio, qat=qat, start_layer=start_layer,
         feature_map=feature_map, min_seq_len=min_seq_len, end_layer=end_layer, alpha=alpha, block_q=block_q,
         block_k=block_k, linear_scope=linear_scope, low_bit=low_bit, include=include, exclude=exclude,
-        overrides=overrides, method=method, proxy_order=proxy_order,
+        overrides=overrides, method=method, proxy_order=proxy_order, quantize_linear=quantize_linear,
     )  # fmt: skip
     args, kwargs = example_inputs(example)
     sla2_compile.transform(model, chosen, example_inputs=args, example_kwargs=kwargs, discover=discover)

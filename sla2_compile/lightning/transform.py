@@ -62,13 +62,14 @@ class SLA2Callback(Base):
         discover: Literal["auto", "fake", "real"] = "auto",
         method: str | None = None,
         proxy_order: int | None = None,
+        quantize_linear: str | None = None,
     ) -> None:
         super().__init__()
         self.recipe = recipe_of(
             recipe, topk_ratio=topk_ratio, compression_ratio=compression_ratio, qat=qat, start_layer=start_layer,
             end_layer=end_layer, feature_map=feature_map, min_seq_len=min_seq_len, alpha=alpha, block_q=block_q,
             block_k=block_k, linear_scope=linear_scope, low_bit=low_bit, include=include, exclude=exclude,
-            overrides=overrides, method=method, proxy_order=proxy_order,
+            overrides=overrides, method=method, proxy_order=proxy_order, quantize_linear=quantize_linear,
         )  # fmt: skip
         self.module, self.discover, self.qat = module, discover, qat
         self.inputs = None if example is None else example_inputs(example)

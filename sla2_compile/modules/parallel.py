@@ -15,10 +15,17 @@ def wrapper_around(model: nn.Module) -> str | None:
     for module in model.modules():
         if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
             return type(module).__name__
-        if getattr(module, "_is_fsdp_managed_module", False):
-            return "FSDP"
-    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
-        return "DTensor parameters"
+    if (how := sharding_of(model)) is not None:
+        return how
     if DistributedDataParallel._get_active_ddp_module() is not None:
         return "DistributedDataParallel"
+    return None
+
+
+def sharding_of(model: nn.Module) -> str | None:
+    """Name what shards model or a part of it; None if nothing does."""
+    if any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules()):
+        return "FSDP"
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        return "DTensor parameters"
     return None

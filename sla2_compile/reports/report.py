@@ -15,6 +15,7 @@ from sla2_compile.passes.sites.settings import SiteSettings
 from sla2_compile.plan import plans
 from sla2_compile.reports import runtime
 from sla2_compile.reports.computed import How, as_exported, how_lines
+from sla2_compile.reports.linear import linear_lines, linear_states
 from sla2_compile.reports.training import training_lines
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Report:
         by_adapter: whether modules select SLA2 in a library's registry; their eager calls so far are listed.
         imitated: per name of a prepared or converted site, its format; none where that is switched off.
         converted: whether sites compute in low bit for good.
+        linear: per name of a Linear layer, its state (`reports.linear.STATES`) or why it stays as it is; empty
+            unless a recipe has quantize_linear.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -53,6 +56,7 @@ class Report:
     gone: dict[str, str] = field(default_factory=dict)
     imitated: dict[str, str] = field(default_factory=dict)
     converted: bool = False
+    linear: dict[str, str] = field(default_factory=dict)
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -73,7 +77,7 @@ class Report:
         """Return the report as plain data.
 
         Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone, imitated,
-        converted.
+        converted, linear.
 
         A replaced call has its method, low_bit and portable. low_bit holds what was asked for, what runs (empty where
         that depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton
@@ -103,6 +107,7 @@ class Report:
             "gone": self.gone,
             "imitated": self.imitated,
             "converted": self.converted,
+            "linear": self.linear,
         }
 
     def __rich__(self) -> Table:
@@ -145,6 +150,7 @@ class Report:
         if self.rewrites:
             lines.append(f"attention FLOPs saved in the replaced calls: {self.flops_saved:.1%}")
         lines += how_lines(self.rewrites, self.device, self.imitated, self.converted)
+        lines += linear_lines(self.linear)
         lines += training_lines(self.rewrites)
         if self.ran:
             who = " and ".join(dict.fromkeys(name_of(x.settings) for x in self.rewrites)) or "SLA2"
@@ -202,7 +208,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
     ran, lost = runtime.counts(model), runtime.gone(model)
     return Report(
         tuple(outcomes), first, discovery, runtime.fallbacks(model), named, device, by_adapter, ran, lost,
-        runtime.imitated(model), runtime.is_converted(model),
+        runtime.imitated(model), runtime.is_converted(model), linear_states(model),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 |---|---|
 | `qat.py` | `prepare`: sites imitate INT8 or FP8 while they train; the switch |
 | `convert.py` | `convert`: low bit for good, for inference |
+| `linear/` | the Linear layers around the sites, by torchao, if the recipe has quantize_linear |
 | `torchao.py` | the same step through torchao's `quantize_`, beside its own for Linear layers |
 | `calibration/` | stage 1: `calibrate` trains router and alpha against full attention |
 | `off.py`, `distillation.py` | full attention from the same weights, as a teacher |

@@ -20,6 +20,7 @@ def test_named_recipes():
         assert (recipe.name, recipe.topk_ratio, recipe.compression_ratio) == (name, topk_ratio, compression_ratio)
         assert recipe.low_bit == ("int8_fp8" if name == "paper" else "auto")
         assert recipe.qat
+        assert recipe.quantize_linear == "none"
     assert (Recipe.named("paper").block_q, Recipe.named("paper").block_k) == (128, 64)
     assert Recipe.of() == Recipe.named(DEFAULT)
 
@@ -41,6 +42,8 @@ def test_named_recipes():
         ({"start_layer": -1}, "start_layer must be greater than or equal to 0, got -1;"),
         ({"min_seq_len": -2}, "min_seq_len must be 'auto' or an int of at least 0, got -2;"),
         ({"include": ()}, "include must name at least one pattern"),
+        ({"quantize_linear": "int4"}, "quantize_linear must be 'none' or 'int8', got 'int4';"),
+        ({"overrides": {"a.*": {"quantize_linear": "int8"}}}, "per-site fields, got 'quantize_linear';"),
         (
             {"overrides": {"a.*": {"start_layer": 1}}},
             "overrides['a.*'] must hold per-site fields, got 'start_layer';",
