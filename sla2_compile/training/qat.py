@@ -54,8 +54,9 @@ def prepare(model: M, *, low_bit: str | None = None, make: Make = FakeQuantizer)
 
     Raises:
         ValueError: model is not transformed, has another method than sla2, or is converted; the recipe lets no site
-            imitate low bit; low_bit is another word; the recipe has quantize_linear, and model is a graph, is sharded,
-            is only a part of the model that was transformed, or has no Linear layer for it. Nothing is changed.
+            imitate low bit; low_bit is another word; the recipe has quantize_linear, and model is a graph, is
+            sharded, is only a part of the model that was transformed, or has no Linear layer for it. Nothing is
+            changed.
         ImportError: the recipe has quantize_linear, and torchao is missing. Nothing is changed.
         TypeError: model is not an nn.Module.
 
