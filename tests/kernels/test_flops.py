@@ -140,31 +140,45 @@ def test_a_models_report_counts_alike(x: torch.Tensor) -> None:
     assert found - rewrite.flops == 2 * 2 * 2 * 16 * 16 * 2 * 25
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import torch.utils.flop_counter; import sla2_compile",
-        "import sla2_compile; import torch.utils.flop_counter",
-        "import sla2_compile; from torch.utils.flop_counter import FlopCounterMode",
-        "import sla2_compile; import torch._inductor.compile_fx",
-        # a library that looks for a package of this name finds ours in the current folder
-        "import sla2_compile; import importlib; importlib.import_module('kernels')",
-        # a program may call an op before anything of ours is asked for
-        "import sla2_compile; q = torch.randn(1, 1, 64, 8); sla2_compile.sla2_attention(q, q, q)",
-    ],
+FIRST = (
+    "import torch.utils.flop_counter; import sla2_compile",
+    "import sla2_compile; import torch.utils.flop_counter",
+    "import sla2_compile; from torch.utils.flop_counter import FlopCounterMode",
+    "import sla2_compile; import torch._inductor.compile_fx",
+    # a library that looks for a package of this name finds ours in the current folder
+    "import sla2_compile; import importlib; importlib.import_module('kernels')",
+    # a program may call an op before anything of ours is asked for
+    "import sla2_compile; q = torch.randn(1, 1, 64, 8); sla2_compile.sla2_attention(q, q, q)",
 )
-def test_whichever_is_imported_first(first: str) -> None:
-    code = (
-        f"import sys, torch; {first}; from torch.utils.flop_counter import flop_registry, FlopCounterMode\n"
-        "names = sorted(str(op) for op in flop_registry if 'sla2' in str(op))\n"
-        "assert names == ['sla2.attention', 'sla2.attention_backward', 'sla2.forward', 'sla2.route', "
-        "'sla2.sparse_attention', 'sla2.sparse_attention_backward'], names\n"
-        "assert not any('sla2' in type(finder).__module__ for finder in sys.meta_path)\n"
-        "q = torch.randn(1, 1, 64, 8)\n"
-        "with FlopCounterMode(display=False) as counter: sla2_compile.sla2_attention(q, q, q)\n"
-        "assert counter.get_total_flops() > 0"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+CHECK = """
+from torch.utils.flop_counter import flop_registry, FlopCounterMode
+names = sorted(str(op) for op in flop_registry if 'sla2' in str(op))
+assert names == ['sla2.attention', 'sla2.attention_backward', 'sla2.forward', 'sla2.route',
+                 'sla2.sparse_attention', 'sla2.sparse_attention_backward'], names
+assert not any('sla2' in type(finder).__module__ for finder in sys.meta_path)
+q = torch.randn(1, 1, 64, 8)
+with FlopCounterMode(display=False) as counter: sla2_compile.sla2_attention(q, q, q)
+assert counter.get_total_flops() > 0
+"""
+EACH = """
+import os, sys, torch, traceback
+# one process imports torch, and a copy of it takes each case
+for first in sys.argv[2:]:
+    child = os.fork()
+    if not child:
+        try:
+            exec(first + sys.argv[1], {"torch": torch, "sys": sys})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit(f"failed: {first}")
+"""
+
+
+def test_whichever_is_imported_first() -> None:
+    subprocess.run([sys.executable, "-c", EACH, CHECK, *FIRST], check=True, cwd=ROOT)
 
 
 def test_an_import_that_fails_is_tried_again() -> None:
