@@ -75,12 +75,10 @@ class Kind:
         Raises:
             ValueError: as the op does.
         """
-        first = tensors[0]
-        if first is not None and first.device.type in DEVICES:
+        if (args := self._on_a_gpu(tensors)) is not None:
             from sla2_compile.kernels.cuda import dispatch
 
-            values: Any = (*tensors, *self.resolved)
-            self.straight = dispatch.straight(ForwardArgs(*values))
+            self.straight = dispatch.straight(args)
         self.asked = True
         return self.straight
 
@@ -90,14 +88,18 @@ class Kind:
         Raises:
             ValueError: as the ops do.
         """
-        first = tensors[0]
-        if first is not None and first.device.type in DEVICES:
+        if (args := self._on_a_gpu(tensors)) is not None:
             from sla2_compile.kernels.cuda import step
 
-            values: Any = (*tensors, *self.resolved)
-            self.step = step.step_of(ForwardArgs(*values))
+            self.step = step.step_of(args)
         self.asked_step = True
         return self.step
+
+    def _on_a_gpu(self, tensors: Tensors) -> ForwardArgs[Tensor] | None:
+        """The arguments of a call whose kernels are launched; None on other devices."""
+        first, values = tensors[0], (*tensors, *self.resolved)
+        launched = first is not None and first.device.type in DEVICES
+        return ForwardArgs(*values) if launched else None
 
 
 @functools.lru_cache(maxsize=1024)
