@@ -126,7 +126,7 @@ def stages(axis: Any, rows: list[Row]) -> None:
     axis.set_ylim(0, 112)
     axis.set_yticks(range(0, 101, 20))
     axis.set_ylabel("share of a call's device time, %")
-    axis.set_title("Where SLA2's time goes: device time of each kernel, called eagerly", fontsize=9)
+    axis.set_title("Where SLA2's time goes: device time of each kernel, by the profiler", fontsize=9)
     handles, names = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], names[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
