@@ -35,8 +35,8 @@ NORMAL = [
     *((D, N, 128, 64, *recipe) for D in (64, 128) for N in (1024, 2048, 4096) for recipe in RECIPES),
     *((64, 1024, 64, 32, *recipe) for recipe in RECIPES),
     *((D, 1024, 128, 64, ratio, 8) for D in (64, 128) for ratio in (0.5, 1.0)),
-    # the most that `low_bit: auto` computes in INT8
-    *((128, N, 128, 64, MOST_KEPT, 16) for N in (2048, 4096, 8192, 16384)),
+    # the most that `low_bit: auto` computes in INT8, and twice that
+    *((128, N, 128, 64, ratio, 16) for ratio in (MOST_KEPT, 2 * MOST_KEPT) for N in (2048, 4096, 8192, 16384)),
 ]
 """D, N, block_q, block_k, topk_ratio, compression_ratio."""
 OTHERS = [(D, 2048, 128, 64, *recipe) for D in (64, 128) for recipe in RECIPES[:2]]

@@ -58,7 +58,7 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
         ({"low_bit": "auto", "plain": False}, "does not pay on cuda (sm_90), as far as measured"),
         ({"low_bit": "auto", "D": 64}, "does not pay on cuda (sm_90), as far as measured"),
         ({"low_bit": "auto", "block_k": 128}, "does not pay on cuda (sm_90), as far as measured"),
-        ({"low_bit": "auto", "few": False}, "over 3 times bf16's own error above a sixteenth of the key blocks"),
+        ({"low_bit": "auto", "few": False}, "over 3 times bf16's own error above a thirty-second of the key blocks"),
         ({"low_bit": "auto", "many": False}, "does not pay on cuda (sm_90), as far as measured"),
     ]),
 }  # fmt: skip
