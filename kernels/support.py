@@ -176,11 +176,10 @@ TRITON: tuple[Rule, ...] = (
 """What `cuda/forward/`, `cuda/route/` and `cuda/backward/` compute; blocked PyTorch takes the rest."""
 
 FUSED: tuple[Rule, ...] = (
-    # those of the backward compute scores in INT8 too, which no GPU has compared with the reference yet
     Rule(
-        lambda f: f.direction == "forward" or (f.dtype == torch.bfloat16 and f.low_bit == "none"),
-        "a forward, or a backward in bfloat16 of one that was not in low bit",
-        lambda f: "the fused kernels of the backward take bfloat16 alone, and no low bit",
+        lambda f: f.direction == "forward" or (f.dtype == torch.bfloat16 and f.low_bit != "int8_fp8"),
+        "a forward, or a backward in bfloat16 of one that was not in FP8",
+        lambda f: "the fused kernels of the backward take bfloat16 alone, and no FP8",
     ),
     # dq and dk of the linear branch are counted in units of the scale
     Rule(

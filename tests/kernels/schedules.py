@@ -47,18 +47,6 @@ def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launches, "support", lambda facts: support(facts)._replace(kernel="triton"))
 
 
-def with_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have Hopper's kernels of the backward run after a forward in INT8 too."""
-    from sla2_compile.kernels.cuda.backward import launches
-
-    support = launches.support
-
-    def admitted(facts: Any) -> Any:
-        return support(facts._replace(low_bit="none") if facts.low_bit == "int8" else facts)
-
-    monkeypatch.setattr(launches, "support", admitted)
-
-
 def remember_tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Return a dict that fills with every tensor of each run to come, by name."""
     from sla2_compile.kernels.cuda.launch.layout import Slot

@@ -31,7 +31,7 @@ from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
 from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
 from sla2_compile.kernels.records import of  # noqa: E402
 from sla2_compile.kernels.support import GLUON_TRITONS  # noqa: E402
-from tests.kernels.schedules import forget_schedules, with_int8, without_fused  # noqa: E402
+from tests.kernels.schedules import forget_schedules, without_fused  # noqa: E402
 from tests.kernels.spills import SPILLS, allowed  # noqa: E402
 from tests.kernels.triton_case import (  # noqa: E402
     scheduled_attention,
@@ -283,15 +283,12 @@ COMPILED_HOPPER = [
         {
             **{f"fused backward, D{D}": call(D, (128, 64), "backward") for D in (64, 80, 128)},
             "fused backward, D128, relu": call(128, (128, 64), "backward", phi="relu"),
+            **{f"fused backward, D{D}, int8": call(D, (128, 64), "backward", "int8") for D in (64, 128)},
         },
     ),
     *on(90, HOPPER, {"fused, D128, fp16": call(128, (128, 64), dtype=torch.float16)}),
     *on(90, HOPPER, {f"fused, D{D}, {low}": call(D, (128, 64), low=low) for D in (48, 80) for low in LOW_BITS}),
 ]
-
-COMPILED_INT8 = on(
-    90, HOPPER_BACKWARD, {f"fused backward, D{D}, int8": call(D, (128, 64), "backward", "int8") for D in (64, 128)}
-)
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)
@@ -303,13 +300,6 @@ def test_compiles_without_spills(case: Compiled, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(device.triton_version() not in GLUON_TRITONS, reason="a Triton whose Gluon nobody tried")
 @pytest.mark.parametrize("case", COMPILED_HOPPER, ids=str)
 def test_hopper_kernel_compiles(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compile_all(case, monkeypatch) == set(case.hot)
-
-
-@pytest.mark.skipif(device.triton_version() not in GLUON_TRITONS, reason="a Triton whose Gluon nobody tried")
-@pytest.mark.parametrize("case", COMPILED_INT8, ids=str)
-def test_hopper_kernels_compile_for_a_backward_in_int8(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_int8(monkeypatch)
     assert compile_all(case, monkeypatch) == set(case.hot)
 
 
@@ -339,7 +329,7 @@ def compile_all(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def test_allowed_spills_are_of_cases() -> None:
     """A row that no case reaches allows nothing and says something untrue."""
-    cases = COMPILED + COMPILED_HOPPER + COMPILED_INT8
+    cases = COMPILED + COMPILED_HOPPER
     hot = {str(case): case.hot for case in cases}
     assert len(hot) == len(cases)
     for kernel, allowed_in in SPILLS.items():

@@ -24,7 +24,7 @@ from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.options import AttentionOptions
 from sla2_compile.kernels.support import support
 from tests.kernels.backward_case import check_gradients, gradient_of, saved_call
-from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes, with_int8, without_fused
+from tests.kernels.schedules import forget_schedules, remember_tensors, state_bytes, without_fused
 from tests.kernels.test_hopper import H100, call_of, tensors
 from tests.kernels.test_triton_backward_edges import WHOLE, Fenced, among_nan
 from tests.kernels.triton_case import INTERPRETED, Case, poison_outputs, scheduled_backward
@@ -81,7 +81,8 @@ def test_takes_what_the_table_says() -> None:
     assert fused(call_of(q[:, :, :252], k, v))
     assert not fused(call_of(q[:, :, :254], k, v))
     assert not fused(call_of(*(x.half() for x in (q, k, v))))
-    for changes in ({"low_bit": "int8"}, {"is_causal": True}, {"block_q": 64}):
+    assert fused(call_of(q, k, v, low_bit="int8"))
+    for changes in ({"low_bit": "int8_fp8"}, {"is_causal": True}, {"block_q": 64}):
         assert not fused(call_of(q, k, v, **changes))
     # linear gradients are divided by it
     for scale, taken in ((1e-17, True), (1e-20, False), (1e17, True), (1e20, False)):
@@ -160,13 +161,14 @@ if not INTERPRETED:
         case = replace(WIDE, D=D, Dv=D, groups=groups, Nq=128 * 10 + 68, Nk=64 * 20 - 5, topk_ratio=0.2)
         saved = saved_call(case, case.tensors(), "int8")
         do = gradient_of(saved.o)
-        want = scheduled_backward(BackwardArgs(do, saved))
-        assert not took
-        with_int8(monkeypatch)
-        forget_schedules()
-        for _ in range(2):
-            assert_near(scheduled_backward(BackwardArgs(do, saved)), want)
+        got = [scheduled_backward(BackwardArgs(do, saved)) for _ in range(2)]
         assert took == ["rows", "keys", "queries"]
+        without_fused(monkeypatch)
+        forget_schedules()
+        want = scheduled_backward(BackwardArgs(do, saved))
+        assert len(took) == 3
+        for made in got:
+            assert_near(made, want)
 
     @pytest.mark.gpu
     @skipped

@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
     ]),
     "fused": (FUSED, [
         ({"direction": "backward", "dtype": torch.float16},
-         "the fused kernels of the backward take bfloat16 alone, and no low bit"),
+         "the fused kernels of the backward take bfloat16 alone, and no FP8"),
         ({"invertible": False}, "the fused kernels of the backward need a scale of 1e-18 to 1e18"),
         ({"chip": on(100)}, "the fused kernel needs sm_90, not sm_100"),
         ({"chip": H200._replace(triton=(3, 8))}, "the fused kernel needs Triton 3.6 or 3.7, not 3.8"),
@@ -102,10 +102,11 @@ def test_a_format_falls_back_to_the_next_less() -> None:
 def test_a_backward_in_bfloat16_is_fused() -> None:
     back = CALL._replace(direction="backward")
     assert support(back).kernel == "fused"
-    for change in ({"low_bit": "int8"}, {"low_bit": "int8_fp8"}, {"dtype": torch.float16}):
+    assert support(back._replace(low_bit="int8")).kernel == "fused"
+    for change in ({"low_bit": "int8_fp8"}, {"dtype": torch.float16}):
         assert (
             support(back._replace(**change)).why.fused
-            == "the fused kernels of the backward take bfloat16 alone, and no low bit"
+            == "the fused kernels of the backward take bfloat16 alone, and no FP8"
         )
 
 
@@ -125,7 +126,7 @@ def test_a_backward_takes_up_the_format_of_its_forward() -> None:
         {"dtype": torch.float16},
         {"block_k": 128},
         {"low_bit": "int8_fp8"},
-        {"low_bit": "int8"},
+        {"low_bit": "int8", "D": 72},
     ):
         found = support(back._replace(**change))
         assert (found.kernel, found.low_bit, found.why.low_bit) == ("triton", change.get("low_bit", "none"), "")
