@@ -101,7 +101,9 @@ def test_error_beside_that_of_bf16(D: int) -> None:
 
     The sparse branch, and FP8 in both, cost what their formats do (docs/method.md).
     """
-    case = Case(groups=1, Nq=256, Nk=2048, D=D, Dv=D, block_q=128, block_k=64, topk_ratio=0.05, alpha="none")
+    # two query blocks alone are off by a tenth, by chance
+    rows = 256 if INTERPRETED else 2048
+    case = Case(groups=1, Nq=rows, Nk=2048, D=D, Dv=D, block_q=128, block_k=64, topk_ratio=0.05, alpha="none")
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(exact(x, torch.float64), reference.route)
     want = case.attention(exact(x, torch.float64), reference.attention)
