@@ -18,7 +18,11 @@ COLOURS = {
 }  # fmt: skip
 LINES = {"full, fine-tuned": ("black", "--"), "full, in float16": ("black", ":")}
 MEASURES = {"sample": "error of whole pictures", "step": "error of single steps", "site_error": "error of sites"}
-ORDER = ("held out", "full", "full, fine-tuned", *COLOURS)
+SHOWN = (
+    "held out", "full", "full, fine-tuned", "untrained", "stage 1", "stage 2, INT8 QAT",
+    "stage 2, sparse branch alone",
+)  # fmt: skip
+"""Rows of drawn pictures, without those that no eye tells from another."""
 
 
 def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -91,7 +95,7 @@ def curves_picture(found: Found, path: Path) -> None:
 
 def samples_picture(samples: dict[str, Tensor], path: Path) -> None:
     """A row of pictures from the same noise for each variant at 95 % sparsity."""
-    names = [name for name in ORDER if name in samples]
+    names = [name for name in SHOWN if name in samples]
     if not names:
         return
     columns = len(samples[names[0]])
