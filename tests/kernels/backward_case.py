@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import torch
@@ -62,11 +59,3 @@ def check_gradients(case: Case) -> None:
         assert_oracle(part, got[part], low[part], exactly, eps)
     for part in set(NAMES) - set(want):
         assert got[part].numel() == 0
-
-
-def in_the_interpreter(file: str) -> None:
-    """Run a file's bodies without a GPU, in a process of their own: Triton chooses its interpreter at import."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 FLOATS: dict[Any, Any] = {
@@ -82,8 +84,52 @@ def patch_builtins(package: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
 
 
+@functools.cache
+def sizes_of(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """The number of elements of a block and its shape, as a tensor of the language holds them."""
+    return tl.constexpr(math.prod(shape)), tl.core.tuple([tl.constexpr(size) for size in shape])
+
+
+def make_tensor(self: Any, handle: Any, kind: Any) -> None:
+    """`tl.tensor.__init__`, with one object for all tensors of a shape."""
+    tl.core.base_value.__init__(self)
+    self.handle, self.type, self.dtype = handle, kind, kind.scalar
+    self.numel, self.shape = sizes_of(kind.shape if kind.is_block() else ())
+
+
+MAKE_BLOCK = tl.block_type.__init__
+BLOCKS: dict[Any, dict[str, Any]] = {}
+
+
+def make_block(self: Any, element: Any, shape: Any) -> None:
+    """`tl.block_type.__init__`, which checks a shape once for each type of elements."""
+    key = element.name, tuple(getattr(size, "value", size) for size in shape)
+    if key not in BLOCKS:
+        MAKE_BLOCK(self, element, shape)
+        BLOCKS[key] = dict(self.__dict__)
+    self.__dict__.update(BLOCKS[key])
+
+
+EQUAL = tl.core.tuple.__eq__
+SAME = tl.constexpr(True)
+
+
+def equal(self: Any, other: Any) -> Any:
+    """`tl.core.tuple.__eq__`, where most tuples that are equal are one."""
+    return SAME if self is other else EQUAL(self, other)
+
+
+def quicken() -> None:
+    """Have the interpreter make fewer objects, and leave out its checks of whole numbers for overflow."""
+    tl.tensor.__init__ = make_tensor
+    tl.block_type.__init__ = make_block
+    tl.core.tuple.__eq__ = equal
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
+
+
 def repair() -> None:
     """Patch the interpreter of this process."""
+    quicken()
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter._patch_builtin = patch_builtins

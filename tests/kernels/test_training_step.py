@@ -14,7 +14,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 from sla2_compile.kernels import functional, kinds, ops, torch_internals, training_step
 from sla2_compile.kernels.functional import sla2_attention
 from sla2_compile.kernels.options import AttentionOptions
-from tests.kernels.backward_case import in_the_interpreter
 from tests.kernels.schedules import forget_schedules
 from tests.kernels.triton_case import DEVICE, INTERPRETED, body
 
@@ -217,9 +216,3 @@ def test_only_wanted_gradients_are_asked_for(taken: list[str]) -> None:
     assert v.grad is not None
     assert q.grad is None
     assert taken == ["step", "step"]
-
-
-if not INTERPRETED:
-
-    def test_bodies_in_the_interpreter() -> None:
-        in_the_interpreter(__file__)

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.arguments import BackwardArgs, BackwardResult
 from sla2_compile.kernels.cuda.forward import states_launches
-from tests.kernels.backward_case import by_autograd, check_gradients, gradient_of, in_the_interpreter, saved_call
+from tests.kernels.backward_case import by_autograd, check_gradients, gradient_of, saved_call
 from tests.kernels.schedules import forget_schedules
 from tests.kernels.triton_case import DEVICE, INTERPRETED, Case, body, poison_outputs, scheduled_backward
 
@@ -165,6 +165,3 @@ if not INTERPRETED:
             assert torch.equal(a, again), name
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()
             assert error < 0.05, (name, error)
-
-    def test_bodies_in_the_interpreter() -> None:
-        in_the_interpreter(__file__)

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from sla2_compile.kernels.arguments import BackwardArgs
 from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
-from tests.kernels.backward_case import NAMES, by_autograd, gradient_of, in_the_interpreter, saved_call
+from tests.kernels.backward_case import NAMES, by_autograd, gradient_of, saved_call
 from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_backward
 
 SMALL = Case(Nq=75, Nk=107, block_q=32, block_k=16, groups=1)
@@ -174,9 +174,3 @@ if INTERPRETED:
         got = scheduled_backward(BackwardArgs(spread("do", do), far))
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
-
-
-if not INTERPRETED:
-
-    def test_bodies_in_the_interpreter() -> None:
-        in_the_interpreter(__file__)

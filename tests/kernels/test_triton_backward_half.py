@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.arguments import BackwardArgs
-from tests.kernels.backward_case import by_autograd, gradient_of, in_the_interpreter, saved_call
-from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_backward
+from tests.kernels.backward_case import by_autograd, gradient_of, saved_call
+from tests.kernels.triton_case import Case, body, poison_outputs, scheduled_backward
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +91,3 @@ def test_a_gradient_that_is_not_finite_stays_so() -> None:
         got = scheduled_backward(BackwardArgs(do, saved))
         for name in ("dq", "dk", "dv"):
             assert not getattr(got, name).isfinite().all(), name
-
-
-if not INTERPRETED:
-
-    def test_bodies_in_the_interpreter() -> None:
-        in_the_interpreter(__file__)

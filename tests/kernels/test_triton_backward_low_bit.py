@@ -16,9 +16,9 @@ from sla2_compile.kernels.cuda import dispatch as cuda
 from sla2_compile.kernels.cuda.forward import states_launches
 from sla2_compile.kernels.portable import backward as portable
 from tests.kernels import fake_quant
-from tests.kernels.backward_case import gradient_of, in_the_interpreter, saved_call
+from tests.kernels.backward_case import gradient_of, saved_call
 from tests.kernels.schedules import forget_schedules
-from tests.kernels.triton_case import INTERPRETED, Case, body, poison_outputs, scheduled_backward
+from tests.kernels.triton_case import Case, body, poison_outputs, scheduled_backward
 
 SMALL = Case(Nq=75, Nk=107, block_q=32, block_k=32, topk_ratio=0.5)
 CASES = {
@@ -132,9 +132,3 @@ def test_hidden_keys_may_hold_anything() -> None:
     got = scheduled_backward(BackwardArgs(do, saved._replace(call=wild)))
     for name, a, b in zip(BackwardResult._fields, got, want, strict=True):
         assert torch.equal(a, b), name
-
-
-if not INTERPRETED:
-
-    def test_bodies_in_the_interpreter() -> None:
-        in_the_interpreter(__file__)

@@ -6,9 +6,6 @@ On a machine without a GPU the bodies run in a process of their own, since Trito
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -430,10 +427,3 @@ if not INTERPRETED:
             grads.append([t.grad.double().flatten() for t in y if t.grad is not None])
         for low, high in zip(*grads, strict=True):
             assert torch.nn.functional.cosine_similarity(low, high, dim=0) > 0.999
-
-    def test_bodies_in_the_interpreter() -> None:
-        """Run this file's bodies without a GPU."""
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

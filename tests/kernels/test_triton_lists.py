@@ -12,7 +12,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda.backward.lists import lists_kernel
-from tests.kernels.backward_case import in_the_interpreter
 from tests.kernels.triton_case import DEVICE, INTERPRETED, body
 
 WILD = 12345
@@ -109,9 +108,3 @@ def test_a_bad_table_writes_nothing_outside() -> None:
     lists = inverted(1, 34, repeated[None, None])
     assert sum(len(rows) for rows in read(1, 34, lists)[0]) <= repeated.numel()
     assert all(0 <= row < len(repeated) for rows in read(1, 34, lists)[0] for row in rows)
-
-
-if not INTERPRETED:
-
-    def test_bodies_in_the_interpreter() -> None:
-        in_the_interpreter(__file__)

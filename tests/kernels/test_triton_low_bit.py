@@ -5,9 +5,6 @@ The oracle rule, with the reference's emulation in float32 and float64, on the l
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -365,10 +362,3 @@ if not INTERPRETED:
             from sla2_compile.kernels.functional import sla2_attention
 
             return sla2_attention(q, k, v, self.options)
-
-    def test_bodies_in_the_interpreter() -> None:
-        """Run this file's bodies without a GPU."""
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

@@ -6,8 +6,6 @@ import errno
 import itertools
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,13 +104,6 @@ if INTERPRETED:
         assert {name: tuner.do_bench.trials for name, tuner in made.items()} == before
 
 else:
-
-    def test_in_the_interpreter() -> None:
-        """In a process of its own: Triton decides at import whether it interprets."""
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
     class Driver:
         """Stands in for a GPU's: which chip it is, and the clock."""
