@@ -46,8 +46,8 @@ bench: $(STAMP) ## CPU benchmark: ratios to SDPA, written to benchmarks/results/
 gpu: $(STAMP) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
-golden: $(STAMP) ## rewrite the golden graphs of the pass tests, to be read in the diff
-	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest -q tests/passes
+golden: $(STAMP) ## rewrite the golden graphs and what kernels compile to, to be read in the diff
+	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest -q tests/passes tests/kernels/test_aot.py
 
 # in a venv of its own: the libraries are large, and nothing else may come to need them
 $(ZOO_STAMP): pyproject.toml constraints.txt

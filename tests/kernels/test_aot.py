@@ -1,39 +1,33 @@
 """Every launch of the CUDA path compiles for sm_80 to sm_120 without a GPU, and spills what `spills.py` allows.
 
 The launches are recorded from the real launcher, so tiles, warps and stages are those that would run. The calls reach
-every row of the tables of tiles, with masks and 8 bits where those take the most registers.
+every row of the tables of tiles, with masks and 8 bits where those take the most registers. Of each kernel and chip
+one launch is compiled in every run, and all that have changed; `compiled.py` knows the others.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-import subprocess
-import tempfile
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
-
-from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, Saved  # noqa: E402
-from sla2_compile.kernels.checks import LOW_BITS  # noqa: E402
-from sla2_compile.kernels.cuda import device, tiles  # noqa: E402
-from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles  # noqa: E402
-from sla2_compile.kernels.cuda.launch.schedule import Schedule  # noqa: E402
-from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
-from sla2_compile.kernels.records import of  # noqa: E402
-from sla2_compile.kernels.support import GLUON_TRITONS  # noqa: E402
-from tests.kernels.schedules import forget_schedules, without_fused  # noqa: E402
-from tests.kernels.spills import SPILLS, allowed  # noqa: E402
-from tests.kernels.triton_case import (  # noqa: E402
+from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, Saved
+from sla2_compile.kernels.checks import LOW_BITS
+from sla2_compile.kernels.cuda import device, tiles
+from sla2_compile.kernels.cuda.launch.layout import Slot
+from sla2_compile.kernels.cuda.launch.schedule import Schedule
+from sla2_compile.kernels.cuda.launch.steps import Launch
+from sla2_compile.kernels.records import of
+from sla2_compile.kernels.support import GLUON_TRITONS
+from tests.kernels.compiled import RECORD, Record, fingerprint, usage_of
+from tests.kernels.schedules import forget_schedules, without_fused
+from tests.kernels.spills import SPILLS, allowed
+from tests.kernels.triton_case import (
     scheduled_attention,
     scheduled_backward,
     scheduled_forward,
@@ -41,10 +35,6 @@ from tests.kernels.triton_case import (  # noqa: E402
 )
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1",
-    torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv",
-}  # fmt: skip
 
 
 def scheduled(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Launch]:
@@ -58,51 +48,6 @@ def scheduled(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Launch]:
     monkeypatch.setattr(Schedule, "run", record)
     run()
     return seen
-
-
-def built(launch: Launch, arch: int) -> Any:
-    """Compile one launch as Triton's launcher would specialise it."""
-    kernel, args, kwargs = launch.kernel, launch.args, launch.constants
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if kwargs.get(name) is not None}
-    names = list(inspect.signature(kernel.fn).parameters)
-    # on a CPU the launcher asks for what the interpreter can do
-    kwargs = kwargs | ({"FAST": True} if "FAST" in kwargs else {})
-    given = dict(zip(names, args, strict=False)) | {name: x for name, x in kwargs.items() if name in names}
-    fixed = set(kernel.do_not_specialize or ())
-    gluon = kernel.is_gluon()
-    signature, constants, attrs = {}, {}, {}
-    for index, name in enumerate(names):
-        value, parameter = given[name], kernel.params[index]
-        if parameter.is_constexpr:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Slot):
-            signature[name] = TYPES[value.dtype]
-            attrs[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, Tiles):
-            layout = f",{value.layout!r}" if gluon else ""
-            signature[name] = f"tensordesc<{TYPES[value.slot.dtype][1:]}{list(value.block)}{layout}>"
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and name not in fixed:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and name not in fixed:
-                attrs[(index,)] = [["tt.divisibility", 16]]
-    source = (GluonASTSource if gluon else ASTSource)(kernel, signature=signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def compiled(launch: Launch, arch: int) -> tuple[int, int, int]:
-    """Compile one launch; returns registers, spilled and shared bytes."""
-    made = built(launch, arch)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(made.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return found["REG"], found["STACK"], made.metadata.shared
 
 
 def call(
@@ -310,21 +255,41 @@ def on_chip(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "shared_limit", lambda device: SHARED_LIMIT[arch])
 
 
+def wanted(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches of a call, as far as its case asks for them."""
+    on_chip(case.arch, monkeypatch)
+    launches = scheduled(monkeypatch, case.run)
+    return [x for x in launches if case.hot is HOT or x.kernel.fn.__name__ in case.hot]
+
+
 def compile_all(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Compile what a call launches, as far as it is wanted; returns the names of what was compiled."""
     seen = set()
-    on_chip(case.arch, monkeypatch)
-    for launch in scheduled(monkeypatch, case.run):
+    for launch in wanted(case, monkeypatch):
         name = launch.kernel.fn.__name__
-        if case.hot is not HOT and name not in case.hot:
-            continue
-        registers, spilled, shared = compiled(launch, case.arch)
-        label = f"{name} sm_{case.arch}: {registers} registers, {spilled} bytes spilled, {shared} of shared"
+        found = usage_of(launch, case.arch)
+        label = f"{name} sm_{case.arch}: {found}"
         print(label)
-        assert shared <= SHARED_LIMIT[case.arch], label
-        assert spilled <= allowed(name, str(case)), label
+        assert found.shared <= SHARED_LIMIT[case.arch], label
+        assert found.spilled <= allowed(name, str(case)), label
         seen.add(name)
     return seen
+
+
+@pytest.mark.skipif(not RECORD.holds, reason="the record is of another Triton")
+def test_the_record_is_of_these_launches() -> None:
+    """What it lacks is compiled in every run, and what it has too much is never compiled again."""
+    found: dict[str, Any] = {}
+    for case in COMPILED + COMPILED_HOPPER:
+        with pytest.MonkeyPatch.context() as patch:
+            if case in COMPILED:
+                without_fused(patch)
+            for launch in wanted(case, patch):
+                found.setdefault(fingerprint(launch, case.arch), (launch, case.arch))
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        Record({key: usage_of(*launch) for key, launch in found.items()}).save()
+    else:
+        assert found.keys() == RECORD.usage.keys(), "run make golden"
 
 
 def test_allowed_spills_are_of_cases() -> None:

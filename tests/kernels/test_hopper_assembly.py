@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from sla2_compile.kernels.cuda import device
 from sla2_compile.kernels.support import GLUON_TRITONS
 from tests.kernels.assembly import disassembled, disturbed, instructions, lost, waits
-from tests.kernels.test_aot import HOPPER_BACKWARD, built, call, on_chip, scheduled
+from tests.kernels.compiled import built
+from tests.kernels.test_aot import HOPPER_BACKWARD, call, on_chip, scheduled
 
 LOOP = """
         /*0000*/                   LDS.64 R8, [R2] ;
