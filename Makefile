@@ -57,7 +57,7 @@ $(ZOO_STAMP): pyproject.toml constraints.txt
 	$(ZOO_VENV)/bin/python -m pip install -q -c constraints.txt -e '.[zoo]'
 	@touch $@
 
-zoo: $(ZOO_STAMP) ## models of transformers, diffusers and others: found, rewritten, compiled, exported; docs/zoo.md
+zoo: $(ZOO_STAMP) ## models of transformers, diffusers and others: found, rewritten, compiled, exported, written as files; docs/zoo.md
 	$(ZOO_VENV)/bin/python -m tests.zoo
 
 # the extra alone, without the package and torch: the API reference is read from the sources

@@ -73,8 +73,8 @@ def to_sequence(x: Tensor, tile: int) -> Tensor:
     """Order a grid (B, gh, gw, E) as a sequence (B, gh * gw, E): tile after tile, in Z-order within a tile."""
     B, gh, gw, E = x.shape
     levels = tile_levels(gh, gw, tile)
-    halves = (2,) * levels
-    x = x.reshape(B, gh >> levels, *halves, gw >> levels, *halves, E)
+    halves, side = (2,) * levels, 2**levels
+    x = x.reshape(B, gh // side, *halves, gw // side, *halves, E)
     # (row, column) of the tile, then row bit, column bit of each level from the coarsest to the finest
     order = [axis for level in range(levels + 1) for axis in (1 + level, 2 + levels + level)]
     return x.permute(0, *order, x.dim() - 1).reshape(B, gh * gw, E)
@@ -83,7 +83,8 @@ def to_sequence(x: Tensor, tile: int) -> Tensor:
 def to_grid(x: Tensor, gh: int, gw: int, tile: int) -> Tensor:
     """Undo `to_sequence`: (B, gh * gw, E) to (B, gh, gw, E)."""
     levels = tile_levels(gh, gw, tile)
-    x = x.reshape(x.shape[0], gh >> levels, gw >> levels, *(2,) * (2 * levels), x.shape[2])
+    side = 2**levels
+    x = x.reshape(x.shape[0], gh // side, gw // side, *(2,) * (2 * levels), x.shape[2])
     rows, columns = range(1, x.dim() - 1, 2), range(2, x.dim() - 1, 2)
     return x.permute(0, *rows, *columns, x.dim() - 1).reshape(x.shape[0], gh, gw, -1)
 

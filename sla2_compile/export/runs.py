@@ -33,11 +33,12 @@ def is_dynamic(program: ExportedProgram) -> bool:
 
 
 def at_other_sizes(program: ExportedProgram) -> Iterator[Any]:
-    """Yield inputs like the example's, with other values, at about 1.5 times and at twice its dynamic sizes.
+    """Yield inputs like the example's, with other values, at about 1.5 times, twice and half its dynamic sizes.
 
-    A program may refuse the first, for lengths that must be whole patches, and take the second. Sizes that a program
-    derives from others are derived here too. Whole numbers are taken from the example, so that token ids stay token
-    ids. Nothing is yielded where no other size is known.
+    A program may refuse the first, for lengths that must be whole patches, and take the second. A model with a table
+    of positions may take the third alone. Sizes that a program derives from others are derived here too. Whole
+    numbers are taken from the example, so that token ids stay token ids. Nothing is yielded where no other size is
+    known.
     """
     assert program.example_inputs is not None
     examples, sizes = given_tensors(program.example_inputs), symbolic_sizes(program)
@@ -47,8 +48,8 @@ def at_other_sizes(program: ExportedProgram) -> Iterator[Any]:
             if isinstance(n, sympy.Expr):
                 known |= solved(n, x.shape[axis])
     done = [tuple(x.shape for x in examples)]
-    for grow in (lambda n: n + n // 2 + 1, lambda n: 2 * n):
-        grown = {symbol: within(program, symbol, n, grow(n)) for symbol, n in known.items()}
+    for other in (lambda n: n + n // 2 + 1, lambda n: 2 * n, lambda n: max(2, n // 2)):
+        grown = {symbol: within(program, symbol, n, other(n)) for symbol, n in known.items()}
         shapes = tuple(torch.Size(evaluated(shape, grown, x)) for x, shape in zip(examples, sizes, strict=True))
         if shapes in done:
             continue
@@ -70,12 +71,15 @@ def solved(size: Any, n: int) -> dict[Any, int]:
     return next(({symbol: int(x)} for x in values if x.is_Integer and x > 0), {})
 
 
-def within(program: ExportedProgram, symbol: Any, n: int, grown: int) -> int:
-    """Bring a grown size into the range that the program declares for it; below n if n is the largest."""
+def within(program: ExportedProgram, symbol: Any, n: int, other: int) -> int:
+    """Bring another size than n into the range that the program declares for it; below n if n is the largest."""
     limits = program.range_constraints.get(symbol)
-    if limits is None or not limits.upper.is_Integer or grown <= limits.upper:
-        return grown
-    return int(limits.upper) if n < limits.upper else max(int(limits.lower), n - n // 3)
+    if limits is None:
+        return other
+    least = int(limits.lower) if limits.lower.is_Integer else 1
+    if not limits.upper.is_Integer or other <= limits.upper:
+        return max(least, other)
+    return int(limits.upper) if n < limits.upper else max(least, n - n // 3)
 
 
 def evaluated(shape: Sequence[Any], sizes: dict[Any, int], x: Tensor) -> tuple[int, ...]:

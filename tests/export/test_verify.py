@@ -131,11 +131,11 @@ def sizes(model: nn.Module, x: Tensor, n: Any) -> list[int]:
 
 def test_second_sizes_of_derived_lengths() -> None:
     x = torch.randn(2, 400, 32)
-    assert sizes(Patches(), x, 4 * Dim("n")) == [604, 800]
-    assert sizes(Patches(), x, 4 * Dim("n", max=120)) == [480]
+    assert sizes(Patches(), x, 4 * Dim("n")) == [604, 800, 200]
+    assert sizes(Patches(), x, 4 * Dim("n", max=120)) == [480, 200]
     # at the largest length, a shorter one
-    assert sizes(Patches(), x, 4 * Dim("n", max=100)) == [268]
-    assert sizes(models.Attention(), x, Dim("n", max=401)) == [401]
+    assert sizes(Patches(), x, 4 * Dim("n", max=100)) == [268, 200]
+    assert sizes(models.Attention(), x, Dim("n", max=401)) == [401, 200]
     n, m = sympy.symbols("n m", integer=True, positive=True)
     assert [solved(size, 402) for size in (3 * n + 3, 4 * n, n + m, sympy.Mod(n, 7), sympy.Integer(402))] == [
         {n: 133}, {}, {}, {}, {},
@@ -160,6 +160,27 @@ def test_a_length_that_must_be_whole_patches(tmp_path: Path) -> None:
     # as the file's sizes say it, without the factor: 601 is refused, and 800 is not
     found = sla2_compile.verify_onnx(tmp_path / "model.onnx", model, (x,))
     assert [(run.sizes, run.refused) for run in found.runs] == [(((2, 400, 32),), ""), (((2, 800, 32),), "")]
+
+
+class Positions(nn.Module):
+    """Attention over tokens with a table of positions, which only a run at a longer length finds too short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(400, 32)
+        self.attention = models.Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x + self.positions(torch.arange(x.shape[1])))
+
+
+def test_a_model_with_a_longest_length_is_compared_at_a_shorter_one(tmp_path: Path) -> None:
+    x = torch.randn(2, 400, 32)
+    model = transformed(Positions(), x)
+    made: Any = sla2_compile.export_onnx(model, (x,), tmp_path / "model.onnx", dynamic_shapes=({1: Dim.DYNAMIC},))
+    assert [(run.sizes, run.refused) for run in made.verification.runs] == [
+        (((2, 400, 32),), ""), (((2, 200, 32),), ""),
+    ]  # fmt: skip
 
 
 # what is refused

@@ -28,6 +28,8 @@ class Entry:
         program: calls that become SLA2 when the exported original is transformed, or compiled with backend="sla2";
             None means as many as rewritten.
         autocast: sites that are SLA2 under bfloat16 autocast; None means all.
+        file: nodes of SLA2 in the ONNX file; None means as many as are rewritten, "model" as above. A text is the
+            error of the export.
         note: what the table says about the entry beyond its numbers.
     """
 
@@ -41,6 +43,7 @@ class Entry:
     strict: int | str | None = None
     program: int | None = None
     autocast: int | None = None
+    file: int | str | None = None
     note: str = ""
 
     def make(self) -> tuple[nn.Module, dict[str, Any]]:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from tests.zoo import check
 from tests.zoo.entry import Entry
+from tests.zoo.file import PARITY, File, in_onnxruntime
 
 COLUMNS = (
     "model",
@@ -21,6 +22,7 @@ COLUMNS = (
     "strict export",
     "program",
     "backend",
+    "ONNX file",
 )
 
 HEAD = """# Compatibility: the model zoo
@@ -42,6 +44,7 @@ The zoo has {models} tiny models with random weights (`tests/zoo/`). SLA2 takes 
 | export, strict export | the same in `torch.export`, with `strict=False` and `strict=True` |
 | program | calls that become SLA2 when the original is exported first and then the program is transformed, with the same check of parity. The passes also read attention written by hand. They see a mask, but not what it means |
 | backend | the same of the original under `torch.compile(backend="sla2")` |
+| ONNX file | nodes of SLA2 in the file of `export_onnx`, the largest error in onnxruntime (at most {parity:.0e}), and which sizes the file leaves open: batch, length (any other). Compared at the example's sizes and, where some are open, at others |
 
 `restore` gives every model its original output back, bit for bit, and its original state dict. A dash means that SLA2
 takes no call of the model. The model is left alone, and its output is the original's.
@@ -59,11 +62,11 @@ def row(entry: Entry) -> tuple[str, ...]:
     traced = tuple(_traced(x, calls.rewritten) for x in (compiled, exported, strict))
     graphs = _program(check.program(entry)), _program(check.backend(entry))
     if not calls.rewritten:
-        return (*found, "-", "-", "-", *traced, *graphs)
+        return (*found, "-", "-", "-", *traced, *graphs, "-")
     alphas = check.alphas(entry)
     reached = alphas - len(check.without_gradient(entry))
     autocast = f"{check.under_autocast(entry)} of {calls.rewritten}"
-    return (*found, _parity(check.parity(entry)), f"{reached} of {alphas}", autocast, *traced, *graphs)
+    return (*found, _parity(check.parity(entry)), f"{reached} of {alphas}", autocast, *traced, *graphs, _file(entry))
 
 
 def _parity(parity: check.Parity) -> str:
@@ -74,6 +77,20 @@ def _parity(parity: check.Parity) -> str:
 def _program(program: check.Program) -> str:
     wrong = program.parity.error > program.parity.allowed
     return f"{program.rewritten}, **wrong** by {program.parity.difference:.0e}" if wrong else f"{program.rewritten}"
+
+
+def _file(entry: Entry) -> str:
+    file: File = in_onnxruntime(entry)
+    if file.model_fails:
+        return "the original fails too"
+    if file.failure:
+        return f"**fails**: {file.failure[:120]}"
+    sites = f"{file.sites} of {check.calls(entry).rewritten}"
+    if file.error > PARITY:
+        return f"{sites}, **differs** by {file.error:.0e}"
+    sizes = " and ".join(file.dynamic) or "no size"
+    alone = "" if file.compared or not file.dynamic else ", compared at one"
+    return f"{sites}, {file.error:.0e}; {sizes}{alone}"
 
 
 def _traced(traced: check.Traced, rewritten: int) -> str:
@@ -99,6 +116,7 @@ def document(entries: list[Entry]) -> str:
         fallbacks=_fallbacks(entries),
         shortest=check.MIN_SEQ_LEN,
         sparse=check.SPARSE,
+        parity=PARITY,
     )
     lines = [COLUMNS, ("---",) * len(COLUMNS), *(row(entry) for entry in entries)]
     return (

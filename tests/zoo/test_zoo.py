@@ -6,6 +6,7 @@ import pytest
 
 from tests.zoo import check
 from tests.zoo.entry import Entry
+from tests.zoo.file import PARITY, in_onnxruntime
 from tests.zoo.registry import ENTRIES
 
 EACH = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -79,6 +80,17 @@ def test_the_backend_takes_the_same_calls(entry: Entry):
 @REWRITTEN
 def test_autocast_keeps_the_sites(entry: Entry):
     assert check.under_autocast(entry) == (entry.rewritten if entry.autocast is None else entry.autocast)
+
+
+@REWRITTEN
+def test_the_file_gives_what_the_model_gives(entry: Entry):
+    file = in_onnxruntime(entry)
+    expected = entry.rewritten if entry.file is None else entry.file
+    if isinstance(expected, str) and expected != "model":
+        assert expected in str(file.outcome)
+    else:
+        assert file.outcome == expected, file.failure
+    assert file.error <= PARITY
 
 
 def expect(traced: check.Traced, entry: Entry, expected: int | str | None) -> None:
