@@ -11,14 +11,20 @@ from hypothesis import strategies as st
 from sla2_compile.recipes import DEFAULT, SITE_FIELDS, Recipe, RecipeError, recipe_names
 
 EXPECTED = {"max_speedup": (0.05, 16), "balanced": (0.15, 8), "high_quality": (0.25, 4), "paper": (0.03, "block")}
+OTHERS = {"sla": "sla", "training_free": "proxy"}
 
 
 def test_named_recipes():
-    assert set(recipe_names()) == set(EXPECTED)
+    assert set(recipe_names()) == set(EXPECTED) | set(OTHERS)
+    for name, method in OTHERS.items():
+        recipe = Recipe.named(name)
+        # what these have not is not asked for
+        assert (recipe.method, recipe.low_bit, recipe.qat) == (method, "none", False)
     for name, (topk_ratio, compression_ratio) in EXPECTED.items():
         recipe = Recipe.named(name)
         assert (recipe.name, recipe.topk_ratio, recipe.compression_ratio) == (name, topk_ratio, compression_ratio)
         assert recipe.low_bit == ("int8_fp8" if name == "paper" else "auto")
+        assert recipe.method == "sla2"
         assert recipe.qat
         assert recipe.quantize_linear == "none"
     assert (Recipe.named("paper").block_q, Recipe.named("paper").block_k) == (128, 64)
