@@ -16,6 +16,8 @@ import sla2_compile.kernels  # noqa: F401  (registers the ops, so that saved pro
 
 if TYPE_CHECKING:
     from sla2_compile.api import inspect, restore, transform
+    from sla2_compile.comparison.result import Comparison
+    from sla2_compile.comparison.run import compare
     from sla2_compile.export.onnx import export_onnx
     from sla2_compile.export.verify import verify_onnx
     from sla2_compile.kernels import AttentionOptions, sla2_attention
@@ -41,6 +43,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionOptions": "kernels",
     "Calibration": "training.calibration.result",
+    "Comparison": "comparison.result",
+    "compare": "comparison.run",
     "calibrate": "training.calibration.calibrate",
     "sla2_attention": "kernels",
     "Recipe": "recipes",
@@ -75,12 +79,14 @@ _HOMES = {
 __all__ = [
     "AttentionOptions",
     "Calibration",
+    "Comparison",
     "Recipe",
     "RecipeError",
     "Report",
     "TopKSchedule",
     "calibrate",
     "check_gradients",
+    "compare",
     "convert",
     "diffusers_backend",
     "disable_sla2_qat",

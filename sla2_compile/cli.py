@@ -107,6 +107,42 @@ def calibrate(
 
 
 @app.command()
+def compare(
+    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The function that builds the model.")],
+    recipe: Annotated[str, typer.Option(help="Name or YAML path, for what the rows have in common.")] = DEFAULT,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of the recipe. May be repeated.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="sla2, proxy, proxy2, topk or sla. May be repeated; all but sla if none.")
+    ] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="A topk_ratio. May be repeated; 0.05 to 0.25 if none.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed forwards of each row.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="Image file for error over time.")] = None,
+    json: Annotated[bool, typer.Option(help="Print the result as JSON.")] = False,
+) -> None:
+    """Compare the methods on a model, untrained: the error of its output, and its time.
+
+    FACTORY is called without arguments and returns (model, example_inputs) or (model, example_inputs, kwargs).
+    """
+    from sla2_compile.comparison.run import RATIOS, UNTRAINED
+    from sla2_compile.comparison.run import compare as compare_methods
+
+    fields = _checked(lambda: _fields(set_ or []))
+    model, inputs, kwargs = _checked(lambda: _make(target))
+    options = {"methods": method or UNTRAINED, "ratios": ratio or RATIOS, "repeats": repeats, **fields}
+    found = _checked(lambda: compare_methods(model, inputs, example_kwargs=kwargs, recipe=recipe, **options))
+    if plot is not None:
+        found.plot(plot)
+    if json:
+        console.print_json(data=found.to_dict())
+    else:
+        show(console, found.__rich__())
+
+
+@app.command()
 def export(
     target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The function that builds the model.")],
     path: Annotated[Path, typer.Argument(help="The file to write.")],

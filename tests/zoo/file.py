@@ -64,8 +64,8 @@ def in_onnxruntime(entry: Entry) -> File:
             return File(failure=failure, model_fails=fails(entry))
         assert made.verification is not None
         runs = made.verification.runs
-        error = max(run.error for run in runs)
-        return File(made.sites, error, dynamic_sizes(path), any(not run.refused for run in runs[1:]))
+        largest = max(run.error for run in runs)
+        return File(made.sites, largest, dynamic_sizes(path), any(not run.refused for run in runs[1:]))
 
 
 def twice(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
