@@ -255,7 +255,7 @@ def on_chip(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "shared_limit", lambda device: SHARED_LIMIT[arch])
 
 
-def wanted(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+def launches_of(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """The launches of a call, as far as its case asks for them."""
     on_chip(case.arch, monkeypatch)
     launches = scheduled(monkeypatch, case.run)
@@ -265,7 +265,7 @@ def wanted(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 def compile_all(case: Compiled, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Compile what a call launches, as far as it is wanted; returns the names of what was compiled."""
     seen = set()
-    for launch in wanted(case, monkeypatch):
+    for launch in launches_of(case, monkeypatch):
         name = launch.kernel.fn.__name__
         found = usage_of(launch, case.arch)
         label = f"{name} sm_{case.arch}: {found}"
@@ -284,7 +284,7 @@ def test_the_record_is_of_these_launches() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if case in COMPILED:
                 without_fused(patch)
-            for launch in wanted(case, patch):
+            for launch in launches_of(case, patch):
                 found.setdefault(fingerprint(launch, case.arch), (launch, case.arch))
     if os.environ.get("EXPECTTEST_ACCEPT"):
         Record({key: usage_of(*launch) for key, launch in found.items()}).save()
