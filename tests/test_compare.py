@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +64,11 @@ class Noisy(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, q, q) + torch.rand(())
 
 
+class Zeros(nn.Module):
+    def forward(self, q):
+        return 0.0 * nn.functional.scaled_dot_product_attention(q, q, q)
+
+
 class Nothing(nn.Module):
     def forward(self, q):
         return "no tensor"
@@ -78,6 +86,8 @@ def test_what_is_refused(model, x):
             sla2_compile.compare(model, given, **{**SMALL, **bad})
     with pytest.raises(ValueError, match="model must give the same output for the same inputs"):
         sla2_compile.compare(Noisy(), (q,), **SMALL)
+    with pytest.raises(ValueError, match="model must give an output that is not all 0, got zeros"):
+        sla2_compile.compare(Zeros(), (q,), **SMALL)
     with pytest.raises(ValueError, match="model must return a tensor of numbers, got str"):
         sla2_compile.compare(Nothing(), (q,), **SMALL)
     with pytest.raises(ValueError, match="min_seq_len"):
@@ -104,6 +114,17 @@ def test_a_failure_in_a_row_leaves_the_model_as_it_was(x):
     # no plan is left
     sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0)
     assert model.training
+
+
+def test_the_example(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "examples"))
+    script = importlib.import_module("compare")
+    # no training, but the layers that begin at 0 end elsewhere
+    monkeypatch.setattr(script, "train", lambda model, *_: [nn.init.normal_(p, std=0.1) for p in model.parameters()])
+    few = functools.partial(sla2_compile.compare, methods=("topk",), ratios=(0.5,))
+    monkeypatch.setattr(sla2_compile, "compare", few)
+    script.main(["--quick", "--out", str(tmp_path)])
+    assert (tmp_path / "methods.png").exists()
 
 
 def test_the_command(x, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ class Compared:
     Attributes:
         method: as `compare` was asked for it. topk_ratio: share of the key blocks.
         error: relative L2 difference of the model's output to that with full attention.
-        seconds: of one forward, the median. replaced: attention calls that the method answered.
+        seconds: of one forward, the least. replaced: attention calls that the method answered.
     """
 
     method: str
@@ -33,9 +33,9 @@ class Comparison:
     """The result of `compare`; `print` it, `plot` it, or use `to_dict()`.
 
     Attributes:
-        rows: by method, and by topk_ratio within one. full_seconds: of a forward with full attention, the median.
+        rows: by method, and by topk_ratio within one. full_seconds: of a forward with full attention, the least.
         calls: attention calls of one forward that any method could answer or that were left alone.
-        repeats: forwards behind each median. device: where they ran.
+        repeats: forwards behind each time. device: where they ran.
     """
 
     rows: tuple[Compared, ...]
@@ -73,9 +73,7 @@ class Comparison:
         title = (
             f"{self.calls} attention calls on {self.device}; full attention takes {_milliseconds(self.full_seconds)}"
         )
-        caption = (
-            f"error: of the model's output, relative to full attention; times: median of {self.repeats} forwards"
-        )
+        caption = f"error: of the model's output, relative to full attention; times: least of {self.repeats}"
         table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
         table.add_column("method")
         for column in ("key blocks", "error", "time", "speed-up", "calls"):
