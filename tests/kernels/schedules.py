@@ -22,6 +22,7 @@ except ImportError:  # no Triton here, so nothing is scheduled
 else:
     CACHES = [route_schedule, attention_schedule, forward_schedule, step_schedule, backward_schedule, backward_of]
     CACHES += [sparse_schedule, sparse_backward_schedule]
+    CACHES += [cuda.scheduled_sparse, cuda.scheduled_sparse_backward]
     CACHES += [cuda.scheduled_route, cuda.scheduled_attention, cuda.scheduled_forward, cuda.scheduled_backward]
 
 

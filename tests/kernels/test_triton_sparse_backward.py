@@ -43,9 +43,9 @@ def backward_of(call: SparseArgs[Tensor], dtype: torch.dtype, size: float = 1.0)
 
 def by_autograd(call: SparseArgs[Tensor], do: Tensor) -> list[Tensor]:
     """The reference's gradients in the dtype of a call."""
-    tensors = [x.detach().clone().requires_grad_() for x in call[:3]]
-    o = reference.sparse_attention(*tensors, *call[3:])[0]
-    return list(torch.autograd.grad(o, tensors, do.cpu().to(o)))
+    q, k, v = (x.detach().clone().requires_grad_() for x in call[:3])
+    o = reference.sparse_attention(*call._replace(q=q, k=k, v=v))[0]
+    return list(torch.autograd.grad(o, (q, k, v), do.cpu().to(o)))
 
 
 def check_backward(call: SparseArgs[Tensor], dtype: torch.dtype, size: float = 1.0) -> None:
@@ -144,7 +144,8 @@ def test_a_wild_table_touches_nothing_outside(wild: str, monkeypatch: pytest.Mon
     """The values of such a call mean nothing, but they are numbers, and no memory but the kernels' own is written."""
     args = backward_of(replace(SMALL, proxy_order=2, groups=1).call(), BF16)
     saved, call = args.saved, args.saved.call
-    call = call._replace(lut=torch.full_like(call.lut, WILD[wild]), **{n: among_nan(getattr(call, n)) for n in "qkv"})
+    q, k, v = (among_nan(x) for x in call[:3])
+    call = call._replace(q=q, k=k, v=v, lut=torch.full_like(call.lut, WILD[wild]))
     fenced = Fenced(monkeypatch)
     got = scheduled_sparse_backward(
         SparseBackwardArgs(among_nan(args.do), saved._replace(o=among_nan(saved.o), call=call))

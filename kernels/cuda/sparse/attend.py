@@ -45,8 +45,11 @@ def attend_pooled_kernel(
     offsets = tl.arange(0, BLOCK_K)
     q_rows = q + b * q_stride_b + h * q_stride_h + rows.to(tl.int64) * q_stride_n
     x = tl.load(q_rows[:, None] + dims[None, :], mask=row_in[:, None] & (dims < D)[None, :], other=0.0)
-    k_tile = k + b * k_stride_b + h_kv * k_stride_h + offsets[None, :] * k_stride_n + dims[:, None]
-    v_tile = v + b * v_stride_b + h_kv * v_stride_h + offsets[:, None] * v_stride_n + columns[None, :]
+    # one address of 64 bits, and offsets of 32 for each element, which take half the registers
+    k += b * k_stride_b + h_kv * k_stride_h
+    v += b * v_stride_b + h_kv * v_stride_h
+    k_tile = offsets[None, :] * k_stride_n + dims[:, None]
+    v_tile = offsets[:, None] * v_stride_n + columns[None, :]
     table = lut + (bh * Tm + i) * topk
     log2_scale = scale * LOG2_E
     offset = offset_of(x, k_mean + head * D, dims, D, scale)
@@ -93,8 +96,8 @@ def attend_pooled_kernel(
         # a table from elsewhere may hold anything: never read outside k and v
         j = tl.minimum(tl.maximum(tl.load(table + n), 0), Nk // BLOCK_K - 1).to(tl.int64)
         start = j * BLOCK_K
-        block = tl.load(k_tile + start * k_stride_n, mask=(dims < D)[:, None], other=0.0)
-        value = tl.load(v_tile + start * v_stride_n, mask=(columns < DV)[None, :], other=0.0)
+        block = tl.load(k + start * k_stride_n + k_tile, mask=(dims < D)[:, None], other=0.0)
+        value = tl.load(v + start * v_stride_n + v_tile, mask=(columns < DV)[None, :], other=0.0)
         acc, top, total = softmax_step(tl.dot(x, block), value, acc, top, total, log2_scale, False)
     for n in tl.range(whole, real, num_stages=1 if STAGES == 1 else 2):
         j = tl.load(table + n)
@@ -104,8 +107,8 @@ def attend_pooled_kernel(
         if HAS_MASK:
             seen = seen & (tl.load(key_mask + b * mask_stride + at, mask=seen, other=0) != 0)
         start = j.to(tl.int64) * BLOCK_K
-        block = tl.load(k_tile + start * k_stride_n, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
-        value = tl.load(v_tile + start * v_stride_n, mask=seen[:, None] & (columns < DV)[None, :], other=0.0)
+        block = tl.load(k + start * k_stride_n + k_tile, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
+        value = tl.load(v + start * v_stride_n + v_tile, mask=seen[:, None] & (columns < DV)[None, :], other=0.0)
         visible = seen[None, :]
         if CAUSAL:
             visible = visible & (at[None, :] <= rows[:, None])

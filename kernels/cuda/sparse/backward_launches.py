@@ -110,10 +110,10 @@ class SparseBackward:
         """Write what rows need, and the pooled terms' share of dq."""
         args, call, given, cut = self.args, self.args.saved.call, self.slots.saved.call, self.cuts.rows
         (B, Hq, Nq, _), Nk, (_, groups, tm, tn, _) = call.q.shape, call.k.shape[2], self.sizes
-        names = ("alphas", "shifts", "log_sums")
-        made = [self.schedule.empty(name, (B, Hq, Nq), torch.float32) for name in names]
-        peaks = self.schedule.empty("peaks", (B, Hq, tm, self.peaks), torch.float32) if self.half else given.q
-        rows = SparseRows(*made, peaks)
+        names, empty, fp32 = ("alphas", "shifts", "log_sums"), self.schedule.empty, torch.float32
+        alphas, shifts, log_sums = (empty(name, (B, Hq, Nq), fp32) for name in names)
+        peaks = empty("peaks", (B, Hq, tm, self.peaks), fp32) if self.half else given.q
+        rows = SparseRows(alphas, shifts, log_sums, peaks)
         self.schedule.launch(
             pooled_rows_kernel, (B * Hq * tm * (call.block_q // cut.rows),),
             given.q, given.k_mean, self.slots.do, self.slots.saved.o, self.slots.saved.lse, *self.pool.tensors,

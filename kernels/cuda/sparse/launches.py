@@ -20,6 +20,7 @@ from sla2_compile.kernels.cuda.sparse.pool import pool_blocks_kernel
 from sla2_compile.kernels.cuda.tiles import ShapeClass
 from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import split, with_tensors
+from sla2_compile.kernels.support import Facts
 
 
 def order_of(args: SparseArgs[Layout]) -> int:
@@ -33,6 +34,15 @@ def shape_of(args: SparseArgs[Layout]) -> ShapeClass:
     return ShapeClass(
         device.capability(args.q.device), padded(D), padded(Dv), args.block_q, args.block_k,
         more=args.key_mask is not None, causal=args.is_causal, tma=False, odd=D % 16 > 0 or Dv % 16 > 0,
+    )  # fmt: skip
+
+
+def facts_of_sparse(args: SparseArgs[Layout]) -> Facts:
+    """What decides whether the kernels run a call."""
+    q = args.q
+    return Facts(
+        device.chip_of(q.device), q.dtype, q.shape[3], args.v.shape[3], args.block_q, args.block_k,
+        positive=args.scale > 0.0, plain=args.key_mask is None and not args.is_causal, sparse=True,
     )  # fmt: skip
 
 
