@@ -82,6 +82,21 @@ def test_forward(name: str) -> None:
 
 
 @body
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("order", [1, 2])
+def test_larger_scores(order: int, dtype: torch.dtype) -> None:
+    call = replace(SMALL, proxy_order=order).call()
+    check_forward(call._replace(q=call.q * 8), dtype)
+
+
+@body
+def test_numbers_whose_squares_float16_does_not_hold_stay_finite() -> None:
+    call = on_device(replace(SMALL, proxy_order=2).call(), torch.float16)
+    call = call._replace(q=call.q * 4096, k=call.k * 1024, k_mean=call.k_mean * 1024)
+    assert all(x.isfinite().all() for x in scheduled_sparse(call))
+
+
+@body
 @pytest.mark.parametrize("order", [1, 2])
 def test_what_all_keys_share_costs_no_digits(order: int) -> None:
     """Pooled keys are rounded less their mean, and lse is of keys less their mean."""
@@ -98,6 +113,24 @@ def test_a_block_that_only_some_queries_see_is_not_pooled() -> None:
     """Routers select such blocks. In a table that lacks them they count as nothing."""
     call = replace(SMALL, is_causal=True, Nq=107, block_q=32, block_k=16).call()
     check_forward(call._replace(lut=call.lut[..., :1].clamp(min=0).contiguous()), torch.bfloat16)
+
+
+def with_blind_rows(tail: str) -> SparseArgs[Tensor]:
+    """A causal call whose first three rows see no key."""
+    call = replace(SMALL, tail=tail, is_causal=True, masked=True, proxy_order=2).call()
+    assert call.key_mask is not None
+    call.key_mask[:, :3] = False
+    return call
+
+
+@body
+@pytest.mark.parametrize("tail", ["none", "proxy"])
+def test_rows_that_see_no_key(tail: str) -> None:
+    check_forward(with_blind_rows(tail), torch.bfloat16)
+    o, lse, alpha = scheduled_sparse(on_device(with_blind_rows(tail), torch.bfloat16))
+    assert not o[:, :, :3].any()
+    assert not alpha[:, :, :3].any()
+    assert (lse[:, :, :3] == float("-inf")).all()
 
 
 @body

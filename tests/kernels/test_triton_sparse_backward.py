@@ -22,7 +22,7 @@ from tests.kernels.methods_case import SparseCase
 from tests.kernels.oracle import assert_oracle
 from tests.kernels.schedules import forget_schedules
 from tests.kernels.test_triton_backward_edges import Fenced
-from tests.kernels.test_triton_sparse import CASES, SMALL, WILD, among_nan, in_dtype, on_device
+from tests.kernels.test_triton_sparse import CASES, SMALL, WILD, among_nan, in_dtype, on_device, with_blind_rows
 from tests.kernels.triton_case import body, poison_outputs, scheduled_sparse, scheduled_sparse_backward
 
 BF16 = torch.bfloat16
@@ -63,6 +63,14 @@ def check_backward(call: SparseArgs[Tensor], dtype: torch.dtype, size: float = 1
 def test_gradients(name: str) -> None:
     case, dtype = CASES[name]
     check_backward(case.call(), dtype)
+
+
+@body
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradients_of_larger_scores(order: int, dtype: torch.dtype) -> None:
+    call = replace(SMALL, proxy_order=order).call()
+    check_backward(call._replace(q=call.q * 8), dtype)
 
 
 @body
@@ -117,6 +125,12 @@ def test_runs_are_bit_equal_also_of_views(monkeypatch: pytest.MonkeyPatch) -> No
     forget_schedules()
     for a, b in zip(scheduled_sparse_backward(args), want, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+@body
+@pytest.mark.parametrize("tail", ["none", "proxy"])
+def test_rows_that_see_no_key(tail: str) -> None:
+    check_backward(with_blind_rows(tail), BF16)
 
 
 @body

@@ -79,7 +79,7 @@ class Pool:
         keys = schedule.empty("pooled_keys", (B * heads, tn, D), k.dtype)
         values = schedule.empty("pooled_values", (B * heads, tn, Dv), v.dtype)
         second = order == 2
-        spreads = schedule.empty("spreads", (B * heads, tn, D), torch.bfloat16) if second else keys
+        spreads = schedule.empty("spreads", (B * heads, tn, D), k.dtype) if second else keys
         counts = schedule.empty("counts", (B * heads, tn), torch.float32)
         left = schedule.empty("left", (B, Hq, tm, tn), torch.int8)
         schedule.launch(

@@ -3,13 +3,16 @@
 With n_j real keys in block j, and c_m = k_m - k_mean:
     kbar_j = sum c_m / n_j,   vbar_j = sum v_m / n_j,   var_j = sum (c_m - kbar_j)^2 / n_j
 Keys are taken less their mean, so that rounding kbar_j to 16 bits costs no digits that all keys have in common.
-var_j is in bfloat16 also where k is in float16, which cannot hold the squares of its numbers.
+In float16 var_j ends at the largest number, as f(q) of `tail.py` does: at spreads and scores of hundreds, where the
+second order is of no use.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from sla2_compile.kernels.cuda.sparse.tail import rounded
 
 
 @triton.jit(do_not_specialize=["Nk", "Tn"])
@@ -25,7 +28,7 @@ def pool_blocks_kernel(
         k: (B, heads, Nk, D), v: (B, heads, Nk, DV), last dims contiguous; k_mean: (B, heads, D) fp32; key_mask:
             (B, Nk) bool (if HAS_MASK), whose True keys are real; all are without it.
         keys: (B * heads, Tn, D), values: (B * heads, Tn, DV), out, in k's dtype.
-        spreads: (B * heads, Tn, D) bf16, out, var_j (if SECOND).
+        spreads: (B * heads, Tn, D), out, var_j, in k's dtype (if SECOND).
         counts: (B * heads, Tn) fp32, out, n_j.
     """
     pid = tl.program_id(0)
@@ -52,8 +55,8 @@ def pool_blocks_kernel(
         tl.store(keys + block * D + dims, mean.to(keys.dtype.element_ty), mask=inside)
         if SECOND:
             x = tl.where(real[:, None], x - mean[None, :], 0.0)
-            spread = tl.sum(x * x, axis=0) * share
-            tl.store(spreads + block * D + dims, spread.to(spreads.dtype.element_ty), mask=inside)
+            spread = rounded(tl.sum(x * x, axis=0) * share, spreads.dtype.element_ty)
+            tl.store(spreads + block * D + dims, spread, mask=inside)
     for start in range(0, DV, CHUNK):
         columns = start + tl.arange(0, CHUNK)
         inside = columns < DV

@@ -82,14 +82,15 @@ def pooled_rows_kernel(
             p = tl.exp2(t - log_sum[:, None])
             mean = tl.load(values + place * DV + columns[:, None], mask=column_in[:, None] & j_in, other=0.0)
             ds = p * (tl.dot(g, mean) - along[:, None])
-            if TAIL == 2:
-                acc2 = tl.dot(ds.to(tl.bfloat16), tl.trans(spread), acc2)
             if HALF:
                 ds = ds * per_unit[:, None]
-            acc = tl.dot(ds.to(pooled.dtype), tl.trans(pooled), acc)
+            ds = ds.to(pooled.dtype)
+            acc = tl.dot(ds, tl.trans(pooled), acc)
+            if TAIL == 2:
+                acc2 = tl.dot(ds, tl.trans(spread), acc2)
+        if TAIL == 2:
+            acc += acc2 * (x.to(tl.float32) * scale)
+        acc = acc * scale
         if HALF:
             acc = acc * unit[:, None]
-        acc = acc * scale
-        if TAIL == 2:
-            acc += acc2 * (x.to(tl.float32) * (scale * scale))
     tl.store(dq + at[:, None] * D + dims[None, :], acc.to(dq.dtype.element_ty), mask=x_in)

@@ -15,10 +15,18 @@ from sla2_compile.kernels.cuda.forward.states import LOG2_E
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Round x >= 0 to dtype; in float16 squares may be larger than its largest number, which they become."""
+    if dtype == tl.float16:
+        x = tl.minimum(x, 65504.0)
+    return x.to(dtype)
+
+
+@triton.jit
 def squares(q, scale):
-    """f(q), in bfloat16, which holds the squares of numbers of any size."""
+    """f(q), in q's dtype."""
     x = q.to(tl.float32) * scale
-    return (x * x * (0.5 * LOG2_E)).to(tl.bfloat16)
+    return rounded(x * x * (0.5 * LOG2_E), q.dtype)
 
 
 @triton.jit

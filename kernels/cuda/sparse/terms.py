@@ -89,13 +89,16 @@ def pooled_terms_kernel(
         p = tl.exp2(t - log_sum)
         acc_v = tl.dot(p.to(g.dtype), g, acc_v)
         ds = p * (tl.dot(mean, tl.trans(g)) + shift)
-        if TAIL == 2:
-            acc_s = tl.dot(ds.to(tl.bfloat16), x2, acc_s)
         if HALF:
             ds = ds * per_unit
-        acc_k = tl.dot(ds.to(x.dtype), x, acc_k)
+        ds = ds.to(x.dtype)
+        acc_k = tl.dot(ds, x, acc_k)
+        if TAIL == 2:
+            acc_s = tl.dot(ds, x2, acc_s)
     if HALF:
         acc_k = acc_k * unit
+        if TAIL == 2:
+            acc_s = acc_s * unit
     out = ((bh * pieces + piece) * Tn + j)[:, None]
     tl.store(d_keys + out * D + dims[None, :], acc_k * scale, mask=j_in & inside)
     tl.store(d_values + out * DV + columns[None, :], acc_v, mask=j_in & column_in)
