@@ -110,8 +110,8 @@ def pooled(
         q = torch.empty(1, 2, N, D, dtype=dtype)
         mask = torch.ones(1, N, dtype=torch.bool) if "masked" in more else None
         lut = torch.empty(1, 2, N // blocks[0], topk, dtype=torch.int32)
-        tail = ("proxy" if order else "none", max(order, 1), "causal" in more)
-        args = SparseArgs(q, q, q, torch.empty(1, 2, D), lut, mask, *blocks, D**-0.5, *tail)
+        tail, causal = "proxy" if order else "none", "causal" in more
+        args = SparseArgs(q, q, q, torch.empty(1, 2, D), lut, mask, *blocks, D**-0.5, tail, max(order, 1), causal)
         scheduled_sparse(args)
         scheduled_sparse_backward(SparseBackwardArgs(q, SparseSaved(q, torch.empty(1, 2, N), args)))
 
