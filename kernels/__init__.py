@@ -25,6 +25,7 @@
 | `portable/` | blocked PyTorch for any device |
 | `cuda/` | Triton and Gluon kernels, reached through `dispatch.py` |
 | `cuda/route/`, `cuda/forward/`, `cuda/backward/` | the kernels of router, forward and backward, and their launches |
+| `cuda/sparse/` | the kernels of the op that the other methods share, and their launches |
 | `cuda/launch/` | a call's launches, planned once per layout and replayed without Triton's launcher |
 
 Importing this package loads torch and registers the ops; Triton is imported for the first call on CUDA tensors.

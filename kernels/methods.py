@@ -22,11 +22,11 @@ proxy or topk has none. sla begins with both at 0, as SLA does, and is then its 
 sites cannot learn. Hard top-k gives the selection no gradient; proxy and topk have SLA2's untrained router.
 
 What another method does not have yet is an error or a line of the report, never silent: low bit (the input's dtype
-runs, and `prepare` refuses), `calibrate` (refuses), Triton kernels (blocked PyTorch runs on a GPU too), ONNX files
-(refused). Statistics have `alpha_*`, the share of the selected keys: exact for proxy and topk, and left out for sla,
-whose sum has no shares. `min_seq_len: auto` has SLA2's numbers, so that comparisons replace the same calls. sla's
-block scores have the logarithm of a block's real keys added, as the router's have: only ragged and masked blocks
-differ from SLA's code.
+runs, and `prepare` refuses), `calibrate` (refuses), ONNX files (refused). The op has Triton kernels (`cuda/sparse/`)
+for what SLA2's take; they were not timed yet. SLA's linear branch has none of its own. Statistics have `alpha_*`, the
+share of the selected keys: exact for proxy and topk, and left out for sla, whose sum has no shares. `min_seq_len:
+auto` has SLA2's numbers, so that comparisons replace the same calls. sla's block scores have the logarithm of a
+block's real keys added, as the router's have: only ragged and masked blocks differ from SLA's code.
 
 To come: vsa (scores of cubes, a gated coarse branch) and vmoba (gates, a threshold) are selections of their own,
 which fill a table for the same op; token order is a permutation before all of this.

@@ -6,7 +6,7 @@
 | `sla2::sparse_attention_backward` | `SparseBackwardArgs` -> `SparseBackwardResult` |
 
 It passes the gradient of o to q, k and v, and no other: lse and alpha are for statistics. Blocked PyTorch computes it
-on every device.
+on every device, but on a GPU the calls that the Triton kernels take (`support.py`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def _attention_fake(args: SparseArgs[Tensor]) -> SparseResult[Tensor]:
     return SparseResult(output(q, args.v.shape[3]), *(q.new_empty(q.shape[:3], dtype=acc) for _ in range(2)))
 
 
-sparse_attention = define("sparse_attention", SparseArgs, SparseResult, run=_attention, cuda="", fake=_attention_fake)
+sparse_attention = define(
+    "sparse_attention", SparseArgs, SparseResult, run=_attention, cuda="sparse_attention", fake=_attention_fake
+)
 """Softmax over the selected key blocks and a tail. Formula: `reference.methods.sparse_attention`."""
 
 
@@ -82,7 +84,7 @@ sparse_attention_backward = define(
     SparseBackwardArgs,
     SparseBackwardResult,
     run=_gradients,
-    cuda="",
+    cuda="sparse_attention_backward",
     fake=_gradients_fake,
 )
 """Gradients of `sla2::sparse_attention`. Formulas: `portable/sparse.py` and `portable/pooled.py`."""

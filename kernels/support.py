@@ -68,6 +68,7 @@ class Facts(NamedTuple):
             also o, dO and what there is one number of for each row.
         invertible: whether gradients divided by the scale stay well within float32's range.
         direction: forward, or backward.
+        sparse: whether it is `sla2::sparse_attention`, the op of the methods other than sla2.
     """
 
     chip: Chip
@@ -84,6 +85,7 @@ class Facts(NamedTuple):
     copyable: bool = True
     invertible: bool = True
     direction: Literal["forward", "backward"] = "forward"
+    sparse: bool = False
 
 
 class Why(NamedTuple):
@@ -173,9 +175,10 @@ TRITON: tuple[Rule, ...] = (
         ),
     ),
 )
-"""What `cuda/forward/`, `cuda/route/` and `cuda/backward/` compute; blocked PyTorch takes the rest."""
+"""What `cuda/{route,forward,backward,sparse}/` compute; blocked PyTorch takes the rest."""
 
 FUSED: tuple[Rule, ...] = (
+    Rule(lambda f: not f.sparse, "method sla2", lambda f: "the fused kernels compute method sla2 alone"),
     Rule(
         lambda f: f.direction == "forward" or (f.dtype == torch.bfloat16 and f.low_bit != "int8_fp8"),
         "a forward, or a backward in bfloat16 of one that was not in FP8",

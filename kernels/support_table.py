@@ -21,7 +21,7 @@ def table() -> str:
             "fused kernels (Gluon): one for both branches and the mix, three for their backward",
             f"as the Triton kernels, and {needs(FUSED)}",
         ),
-        row("Triton kernels, of a forward and of its backward", needs(TRITON)),
+        row("Triton kernels, of a forward and of its backward, of any method", needs(TRITON)),
         row("blocked PyTorch", "any device; what the others do not take"),
         "",
         row("`low_bit`", "computes the sparse branch of an inference in", "needs", "else"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -63,16 +64,32 @@ def test_the_report_names_the_method_and_what_it_does_not_read(method, x):
     words = " ".join(str(found).split())
     name = {"sla": "SLA"}.get(method, method)
     unused = ", ".join((*METHODS[method].unused, "low_bit", "qat"))
-    assert f"method {method} in 2 calls: blocked PyTorch in the input's dtype" in words
+    assert f"method {method} in 2 calls: computed in the input's dtype" in words
     assert f"without effect: {unused}" in words
     assert f"{name} answered 2 eager calls" in words
     assert "SLA2 answered" not in words
     assert "low bit" not in words
     assert [(row["method"], row["low_bit"]["runs"]) for row in found.to_dict()["calls"]] == [(method, "none")] * 2
-    assert How.of(found.rewrites[0], "cuda").portable == f"method {method} has no GPU kernels"
     lines: list[str] = []
     sla2_compile.log_sla2_config(model, lines.append)
     assert f"  method: {method}" in lines
+
+
+@others
+def test_the_report_of_a_gpu_says_why_no_kernel_runs(method, x, monkeypatch):
+    device = pytest.importorskip("sla2_compile.kernels.cuda.device", reason="triton is not installed")
+    model = transformed(method, x, low_bit="auto")
+    model.eval()(x)
+    (call, _) = sla2_compile.report(model).rewrites
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "capability", lambda device: 90)
+    monkeypatch.setattr(device, "shared_limit", lambda device: 227 * 1024)
+    how = How.of(call, "cuda")
+    assert (how.asked, how.runs) == ("none", "none")
+    assert how.portable == "the Triton kernels take bfloat16 and float16, not float32 outside autocast"
+    half = replace(call, where=replace(call.where, dtype="bfloat16"))
+    why = "" if all(16 <= n <= 128 for n in (call.block_q, call.block_k)) else "the Triton kernels take block"
+    assert How.of(half, "cuda").portable.startswith(why)
 
 
 def test_sla2s_report_says_nothing_of_methods(x):

@@ -24,7 +24,7 @@ from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import of
 from sla2_compile.kernels.switches import by_trial, debugging
 
-TRANSPOSED = ("forward", "attention")
+TRANSPOSED = ("forward", "attention", "sparse_attention")
 """Ops whose first result, o, lies in memory with axes 1 and 2 swapped."""
 
 

@@ -25,11 +25,17 @@ from sla2_compile.kernels.arguments import (
     ForwardArgs,
     RouteArgs,
     RouteResult,
+    SparseArgs,
+    SparseBackwardArgs,
+    SparseBackwardResult,
+    SparseResult,
 )
 from sla2_compile.kernels.checks import (
     check_attention,
     check_backward,
     check_route,
+    check_sparse,
+    check_sparse_backward,
     check_table,
 )
 from sla2_compile.kernels.cuda.backward.launches import backward_schedule
@@ -38,11 +44,14 @@ from sla2_compile.kernels.cuda.forward.launches import attention_schedule, facts
 from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.launches import route_schedule
+from sla2_compile.kernels.cuda.sparse.backward_launches import sparse_backward_schedule
+from sla2_compile.kernels.cuda.sparse.launches import facts_of_sparse, sparse_schedule
 from sla2_compile.kernels.kinds import Straight
 from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.portable import attention as portable_attention
 from sla2_compile.kernels.portable import backward as portable_backward
 from sla2_compile.kernels.portable import route as portable_route
+from sla2_compile.kernels.portable import sparse as portable_sparse
 from sla2_compile.kernels.records import arguments, flat, of, tensor_count
 from sla2_compile.kernels.support import Facts, support
 from sla2_compile.kernels.switches import by_trial, debugging
@@ -73,6 +82,18 @@ def takes_backward(args: BackwardArgs[Layout]) -> bool:
     check_backward(args)
     facts = facts_of(args.saved.call)._replace(direction="backward")
     return support(facts).kernel != "portable"
+
+
+def takes_sparse(args: SparseArgs[Layout]) -> bool:
+    """Check a call of `sla2::sparse_attention`, and return whether the kernels run it."""
+    check_sparse(args)
+    return support(facts_of_sparse(args)).kernel != "portable"
+
+
+def takes_sparse_backward(args: SparseBackwardArgs[Layout]) -> bool:
+    """Check its backward, and return whether the kernels run it."""
+    check_sparse_backward(args)
+    return support(facts_of_sparse(args.saved.call)._replace(direction="backward")).kernel != "portable"
 
 
 Inputs = tuple[Any, ...]
@@ -132,11 +153,25 @@ def scheduled_backward(args: BackwardArgs[Layout], trials: bool) -> Scheduled | 
     return backward_schedule(args, trials) if takes_backward(args) else None
 
 
+@functools.lru_cache(maxsize=256)
+def scheduled_sparse(args: SparseArgs[Layout], trials: bool) -> Scheduled | None:
+    """Check and schedule a call of `sla2::sparse_attention`, once for its layouts; it has no tiles found by trial."""
+    return sparse_schedule(args) if takes_sparse(args) else None
+
+
+@functools.lru_cache(maxsize=256)
+def scheduled_sparse_backward(args: SparseBackwardArgs[Layout], trials: bool) -> Scheduled | None:
+    """Check and schedule its backward, likewise."""
+    return sparse_backward_schedule(args) if takes_sparse_backward(args) else None
+
+
 SCHEDULED: dict[str, tuple[Any, Callable[[Any, bool], Scheduled | None]]] = {
     "route": (RouteArgs, scheduled_route),
     "attention": (AttentionArgs, scheduled_attention),
     "forward": (ForwardArgs, scheduled_forward),
     "attention_backward": (BackwardArgs, scheduled_backward),
+    "sparse_attention": (SparseArgs, scheduled_sparse),
+    "sparse_attention_backward": (SparseBackwardArgs, scheduled_sparse_backward),
 }
 """For each op's name: its record, and the function that schedules a call."""
 
@@ -188,3 +223,21 @@ def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
     if scheduled is None:
         return portable_backward.attention_backward(args)
     return BackwardResult(*run(scheduled, tensors))
+
+
+def sparse_attention(args: SparseArgs[Tensor]) -> SparseResult[Tensor]:
+    """Compute what `reference.methods.sparse_attention` defines, by the kernels or by PyTorch."""
+    tensors, layouts = laid_out(args)
+    scheduled = scheduled_sparse(layouts, by_trial())
+    check_table(args)
+    return portable_sparse.sparse_forward(args) if scheduled is None else SparseResult(*run(scheduled, tensors))
+
+
+def sparse_attention_backward(args: SparseBackwardArgs[Tensor]) -> SparseBackwardResult[Tensor]:
+    """Compute the gradients of `sparse_attention`, by the kernels or by PyTorch."""
+    tensors, layouts = laid_out(args)
+    scheduled = scheduled_sparse_backward(layouts, by_trial())
+    check_table(args.saved.call)
+    if scheduled is None:
+        return portable_sparse.sparse_backward(args)
+    return SparseBackwardResult(*run(scheduled, tensors))

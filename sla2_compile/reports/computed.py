@@ -44,9 +44,7 @@ class How:
     @classmethod
     def of(cls, r: Rewrite, device: str) -> How:
         on = device or r.where.device
-        if (method := r.settings.options.method) != "sla2":
-            return cls("none", "none", "", f"method {method} has no GPU kernels" if on == "cuda" else "")
-        if r.low_bit:
+        if r.low_bit and not _other(r):
             return cls._exported(r)
         found = [cls._with(r, on, *blocks) for blocks in _blocks(r, on)]
         if len({(how.runs, how.portable) for how in found}) == 1:
@@ -54,7 +52,7 @@ class How:
             return found[-1]
         portable = found[-1].portable if len({how.portable for how in found}) == 1 else OPEN
         runs = found[-1].runs if len({how.runs for how in found}) == 1 else ""
-        return cls(r.settings.options.low_bit, runs, OPEN, portable)
+        return cls(found[-1].asked, runs, OPEN, portable)
 
     @classmethod
     def _exported(cls, r: Rewrite) -> How:
@@ -70,12 +68,18 @@ class How:
         options, chip = r.settings.options, Chip.of(torch.device(on))
         D, Dv = (int(shape[-1]) for shape in (r.where.q_shape, r.where.v_shape))
         kept = num_kept(tn, options.topk_ratio, block_q, block_k, False)
+        asked = "none" if _other(r) else options.low_bit
         facts = Facts(
-            chip, getattr(torch, r.where.dtype), D, Dv, block_q, block_k, options.low_bit, r.positive, r.plain,
-            few=options.topk_ratio <= MOST_KEPT, many=kept >= LEAST_KEPT,
+            chip, getattr(torch, r.where.dtype), D, Dv, block_q, block_k, asked, r.positive, r.plain,
+            few=options.topk_ratio <= MOST_KEPT, many=kept >= LEAST_KEPT, sparse=_other(r),
         )  # fmt: skip
         found = support(facts)
-        return cls(options.low_bit, found.low_bit, found.why.low_bit, found.why.triton if chip.arch else "")
+        return cls(asked, found.low_bit, found.why.low_bit, found.why.triton if chip.arch else "")
+
+
+def _other(r: Rewrite) -> bool:
+    """Whether another method than sla2 computes a call: it has no low bit."""
+    return r.settings.options.method != "sla2"
 
 
 def _blocks(r: Rewrite, on: str) -> list[tuple[int, int, int]]:
@@ -158,7 +162,7 @@ def _method_lines(rewrites: list[Rewrite]) -> list[str]:
     for r in rewrites:
         counts[r.settings.options.method] += r.where.times
     return [
-        f"method {name} in {calls(n)}: blocked PyTorch in the input's dtype, on every device; without effect: "
+        f"method {name} in {calls(n)}: computed in the input's dtype; without effect: "
         f"{', '.join((*METHODS[name].unused, 'low_bit', 'qat'))}"
         for name, n in counts.items()
         if name != "sla2"

@@ -14,11 +14,15 @@ try:
     from sla2_compile.kernels.cuda.backward.launches import backward_schedule
     from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule, step_schedule
     from sla2_compile.kernels.cuda.route.launches import route_schedule
+    from sla2_compile.kernels.cuda.sparse.backward_launches import sparse_backward_schedule
+    from sla2_compile.kernels.cuda.sparse.launches import sparse_schedule
     from sla2_compile.kernels.cuda.step import backward_of
 except ImportError:  # no Triton here, so nothing is scheduled
     CACHES: list[Any] = []
 else:
     CACHES = [route_schedule, attention_schedule, forward_schedule, step_schedule, backward_schedule, backward_of]
+    CACHES += [sparse_schedule, sparse_backward_schedule]
+    CACHES += [cuda.scheduled_sparse, cuda.scheduled_sparse_backward]
     CACHES += [cuda.scheduled_route, cuda.scheduled_attention, cuda.scheduled_forward, cuda.scheduled_backward]
 
 

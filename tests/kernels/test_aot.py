@@ -16,7 +16,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, Saved
+from sla2_compile.kernels.arguments import (
+    AttentionArgs,
+    BackwardArgs,
+    Saved,
+    SparseArgs,
+    SparseBackwardArgs,
+    SparseSaved,
+)
 from sla2_compile.kernels.checks import LOW_BITS
 from sla2_compile.kernels.cuda import device, tiles
 from sla2_compile.kernels.cuda.launch.layout import Slot
@@ -32,6 +39,8 @@ from tests.kernels.triton_case import (
     scheduled_backward,
     scheduled_forward,
     scheduled_route,
+    scheduled_sparse,
+    scheduled_sparse_backward,
 )
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -88,11 +97,34 @@ def call(
     return run
 
 
+def pooled(
+    D: int, blocks: tuple[int, int], more: str = "", order: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """One call of `sla2::sparse_attention` with its backward, likewise; more: words of causal, masked.
+
+    order: of the pooled tail, 0 for none.
+    """
+
+    def run() -> None:
+        N, topk = 16384, 24
+        q = torch.empty(1, 2, N, D, dtype=dtype)
+        mask = torch.ones(1, N, dtype=torch.bool) if "masked" in more else None
+        lut = torch.empty(1, 2, N // blocks[0], topk, dtype=torch.int32)
+        tail, causal = "proxy" if order else "none", "causal" in more
+        args = SparseArgs(q, q, q, torch.empty(1, 2, D), lut, mask, *blocks, D**-0.5, tail, max(order, 1), causal)
+        scheduled_sparse(args)
+        scheduled_sparse_backward(SparseBackwardArgs(q, SparseSaved(q, torch.empty(1, 2, N), args)))
+
+    return run
+
+
 HOT = ("attend_kernel", "scores_kernel", "states_kernel", "linear_kernel", "project_kernel")
 SPARSE = ("attend_kernel", "states_kernel")
 SHORT = ("choose_kernel", "sums_kernel")
 BACKWARD = ("lists_kernel", "rows_kernel", "gather_kernel", "queries_kernel", "keys_kernel", "totals_kernel")
 FRONT = ("front_kernel",)
+TOPK = ("attend_pooled_kernel", "pooled_rows_kernel", "selected_keys_kernel")
+PROXY = (*TOPK, "pool_blocks_kernel", "pooled_terms_kernel")
 HOPPER = ("attend_hopper_kernel",)
 HOPPER_BACKWARD = ("rows_hopper_kernel", "queries_hopper_kernel", "keys_hopper_kernel")
 ALL = "causal masked"
@@ -152,6 +184,16 @@ MORE_BACKWARD_CALLS = {
     "backward, D64, all, int8 + fp8": call(64, (128, 64), "backward causal masked", "int8_fp8"),
     "backward, D256, int8 + fp8": call(256, (128, 32), "backward masked", "int8_fp8"),
 }
+PROXY_CALLS = {
+    "proxy, D64": pooled(64, (128, 64)),
+    "proxy, D128": pooled(128, (128, 64)),
+    "proxy 2, D128": pooled(128, (128, 64), order=2),
+    "proxy 2, D96, causal masked, fp16": pooled(96, (64, 64), ALL, 2, torch.float16),
+    "proxy 2, D128, 128 keys, causal masked": pooled(128, (128, 128), ALL, 2),
+    "proxy, D256, fp16": pooled(256, (128, 64), dtype=torch.float16),
+    "proxy 2, D256, 128 keys, causal masked": pooled(256, (128, 128), ALL, 2),
+    "proxy 2, D200, 32 keys, masked": pooled(200, (64, 32), "masked", 2),
+}
 # FP8 came with sm_89
 COMPILED = [
     *(x for arch in (80, 90, 100, 120) for x in on(arch, BACKWARD, BACKWARD_CALLS)),
@@ -159,6 +201,9 @@ COMPILED = [
     *(x for arch in (80, 90, 100) for x in on(arch, HOT, WHOLE)),
     *(x for arch in (80, 90, 100) for x in on(arch, SHORT, SHORT_CALLS)),
     *(x for arch in (80, 90, 100) for x in on(arch, FRONT, FRONT_CALLS)),
+    *(x for arch in (80, 90, 100) for x in on(arch, PROXY, PROXY_CALLS)),
+    *(x for arch in (80, 90, 100) for x in on(arch, TOPK, {"topk, D128": pooled(128, (128, 64), order=0)})),
+    *on(120, PROXY, {"proxy 2, D256, causal masked": pooled(256, (128, 64), ALL, 2)}),
     *on(80, SPARSE, {
         "D64, 128 keys, int8": call(64, (128, 128), ALL, "int8"),
         "D128, 128 keys": call(128, (128, 128), "masked"),

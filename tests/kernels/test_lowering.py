@@ -260,3 +260,13 @@ def test_old_code_for_kernels_that_are_gone_says_so(monkeypatch: pytest.MonkeyPa
     launches = compiled.Launches("route", (layout, layout, None, None, None), ROUTE)
     with pytest.raises(RuntimeError, match=r"sla2::route must run where they do.*TORCHINDUCTOR_CACHE_DIR"):
         launches(q, q, *(torch.empty(4) for _ in range(4)), torch.empty(1))
+
+
+def test_another_methods_op_becomes_launches_too() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        lut, _, _, mean = torch.ops.sla2.route(q, k, None, None, None, *ROUTE)
+        o, lse, alpha = torch.ops.sla2.sparse_attention(q, k, v, mean, lut, None, 32, 16, 0.125, "proxy", 2, False)
+        return o * 2, lse, alpha
+
+    code = compile_and_compare(function, *heads())
+    assert (code.count(LAUNCHES), OP in code) == (2, False)

@@ -39,6 +39,7 @@ REFUSED: dict[str, tuple[tuple[Rule, ...], list[tuple[dict[str, Any], str]]]] = 
          "block_k 128 at head dim 256 does not fit the shared memory of sm_89"),
     ]),
     "fused": (FUSED, [
+        ({"sparse": True}, "the fused kernels compute method sla2 alone"),
         ({"direction": "backward", "dtype": torch.float16},
          "the fused kernels of the backward take bfloat16 alone, and no FP8"),
         ({"invertible": False}, "the fused kernels of the backward need a scale of 1e-18 to 1e18"),

@@ -29,12 +29,17 @@ from sla2_compile.kernels.arguments import (  # noqa: E402
     BackwardResult,
     ForwardArgs,
     RouteArgs,
+    SparseArgs,
+    SparseBackwardArgs,
+    SparseBackwardResult,
 )
 from sla2_compile.kernels.blocks import num_blocks  # noqa: E402
 from sla2_compile.kernels.cuda import dispatch as cuda  # noqa: E402
 from sla2_compile.kernels.cuda.backward.launches import backward_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.forward.launches import attention_schedule, forward_schedule  # noqa: E402
 from sla2_compile.kernels.cuda.route.launches import route_schedule  # noqa: E402
+from sla2_compile.kernels.cuda.sparse.backward_launches import sparse_backward_schedule  # noqa: E402
+from sla2_compile.kernels.cuda.sparse.launches import sparse_schedule  # noqa: E402
 from sla2_compile.kernels.switches import by_trial  # noqa: E402
 from tests.kernels.oracle import CallArguments  # noqa: E402
 
@@ -121,6 +126,18 @@ def scheduled_forward(*args: Any) -> Any:
     """What `cuda.forward` runs on a GPU, likewise."""
     tensors, layouts = cuda.laid_out(ForwardArgs(*args))
     return cuda.run(forward_schedule(layouts, by_trial()), tensors)
+
+
+def scheduled_sparse(args: SparseArgs[Tensor]) -> tuple[Tensor, ...]:
+    """What `cuda.sparse_attention` runs on a GPU, likewise."""
+    tensors, layouts = cuda.laid_out(args)
+    return cuda.run(sparse_schedule(layouts), tensors)
+
+
+def scheduled_sparse_backward(args: SparseBackwardArgs[Tensor]) -> SparseBackwardResult[Tensor]:
+    """What `cuda.sparse_attention_backward` runs on a GPU, likewise."""
+    tensors, layouts = cuda.laid_out(args)
+    return SparseBackwardResult(*cuda.run(sparse_backward_schedule(layouts), tensors))
 
 
 def scheduled_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:
