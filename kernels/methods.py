@@ -23,8 +23,8 @@ sites cannot learn. Hard top-k gives the selection no gradient; proxy and topk h
 
 What another method does not have yet is an error or a line of the report, never silent: low bit (the input's dtype
 runs, and `prepare` refuses), `calibrate` (refuses), ONNX files (refused). The op has Triton kernels (`cuda/sparse/`)
-for what SLA2's take, which no GPU has run yet. SLA's linear branch has none of its own. Statistics have `alpha_*`, the
-share of the selected keys: exact for proxy and topk, and left out for sla, whose sum has no shares. `min_seq_len:
+for what SLA2's take, which no GPU has run yet. SLA's linear branch has none of its own. Statistics have `alpha_*`,
+the share of the selected keys: exact for proxy and topk, and left out for sla, whose sum has no shares. `min_seq_len:
 auto` has SLA2's numbers, so that comparisons replace the same calls. sla's block scores have the logarithm of a
 block's real keys added, as the router's have: only ragged and masked blocks differ from SLA's code.
 
