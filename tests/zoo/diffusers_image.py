@@ -111,7 +111,7 @@ ENTRIES = [
     Entry("DiT (diffusers)", dit, dit_inputs, 2),
     Entry("SD3 (diffusers)", sd3, sd3_inputs, 2),
     Entry("Flux (diffusers)", flux, flux_inputs, 2),
-    Entry("PixArt (diffusers)", pixart, pixart_inputs, 2, {Reason.SHORT_KEYS: 2}),
+    Entry("PixArt (diffusers)", pixart, pixart_inputs, 2, {Reason.SHORT_KEYS: 2}, file="model"),
     Entry("UNet with attention (diffusers)", unet, unet_inputs, 4, {Reason.SHORT_KEYS: 4}),
     Entry("AutoencoderKL (diffusers)", vae, lambda: {"sample": image(16), "return_dict": False}, 2, compiled="model"),
 ]

@@ -91,7 +91,7 @@ ENTRIES = [
     Entry("Wan (diffusers)", wan, wan_inputs, 2, {Reason.SHORT_KEYS: 2}),
     Entry("CogVideoX (diffusers)", cogvideox, cogvideox_inputs, 2),
     Entry(
-        "HunyuanVideo (diffusers)", hunyuan, hunyuan_inputs, 2, {Reason.QUERY_MASK: 1},
+        "HunyuanVideo (diffusers)", hunyuan, hunyuan_inputs, 2, {Reason.QUERY_MASK: 1}, file="model",
         note="the refiner of the prompt masks queries too",
     ),
     Entry(
