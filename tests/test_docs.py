@@ -43,6 +43,13 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_every_page_of_the_site_is_in_its_menu():
+    """`make docs` is strict about that, and no part of the tests."""
+    menu = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
+    pages = {page.relative_to(ROOT).as_posix() for page in (*PAGES, *(ROOT / "benchmarks" / "results").glob("*.md"))}
+    assert pages == menu
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_paths_of_sources_exist(page):
     folders = "sla2_compile|passes|kernels|recipes|tests|benchmarks|examples"
