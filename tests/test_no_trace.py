@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import array
+import gc
 import itertools
 import random
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from functools import partial
 from types import SimpleNamespace
@@ -423,3 +425,19 @@ def test_hooks_that_move_weights_keep_their_state(x, managed):
         model.qkv._diffusers_hook = None
     sla2_compile.inspect(model, example_inputs=(x,), **ANY)
     assert manager.active is managed
+
+
+@pytest.mark.parametrize("discover", ["real", "fake"])
+def test_a_restored_model_goes_when_nobody_holds_it(discover, x):
+    """What planning recorded refers to itself, but not to the model: no garbage collection is needed."""
+    sla2_compile.restore(sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), min_seq_len=0))
+    gc.collect()
+    gc.disable()
+    try:
+        model = sla2_compile.transform(models.Net(depth=1), example_inputs=(x,), min_seq_len=0, discover=discover)
+        gone = [weakref.ref(model), *map(weakref.ref, model.parameters())]
+        sla2_compile.restore(model)
+        del model
+        assert [ref() for ref in gone if ref() is not None] == []
+    finally:
+        gc.enable()

@@ -110,7 +110,11 @@ def record_forward(
         output = run(*args, **kwargs)
     if recomputed is not None and recorder.checkpointed:
         recomputed.watch([*recorder.alive(), *returned(output)], before)
-    return find(recorder.finish(output), how), output
+    recorded = recorder.finish(output)
+    try:
+        return find(recorded, how), output
+    finally:
+        recorder.forget()
 
 
 @contextlib.contextmanager

@@ -106,6 +106,12 @@ class Recorder(TorchFunctionMode):
         self.graph.output(tuple(dict.fromkeys([*results, *unread])))
         return self.found
 
+    def forget(self) -> None:
+        """Let go of modules and tensors. Nodes refer to each other, and a recorder to itself: garbage that stays."""
+        for node in self.graph.nodes:
+            node.meta.clear()
+        vars(self).clear()
+
     def alive(self) -> list[Tensor]:
         """The tensors that calls took or made and that are still referenced."""
         return [x for ref, _ in self.nodes.values() if (x := ref()) is not None]
