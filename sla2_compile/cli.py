@@ -30,12 +30,12 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show one recipe in 
         text = yaml.safe_dump(_checked(lambda: Recipe.of(name)).model_dump(mode="json"), sort_keys=False)
         console.print(text, soft_wrap=True, markup=False)
         return
-    table = Table("recipe", "method", "topk_ratio", "compression_ratio", "blocks", "alpha", "low bit")
+    table = Table("recipe", "topk_ratio", "compression_ratio", "blocks", "alpha", "low bit", "QAT")
     for key in recipe_names():
         r = Recipe.named(key)
-        mark = f"{key} (default)" if key == DEFAULT else key
+        mark = f"{key} (default)" if key == DEFAULT else key if r.method in ("sla2", key) else f"{key} ({r.method})"
         alpha = r.alpha if r.method == "sla2" else "-"
-        row = (r.method, r.topk_ratio, r.compression_ratio, f"{r.block_q} x {r.block_k}", alpha, r.low_bit)
+        row = (r.topk_ratio, r.compression_ratio, f"{r.block_q} x {r.block_k}", alpha, r.low_bit, r.qat)
         table.add_row(mark, *map(str, row))
     show(console, table)
 

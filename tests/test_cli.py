@@ -84,9 +84,17 @@ def narrow(monkeypatch):
 @pytest.mark.parametrize("width", [30, 40, 60, 100])
 def test_a_narrow_terminal_cuts_no_recipe(narrow, width):
     output = narrow(width, "recipes")
-    fields = ("method", "topk_ratio", "compression_ratio", "blocks", "alpha", "low bit")
-    values = ("0.15", "0.25", "0.05", "0.03", "auto x auto", "128 x 64", "routed", "int8_fp8", "proxy")
-    for text in ("balanced (default)", "high_quality", "max_speedup", "paper", "training_free", *fields, *values):
+    fields = ("topk_ratio", "compression_ratio", "blocks", "alpha", "low bit", "QAT")
+    values = ("0.15", "0.25", "0.05", "0.03", "auto x auto", "128 x 64", "routed", "int8_fp8", "True")
+    for text in (
+        "balanced (default)",
+        "high_quality",
+        "max_speedup",
+        "paper",
+        "training_free (proxy)",
+        *fields,
+        *values,
+    ):
         assert text in output
     assert "…" not in output
     lines = [line.rstrip() for line in output.splitlines()]

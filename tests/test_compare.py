@@ -80,6 +80,7 @@ def test_what_is_refused(model, x):
         ({"methods": ["vsa"]}, (x,), "methods must be of sla2, proxy, proxy2, topk, sla, got 'vsa'"),
         ({"methods": []}, (x,), "methods and ratios must name at least one each"),
         ({"ratios": [2.0]}, (x,), "topk_ratio must be less than or equal to 1.0"),
+        ({"topk_ratio": 0.3}, (x,), "fields must leave out method, proxy_order, topk_ratio, got topk_ratio"),
         ({"repeats": 0}, (x,), "repeats must be an int of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -240,7 +240,10 @@ class Call(torch.nn.Module):
 
 RUNS = "low bit auto: INT8 QK; training computes in the input's dtype"
 NOT_FASTER = "low bit auto: does not pay on cuda (sm_90), as far as measured; computed in the input's dtype"
-TOO_FAR = "low bit auto: over 3 times bf16's own error above a thirty-second of the key blocks; computed in"
+TOO_FAR = (
+    "low bit auto: over 3 times bf16's own error above a thirty-second of the key blocks; "
+    "computed in the input's dtype"
+)
 
 
 def test_caption_says_what_auto_comes_to(gpu, monkeypatch):

@@ -34,7 +34,7 @@ class Comparison:
 
     Attributes:
         rows: by method, and by topk_ratio within one. full_seconds: of a forward with full attention, the least.
-        calls: attention calls of one forward that any method could answer or that were left alone.
+        calls: attention calls of one forward, replaced or left alone.
         repeats: forwards behind each time. device: where they ran.
     """
 

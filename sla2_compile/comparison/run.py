@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sla2_compile.api import restore, transform
 from sla2_compile.comparison.result import Compared, Comparison
 from sla2_compile.kernels.checks import fail
+from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.plan import plans
 from sla2_compile.recipes import DEFAULT, Recipe
 from sla2_compile.reports.report import report
@@ -30,6 +30,8 @@ METHODS: dict[str, dict[str, Any]] = {
 UNTRAINED = ("sla2", "proxy", "proxy2", "topk")
 """All but SLA, which is its sparse branch alone until its projection is trained."""
 RATIOS = (0.05, 0.1, 0.15, 0.25)
+OWN = ("method", "proxy_order", "topk_ratio")
+"""Fields of a recipe that each row has its own value of."""
 SAME = 1e-3
 """Largest relative difference of two forwards with full attention: above it, errors say nothing."""
 
@@ -59,8 +61,8 @@ def compare(
 
     Raises:
         ValueError: the model is transformed already, gives other results each time, or zeros; a method is unknown;
-            repeats is no positive number; there is no method or ratio. Also what `transform` raises: where it can
-            replace no call, for example.
+            fields has what is a row's own; repeats is no positive number; there is no method or ratio. Also what
+            `transform` raises: where it can replace no call, for example.
 
     Example:
         >>> found = compare(model, (x, t, y), ratios=(0.05, 0.15))
@@ -71,7 +73,7 @@ def compare(
     kwargs = dict(example_kwargs or {})
     device = next((x.device for x in tree_leaves((list(example_inputs), kwargs)) if isinstance(x, Tensor)), None)
     rows, calls = [], 0
-    with _in_eval_mode(model), torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
 
         def forward() -> Tensor:
             return _numbers(model(*example_inputs, **kwargs))
@@ -111,6 +113,9 @@ def _checked(
     """Check the arguments before the first forward; returns the recipe of all rows."""
     if any(True for _ in plans(model)):
         raise fail("model", "not be transformed", "a transformed model", "restore(model) first")
+    for name in OWN:
+        if name in fields:
+            raise fail("fields", f"leave out {', '.join(OWN)}", name, "give methods and ratios, which set them")
     for method in methods:
         if method not in METHODS:
             raise fail("methods", f"be of {', '.join(METHODS)}", repr(method), "proxy2 is proxy with proxy_order 2")
@@ -122,17 +127,6 @@ def _checked(
     for ratio in ratios:
         Recipe.of(base, topk_ratio=ratio)
     return base
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _numbers(output: Any) -> Tensor:

@@ -120,7 +120,10 @@ def equal(self: Any, other: Any) -> Any:
 
 
 def quicken() -> None:
-    """Have the interpreter make fewer objects, and leave out its checks of whole numbers for overflow."""
+    """Have the interpreter make fewer objects.
+
+    It also computes whether whole numbers overflow, and tells nobody unless it debugs.
+    """
     tl.tensor.__init__ = make_tensor
     tl.block_type.__init__ = make_block
     tl.core.tuple.__eq__ = equal

@@ -98,9 +98,7 @@ def test_error_beside_that_of_bf16(D: int) -> None:
 
     The sparse branch, and FP8 in both, cost what their formats do (docs/method.md).
     """
-    # two query blocks alone are off by a tenth, by chance
-    rows = 256 if INTERPRETED else 2048
-    case = Case(groups=1, Nq=rows, Nk=2048, D=D, Dv=D, block_q=128, block_k=64, topk_ratio=0.05, alpha="none")
+    case = Case(groups=1, Nq=256, Nk=2048, D=D, Dv=D, block_q=128, block_k=64, topk_ratio=0.05, alpha="none")
     x = case.tensors()
     x["lut"], x["log_rest"], _, x["k_mean"] = case.route(exact(x, torch.float64), reference.route)
     want = case.attention(exact(x, torch.float64), reference.attention)
@@ -113,7 +111,7 @@ def test_error_beside_that_of_bf16(D: int) -> None:
         return [((a - b).norm() / b.norm()).item() for a, b in zip(got, (want[0], want[2]), strict=True)]
 
     own = errors("none")
-    most = {"int8": (3.0, 6.0), "int8_fp8": (10.0, 21.0)}
+    most = {"int8": (3.0, 6.0), "int8_fp8": (9.0, 21.0)}
     for low_bit in RUN:
         found = [error / bf16 for error, bf16 in zip(errors(low_bit), own, strict=True)]
         print(f"{low_bit}: whole op {found[0]:.2f}, sparse branch {found[1]:.2f} times bf16's own error")
@@ -303,9 +301,10 @@ if not INTERPRETED:
 
     @pytest.mark.gpu
     @levels
-    def test_a_call_runs_what_was_asked(low_bit: str) -> None:
+    def test_a_call_runs_what_was_asked(low_bit: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Eager, compiled and captured calls agree, differ from bf16 as they should, and train in bf16."""
         from sla2_compile.kernels.functional import AttentionOptions, sla2_attention
+        from sla2_compile.kernels.kinds import Kind
 
         q, k, v = (torch.randn(2, 4, 1111, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
         options = AttentionOptions(block_q=128, block_k=64, low_bit=low_bit)
@@ -330,16 +329,17 @@ if not INTERPRETED:
         assert low_bit in str(program.graph)
         assert torch.equal(program.module()(q, k, v), o)
         q.requires_grad_()
+        # by the op, as inferences are: the node of a training step keeps sums that the op computes again
+        monkeypatch.setattr(Kind, "ask_step", lambda self, tensors: None)
         trained = sla2_attention(q, k, v, options, training=True)
         torch.testing.assert_close(trained, high, rtol=2e-2, atol=2e-2)
         assert (trained - high).float().norm() < 0.5 * error * high.float().norm()
-        # an inference keeps its format where a gradient is asked of it, and that is the training's, whose node keeps
-        # sums that this one computes again
+        # an inference keeps its format where a gradient is asked of it, and that is the training's
         guided = sla2_attention(q, k, v, options)
         assert torch.equal(guided, o)
         do = torch.randn_like(o)
         (got,), (want,) = (torch.autograd.grad(x, [q], do) for x in (guided, trained))
-        assert (got - want).float().norm() <= 4e-3 * want.float().norm()
+        assert torch.equal(got, want)
 
     @pytest.mark.gpu
     @levels
