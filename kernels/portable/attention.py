@@ -103,7 +103,9 @@ class SparseRows:
 
     def attend(self, tiles: Tiles, shift: bool) -> None:
         """Write o, total and top; without shift, top counts as 0 and is not written."""
-        s = tiles.scores(self.part, self.q, tiles.gather(tiles.sparse.k, self.picked, "gathered"))
+        scales = tiles.sparse.scales
+        scales_of = None if scales is None else scales.of_scores(scales.q[self.part], self.picked)
+        s = tiles.scores(self.part, self.q, tiles.gather(tiles.sparse.k, self.picked, "gathered"), scales_of)
         if tiles.sparse.v_log is not None:
             self._attend_fp8(tiles, s, tiles.sparse.v_log)
             return

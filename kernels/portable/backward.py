@@ -179,7 +179,8 @@ def rounded_tiles(tiles: Tiles) -> Tiles:
 
     A whole number times a scale has more digits than 16 bits hold.
     """
-    return replace(tiles, q=tiles.sparse.q, k=tiles.sparse.k, v=tiles.v.to(tiles.acc))
+    q, k = tiles.sparse.scaled()
+    return replace(tiles, q=q, k=k, v=tiles.v.to(tiles.acc))
 
 
 def attention_backward(args: BackwardArgs[Tensor]) -> BackwardResult[Tensor]:

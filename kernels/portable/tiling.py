@@ -208,13 +208,18 @@ class Tiles:
         torch.index_select(blocks, 0, picked, out=memory)
         return memory.view(-1, self.keys, blocks.shape[2])
 
-    def scores(self, part: slice, q: Tensor, keys: Tensor) -> Tensor:
+    def scores(self, part: slice, q: Tensor, keys: Tensor, scales: Tensor | None = None) -> Tensor:
         """Scaled and masked scores of the rows `part`, (n, K * block_k, block_q), in the accumulation dtype.
 
         A row of the tile is a key, so that BLAS reads the gathered keys in memory order.
+
+        Args:
+            scales: what q and keys in low bit leave out, (n, K, 1, block_q).
         """
         s = self.scratch("scores", (q.shape[0], keys.shape[1], q.shape[1]), q.dtype)
         s = torch.baddbmm(s, keys, q.mT, beta=0.0, alpha=self.scale, out=s).to(self.acc)
+        if scales is not None:
+            s.view(*scales.shape[:2], -1, s.shape[2]).mul_(scales)
         hidden = self._hidden(part)
         return s if hidden is None else s.masked_fill_(hidden, NEG_INF)
 
