@@ -17,7 +17,7 @@ curves     a small JiT from scratch: full attention in three orders of the data,
 convert    stage 2 without QAT, then low bit (`convert`)
 sparse     stage 2 with the sparse branch alone
 heuristic  stage 2 with a router that nothing trained
-demo       the model of `examples/demo.py`, on one photograph and batik, as trained.safetensors; half of --seconds
+demo       the model of `examples/demo.py`, on one photograph and batik, as trained.safetensors
 
 Every row is saved when it is there, in the folder --state, and runs whose rows are there are skipped: a part that was
 cut short goes on where it stopped. `benchmarks/quality_measures.py` says what is measured.
@@ -74,7 +74,7 @@ def chosen_size(given: argparse.Namespace) -> Size:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all if none")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of the teacher's training")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training in parts teacher and demo")
     parser.add_argument("--stage1", type=int, help="steps of stage 1")
     parser.add_argument("--stage2", type=int, help="steps of stage 2 and of the control")
     parser.add_argument("--curves", type=int, help="steps of each curve")

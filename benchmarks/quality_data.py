@@ -48,8 +48,11 @@ def paths(files: dict[str, tuple[str, ...]]) -> list[Path]:
     return found
 
 
-def crops(photos: list[Path], count: int, side: int, seed: int, device: torch.device) -> Tensor:
+def crops(photos: list[Path], count: int, side: int, seed: int, device: torch.device, least: float = 0.0) -> Tensor:
     """Cut `count` squares at random places and sizes, from `side` pixels to the whole, scaled to side.
+
+    Args:
+        least: smallest side of a square over the photograph's, where that is more than `side`.
 
     Returns:
         (count, 3, side, side) uint8.
@@ -65,7 +68,8 @@ def crops(photos: list[Path], count: int, side: int, seed: int, device: torch.de
     for number in range(count):
         image = images[number % len(images)]
         full = min(image.shape[2:])
-        size = min(side, full) + draw(max(0, full - side))
+        smallest = min(full, max(side, round(least * full)))
+        size = smallest + draw(full - smallest)
         top, left = (draw(n - size) for n in image.shape[2:])
         cut = image[:, :, top : top + size, left : left + size]
         cut = F.interpolate(cut, (side, side), mode="bilinear", antialias=True, align_corners=False)

@@ -43,7 +43,7 @@ class Size:
         teacher, stage1, stage2, curves: steps.
         samples, sampler: pictures that are drawn from noise, and steps for each.
         small, small_side: the model of the part `curves`, whose batch is `batch` too.
-        demo: the model of the part `demo`.
+        demo: the model of the part `demo`; demo_steps: the most that it is trained with full attention.
     """
 
     config: JiTConfig
@@ -64,6 +64,7 @@ class Size:
     small: JiTConfig = field(default_factory=lambda: JiTConfig(width=256, depth=4, classes=2))
     small_side: int = 128
     demo: JiTConfig = field(default_factory=JiTConfig)
+    demo_steps: int = 20000
 
     @property
     def tokens(self) -> int:
@@ -79,17 +80,18 @@ FULL = Size(JiTConfig(width=384, depth=8, classes=2), 256)
 TINY = Size(
     JiTConfig(width=64, depth=2, head_dim=32, classes=2), 64, 16, 16, 32, 8, 4, 2, 1, 12, 4, 6, 8, 8, 3,
     JiTConfig(width=32, depth=1, head_dim=16, classes=2), 64,
-    JiTConfig(width=64, depth=1),
+    JiTConfig(width=64, depth=1), 4,
 )  # fmt: skip
 
 
 @dataclass
 class Stream:
-    """Draws the batches of a training, on the device of the pictures."""
+    """Draws the batches of a training, on the device of the pictures; t is the sigmoid of a normal of mean `mean`."""
 
     pictures: Pictures
     count: int
     seed: int
+    mean: float = -0.4
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator(self.pictures.x.device)
@@ -98,7 +100,7 @@ class Stream:
         """Return pictures x, labels y, times t and noise of one step."""
         g = self.generator.manual_seed(1_000_003 * self.seed + step)
         x, y = self.pictures.draw(self.count, g)
-        t = torch.sigmoid(0.8 * torch.randn(self.count, generator=g, device=x.device) - 0.4)
+        t = torch.sigmoid(0.8 * torch.randn(self.count, generator=g, device=x.device) + self.mean)
         return x, y, t, torch.randn(x.shape, generator=g, device=x.device)
 
     def noisy(self, step: int) -> Batch:

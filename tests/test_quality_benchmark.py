@@ -178,7 +178,7 @@ def test_demo_model_comes_back_from_its_file(tmp_path: Path) -> None:
     (row,) = State(tmp_path).rows("demo")
     assert row["bytes"] == (tmp_path / quality_demo.NAME).stat().st_size
     full, model, recipe = demo_trained.load(tmp_path / quality_demo.NAME, TINY.demo)
-    assert recipe == "max_speedup"
+    assert recipe == "balanced"
     sites, rest = (
         {name: x for name, x in model.state_dict().items() if torch.is_tensor(x) and (".sla2." in name) == of_sites}
         for of_sites in (True, False)
