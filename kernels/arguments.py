@@ -78,6 +78,41 @@ class RouteResult(NamedTuple, Generic[T]):
     k_mean: T
 
 
+class SelectArgs(NamedTuple, Generic[T]):
+    """Arguments of `sla2::select`: those of `route`, and how it chooses otherwise.
+
+    Attributes:
+        by_threshold: whether of the topk_ratio best key blocks only those are kept whose score is `threshold`
+            standard deviations above the mean over the row's visible blocks; the best one always is.
+        head_ratios: a topk_ratio for each head of q; empty: the one for all.
+        protect: (first, end) pairs of key blocks that are always kept, beside the others, ascending and apart.
+    """
+
+    q: T
+    k: T
+    proj_q: T | None
+    proj_k: T | None
+    key_mask: T | None
+    topk_ratio: float
+    compression_ratio: int
+    block_q: int
+    block_k: int
+    scale: float
+    is_causal: bool
+    by_threshold: bool
+    threshold: float
+    head_ratios: tuple[float, ...]
+    protect: tuple[int, ...]
+
+    def route(self) -> RouteArgs[T]:
+        """The arguments of a route without these choices."""
+        return RouteArgs(*self[: len(RouteArgs._fields)])
+
+    def protected(self) -> int:
+        """How many key blocks are always kept."""
+        return sum(self.protect[1::2]) - sum(self.protect[::2])
+
+
 class AttentionArgs(NamedTuple, Generic[T]):
     """Arguments of `sla2::attention`.
 

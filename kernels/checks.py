@@ -11,6 +11,7 @@ from sla2_compile.kernels.arguments import (
     AttentionArgs,
     BackwardArgs,
     RouteArgs,
+    SelectArgs,
     SparseArgs,
     SparseBackwardArgs,
     accumulation_dtype,
@@ -132,6 +133,22 @@ def check_route(args: RouteArgs[Described]) -> None:
             raise fail(name, want, tuple(proj.shape), "one head_dim x head_dim matrix per site")
         if proj.device != q.device:
             raise fail(name, f"be on q's device {q.device}", proj.device, "move the model and its inputs together")
+
+
+def check_select(args: SelectArgs[Described]) -> None:
+    """All checks of `sla2::select`."""
+    check_route(args.route())
+    heads, tn = args.q.shape[1], (args.k.shape[2] + args.block_k - 1) // args.block_k
+    if args.head_ratios and len(args.head_ratios) != heads:
+        raise fail(
+            "head_ratios", f"have a ratio for each of q's {heads} heads", len(args.head_ratios), "or leave it out"
+        )
+    for ratio in args.head_ratios:
+        if not 0.0 < ratio <= 1.0:
+            raise fail("head_ratios", "lie in (0, 1]", ratio, "0.15 keeps 15 % of the key blocks")
+    ends = args.protect
+    if len(ends) % 2 or list(ends) != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] <= tn):
+        raise fail("protect", f"be ascending pairs of key blocks from 0 to {tn}", ends, "see `SelectArgs`")
 
 
 def _check_routed(q: Described, k: Described, k_mean: Described, lut: Described, tm: int) -> None:

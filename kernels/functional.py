@@ -1,6 +1,6 @@
 """SLA2 attention in one call, as sites and graphs run it: one op, or two in a training step; eagerly past them.
 
-Other methods than sla2 (`AttentionOptions.method`) go to `methods.py`.
+What is more than that (`AttentionOptions.composed`), such as another method, goes to `methods.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, RouteRe
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.kinds import kind_of, resolve
 from sla2_compile.kernels.layout import read
-from sla2_compile.kernels.methods import attend_otherwise
+from sla2_compile.kernels.methods import attend_composed
 from sla2_compile.kernels.ops import attention, forward, route
 from sla2_compile.kernels.options import AttentionOptions, asked
 from sla2_compile.kernels.routing import Routing
@@ -71,6 +71,7 @@ def attend(
     alpha_gain: Tensor | None = None, alpha_bias: Tensor | None = None,
     training: bool = False, imitate: str | None = None, keep_routing: bool = True,
     linear_weight: Tensor | None = None, linear_bias: Tensor | None = None,
+    gate_weight: Tensor | None = None, gate_bias: Tensor | None = None,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """Run `sla2_attention`, and return (o, the router's choices).
 
@@ -79,20 +80,25 @@ def attend(
             or int8_fp8. If None, options and training decide.
         linear_weight: (Dv, Dv); linear_bias: (Dv,): the projection of SLA's linear branch, for method sla alone.
             Without them it is its sparse branch.
+        gate_weight: (Dv, D); gate_bias: (Dv,): the gate of VSA's coarse branch, for method vsa alone, likewise.
 
     The choices are None without keep_routing, and in a compiler's trace.
     """
-    if options.method != "sla2":
+    if options.composed:
         refuse_forward_mode(q, k, v)
         if autocasts(q):
             q, k, v = _cast(q, k, v)
         given = {
             "proj_q": proj_q, "proj_k": proj_k, "alpha_gain": alpha_gain, "alpha_bias": alpha_bias,
             "linear_weight": linear_weight, "linear_bias": linear_bias,
+            "gate_weight": gate_weight, "gate_bias": gate_bias,
         }  # fmt: skip
-        return attend_otherwise(
-            q, k, v, options, key_mask=key_mask, is_causal=is_causal, scale=scale, low_bit=imitate or options.low_bit,
-            learned={name: x for name, x in given.items() if x is not None}, keep_routing=keep_routing,
+        # other methods have no low bit, in training either
+        wanted = asked(options, training) if options.method == "sla2" else options.low_bit
+        return attend_composed(
+            q, k, v, options, key_mask=key_mask, is_causal=is_causal, scale=scale, low_bit=imitate or wanted,
+            imitated=imitate is not None, learned={name: x for name, x in given.items() if x is not None},
+            keep_routing=keep_routing,
         )  # fmt: skip
     low_bit, imitated = asked(options, training) if imitate is None else imitate, imitate is not None
     learned = (proj_q, proj_k, alpha_gain, alpha_bias)

@@ -6,92 +6,163 @@
 | proxy | router, top-k | one pooled term for each block | one softmax | nothing |
 | topk | router, top-k | nothing | one softmax | nothing |
 | sla | means of q and k, top-k | linear attention, over all keys | sum | linear_weight, linear_bias |
+| vsa | means of q and k, top-k | nothing; attention between means beside it | gate | gate_weight, gate_bias |
+| vmoba | means of q and of chunks of keys | nothing | one softmax | nothing |
 
-The look-up table is the one interface between selection and the rest: `sla2::route` makes it for every method here,
-and an op takes it. SLA2 stays what it is: `sla2::attention`, and `sla2::forward` for both steps. Its arguments,
-kernels and host time know nothing of methods. The others share a second op, `sla2::sparse_attention`: one softmax
-over the selected keys and a tail. The tail is the deep part, so it is an argument of that op (`tail`, `proxy_order`);
-a method is a composition on top, in this file. SLA's linear branch needs no table: it is plain PyTorch beside the op.
+A call that is SLA2 by the router's top-k is `sla2::forward`, or its two ops, and knows nothing of this file. All others
+(`AttentionOptions.composed`) are composed here, in this order:
 
-    Recipe.method, Recipe.proxy_order -> AttentionOptions -> `functional.attend` -> here -> the op's tail, proxy_order
+    places.py     the tokens' order: q, k and v are permuted, and o is permuted back at the end
+    tables.py     selection: the look-up table, by `sla2::route`, `sla2::select`, or a method's own scores
+    here          `sla2::attention` for SLA2, `sla2::sparse_attention` for the others, which is one softmax over the
+                  selected keys and a tail; what a method adds beside it
+    here          rows of protected tokens, by full attention
 
-There is no option `tail`: the method decides it, so that no two fields can contradict each other.
+The look-up table is the one interface between selection and the rest. Rows may have fewer entries than others, with
+-1 behind them, where keys are masked; so selections that keep fewer come with a key mask, which masks nothing.
 
-A site has the parameters of its method alone, by the names above, so that its state dict tells the method. A site of
-proxy or topk has none. sla begins with both at 0, as SLA does, and is then its sparse branch; it is refused where
-sites cannot learn. Hard top-k gives the selection no gradient; proxy and topk have SLA2's untrained router.
+There is no option `tail`: the method decides it, so that no two fields can contradict each other. A site has the
+parameters of its method alone, by the names above, so that its state dict tells the method; proxy, topk and vmoba have
+none. sla and vsa begin with theirs at 0, and are then their sparse branches; they are refused where sites cannot learn.
+VSA's gate is a linear function of the block's input in its authors' code, and of q here, because a call has no other.
+Hard top-k gives the selection no gradient; vsa's coarse branch has one.
 
-What another method does not have yet is an error or a line of the report, never silent: low bit (the input's dtype
-runs, and `prepare` refuses), `calibrate` (refuses), ONNX files (refused). The op has Triton kernels (`cuda/sparse/`)
-for what SLA2's take, which no GPU has run yet. SLA's linear branch has none of its own. Statistics have `alpha_*`,
-the share of the selected keys: exact for proxy and topk, and left out for sla, whose sum has no shares. `min_seq_len:
-auto` has SLA2's numbers, so that comparisons replace the same calls. sla's block scores have the logarithm of a
-block's real keys added, as the router's have: only ragged and masked blocks differ from SLA's code.
-
-To come: vsa (scores of cubes, a gated coarse branch) and vmoba (gates, a threshold) are selections of their own,
-which fill a table for the same op; token order is a permutation before all of this.
+What another method does not have is an error or a line of the report, never silent: low bit (the input's dtype runs,
+and `prepare` refuses), `calibrate` (refuses), ONNX files (refused). Statistics have `alpha_*`, the share of the
+selected keys: exact for methods of one softmax, and left out for sums. `min_seq_len: auto` has SLA2's numbers, so that
+comparisons replace the same calls. sla's block scores have the logarithm of a block's real keys added, as the router's
+have: only ragged and masked blocks differ from SLA's code.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla2_compile.kernels.arguments import RouteResult, SparseResult, accumulation_dtype
+from sla2_compile.kernels import tables
+from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, RouteResult, SparseResult, accumulation_dtype
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.checks import FEATURE_MAPS, check_qkv, fail
-from sla2_compile.kernels.ops import route, without_autocast
+from sla2_compile.kernels.checks import FEATURE_MAPS, check_key_mask, check_qkv, fail
+from sla2_compile.kernels.kinds import resolve
+from sla2_compile.kernels.ops import attention, forward, without_autocast
 from sla2_compile.kernels.options import METHODS, AttentionOptions
+from sla2_compile.kernels.places import Places, places
 from sla2_compile.kernels.portable.linear import linear_attention
 from sla2_compile.kernels.routing import Routing
 from sla2_compile.kernels.sparse_ops import sparse_attention
 from sla2_compile.kernels.tracing import traced
 
 
-def attend_otherwise(
+def attend_composed(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
-    key_mask: Tensor | None, is_causal: bool, scale: float | None, low_bit: str,
+    key_mask: Tensor | None, is_causal: bool, scale: float | None, low_bit: str, imitated: bool,
     learned: dict[str, Tensor], keep_routing: bool,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
-    """Compute one call by a method other than sla2; shapes and results as `functional.attend` has them.
+    """Compute one call as `options` compose it; shapes and results as `functional.attend` has them.
 
     Args:
-        low_bit: format asked for; learned: the parameters that are given, by name.
+        low_bit: format asked for; imitated: whether it is computed in any case. learned: the parameters that are
+            given, by name.
 
     Raises:
-        ValueError: as `functional.attend`; the method has no low bit, no such parameter, or no causal calls.
+        ValueError: as `functional.attend`; the method has no low bit, no such parameter, or no causal calls; an
+            order in a causal call, or one that does not fit its tokens.
     """
-    method = METHODS[options.method]
+    check_call(q, k, v, key_mask, options, is_causal, low_bit, learned)
+    where = places(q, k, options)
+    given = (q, k, v, key_mask)
+    if where.order is not None:
+        q, k, v = (where.order.rows(x) for x in (q, k, v))
+        key_mask = where.order.mask(key_mask, k.shape[0])
+    if options.may_keep_fewer and key_mask is None:
+        key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    call = {"key_mask": key_mask, "is_causal": is_causal, "keep_routing": keep_routing and not traced(q)}
+    if options.method == "sla2":
+        o, routing = _sla2(q, k, v, options, where, scale, low_bit, imitated, learned, **call)
+    else:
+        o, routing = _sparse(q, k, v, options, where, scale, learned, **call)
+    if where.order is not None:
+        o = where.order.restored(o)
+    if where.ranges and not METHODS[options.method].own_table and q.shape[2] == k.shape[2]:
+        o = _with_dense_rows(o, *given, where, is_causal, scale)
+    return o, routing
+
+
+def check_call(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, options: AttentionOptions, is_causal: bool,
+    low_bit: str, learned: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """Refuse what a method cannot compute; see `attend_composed`."""
+    method, name = METHODS[options.method], options.method
     check_qkv(q, k, v)
-    if low_bit != "none":
-        raise fail("low_bit", f"be 'none' with method {options.method!r}", repr(low_bit), "only sla2 has it")
+    check_key_mask(key_mask, k)
+    if name != "sla2" and low_bit != "none":
+        raise fail("low_bit", f"be 'none' with method {name!r}", repr(low_bit), "only sla2 has it")
     if wrong := [name for name in learned if name not in method.learns]:
         known = ", ".join(method.learns) or "none"
-        raise fail(
-            "parameters", f"be those of method {options.method!r} ({known})", ", ".join(wrong), "leave them out"
-        )
-    if method.all_keys and is_causal:
-        fix = "its linear branch would see future keys: use another method"
-        raise fail("is_causal", f"be False with method {options.method!r}", is_causal, fix)
+        raise fail("parameters", f"be those of method {name!r} ({known})", ", ".join(wrong), "leave them out")
+    if is_causal and not method.causal:
+        fix = "queries would see future keys by its means: use another method"
+        raise fail("is_causal", f"be False with method {name!r}", is_causal, fix)
+    if is_causal and options.order != "raster":
+        raise fail("order", "be 'raster' in causal calls", repr(options.order), "which keys are future goes by place")
+
+
+def _sla2(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, where: Places, scale: float | None, low_bit: str,
+    imitated: bool, learned: dict[str, Tensor], key_mask: Tensor | None, is_causal: bool, keep_routing: bool,
+) -> tuple[Tensor, Routing | None]:  # fmt: skip
+    """SLA2 in another order, or by another choice of key blocks."""
+    names = ("proj_q", "proj_k", "alpha_gain", "alpha_bias")
+    resolved = resolve(q, k, v, options, low_bit, imitated, scale, is_causal, key_mask is None)
+    args = ForwardArgs(q, k, v, *(learned.get(name) for name in names), key_mask, *resolved)
+    if not (options.chooses or keep_routing or torch.is_grad_enabled()):
+        return forward(*args), None
+    routed = tables.routed(
+        q, k, args.proj_q, args.proj_k, key_mask, options, where, args.scale, is_causal
+    )  # fmt: skip
+    made = AttentionResult(*attention(*args.attention(routed)))
+    if not keep_routing:
+        return made.o, None
+    lse = made.lse.detach()[..., :: args.block_q].clone()
+    tn = num_blocks(k.shape[2], args.block_k)
+    return made.o, Routing(routed.lut, routed.log_rest, routed.entropy, lse, args.block_q, args.block_k, tn)
+
+
+def _sparse(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, where: Places, scale: float | None,
+    learned: dict[str, Tensor], key_mask: Tensor | None, is_causal: bool, keep_routing: bool,
+) -> tuple[Tensor, Routing | None]:  # fmt: skip
+    """Another method: one softmax over selected keys and a tail, and what the method adds to it."""
+    method = METHODS[options.method]
     block_q, block_k = options.block_sizes(q.shape[2], k.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    ratio = max(block_q, block_k) if method.selects_by_means else options.router_ratio(block_q, block_k)
-    geometry = (block_q, block_k, scale)
-    # no gradient passes through the selection, nor to the mean of the keys
-    chosen = (q.detach(), k.detach(), None, None, key_mask, float(options.topk_ratio), ratio, *geometry, is_causal)
-    routed = RouteResult(*route(*chosen))
+    real = None if where.order is None or where.order.real is None else where.order.real.expand(q.shape[0], -1)
+    coarse: Tensor | None = None
+    with without_autocast(q):
+        if options.method == "vsa":
+            routed, coarse = tables.cubes(q, k, v, real, key_mask, options, scale)
+        elif options.method == "vmoba":
+            routed = tables.chunks(q, k, real, key_mask, options, where)
+        else:
+            # no gradient passes through the selection, nor to the mean of the keys
+            routed = tables.routed(q.detach(), k.detach(), None, None, key_mask, options, where, scale, is_causal)
     tail = (method.tail, options.proxy_order, is_causal)
-    made = SparseResult(*sparse_attention(q, k, v, routed.k_mean, routed.lut, key_mask, *geometry, *tail))
+    made = SparseResult(
+        *sparse_attention(q, k, v, routed.k_mean, routed.lut, key_mask, block_q, block_k, scale, *tail)
+    )
     o = made.o
     if "linear_weight" in learned:
         o = o + _projected(q, k, v, key_mask, options.feature_map, **learned)
-    if not keep_routing or traced(q):
+    if coarse is not None and "gate_weight" in learned:
+        o = o + _gated(q, coarse, block_q, **learned)
+    if not keep_routing:
         return o, None
     # of the first row of each query block
     lse, alpha = (x.detach()[..., ::block_q].clone() for x in (made.lse, made.alpha))
-    tn = num_blocks(k.shape[2], block_k)
-    kept = (routed.lut, routed.log_rest, routed.entropy, lse, block_q, block_k, tn)
-    return o, Routing(*kept, None if method.all_keys else alpha)
+    kept = (routed.lut, routed.log_rest, routed.entropy, lse, block_q, block_k, num_blocks(k.shape[2], block_k))
+    return o, Routing(*kept, alpha if method.shares else None)
 
 
 def _projected(
@@ -106,3 +177,31 @@ def _projected(
         linear = linear_attention(q, k, v, key_mask, feature_map)
         bias = None if linear_bias is None else linear_bias.to(acc)
         return F.linear(linear, linear_weight.to(acc), bias).to(q.dtype)
+
+
+def _gated(q: Tensor, coarse: Tensor, block: int, gate_weight: Tensor, gate_bias: Tensor | None = None) -> Tensor:
+    """VSA's coarse branch (B, Hq, Tm, Dv) for all rows of its cubes, times the gate that q opens."""
+    acc = coarse.dtype
+    with without_autocast(q):
+        gate = F.linear(q.to(acc), gate_weight.to(acc), None if gate_bias is None else gate_bias.to(acc))
+        rows = coarse.repeat_interleave(block, dim=2)[:, :, : q.shape[2]]
+        return (gate * rows).to(q.dtype)
+
+
+def _with_dense_rows(
+    o: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, where: Places, is_causal: bool,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Compute the rows of protected tokens by full attention, and put them into o (B, Hq, N, Dv)."""
+    parts, at, keys = [], 0, torch.arange(k.shape[2], device=k.device)
+    for start, stop in where.ranges:
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        if is_causal:
+            seen = keys <= torch.arange(start, stop, device=k.device)[:, None]
+            mask = seen if mask is None else seen & mask
+        rows = F.scaled_dot_product_attention(
+            q[:, :, start:stop], k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts += [o[:, :, at:start], rows]
+        at = stop
+    return torch.cat([*parts, o[:, :, at:]], dim=2)

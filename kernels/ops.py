@@ -140,10 +140,10 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _route_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     k, key_mask = ctx.saved_tensors
-    return named(RouteArgs, k=_spread(RouteResult(*grads).k_mean, k, key_mask))
+    return named(RouteArgs, k=spread_mean(RouteResult(*grads).k_mean, k, key_mask))
 
 
-def _spread(d_mean: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+def spread_mean(d_mean: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
     """Return the gradient for k (B, Hkv, Nk, D), given that of k_mean, the mean of the keys that take part."""
     if key_mask is None:
         return (d_mean / k.shape[2]).to(k.dtype)[:, :, None].expand_as(k)
@@ -206,7 +206,7 @@ attention.register_autograd(_attention_backward, setup_context=_attention_setup)
 def gradients(do: Tensor, saved: Saved[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients for q, k (that of its mean too), v, alpha_gain and alpha_bias, by the ops."""
     found = _gradients_of(do, saved)
-    found["k"] = found["k"] + _spread(found.pop("k_mean"), saved.call.k, saved.call.key_mask)
+    found["k"] = found["k"] + spread_mean(found.pop("k_mean"), saved.call.k, saved.call.key_mask)
     return tuple(found[name] for name in ("q", "k", "v", "alpha_gain", "alpha_bias"))
 
 

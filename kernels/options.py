@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import auto_block_sizes
 from sla2_compile.kernels.checks import fail
+from sla2_compile.kernels.order import ORDERS
+
+SELECTIONS = ("topk", "threshold")
 
 
 class Method(NamedTuple):
@@ -19,16 +23,23 @@ class Method(NamedTuple):
         tail: what the key blocks that are not selected count as: linear (SLA2's linear branch), proxy or none.
         learns: names of a site's parameters.
         unused: fields of a recipe that have no effect, besides those of low bit.
-        all_keys: whether its linear branch covers all keys, so that no call is causal and the parts have no shares.
+        causal: whether it takes causal calls.
+        shares: whether the selected keys have a share of a row's output that can be told (alpha).
         selects_by_means: whether blocks are selected by the means of their q and k, whatever compression_ratio is.
+        own_table: whether it fills the look-up table itself (`tables.py`), by pooled q and k, without the router.
     """
 
     tail: Literal["linear", "proxy", "none"]
     learns: tuple[str, ...]
     unused: tuple[str, ...]
-    all_keys: bool = False
+    causal: bool = True
+    shares: bool = True
     selects_by_means: bool = False
+    own_table: bool = False
 
+
+ROUTED = ("compression_ratio", "head_ratios", "protect", "selection", "threshold")
+"""Fields of the router, which vsa does not ask; vmoba has a meaning of its own for the last two."""
 
 METHODS = {
     "sla2": Method("linear", ("proj_q", "proj_k", "alpha_gain", "alpha_bias"), ("proxy_order",)),
@@ -36,7 +47,16 @@ METHODS = {
     "topk": Method("none", (), ("feature_map", "alpha", "linear_scope", "proxy_order")),
     "sla": Method(
         "none", ("linear_weight", "linear_bias"), ("compression_ratio", "alpha", "linear_scope", "proxy_order"),
-        all_keys=True, selects_by_means=True,
+        causal=False, shares=False, selects_by_means=True,
+    ),
+    "vsa": Method(
+        "none", ("gate_weight", "gate_bias"),
+        (*ROUTED, "block_q", "block_k", "feature_map", "alpha", "linear_scope", "proxy_order"),
+        causal=False, shares=False, own_table=True,
+    ),
+    "vmoba": Method(
+        "none", (), (*ROUTED[:3], "feature_map", "alpha", "linear_scope", "proxy_order"),
+        causal=False, own_table=True,
     ),
 }  # fmt: skip
 """The methods by name; sla2 is the default."""
@@ -56,10 +76,20 @@ class AttentionOptions:
             what runs. none with any method but sla2.
         method: one of `METHODS`.
         proxy_order: 1 or 2, of method proxy: how many moments of a block's keys its pooled term knows.
+        selection: topk, or threshold: of these key blocks, those above a threshold alone.
+        threshold: standard deviations above the mean score of a row's blocks, 1 if None; of vmoba, the share of the
+            normalised gates that is reached, 0.25 if None.
+        head_ratios: a topk_ratio for each head of q, in place of the one for all; () for none.
+        protect: ranges (start, stop) of tokens whose key blocks are always kept, and whose own rows are computed by
+            full attention where q and k are the same tokens. Negative numbers count from the end; stop None is it.
+        grid: (T, H, W) of the tokens that protect leaves over; "auto" for a square image; None if they have none.
+        order: raster, brick or hilbert: the order in which the grid's tokens are cut into blocks (`order.py`).
+        brick: its sides, -1 for a whole axis; "auto" for 64 tokens, or for what suits method vmoba.
+        composed: whether a call is more than `sla2::forward`: it goes to `methods.py`.
 
     Raises:
-        ValueError: another word for method, compression_ratio, block_q or block_k; a tensor for topk_ratio. All else
-            is checked by the ops.
+        ValueError: another word for method, selection, order, compression_ratio, block_q or block_k; a tensor for
+            topk_ratio. All else is checked by the ops.
     """
 
     topk_ratio: float = 0.15
@@ -71,6 +101,14 @@ class AttentionOptions:
     low_bit: str = "none"
     method: str = "sla2"
     proxy_order: int = 1
+    selection: str = "topk"
+    threshold: float | None = None
+    head_ratios: tuple[float, ...] = ()
+    protect: tuple[tuple[int, int | None], ...] = ()
+    grid: tuple[int, int, int] | Literal["auto"] | None = None
+    order: str = "raster"
+    brick: tuple[int, int, int] | Literal["auto"] = "auto"
+    composed: ClassVar[bool]
 
     def __post_init__(self) -> None:
         words = {"compression_ratio": "block", "block_q": "auto", "block_k": "auto"}
@@ -78,14 +116,32 @@ class AttentionOptions:
             value = getattr(self, name)
             if isinstance(value, str) and value != word:
                 raise fail(name, f"be a number or {word!r}", repr(value), f"leave it {word!r}")
-        if self.method not in METHODS:
-            raise fail("method", f"be one of {', '.join(METHODS)}", repr(self.method), "sla2 is the default")
+        for name, known in (("method", tuple(METHODS)), ("selection", SELECTIONS), ("order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise fail(
+                    name, f"be one of {', '.join(known)}", repr(getattr(self, name)), f"{known[0]} is the default"
+                )
         if isinstance(self.topk_ratio, Tensor):
             # its value may change, and kinds of calls are known by these options
             raise fail("topk_ratio", "be a number", repr(self.topk_ratio), "call .item()")
+        # found once, because every eager call asks
+        object.__setattr__(self, "composed", self.method != "sla2" or self.order != "raster" or self.chooses)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether key blocks are chosen otherwise than the topk_ratio best of each row."""
+        return self.selection != "topk" or bool(self.head_ratios) or bool(self.protect)
+
+    @property
+    def may_keep_fewer(self) -> bool:
+        """Whether rows of the look-up table may have fewer entries than others."""
+        return self.selection == "threshold" or bool(self.head_ratios)
 
     def block_sizes(self, nq: int, nk: int) -> tuple[int, int]:
-        """Return (block_q, block_k) in rows for these lengths."""
+        """Return (block_q, block_k) in rows for these lengths; a block of vsa is a brick."""
+        if self.method == "vsa":
+            size = 64 if self.brick == "auto" else math.prod(self.brick)
+            return size, size
         auto_q, auto_k = auto_block_sizes(nq, nk) if "auto" in (self.block_q, self.block_k) else (0, 0)
         block_q = auto_q if self.block_q == "auto" else self.block_q
         return block_q, auto_k if self.block_k == "auto" else self.block_k

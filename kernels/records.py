@@ -17,7 +17,9 @@ class Argument(NamedTuple):
     default: Any = None
 
 
-_TYPES: dict[Any, str] = {float: "float", int: "SymInt", bool: "bool", str: "str"}
+_TYPES: dict[Any, str] = {
+    float: "float", int: "SymInt", bool: "bool", str: "str", tuple[int, ...]: "int[]", tuple[float, ...]: "float[]",
+}  # fmt: skip
 
 
 @functools.cache

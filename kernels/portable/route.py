@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,8 +138,20 @@ def causal_blocks(Nq: int, Nk: int, block_q: int, block_k: int, device: torch.de
     return allowed, allowed & (last_k > first_q)
 
 
-def route_forward(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
-    """Compute what `reference.route` defines; results in the accumulation dtype."""
+class Scored(NamedTuple):
+    """Scores (B, Hq, Tm, Tn) of key blocks, -inf where a block is not visible, and the mean of the keys.
+
+    rank is peak with inf where a block must be kept; see `reference.block_scores` for the others.
+    """
+
+    peak: Tensor
+    typical: Tensor
+    rank: Tensor
+    k_mean: Tensor
+
+
+def scored(args: RouteArgs[Tensor]) -> Scored:
+    """Score all key blocks for all query blocks, in the accumulation dtype."""
     q, k, proj_q, proj_k, key_mask = args.q, args.k, args.proj_q, args.proj_k, args.key_mask
     block_q, block_k, is_causal = args.block_q, args.block_k, args.is_causal
     (rows_q, a), (rows_k, b) = (router_tokens(block, args.compression_ratio) for block in (block_q, block_k))
@@ -150,19 +163,31 @@ def route_forward(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
     q_pool = q_pool if proj_q is None else q_pool @ proj_q.to(q_pool.dtype).mT
     k_pool = k_pool if proj_k is None else k_pool @ proj_k.to(k_pool.dtype).mT
     peak, typical = block_scores(q_pool, k_pool, count, a, b, args.scale)
-
-    tn = peak.shape[-1]
     rank = peak
     if is_causal:
         allowed, forced = causal_blocks(q.shape[2], k.shape[2], block_q, block_k, q.device)
         peak, typical = peak.masked_fill(~allowed, NEG_INF), typical.masked_fill(~allowed, NEG_INF)
         rank = peak.masked_fill(forced & (peak > NEG_INF), float("inf"))
-    values, chosen = rank.topk(num_kept(tn, args.topk_ratio, block_q, block_k, is_causal), dim=-1, sorted=False)
-    absent = values == NEG_INF
+    return Scored(peak, typical, rank, k_mean)
+
+
+def route_forward(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
+    """Compute what `reference.route` defines; results in the accumulation dtype."""
+    found = scored(args)
+    tn = found.peak.shape[-1]
+    kept = num_kept(tn, args.topk_ratio, args.block_q, args.block_k, args.is_causal)
+    values, chosen = found.rank.topk(kept, dim=-1, sorted=False)
+    return table(found, chosen, values == NEG_INF)
+
+
+def table(found: Scored, chosen: Tensor, absent: Tensor) -> RouteResult[Tensor]:
+    """Return the result of a route, given the chosen key blocks (B, Hq, Tm, K), and True where an entry is none."""
+    peak, typical, _, k_mean = found
+    tn = peak.shape[-1]
     lut = chosen.masked_fill(absent, tn).sort(dim=-1).values.int()
     lut = lut.masked_fill_(lut == tn, -1)
-    # a chosen but absent block is -inf already: scattering -inf over it changes nothing
-    log_rest = typical.scatter(-1, chosen, NEG_INF).logsumexp(dim=-1)
+    rest = typical.gather(-1, chosen).masked_fill_(~absent, NEG_INF)
+    log_rest = typical.scatter(-1, chosen, rest).logsumexp(dim=-1)
     log_p = peak - peak.logsumexp(dim=-1, keepdim=True)
     entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(dim=-1)
     return RouteResult(lut, log_rest, entropy, k_mean)

@@ -1,0 +1,127 @@
+"""Where the tokens of one call stand: its grid, its order, what is protected, and the chunks of VMoBA."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sla2_compile.kernels import torch_internals
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.checks import fail
+from sla2_compile.kernels.options import METHODS, AttentionOptions
+from sla2_compile.kernels.order import Grid, TokenOrder, brick_for, check_grid, kept_order, ordered, whole
+from sla2_compile.kernels.tracing import traced
+
+CHUNK = 512
+"""Tokens of a chunk of VMoBA where the tokens have no grid."""
+PLAIN = torch_internals.plain_keys("CPU") | torch_internals.plain_keys("CUDA")
+
+
+@dataclass(frozen=True)
+class Places:
+    """The tokens of one call.
+
+    Attributes:
+        ranges: (start, stop) of the protected tokens, as they come.
+        order: how the tokens are ordered; None where they stay.
+        keys: tokens of k, in their order. behind: protected tokens that the order has put behind the grid's; 0
+            without one.
+        chunk: tokens of a chunk (method vmoba), else 0.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    order: TokenOrder | None
+    keys: int
+    behind: int
+    chunk: int
+
+    def protected(self, block_k: int) -> tuple[int, ...]:
+        """(first, end) pairs of the key blocks that hold a protected token, ascending and apart."""
+        ranges = ((self.keys - self.behind, self.keys),) if self.order is not None and self.behind else self.ranges
+        found: list[int] = []
+        for start, stop in ranges:
+            first, end = start // block_k, num_blocks(stop, block_k)
+            if found and first <= found[-1]:
+                found[-1] = max(found[-1], end)
+            else:
+                found += [first, end]
+        return tuple(found)
+
+
+def protected_ranges(options: AttentionOptions, tokens: int) -> tuple[tuple[int, int], ...]:
+    """The ranges of `protect` in a sequence of so many tokens, ascending, without empty ones."""
+    found = []
+    for start, stop in options.protect:
+        first = max(0, start + tokens) if start < 0 else min(start, tokens)
+        end = tokens if stop is None else max(0, stop + tokens) if stop < 0 else min(stop, tokens)
+        if first < end:
+            found.append((first, end))
+    return tuple(sorted(found))
+
+
+def grid_of(options: AttentionOptions, tokens: int) -> tuple[Grid, int, int]:
+    """Return the grid of a sequence, and how many protected tokens stand in front of it and behind it.
+
+    Raises:
+        ValueError: the tokens are not those of the grid and the protected ones at both ends.
+    """
+    ranges = protected_ranges(options, tokens)
+    before = ranges[0][1] if ranges and ranges[0][0] == 0 else 0
+    after = tokens - ranges[-1][0] if ranges and ranges[-1][1] == tokens and ranges[-1][0] >= before else 0
+    left = tokens - before - after
+    if options.grid is None:
+        return (1, 1, left), before, after
+    if options.grid == "auto":
+        side = math.isqrt(left)
+        grid = (1, side, side)
+        rule, fix = "be (T, H, W) where the tokens are no square image", "give the sides of the video or image"
+    else:
+        grid = options.grid
+        check_grid(grid)
+        rule, fix = f"have the sequence's {left} tokens", "protect the tokens in front of the grid or behind it"
+    if math.prod(grid) != left:
+        got = f"{left} tokens" if options.grid == "auto" else f"{grid}, which are {math.prod(grid)}"
+        raise fail("grid", rule, got, fix)
+    return grid, before, after
+
+
+def places(q: Tensor, k: Tensor, options: AttentionOptions) -> Places:
+    """Find where the tokens of a call stand.
+
+    Raises:
+        ValueError: an order, or method vmoba, where q and k are not the same tokens; as `grid_of`.
+    """
+    tokens, chunked = k.shape[2], options.method == "vmoba"
+    if options.order == "raster" and not chunked and not (options.method == "vsa" and options.grid is not None):
+        return Places(protected_ranges(options, tokens), None, tokens, 0, 0)
+    if q.shape[2] != tokens:
+        raise fail("q", f"have k's {tokens} tokens with an order or method vmoba", q.shape[2], "leave the call alone")
+    grid, before, after = grid_of(options, tokens)
+    method, unit = METHODS[options.method], 1
+    brick = options.brick
+    if brick == "auto":
+        brick = chunk_for(grid) if chunked else brick_for(grid)
+    brick = whole(brick, grid)
+    if chunked:
+        unit = max(options.block_sizes(tokens, tokens))
+    elif options.method == "vsa":
+        # a cube at a far edge has fewer tokens, and its block empty places
+        unit = options.block_sizes(tokens, tokens)[0]
+    if method.own_table:
+        # cubes and chunks begin at a multiple of a block's size
+        order = "brick"
+    else:
+        order = options.order
+    build = kept_order if torch_internals.unwatched((q,), PLAIN) and not traced(q) else ordered
+    made = build(grid, order, brick, unit, before, after, q.device, fill=method.own_table)
+    chunk = num_blocks(math.prod(brick), unit) * unit if chunked else 0
+    return Places(protected_ranges(options, tokens), made, made.index.shape[0], before + after, chunk)
+
+
+def chunk_for(grid: Grid) -> Grid:
+    """The chunk of a grid where none is given: some of FastVideo's configurations for video, squares for images."""
+    if grid[:2] == (1, 1):
+        return (1, 1, CHUNK)
+    return (1, 16, 16) if grid[0] == 1 else (4, 6, 4)

@@ -1,0 +1,43 @@
+"""`sla2::select` in blocked PyTorch, for any device: a route that chooses otherwise than the best of each row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla2_compile.kernels.arguments import RouteResult, SelectArgs
+from sla2_compile.kernels.blocks import num_kept
+from sla2_compile.kernels.portable.route import scored, table
+from sla2_compile.kernels.portable.tiling import NEG_INF
+
+
+def table_width(args: SelectArgs[Tensor], tn: int) -> int:
+    """K of the look-up table: the most that a head keeps, and what is protected."""
+    ratio = max(args.head_ratios, default=args.topk_ratio)
+    kept = num_kept(tn, ratio, args.block_q, args.block_k, args.is_causal)
+    return torch.sym_min(tn, kept + args.protected())
+
+
+def select_forward(args: SelectArgs[Tensor]) -> RouteResult[Tensor]:
+    """Compute what `reference.select` defines; results in the accumulation dtype."""
+    found = scored(args.route())
+    tn, device = found.peak.shape[-1], found.peak.device
+    rank = found.rank
+    for first, end in zip(args.protect[::2], args.protect[1::2], strict=True):
+        part = rank[..., first:end]
+        rank = rank.slice_scatter(torch.where(part > NEG_INF, torch.inf, part), -1, first, end)
+    values, chosen = rank.topk(table_width(args, tn), dim=-1, sorted=True)
+    absent = values == NEG_INF
+    if args.head_ratios:
+        kept = [num_kept(tn, r, args.block_q, args.block_k, args.is_causal) for r in args.head_ratios]
+        counts = torch.tensor(kept, device=device)[:, None, None] + args.protected()
+        absent |= torch.arange(values.shape[-1], device=device) >= counts
+    if args.by_threshold:
+        seen = found.peak > NEG_INF
+        count = seen.sum(dim=-1, keepdim=True).clamp(min=1)
+        peak = found.peak.masked_fill(~seen, 0.0)
+        mean = peak.sum(dim=-1, keepdim=True) / count
+        spread = ((peak - mean).square() * seen).sum(dim=-1, keepdim=True) / count
+        least = mean + args.threshold * spread.sqrt()
+        absent |= (values < least) & (torch.arange(values.shape[-1], device=device) > 0)
+    return table(found, chosen, absent)
