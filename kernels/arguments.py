@@ -106,7 +106,8 @@ class SelectArgs(NamedTuple, Generic[T]):
 
     def route(self) -> RouteArgs[T]:
         """The arguments of a route without these choices."""
-        return RouteArgs(*self[: len(RouteArgs._fields)])
+        known: tuple[Any, ...] = self
+        return RouteArgs(*known[: len(RouteArgs._fields)])
 
     def protected(self) -> int:
         """How many key blocks are always kept."""

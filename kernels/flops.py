@@ -2,7 +2,7 @@
 
 Multiply-adds count twice, as PyTorch counts them; softmax, feature maps and pooling do not count. Per head of q, with
 K key blocks of block_k keys selected for each of Tm query blocks:
-    route:     2 Tq Tk D, over the router's tokens, and 2 T D^2 for each projection of T tokens
+    route:     2 Tq Tk D, over the router's tokens, and 2 T D^2 for each projection of T tokens; select: the same
     attention: 2 Nq K block_k (D + Dv)  +  2 D Dv (Nq + Tm Tn), and 2 D Dv Nk per head of k
     backward:  2 Nq K block_k (3 D + 2 Dv)  +  4 D Dv (Nq + Tm Tn), and 6 D Dv Nk per head of k
     sparse_attention: 2 Nq K block_k (D + Dv)  +  2 Nq Tn (F + Dv) for the tail, with F = D or, at order 2, 2 D;
@@ -29,6 +29,7 @@ from sla2_compile.kernels.arguments import (
     ForwardArgs,
     RouteArgs,
     RouteResult,
+    SelectArgs,
     SparseArgs,
     SparseBackwardArgs,
 )
@@ -96,7 +97,12 @@ def _otherwise(args: ForwardArgs[Shape], routed: RouteResult[Shape], options: At
         options.proxy_order, is_causal=False,
     )  # fmt: skip
     (B, Hq, Nq, D), (_, heads, Nk, Dv) = args.q, args.v
-    linear = 2 * B * D * Dv * (Hq * Nq + heads * Nk) + 2 * B * Hq * Nq * Dv * Dv if method.all_keys else 0
+    if method.own_table:
+        # a product between means, of blocks or of chunks; vsa's gate, and its coarse branch
+        tm, tn = num_blocks(Nq, args.block_q), num_blocks(Nk, args.block_k)
+        beside = tm * tn * (D + Dv) + Nq * D * Dv if options.method == "vsa" else tm * tn * D
+        return 2 * B * Hq * beside + sparse_flops(call)
+    linear = 2 * B * D * Dv * (Hq * Nq + heads * Nk) + 2 * B * Hq * Nq * Dv * Dv if options.method == "sla" else 0
     return route_flops(args.route()) + sparse_flops(call) + linear
 
 
@@ -130,6 +136,7 @@ def _register() -> None:
 
     formulas: dict[str, tuple[Any, Callable[[Any, Any], int]]] = {
         "route": (RouteArgs, lambda args, out: route_flops(args)),
+        "select": (SelectArgs, lambda args, out: route_flops(args.route())),
         "attention": (AttentionArgs, lambda args, out: attention_flops(args)),
         "attention_backward": (BackwardArgs, lambda args, out: backward_flops(args)),
         "forward": (ForwardArgs, lambda args, out: forward_flops(args)),

@@ -98,7 +98,7 @@ def attend(
         return attend_composed(
             q, k, v, options, key_mask=key_mask, is_causal=is_causal, scale=scale, low_bit=imitate or wanted,
             imitated=imitate is not None, learned={name: x for name, x in given.items() if x is not None},
-            keep_routing=keep_routing,
+            training=training, keep_routing=keep_routing,
         )  # fmt: skip
     low_bit, imitated = asked(options, training) if imitate is None else imitate, imitate is not None
     learned = (proj_q, proj_k, alpha_gain, alpha_bias)

@@ -9,8 +9,8 @@
 | vsa | means of q and k, top-k | nothing; attention between means beside it | gate | gate_weight, gate_bias |
 | vmoba | means of q and of chunks of keys | nothing | one softmax | nothing |
 
-A call that is SLA2 by the router's top-k is `sla2::forward`, or its two ops, and knows nothing of this file. All others
-(`AttentionOptions.composed`) are composed here, in this order:
+A call that is SLA2 by the router's top-k is `sla2::forward`, or its two ops, and knows nothing of this file. All
+others (`AttentionOptions.composed`) are composed here, in this order:
 
     places.py     the tokens' order: q, k and v are permuted, and o is permuted back at the end
     tables.py     selection: the look-up table, by `sla2::route`, `sla2::select`, or a method's own scores
@@ -22,16 +22,16 @@ The look-up table is the one interface between selection and the rest. Rows may 
 -1 behind them, where keys are masked; so selections that keep fewer come with a key mask, which masks nothing.
 
 There is no option `tail`: the method decides it, so that no two fields can contradict each other. A site has the
-parameters of its method alone, by the names above, so that its state dict tells the method; proxy, topk and vmoba have
-none. sla and vsa begin with theirs at 0, and are then their sparse branches; they are refused where sites cannot learn.
-VSA's gate is a linear function of the block's input in its authors' code, and of q here, because a call has no other.
-Hard top-k gives the selection no gradient; vsa's coarse branch has one.
+parameters of its method alone, by the names above, so that its state dict tells the method; proxy, topk and vmoba
+have none. sla and vsa begin with theirs at 0, and are then their sparse branches; they are refused where sites cannot
+learn. VSA's gate is a linear function of the block's input in its authors' code, and of q here, because a call has no
+other. Hard top-k gives the selection no gradient; vsa's coarse branch has one.
 
 What another method does not have is an error or a line of the report, never silent: low bit (the input's dtype runs,
 and `prepare` refuses), `calibrate` (refuses), ONNX files (refused). Statistics have `alpha_*`, the share of the
-selected keys: exact for methods of one softmax, and left out for sums. `min_seq_len: auto` has SLA2's numbers, so that
-comparisons replace the same calls. sla's block scores have the logarithm of a block's real keys added, as the router's
-have: only ragged and masked blocks differ from SLA's code.
+selected keys: exact for methods of one softmax, and left out for sums. `min_seq_len: auto` has SLA2's numbers, so
+that comparisons replace the same calls. sla's block scores have the logarithm of a block's real keys added, as the
+router's have: only ragged and masked blocks differ from SLA's code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sla2_compile.kernels import tables
-from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, RouteResult, SparseResult, accumulation_dtype
+from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, SparseResult, accumulation_dtype
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import FEATURE_MAPS, check_key_mask, check_qkv, fail
 from sla2_compile.kernels.kinds import resolve
@@ -57,13 +57,13 @@ from sla2_compile.kernels.tracing import traced
 def attend_composed(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *,
     key_mask: Tensor | None, is_causal: bool, scale: float | None, low_bit: str, imitated: bool,
-    learned: dict[str, Tensor], keep_routing: bool,
+    learned: dict[str, Tensor], training: bool, keep_routing: bool,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """Compute one call as `options` compose it; shapes and results as `functional.attend` has them.
 
     Args:
         low_bit: format asked for; imitated: whether it is computed in any case. learned: the parameters that are
-            given, by name.
+            given, by name. training: whether what the backward needs is kept.
 
     Raises:
         ValueError: as `functional.attend`; the method has no low bit, no such parameter, or no causal calls; an
@@ -77,11 +77,11 @@ def attend_composed(
         key_mask = where.order.mask(key_mask, k.shape[0])
     if options.may_keep_fewer and key_mask is None:
         key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-    call = {"key_mask": key_mask, "is_causal": is_causal, "keep_routing": keep_routing and not traced(q)}
+    call = (key_mask, is_causal, keep_routing and not traced(q))
     if options.method == "sla2":
-        o, routing = _sla2(q, k, v, options, where, scale, low_bit, imitated, learned, **call)
+        o, routing = _sla2(q, k, v, options, where, scale, low_bit, imitated, learned, training, *call)
     else:
-        o, routing = _sparse(q, k, v, options, where, scale, learned, **call)
+        o, routing = _sparse(q, k, v, options, where, scale, learned, *call)
     if where.order is not None:
         o = where.order.restored(o)
     if where.ranges and not METHODS[options.method].own_table and q.shape[2] == k.shape[2]:
@@ -111,17 +111,17 @@ def check_call(
 
 def _sla2(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, where: Places, scale: float | None, low_bit: str,
-    imitated: bool, learned: dict[str, Tensor], key_mask: Tensor | None, is_causal: bool, keep_routing: bool,
+    imitated: bool, learned: dict[str, Tensor], training: bool, key_mask: Tensor | None, is_causal: bool,
+    keep_routing: bool,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """SLA2 in another order, or by another choice of key blocks."""
-    names = ("proj_q", "proj_k", "alpha_gain", "alpha_bias")
+    proj_q, proj_k, gain, bias = (learned.get(name) for name in METHODS["sla2"].learns)
     resolved = resolve(q, k, v, options, low_bit, imitated, scale, is_causal, key_mask is None)
-    args = ForwardArgs(q, k, v, *(learned.get(name) for name in names), key_mask, *resolved)
-    if not (options.chooses or keep_routing or torch.is_grad_enabled()):
+    args: ForwardArgs[Tensor] = ForwardArgs(q, k, v, proj_q, proj_k, gain, bias, key_mask, *resolved)
+    if not (options.chooses or keep_routing or training):
+        # its backward computes all of it again, which training need not pay for
         return forward(*args), None
-    routed = tables.routed(
-        q, k, args.proj_q, args.proj_k, key_mask, options, where, args.scale, is_causal
-    )  # fmt: skip
+    routed = tables.routed(q, k, args.proj_q, args.proj_k, key_mask, options, where, args.scale, is_causal)
     made = AttentionResult(*attention(*args.attention(routed)))
     if not keep_routing:
         return made.o, None

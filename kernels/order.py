@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ CUBE, SQUARE = (4, 4, 4), (1, 8, 8)
 """Bricks of 64 tokens, of a video and of an image."""
 
 
-class TokenOrder(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TokenOrder:
     """A permutation of N tokens, which may leave places empty.
 
     Attributes:

@@ -94,7 +94,7 @@ def places(q: Tensor, k: Tensor, options: AttentionOptions) -> Places:
         ValueError: an order, or method vmoba, where q and k are not the same tokens; as `grid_of`.
     """
     tokens, chunked = k.shape[2], options.method == "vmoba"
-    if options.order == "raster" and not chunked and not (options.method == "vsa" and options.grid is not None):
+    if not is_ordered(options):
         return Places(protected_ranges(options, tokens), None, tokens, 0, 0)
     if q.shape[2] != tokens:
         raise fail("q", f"have k's {tokens} tokens with an order or method vmoba", q.shape[2], "leave the call alone")
@@ -114,10 +114,27 @@ def places(q: Tensor, k: Tensor, options: AttentionOptions) -> Places:
         order = "brick"
     else:
         order = options.order
-    build = kept_order if torch_internals.unwatched((q,), PLAIN) and not traced(q) else ordered
+    build = ordered if traced(q) or not torch_internals.unwatched((q,), PLAIN) else kept_order
     made = build(grid, order, brick, unit, before, after, q.device, fill=method.own_table)
     chunk = num_blocks(math.prod(brick), unit) * unit if chunked else 0
     return Places(protected_ranges(options, tokens), made, made.index.shape[0], before + after, chunk)
+
+
+def why_no_places(queries: int, keys: int, options: AttentionOptions) -> str:
+    """Say why `places` refuses a call of these lengths, or nothing; symbolic lengths count as taken."""
+    if not is_ordered(options) or not isinstance(queries, int) or not isinstance(keys, int):
+        return ""
+    try:
+        grid_of(options, keys)
+    except ValueError as error:
+        return str(error)
+    return "" if queries == keys else f"{queries} queries and {keys} keys"
+
+
+def is_ordered(options: AttentionOptions) -> bool:
+    """Whether a call's tokens are permuted, or cut into chunks."""
+    cubes = options.method == "vsa" and options.grid is not None
+    return options.order != "raster" or options.method == "vmoba" or cubes
 
 
 def chunk_for(grid: Grid) -> Grid:

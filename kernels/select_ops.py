@@ -33,9 +33,9 @@ def _select_fake(args: SelectArgs[Tensor]) -> RouteResult[Tensor]:
     (B, Hq, Nq, D), acc = args.q.shape, accumulation_dtype(args.q.dtype)
     tm, tn = num_blocks(Nq, args.block_q), num_blocks(args.k.shape[2], args.block_k)
     empty = args.q.new_empty
-    rows = [empty(B, Hq, tm, dtype=acc) for _ in range(2)]
+    log_rest, entropy = (empty(B, Hq, tm, dtype=acc) for _ in range(2))
     lut = empty(B, Hq, tm, table_width(args, tn), dtype=torch.int32)
-    return RouteResult(lut, *rows, empty(B, args.k.shape[1], D, dtype=acc))
+    return RouteResult(lut, log_rest, entropy, empty(B, args.k.shape[1], D, dtype=acc))
 
 
 select = define("select", SelectArgs, RouteResult, run=_select, cuda="", fake=_select_fake)

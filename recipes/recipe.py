@@ -5,20 +5,26 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sla2_compile.recipes.errors import RecipeError, explain, nearest
+from sla2_compile.recipes.places import as_tuples, check_places
 
 DEFAULT = "balanced"
 
 SITE_FIELDS = (
     "topk_ratio", "compression_ratio", "block_q", "block_k", "feature_map",
     "alpha", "linear_scope", "low_bit", "qat", "min_seq_len", "method", "proxy_order",
+    "selection", "threshold", "head_ratios", "protect", "grid", "order", "brick",
 )  # fmt: skip
 """Fields that may differ between sites (`overrides`). The other fields choose the sites."""
+
+
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Brick = tuple[int, int, int]
 
 
 class Recipe(BaseModel):
@@ -52,8 +58,24 @@ class Recipe(BaseModel):
         overrides: field values for some sites, by patterns of owner names. Later patterns win.
         method: what takes the place of full attention: sla2, or a rival with the same topk_ratio and blocks. proxy
             has one pooled term of the softmax for each key block that is not selected (Sol-Attn, PISA); topk has
-            nothing for them; sla is SLA (arXiv 2509.24006). `kernels/methods.py` says what each is made of.
+            nothing for them; sla is SLA (arXiv 2509.24006), vsa VSA (2505.13389) and vmoba VMoBA (2506.23858).
+            `kernels/methods.py` says what each is made of.
         proxy_order: of method proxy: 1, or 2 to count the spread of a block's keys too.
+        selection: topk keeps the topk_ratio best key blocks of each query block; threshold keeps those of them whose
+            router score is `threshold` standard deviations above the row's mean (Sol-Attn), and the best.
+        threshold: a number; None is 1. With method vmoba, which keeps the best chunks until they have a share of the
+            normalised gates, that share; None is 0.25.
+        head_ratios: a topk_ratio for each head, in place of the one for all.
+        protect: ranges [start, stop] of tokens, such as a text prefix or registers, that every query sees, and whose
+            own queries see every key where q and k are the same tokens. Negative numbers count from the end, and a
+            stop of None (null) is the end.
+        grid: (T, H, W), the sides of the video or image whose tokens stand row by row, without protected tokens in
+            front of it and behind it; an image has T = 1. "auto" is a square image.
+        order: how the grid's tokens are cut into blocks: raster (as they come), brick or hilbert. Each call is
+            permuted and its result permuted back; a model that does so itself has the blocks for nothing
+            (`token_order`). vsa and vmoba order their cubes and chunks themselves, if there is a grid.
+        brick: sides (T, H, W) of a brick, -1 for a whole axis, or several bricks, which take turns over the layers.
+            "auto" is 64 tokens: 4 x 4 x 4, or 1 x 8 x 8 in an image; vmoba's chunks have sides of their own.
         min_seq_len: calls with fewer queries or keys keep full attention. "auto" goes by what was
             measured on the device: by tokens, by work (B Hq Nq Nk D), and in training steps by higher numbers.
 
@@ -84,8 +106,15 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     min_seq_len: int | Literal["auto"] = "auto"
-    method: Literal["sla2", "sla", "proxy", "topk"] = "sla2"
+    method: Literal["sla2", "sla", "proxy", "topk", "vsa", "vmoba"] = "sla2"
     proxy_order: Literal[1, 2] = 1
+    selection: Literal["topk", "threshold"] = "topk"
+    threshold: float | None = None
+    head_ratios: tuple[Ratio, ...] = ()
+    protect: tuple[tuple[int, int | None], ...] = ()
+    grid: tuple[int, int, int] | Literal["auto"] | None = None
+    order: Literal["raster", "brick", "hilbert"] = "raster"
+    brick: Brick | tuple[Brick, ...] | Literal["auto"] = "auto"
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -116,6 +145,11 @@ class Recipe(BaseModel):
             f"min_seq_len must be 'auto' or an int of at least 0, got {value!r}; 0 replaces every length"
         )
 
+    @field_validator("protect", "grid", "brick", mode="before")
+    @classmethod
+    def _places(cls, value: Any, info: ValidationInfo) -> Any:
+        return as_tuples(info.field_name or "", value)
+
     @field_validator("include", "exclude", mode="before")
     @classmethod
     def _one_pattern(cls, value: Any) -> Any:
@@ -135,6 +169,7 @@ class Recipe(BaseModel):
                     f"compression_ratio must not exceed the block sizes, got {r} with a block of {block}; "
                     "use 'block' for one router token a block"
                 )
+        check_places(self)
         for pattern, values in self.overrides.items():
             for key in values:
                 if key not in SITE_FIELDS:
@@ -147,6 +182,13 @@ class Recipe(BaseModel):
             except RecipeError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from None
         return self
+
+    def brick_of(self, layer: int) -> Brick | Literal["auto"]:
+        """Return the brick of a layer."""
+        if self.brick == "auto":
+            return "auto"
+        bricks = self.brick if isinstance(self.brick[0], tuple) else (self.brick,)
+        return bricks[layer % len(bricks)]
 
     def for_site(self, owner: str) -> Recipe:
         """Return the recipe of one site: this recipe with every matching override applied, in order."""

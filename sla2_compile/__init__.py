@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sla2_compile.export.onnx import export_onnx
     from sla2_compile.export.verify import verify_onnx
     from sla2_compile.kernels import AttentionOptions, sla2_attention
+    from sla2_compile.kernels.order import TokenOrder, token_order
     from sla2_compile.libraries.diffusers import diffusers_backend, reset_diffusers_backend, set_diffusers_backend
     from sla2_compile.libraries.transformers import register_transformers
     from sla2_compile.recipes import Recipe, RecipeError
@@ -50,6 +51,7 @@ _HOMES = {
     "Recipe": "recipes",
     "RecipeError": "recipes",
     "Report": "reports.report",
+    "TokenOrder": "kernels.order",
     "TopKSchedule": "training.schedule",
     "check_gradients": "training.gradients",
     "convert": "training.convert",
@@ -73,6 +75,7 @@ _HOMES = {
     "set_diffusers_backend": "libraries.diffusers",
     "set_topk_ratio": "training.schedule",
     "sites_off": "training.off",
+    "token_order": "kernels.order",
     "transform": "api",
 }
 
@@ -83,6 +86,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "TokenOrder",
     "TopKSchedule",
     "calibrate",
     "check_gradients",
@@ -108,6 +112,7 @@ __all__ = [
     "set_topk_ratio",
     "sites_off",
     "sla2_attention",
+    "token_order",
     "transform",
     "verify_onnx",
 ]

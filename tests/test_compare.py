@@ -77,7 +77,7 @@ class Nothing(nn.Module):
 def test_what_is_refused(model, x):
     q = torch.randn(1, 2, 200, 32)
     for bad, given, message in (
-        ({"methods": ["vsa"]}, (x,), "methods must be of sla2, proxy, proxy2, topk, sla, got 'vsa'"),
+        ({"methods": ["nsa"]}, (x,), "methods must be of sla2, proxy, proxy2, topk, sla, vsa, vmoba, got 'nsa'"),
         ({"methods": []}, (x,), "methods and ratios must name at least one each"),
         ({"ratios": [2.0]}, (x,), "topk_ratio must be less than or equal to 1.0"),
         ({"topk_ratio": 0.3}, (x,), "fields must leave out method, proxy_order, topk_ratio, got topk_ratio"),
@@ -153,4 +153,4 @@ def test_the_command(x, tmp_path, monkeypatch):
     assert picture.exists()
     data = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
     assert [row["method"] for row in data["rows"]] == ["topk"]
-    assert "methods must be of" in CliRunner().invoke(app, [*command, "--method", "vsa"]).output
+    assert "methods must be of" in CliRunner().invoke(app, [*command, "--method", "nsa"]).output

@@ -21,18 +21,24 @@ from tests import models
 
 OTHERS = [name for name in METHODS if name != "sla2"]
 ANY: dict[str, Any] = {"min_seq_len": 0, "block_q": 32, "block_k": 16, "topk_ratio": 0.3}
+OWN: dict[str, dict[str, Any]] = {"vsa": {"brick": (1, 1, 16)}, "vmoba": {"brick": (1, 1, 32)}}
+"""Cubes as large as blocks, and chunks of two."""
 others = pytest.mark.parametrize("method", OTHERS)
 
 
 def transformed(method: str, x: torch.Tensor, **fields: Any) -> Any:
     torch.manual_seed(0)
-    return sla2_compile.transform(models.Net(depth=2), example_inputs=(x,), **{**ANY, "method": method, **fields})
+    return sla2_compile.transform(
+        models.Net(depth=2), example_inputs=(x,), **{**ANY, **OWN.get(method, {}), "method": method, **fields}
+    )
 
 
 def test_a_recipe_names_the_methods_that_there_are():
     assert set(get_args(sla2_compile.Recipe.model_fields["method"].annotation)) == set(METHODS)
-    with pytest.raises(sla2_compile.RecipeError, match="method must be 'sla2', 'sla', 'proxy' or 'topk', got 'vsa'"):
-        sla2_compile.Recipe(method="vsa")
+    with pytest.raises(
+        sla2_compile.RecipeError, match="must be 'sla2', 'sla', 'proxy', 'topk', 'vsa' or 'vmoba', got 'nsa'"
+    ):
+        sla2_compile.Recipe(method="nsa")
     with pytest.raises(sla2_compile.RecipeError, match="proxy_order must be 1 or 2, got 3"):
         sla2_compile.Recipe(proxy_order=3)
 
@@ -42,7 +48,9 @@ def test_a_site_computes_its_method_and_restore_undoes_it(method, x):
     torch.manual_seed(0)
     whole = models.Net(depth=2)
     before, keys = whole(x), list(whole.state_dict())
-    model = sla2_compile.transform(whole, example_inputs=(x,), method=method, proxy_order=2, **ANY)
+    model = sla2_compile.transform(
+        whole, example_inputs=(x,), method=method, proxy_order=2, **ANY, **OWN.get(method, {})
+    )
     site = model.blocks[0].sla2[0]
     assert [name for name, _ in site.named_parameters()] == list(METHODS[method].learns)
     q, k, v = (torch.randn(2, 2, 200, 16) for _ in range(3))
@@ -62,7 +70,7 @@ def test_the_report_names_the_method_and_what_it_does_not_read(method, x):
     model.eval()(x)
     found = sla2_compile.report(model)
     words = " ".join(str(found).split())
-    name = {"sla": "SLA"}.get(method, method)
+    name = {"sla": "SLA", "vsa": "VSA", "vmoba": "VMoBA"}.get(method, method)
     unused = ", ".join((*METHODS[method].unused, "low_bit", "qat"))
     assert f"method {method} in 2 calls: computed in the input's dtype" in words
     assert f"without effect: {unused}" in words
@@ -104,11 +112,12 @@ def test_statistics(method, x):
     with sla2_compile.record_statistics(model):
         model(x)
     stats = sla2_compile.get_sla2_statistics(model)
-    assert stats["mean/sparsity"] == pytest.approx(1 - 3 / 13)
+    # of 200 tokens, 3 of 13 blocks, or 2 of 7 chunks
+    assert stats["mean/sparsity"] == pytest.approx(1 - (2 / 7 if method == "vmoba" else 3 / 13))
     assert stats["mean/router_entropy"] > 0
-    if method == "sla":
+    if method in ("sla", "vsa"):
         assert not any("alpha" in key for key in stats)
-    elif method == "topk":
+    elif method in ("topk", "vmoba"):
         assert stats["mean/alpha_min"] == stats["mean/alpha_max"] == 1.0
     else:
         assert 0 < stats["mean/alpha_min"] < stats["mean/alpha_mean"] < stats["mean/alpha_max"] < 1
@@ -117,7 +126,7 @@ def test_statistics(method, x):
 
 @others
 def test_training_trains(method, x):
-    """The model and, in SLA, the projections."""
+    """The model and, in SLA and VSA, the projections and the gates."""
     model, target = transformed(method, x), x + 0.5
     optimizer = torch.optim.Adam(sla2_compile.parameter_groups(model, lr=1e-2))
     losses = []
@@ -128,10 +137,8 @@ def test_training_trains(method, x):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    if method == "sla":
-        site = model.blocks[1].sla2[0]
-        assert site.linear_weight.abs().max() > 0
-        assert site.linear_bias.abs().max() > 0
+    for name, parameter in model.blocks[1].sla2[0].named_parameters():
+        assert parameter.abs().max() > 0, name
 
 
 def test_slas_projection_has_a_group_with_weight_decay(x):
@@ -172,7 +179,7 @@ def test_graphs_and_programs(method, x):
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))
     whole = sla2_compile.restore(copy.deepcopy(model))
-    ours = sla2_compile.transform(torch.export.export(whole, (x,)), **ANY, method=method)
+    ours = sla2_compile.transform(torch.export.export(whole, (x,)), **ANY, **OWN.get(method, {}), method=method)
     torch.testing.assert_close(ours.module()(x), model(x))
     assert f"method {method} in 2 calls" in str(sla2_compile.report(ours))
 
@@ -199,18 +206,19 @@ def test_what_a_method_does_not_have_is_refused(method, x, tmp_path):
             run()
     # also if the first batch plans the model
     torch.manual_seed(0)
-    late = sla2_compile.transform(models.Net(depth=2), method=method, **ANY)
+    late = sla2_compile.transform(models.Net(depth=2), method=method, **ANY, **OWN.get(method, {}))
     with pytest.raises(ValueError, match=f"calibrated, got '{method}'"):
         sla2_compile.calibrate(late, [x], steps=0, progress=False)
     assert torch.equal(late(x), model(x))
 
 
-def test_sla_is_refused_where_sites_learn_nothing(x):
-    compiled = torch.compile(models.Net(depth=1), backend="sla2", options={"method": "sla", **ANY})
-    with pytest.raises(Exception, match="method must not be 'sla' where sites learn nothing"):
+@pytest.mark.parametrize("method", ["sla", "vsa"])
+def test_what_learns_is_refused_where_sites_learn_nothing(method, x):
+    compiled = torch.compile(models.Net(depth=1), backend="sla2", options={"method": method, **ANY})
+    with pytest.raises(Exception, match=f"method must not be '{method}' where sites learn nothing"):
         compiled(x)
-    with pytest.raises(ValueError, match="method must not be 'sla' where sites learn nothing"):
-        sla2_compile.register_transformers("rival", method="sla")
+    with pytest.raises(ValueError, match=f"method must not be '{method}' where sites learn nothing"):
+        sla2_compile.register_transformers("rival", method=method)
 
 
 def test_by_a_librarys_name(x):

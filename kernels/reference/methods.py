@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.feature_maps import feature_map as phi
 from sla2_compile.kernels.reference.sla2 import NEG_INF, causal_blocks, pool, selected_keys, visible_keys
 
@@ -100,3 +100,75 @@ def sla(
     if weight is None:
         return o
     return o + F.linear(linear_attention(q, k, v, key_mask, feature_map), weight, bias)
+
+
+def vsa(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, real: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, cube: int, topk_ratio: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """Return VSA's output (B, Hq, N, Dv), arXiv 2505.13389: tokens stand cube after cube.
+
+    With means qbar_i, kbar_j, vbar_j of cubes over their real tokens, and S the num_kept cubes of the highest scores
+        s_ij = scale qbar_i.kbar_j
+        o = softmax over the keys of S + gate(q) softmax_j(s_ij) vbar_j,   gate(q) = W q + b
+
+    Args:
+        key_mask: (B, N) bool, keys that take part; real: likewise queries, which is for the means alone.
+        weight: (Dv, D), bias: (Dv,): 0 before training, and 0 if None.
+    """
+    groups = q.shape[1] // k.shape[1]
+    q_pool, _ = pool(q, cube, real)
+    k_pool, count = pool(k.repeat_interleave(groups, dim=1), cube, key_mask)
+    v_pool, _ = pool(v.repeat_interleave(groups, dim=1), cube, key_mask)
+    s = ((q_pool @ k_pool.mT) * scale).masked_fill(count[:, None, None, :] == 0, NEG_INF)
+    tn = s.shape[-1]
+    values, chosen = s.detach().topk(num_kept(tn, topk_ratio, cube, cube, False), dim=-1)
+    lut = chosen.masked_fill(values == NEG_INF, tn).sort(dim=-1).values
+    lut = lut.masked_fill(lut == tn, -1)
+    nothing = torch.zeros_like(k[:, :, 0])
+    o, _, _ = sparse_attention(q, k, v, nothing, lut, key_mask, cube, cube, scale, "none", 1, False)
+    if weight is None:
+        return o
+    coarse = s.softmax(dim=-1).nan_to_num(0.0) @ v_pool
+    return o + F.linear(q, weight, bias) * coarse.repeat_interleave(cube, dim=2)[:, :, : q.shape[2]]
+
+
+def vmoba_keys(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, real: Tensor | None, chunk: int, together: int, topk_ratio: float,
+    share: float | None,
+) -> Tensor:  # fmt: skip
+    """Return the keys that VMoBA (arXiv 2506.23858) selects, (B, Hq, N, N) bool; tokens stand chunk after chunk.
+
+    A gate is the product of a query and the mean of a chunk's keys; gates are normalised from 0 to 1 over a row's
+    chunks. The row's own chunk comes first, then the others by their gates: num_kept of them; with share fewer,
+    until those before have that share of the sum of all normalised gates.
+
+    Args:
+        chunk: tokens of a chunk; together: neighbouring queries that choose by their mean. The paper's is 1; our
+            kernels need a whole query block.
+        real: (B, N) bool, queries that count in a mean.
+    """
+    B, Hq, N, _ = q.shape
+    means, _ = pool(q, together, real)
+    keys, count = pool(k.repeat_interleave(Hq // k.shape[1], dim=1), chunk, key_mask)
+    n = keys.shape[2]
+    kept = int(num_kept(n, topk_ratio, chunk, chunk, False))
+    chosen = torch.zeros(B, Hq, N, N, dtype=torch.bool)
+    for b in range(B):
+        seen = [j for j in range(n) if count[b, j]]
+        for h in range(Hq):
+            for i in range(means.shape[2]):
+                gates = [float(means[b, h, i] @ keys[b, h, j]) for j in seen]
+                low, high = min(gates, default=0.0), max(gates, default=0.0)
+                normal = {
+                    j: (x - low) / (high - low) if high > low else 0.0 for j, x in zip(seen, gates, strict=True)
+                }
+                own = i * together // chunk
+                row = sorted(seen, key=lambda j: (j != own, -normal[j]))[:kept]
+                reached = 0.0
+                for at, j in enumerate(row):
+                    if share is not None and at and reached >= share * sum(normal.values()):
+                        break
+                    chosen[b, h, i * together : (i + 1) * together, j * chunk : (j + 1) * chunk] = True
+                    reached += normal[j]
+    return chosen if key_mask is None else chosen & key_mask[:, None, None, :]

@@ -9,6 +9,8 @@ import torch
 
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.flops import call_flops
+from sla2_compile.kernels.options import AttentionOptions
+from sla2_compile.kernels.places import protected_ranges
 from sla2_compile.kernels.tracing import autocasts
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
@@ -72,13 +74,23 @@ class NoFit(Exception):
         self.reason, self.detail, self.depth = reason, detail, depth
 
 
+def kept_blocks(options: AttentionOptions, tn: int, block_q: int, block_k: int, tokens: int, is_causal: bool) -> int:
+    """How many of tn key blocks a query block keeps, with the protected ones; the mean of head_ratios."""
+    ratios = options.head_ratios or (options.topk_ratio,)
+    kept = [int(num_kept(tn, ratio, block_q, block_k, is_causal)) for ratio in ratios]
+    ranges = protected_ranges(options, tokens)
+    always = sum(num_blocks(stop, block_k) - start // block_k for start, stop in ranges)
+    return min(tn, round(sum(kept) / len(kept)) + always)
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """A call that SLA2 takes, and what that costs.
 
     Attributes:
         block_q, block_k: block sizes; the recipe's values where a length is symbolic.
-        topk: key blocks kept per query block; 0 where a length is symbolic.
+        topk: key blocks kept per query block, at most those of selection threshold, and the mean over heads; 0 where
+            a length is symbolic.
         tm, tn: numbers of query and key blocks; 0 where a length is symbolic.
         flops, full_flops: operations of one call (two per multiply-add), by SLA2 and by full attention; 0 where a
             length, the batch or the number of heads is symbolic.
@@ -108,7 +120,9 @@ class Rewrite:
             return self
         if not self.tn or not isinstance(self.block_q, int) or not isinstance(self.block_k, int):
             return replace(self, settings=settings)
-        kept = num_kept(self.tn, settings.options.topk_ratio, self.block_q, self.block_k, self.is_causal)
+        kept = kept_blocks(
+            settings.options, self.tn, self.block_q, self.block_k, self.where.k_shape[2], self.is_causal
+        )
         shapes = self.where.q_shape, self.where.k_shape, self.where.v_shape
         flops = call_flops(*shapes, settings.options, kept) if self.full_flops else 0
         return replace(self, settings=settings, topk=int(kept), flops=flops)
@@ -129,7 +143,7 @@ class Rewrite:
             return cls(where, settings, *unknown, is_causal=mask.is_causal)
         block_q, block_k = options.block_sizes(Nq, Nk)
         tm, tn = num_blocks(Nq, block_q), num_blocks(Nk, block_k)
-        kept = num_kept(tn, options.topk_ratio, block_q, block_k, mask.is_causal)
+        kept = kept_blocks(options, tn, block_q, block_k, Nk, mask.is_causal)
         if not isinstance(B, int) or not isinstance(H, int):
             counts = (block_q, block_k, kept, tm, tn, 0, 0, plain, positive)
             return cls(where, settings, *counts, is_causal=mask.is_causal)

@@ -24,6 +24,7 @@ from sla2_compile.passes.sites.settings import SiteSettings
 UNTRAINED_LOGIT = 3.0
 
 NAMES = tuple(name for method in METHODS.values() for name in method.learns)
+"""All that a site may learn, by any method."""
 
 
 class SiteParameters(nn.Module):
@@ -36,6 +37,8 @@ class SiteParameters(nn.Module):
         alpha_bias: (Hq, 1), for alpha="routed" (0 before training) and "head"; (1, Tm) for "block".
         linear_weight: (Dv, Dv), linear_bias: (Dv,), 0 before training: the projection of SLA's linear branch, for
             method sla alone, which has none of the above.
+        gate_weight: (Dv, D), gate_bias: (Dv,), 0 before training: the gate of VSA's coarse branch, for method vsa
+            alone, likewise.
 
     Attributes:
         settings: what the recipe says about the site.
@@ -48,6 +51,8 @@ class SiteParameters(nn.Module):
     alpha_bias: Tensor | None
     linear_weight: Tensor | None
     linear_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
 
     def __init__(self, settings: SiteSettings) -> None:
         super().__init__()
@@ -66,6 +71,10 @@ class SiteParameters(nn.Module):
             Dv = call.v.shape[3]
             self.linear_weight = nn.Parameter(torch.empty(Dv, Dv, **like))
             self.linear_bias = nn.Parameter(torch.empty(Dv, **like))
+        elif self.settings.options.method == "vsa":
+            Dv = call.v.shape[3]
+            self.gate_weight = nn.Parameter(torch.empty(Dv, self.head_dim, **like))
+            self.gate_bias = nn.Parameter(torch.empty(Dv, **like))
         self.reset_parameters()
 
     def _make_sla2(self, call: AttentionCall, like: dict[str, Any]) -> None:
@@ -90,7 +99,7 @@ class SiteParameters(nn.Module):
             self.alpha_gain.fill_(1.0)
         if self.alpha_bias is not None:
             self.alpha_bias.fill_(0.0 if self.settings.alpha == "routed" else UNTRAINED_LOGIT)
-        for linear in (self.linear_weight, self.linear_bias):
+        for linear in (self.linear_weight, self.linear_bias, self.gate_weight, self.gate_bias):
             if linear is not None:
                 linear.zero_()
 

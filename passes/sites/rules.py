@@ -12,6 +12,7 @@ import torch
 
 from sla2_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
 from sla2_compile.kernels.options import METHODS
+from sla2_compile.kernels.places import why_no_places
 from sla2_compile.kernels.torch_internals import surely
 from sla2_compile.kernels.tracing import autocasts, shorter
 from sla2_compile.passes.sites.call import AttentionCall
@@ -35,7 +36,9 @@ class Reason(str, Enum):
     BROADCAST = "heads or batch broadcast"
     DTYPE = "dtype"
     CAUSAL_ALL_KEYS = "causal with linear_scope 'all'"
-    CAUSAL_METHOD = "causal with method 'sla', whose linear branch covers all keys"
+    CAUSAL_METHOD = "causal with a method whose means hold future keys"
+    CAUSAL_ORDER = "causal with an order of its tokens"
+    PLACES = "its tokens are not those of the recipe's grid"
     EXCLUDED = "excluded by the recipe"
     LAYER_RANGE = "outside start_layer..end_layer"
     WEIGHTS = "attention weights requested"
@@ -92,11 +95,16 @@ def why_not(
         assert call.attn_mask is not None
         return Reason.QUERY_MASK if call.attn_mask.dtype == torch.bool else Reason.BIAS
     if mask.is_causal:
-        if METHODS[settings.options.method].all_keys:
+        if not METHODS[settings.options.method].causal:
             return Reason.CAUSAL_METHOD
+        if settings.options.order != "raster":
+            return Reason.CAUSAL_ORDER
         if settings.options.method == "sla2" and settings.options.linear_scope == "all":
             return Reason.CAUSAL_ALL_KEYS
-    return too_small(q.shape, k.shape, settings.least(q.device.type, training))
+    small = too_small(q.shape, k.shape, settings.least(q.device.type, training))
+    if small is None and settings.options.composed and why_no_places(q.shape[2], k.shape[2], settings.options):
+        return Reason.PLACES
+    return small
 
 
 def work_of(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from sla2_compile.kernels.places import why_no_places
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import read_mask
 from sla2_compile.passes.sites.outcome import Miss, Rewrite, Where
@@ -56,7 +57,8 @@ def select(seen: Sequence[SeenCall], recipe: Recipe) -> list[Rewrite | Miss]:
     layers = layer_numbers([s.where.owner for s in seen])
     outcomes: list[Rewrite | Miss] = []
     for s in seen:
-        layer, settings = layers[s.where.owner], SiteSettings.of(recipe, s.where.owner)
+        layer = layers[s.where.owner]
+        settings = SiteSettings.of(recipe, s.where.owner, layer)
         reason = s.reason
         if reason is None and not recipe.selects(s.where.owner):
             reason = Reason.EXCLUDED
@@ -100,6 +102,8 @@ def _detail(reason: Reason, s: SeenCall, settings: SiteSettings, layer: int) -> 
         return small_because(reason, s.where.q_shape, s.where.k_shape, least, auto)
     if reason is Reason.LAYER_RANGE:
         return f"layer {layer}"
+    if reason is Reason.PLACES and s.call is not None:
+        return why_no_places(s.call.q.shape[2], s.call.k.shape[2], settings.options)
     if reason is Reason.DROPOUT and s.call is not None:
         return f"dropout_p {s.call.dropout_p}"
     return ""

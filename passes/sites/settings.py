@@ -33,10 +33,15 @@ class SiteSettings:
     recipe_ratio: float | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, owner: str) -> SiteSettings:
-        """Return the settings of the sites of one owner, with overrides applied."""
+    def of(cls, recipe: Recipe, owner: str, layer: int = 0) -> SiteSettings:
+        """Return the settings of the sites of one owner, with overrides applied.
+
+        Args:
+            layer: of the owner; several bricks of a recipe take turns over the layers.
+        """
         recipe = recipe.for_site(owner)
-        options = AttentionOptions(**{x.name: getattr(recipe, x.name) for x in fields(AttentionOptions)})
+        values = {x.name: getattr(recipe, x.name) for x in fields(AttentionOptions)}
+        options = AttentionOptions(**{**values, "brick": recipe.brick_of(layer)})
         if recipe.method != "sla2":
             return cls(replace(options, low_bit="none"), recipe.alpha, "none", recipe.min_seq_len)
         imitated = {"auto": "int8"}.get(recipe.low_bit, recipe.low_bit) if recipe.qat else "none"

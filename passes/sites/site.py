@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.functional import Routing, attend
-from sla2_compile.kernels.options import AttentionOptions, State
+from sla2_compile.kernels.options import METHODS, AttentionOptions, State
 from sla2_compile.kernels.tracing import exporting
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.fake_quantizer import FORMATS, INPUTS, FakeQuantConfig, FakeQuantizer, format_of
@@ -66,9 +66,10 @@ class Site(SiteProgress):
         Raises:
             ValueError: there is no call, and the method is nothing without what a site learns.
         """
-        if call is None and settings.options.method == "sla":
+        method = settings.options.method
+        if call is None and method != "sla2" and METHODS[method].learns:
             fix = "sites by a library's name or in backend='sla2' learn nothing: call sla2_compile.transform"
-            raise fail("method", "not be 'sla' where sites learn nothing", "'sla'", fix)
+            raise fail("method", f"not be {method!r} where sites learn nothing", repr(method), fix)
         super().__init__(settings)
         self.state = State.PLAIN
         self.off = False
@@ -158,7 +159,7 @@ class Site(SiteProgress):
         if self.observer is not None:
             # observers compute outside of autocast, which may get q and k in float32 from norms, and v in 16 bits
             return self.observer(self, call.as_autocast_has_it(), mask)
-        if self.settings.options.method == "sla2":
+        if not self.settings.options.composed:
             o, routing = attend(
                 call.q, call.k, call.v, self.settings.options,
                 key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
@@ -170,7 +171,8 @@ class Site(SiteProgress):
             o, routing = attend(
                 call.q, call.k, call.v, self.settings.options,
                 key_mask=mask.keys, is_causal=mask.is_causal, scale=call.scale,
-                linear_weight=self.linear_weight, linear_bias=self.linear_bias, keep_routing=self.recording,
+                training=training, imitate=self.imitates(), keep_routing=self.recording,
+                **{name: getattr(self, name) for name in METHODS[self.settings.options.method].learns},
             )  # fmt: skip
         if routing is not None:
             self.last_routing = routing

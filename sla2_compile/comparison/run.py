@@ -25,10 +25,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "proxy2": {"method": "proxy", "proxy_order": 2},
     "topk": {"method": "topk"},
     "sla": {"method": "sla"},
+    "vsa": {"method": "vsa"},
+    "vmoba": {"method": "vmoba"},
 }
 """Names of methods, and the fields of a recipe that they stand for."""
 UNTRAINED = ("sla2", "proxy", "proxy2", "topk")
-"""All but SLA, which is its sparse branch alone until its projection is trained."""
+"""Those that are whole without training, and take any call. VMoBA needs tokens on a grid."""
 RATIOS = (0.05, 0.1, 0.15, 0.25)
 OWN = ("method", "proxy_order", "topk_ratio")
 """Fields of a recipe that each row has its own value of."""
@@ -56,7 +58,7 @@ def compare(
     Args:
         model: not transformed. example_inputs, example_kwargs: what its forward is given.
         recipe, fields: of all rows, as for `transform`; method, proxy_order and topk_ratio are each row's own.
-        methods: names of sla2, proxy, proxy2 (proxy_order 2), topk and sla. ratios: values of topk_ratio.
+        methods: names of sla2, proxy, proxy2 (proxy_order 2), topk, vmoba, sla and vsa. ratios: values of topk_ratio.
         repeats: timed forwards of each row, after one that is not; the least time counts.
 
     Raises:

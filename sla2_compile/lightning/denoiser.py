@@ -36,6 +36,13 @@ def sla2_denoiser(
     method: str | None = None,
     proxy_order: int | None = None,
     quantize_linear: str | None = None,
+    selection: str | None = None,
+    threshold: float | None = None,
+    head_ratios: list[float] | None = None,
+    protect: list[list] | None = None,
+    grid: list[int] | Literal["auto"] | None = None,
+    order: str | None = None,
+    brick: list | Literal["auto"] | None = None,
 ) -> nn.Module:
     """Transform a model where it is built, so that optimizers, EMA copies and checkpoints know its sites.
 
@@ -60,8 +67,8 @@ def sla2_denoiser(
             else is passed on. A mapping from names to such entries is forward's keyword arguments.
         discover: as `sla2_compile.transform` has it. "real" runs the model once on the CPU, "fake" computes nothing.
         topk_ratio, compression_ratio, start_layer, end_layer, feature_map, min_seq_len, alpha, block_q, block_k,
-            linear_scope, low_bit, include, exclude, overrides, method, proxy_order, quantize_linear: fields of
-            `Recipe`; None leaves the recipe's.
+            linear_scope, low_bit, include, exclude, overrides, method, proxy_order, quantize_linear, selection,
+            threshold, head_ratios, protect, grid, order, brick: fields of `Recipe`; None leaves the recipe's.
 
     Returns:
         The same model.
@@ -83,6 +90,8 @@ def sla2_denoiser(
         feature_map=feature_map, min_seq_len=min_seq_len, end_layer=end_layer, alpha=alpha, block_q=block_q,
         block_k=block_k, linear_scope=linear_scope, low_bit=low_bit, include=include, exclude=exclude,
         overrides=overrides, method=method, proxy_order=proxy_order, quantize_linear=quantize_linear,
+        selection=selection, threshold=threshold, head_ratios=head_ratios, protect=protect, grid=grid, order=order,
+        brick=brick,
     )  # fmt: skip
     args, kwargs = example_inputs(example)
     sla2_compile.transform(model, chosen, example_inputs=args, example_kwargs=kwargs, discover=discover)

@@ -63,6 +63,13 @@ class SLA2Callback(Base):
         method: str | None = None,
         proxy_order: int | None = None,
         quantize_linear: str | None = None,
+        selection: str | None = None,
+        threshold: float | None = None,
+        head_ratios: list[float] | None = None,
+        protect: list[list] | None = None,
+        grid: list[int] | Literal["auto"] | None = None,
+        order: str | None = None,
+        brick: list | Literal["auto"] | None = None,
     ) -> None:
         super().__init__()
         self.recipe = recipe_of(
@@ -70,6 +77,8 @@ class SLA2Callback(Base):
             end_layer=end_layer, feature_map=feature_map, min_seq_len=min_seq_len, alpha=alpha, block_q=block_q,
             block_k=block_k, linear_scope=linear_scope, low_bit=low_bit, include=include, exclude=exclude,
             overrides=overrides, method=method, proxy_order=proxy_order, quantize_linear=quantize_linear,
+            selection=selection, threshold=threshold, head_ratios=head_ratios, protect=protect, grid=grid,
+            order=order, brick=brick,
         )  # fmt: skip
         self.module, self.discover, self.qat = module, discover, qat
         self.inputs = None if example is None else example_inputs(example)

@@ -165,5 +165,5 @@ def _trained(model: nn.Module) -> list[Site]:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return []
     sites = [site for site in sites_in(model).values() if site.heads]
-    check_sla2(sites, "trained in two stages")
+    check_sla2(sites, "trained in two stages", plain=True)
     return sites

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from sla2_compile.kernels.arguments import AttentionArgs, ForwardArgs
 from sla2_compile.kernels.blocks import num_blocks, num_kept
-from sla2_compile.kernels.options import METHODS
+from sla2_compile.kernels.options import METHODS, AttentionOptions
 from sla2_compile.kernels.support import LEAST_KEPT, MOST_KEPT, Chip, Facts, support
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 
@@ -153,7 +153,12 @@ def how_lines(
         fixed = all(how.fixed for how in mine)
         rest = "fixed by the export" if fixed else "training computes in the input's dtype"
         lines.append(f"low bit {low_bit}: {', '.join(each)}; {rest}")
-    return [*_method_lines(rewrites), *lines, *_imitated_lines(rewrites, imitated, converted)]
+    return [
+        *_method_lines(rewrites),
+        *_place_lines(rewrites),
+        *lines,
+        *_imitated_lines(rewrites, imitated, converted),
+    ]
 
 
 def _method_lines(rewrites: list[Rewrite]) -> list[str]:
@@ -167,6 +172,32 @@ def _method_lines(rewrites: list[Rewrite]) -> list[str]:
         for name, n in counts.items()
         if name != "sla2"
     ]
+
+
+def _place_lines(rewrites: list[Rewrite]) -> list[str]:
+    """Say how calls choose and order their blocks, where that is not the router's best as the tokens come."""
+    counts = Counter[str]()
+    for r in rewrites:
+        if words := _places(r.settings.options):
+            counts[words] += r.where.times
+    return [f"{words} in {calls(n)}" for words, n in counts.items()]
+
+
+def _places(options: AttentionOptions) -> str:
+    own, words = METHODS[options.method].own_table, []
+    if options.grid is not None:
+        brick = "" if options.brick == "auto" else f" of {options.brick}"
+        what = {"vsa": "cubes", "vmoba": "chunks"}.get(options.method, f"order {options.order}")
+        words.append(f"{what}{brick} on grid {options.grid}")
+    if options.selection == "threshold":
+        least = "" if options.threshold is None else f" {options.threshold:g}"
+        words.append(f"selection by threshold{least}, of the topk_ratio best")
+    if not own and options.head_ratios:
+        words.append(f"a topk_ratio for each of {len(options.head_ratios)} heads")
+    if not own and options.protect:
+        ranges = ", ".join(f"{start}:{'' if stop is None else stop}" for start, stop in options.protect)
+        words.append(f"tokens {ranges} protected")
+    return ", ".join(words)
 
 
 def _imitated_lines(rewrites: list[Rewrite], imitated: Mapping[str, str], converted: bool) -> list[str]:

@@ -215,7 +215,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
 def name_of(settings: SiteSettings) -> str:
     """What a report calls a site's method."""
     method = settings.options.method
-    return {"sla2": "SLA2", "sla": "SLA"}.get(method, method)
+    return {"sla2": "SLA2", "sla": "SLA", "vsa": "VSA", "vmoba": "VMoBA"}.get(method, method)
 
 
 def _prefixed(x: Rewrite | Miss, name: str) -> Rewrite | Miss:

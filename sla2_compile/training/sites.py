@@ -49,19 +49,26 @@ def sites_in(model: nn.Module, pattern: str = "*") -> dict[str, Site]:
     return chosen
 
 
-def check_sla2(sites: Iterable[Site], what: str) -> None:
+def check_sla2(sites: Iterable[Site], what: str, plain: bool = False) -> None:
     """Refuse sites of another method than sla2.
 
     Args:
-        what: what only sla2 has, for the message: "trained by calibrate".
+        what: what only sla2 has, for the message: "calibrated".
+        plain: whether its tokens must stay in their order and its blocks be the router's best, too.
 
     Raises:
-        ValueError: a site has another method.
+        ValueError: a site has another method, order or selection.
     """
+    sites = list(sites)
     others = sorted({site.settings.options.method for site in sites} - {"sla2"})
     if others:
         got, fix = " and ".join(map(repr, others)), "restore(model), and transform it with method='sla2'"
         raise fail("method", f"be 'sla2' to be {what}", got, fix)
+    for site in sites if plain else ():
+        options = site.settings.options
+        for name, default in (("order", "raster"), ("selection", "topk"), ("head_ratios", ()), ("protect", ())):
+            if (got := getattr(options, name)) != default:
+                raise fail(name, f"be {default!r} to be {what}", repr(got), "leave the field out of the recipe")
 
 
 def pending(model: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from sla2_compile.kernels.options import METHODS, AttentionOptions
 from sla2_compile.kernels.reference import methods as reference
 from sla2_compile.kernels.reference import sla2 as reference_sla2
 
-OTHERS = [name for name in METHODS if name != "sla2"]
+OTHERS = [name for name, method in METHODS.items() if name != "sla2" and not method.own_table]
+"""Those of the router; `test_tables.py` has the others."""
 SIZES: dict[str, Any] = {"topk_ratio": 0.3, "block_q": 32, "block_k": 16}
 others = pytest.mark.parametrize("method", OTHERS)
 
@@ -112,7 +113,7 @@ def test_gradients_are_the_same_from_a_compiled_call(method: str) -> None:
 def test_what_a_method_does_not_have_is_refused() -> None:
     q, k, v, weight, bias = inputs(torch.float32)
     cases: list[tuple[Any, str]] = [
-        (lambda: AttentionOptions(method="vsa"), "method must be one of sla2, proxy, topk, sla, got 'vsa'"),
+        (lambda: AttentionOptions(method="nsa"), "one of sla2, proxy, topk, sla, vsa, vmoba, got 'nsa'"),
         (lambda: attend(q, k, v, AttentionOptions(method="proxy", low_bit="int8")),
          "low_bit must be 'none' with method 'proxy', got 'int8'"),
         (lambda: attend(q, k, v, AttentionOptions(method="topk"), imitate="int8"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sla2_compile.recipes import DEFAULT, SITE_FIELDS, Recipe, RecipeError, recipe_names
 
 EXPECTED = {"max_speedup": (0.05, 16), "balanced": (0.15, 8), "high_quality": (0.25, 4), "paper": (0.03, "block")}
-OTHERS = {"sla": "sla", "training_free": "proxy"}
+OTHERS = {"sla": "sla", "training_free": "proxy", "vsa": "vsa", "vmoba": "vmoba"}
 
 
 def test_named_recipes():

@@ -60,7 +60,7 @@ def trainable(model: nn.Module) -> dict[str, Site]:
     """
     named = ((plain(name), m) for name, m in model.named_modules() if isinstance(m, Site))
     found = {name: site for name, site in named if site.heads}
-    check_sla2(found.values(), "calibrated")
+    check_sla2(found.values(), "calibrated", plain=True)
     return found
 
 

@@ -1,0 +1,131 @@
+"""Methods with tables of their own, VSA and VMoBA: what they compute is what their specifications say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from sla2_compile.kernels.functional import attend, sla2_attention
+from sla2_compile.kernels.options import AttentionOptions
+from sla2_compile.kernels.order import ordered, whole
+from sla2_compile.kernels.reference import methods as reference
+
+N = 150
+CUBES: dict[str, dict[str, Any]] = {
+    "runs": {"brick": (1, 1, 16)},
+    "squares": {"brick": (1, 4, 4), "grid": (1, 10, 15)},
+    "video": {"brick": (2, 2, 4), "grid": (3, 5, 10)},
+}
+CHUNKS: dict[str, dict[str, Any]] = {
+    "runs": {"brick": (1, 1, 32)},
+    "bands": {"brick": (1, 4, -1), "grid": (1, 10, 15)},
+    "columns": {"brick": (-1, 2, 4), "grid": (3, 5, 10)},
+}
+
+
+def inputs(masked: bool, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor | None]:
+    """q, k and v of grouped heads, a gate, and a key mask under which a whole block is hidden."""
+    torch.manual_seed(0)
+    shapes = ((2, 4, N, 16), (2, 2, N, 16), (2, 2, N, 24), (24, 16), (24,))
+    mask = torch.rand(2, N) < 0.8
+    mask[1, 40:80] = False
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes], mask if masked else None
+
+
+def placed(fields: dict[str, Any], unit: int) -> Any:
+    """The order of the tokens, with every cube or chunk filled up to a multiple of unit."""
+    grid = fields.get("grid", (1, 1, N))
+    return ordered(grid, "brick", whole(fields["brick"], grid), unit, 0, 0, torch.device("cpu"), fill=True)
+
+
+@pytest.mark.parametrize("cubes", CUBES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_vsa(cubes: str, masked: bool) -> None:
+    x, mask = inputs(masked)
+    options = AttentionOptions(0.3, method="vsa", **CUBES[cubes])
+    o, routing = attend(*x[:3], options, key_mask=mask, gate_weight=x[3], gate_bias=x[4])
+    order = placed(CUBES[cubes], 16)
+    rows = [order.rows(t) for t in x[:3]]
+    real = None if order.real is None else order.real.expand(2, -1)
+    want = reference.vsa(*rows, order.mask(mask, 2), real, x[3], x[4], 16, 0.3, 0.25)
+    want = order.restored(want)
+    torch.testing.assert_close(o, want)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), x) for y in (o, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert routing is not None
+    assert routing.alpha is None
+
+
+def test_without_a_gate_vsa_is_its_sparse_branch() -> None:
+    x, _ = inputs(False)
+    options = AttentionOptions(0.3, method="vsa", **CUBES["runs"])
+    o, _ = attend(*x[:3], options)
+    zero, _ = attend(*x[:3], options, gate_weight=torch.zeros(24, 16).double(), gate_bias=torch.zeros(24).double())
+    torch.testing.assert_close(o, zero)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("share", [None, 0.4])
+def test_vmoba(chunks: str, masked: bool, share: float | None) -> None:
+    x, mask = inputs(masked)
+    rule: dict[str, Any] = {} if share is None else {"selection": "threshold", "threshold": share}
+    fields = CHUNKS[chunks]
+    options = AttentionOptions(0.6, block_q=32, block_k=16, method="vmoba", **fields, **rule)
+    o, _ = attend(*x[:3], options, key_mask=mask)
+    order = placed(fields, 32)
+    q, k, v = (order.rows(t) for t in x[:3])
+    real = None if order.real is None else order.real.expand(2, -1)
+    grid = fields.get("grid", (1, 1, N))
+    size = -(-torch.tensor(whole(fields["brick"], grid)).prod().item() // 32) * 32
+    keys = reference.vmoba_keys(q, k, order.mask(mask, 2), real, int(size), 32, 0.6, share)
+    want = order.restored(sdpa(q, k, v, keys, enable_gqa=True))
+    # a padded place may see no key, and is not compared
+    torch.testing.assert_close(o, want)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), x[:3]) for y in (o, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_vmoba_by_blocks_is_vmoba_by_tokens_where_a_blocks_queries_are_one() -> None:
+    x, _ = inputs(False)
+    q, k, v = (t.detach() for t in x[:3])
+    q = q[:, :, ::32].repeat_interleave(32, dim=2)[:, :, :N]
+    o, _ = attend(q, k, v, AttentionOptions(0.6, block_q=32, block_k=16, method="vmoba", brick=(1, 1, 32)))
+    keys = reference.vmoba_keys(q, k, None, None, 32, 1, 0.6, None)
+    torch.testing.assert_close(o, sdpa(q, k, v, keys, enable_gqa=True))
+
+
+@pytest.mark.parametrize(("method", "fields"), [("vsa", CUBES["squares"]), ("vmoba", CHUNKS["columns"])])
+def test_compiled_code_and_all_blocks(method: str, fields: dict[str, Any]) -> None:
+    x, _ = inputs(False, torch.float32)
+    options = AttentionOptions(0.5, block_q=32, block_k=16, method=method, **fields)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    got, want = (run(*x[:3], options, keep_routing=False)[0] for run in (compiled, attend))
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), x[:3]) for y in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    whole_map = AttentionOptions(1.0, block_q=32, block_k=16, method=method, **fields)
+    torch.testing.assert_close(sla2_attention(*x[:3], whole_map), sdpa(*x[:3], enable_gqa=True))
+
+
+def test_what_is_refused() -> None:
+    x, _ = inputs(False, torch.float32)
+    q, k, v = x[:3]
+    for method, fields, words in (
+        ("vsa", {"is_causal": True}, "is_causal must be False with method 'vsa'"),
+        ("vmoba", {"is_causal": True}, "is_causal must be False with method 'vmoba'"),
+        ("vmoba", {"gate_weight": x[3]}, r"parameters must be those of method 'vmoba' \(none\), got gate_weight"),
+        ("vsa", {"linear_bias": x[4]}, "those of method 'vsa' .gate_weight, gate_bias., got linear_bias"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attend(q, k, v, AttentionOptions(method=method), **fields)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="q must have k's 150 tokens with an order or method vmoba, got 20"):
+        attend(q[:, :, :20], k, v, AttentionOptions(method="vmoba"))
+    with pytest.raises(
+        ValueError, match=r"grid must have the sequence's 150 tokens, got \(1, 10, 10\), which are 100"
+    ):
+        attend(q, k, v, AttentionOptions(method="vsa", grid=(1, 10, 10)))
