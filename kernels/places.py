@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sla2_compile.kernels import torch_internals
@@ -114,10 +115,17 @@ def places(q: Tensor, k: Tensor, options: AttentionOptions) -> Places:
         order = "brick"
     else:
         order = options.order
-    build = ordered if traced(q) or not torch_internals.unwatched((q,), PLAIN) else kept_order
+    build = kept_order if _may_be_kept(q) else ordered
     made = build(grid, order, brick, unit, before, after, q.device, fill=method.own_table)
     chunk = num_blocks(math.prod(brick), unit) * unit if chunked else 0
     return Places(protected_ranges(options, tokens), made, made.index.shape[0], before + after, chunk)
+
+
+def _may_be_kept(q: Tensor) -> bool:
+    """Whether an order made now is one for later calls: what a graph's capture or a trace makes holds no numbers."""
+    if traced(q) or not torch_internals.unwatched((q,), PLAIN):
+        return False
+    return not (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def why_no_places(queries: int, keys: int, options: AttentionOptions) -> str:

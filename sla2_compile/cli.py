@@ -114,7 +114,8 @@ def compare(
         list[str] | None, typer.Option("--set", help="field=value of the recipe. May be repeated.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="sla2, proxy, proxy2, topk, vmoba, sla or vsa. May be repeated; the first four if none.")
+        list[str] | None,
+        typer.Option(help="sla2, proxy, proxy2, topk, vmoba, sla or vsa. May be repeated; the first four if none."),
     ] = None,
     ratio: Annotated[
         list[float] | None, typer.Option(help="A topk_ratio. May be repeated; 0.05 to 0.25 if none.")

@@ -65,7 +65,8 @@ def block_scores(
     small = products_are_small(q_pool, k_pool, scale)
     # the log of the count is one more feature of the keys, multiplied by a 1 in the queries
     log_count = token_grid(count.log()[..., None], b, NEG_INF).squeeze(-1).mT
-    empty = bool((log_count == NEG_INF).any())
+    # on a GPU values are not looked at: the host would wait, and a graph could not be captured
+    empty = count.is_cuda or bool((log_count == NEG_INF).any())
     tn = log_count.shape[2]
     keys = k_pool.new_empty(B, heads, b, tn, D + 1)
     keys[..., :D] = token_grid(k_pool, b).transpose(2, 3)

@@ -30,7 +30,8 @@ def select_forward(args: SelectArgs[Tensor]) -> RouteResult[Tensor]:
     absent = values == NEG_INF
     if args.head_ratios:
         kept = [num_kept(tn, r, args.block_q, args.block_k, args.is_causal) for r in args.head_ratios]
-        counts = torch.tensor(kept, device=device)[:, None, None] + args.protected()
+        # made where it is needed: a copy from the host could not be captured in a graph
+        counts = torch.stack([torch.full((), n + args.protected(), device=device) for n in kept])[:, None, None]
         absent |= torch.arange(values.shape[-1], device=device) >= counts
     if args.by_threshold:
         seen = found.peak > NEG_INF

@@ -1,9 +1,8 @@
 """How the portable implementation cuts its work: groups of heads, blocks, gathers.
 
-A group is a rectangle of batch entries and key/value heads, small enough for its states to stay in cache
-and to bound peak memory. Inside a group everything is flat: rows of query blocks, rows of key blocks, and a
-look-up table from the first to the second. Grouped heads need no special case: a key/value head
-simply owns `Hq / Hkv` times as many query blocks.
+A group is a rectangle of batch entries and key/value heads, small enough for its states to stay in cache and to bound
+peak memory. Inside a group everything is flat: rows of query blocks, rows of key blocks, and a look-up table from the
+first to the second. A key/value head of grouped heads owns `Hq / Hkv` times as many query blocks.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def test_attention_in_an_order_is_that_of_permuted_tokens(method: str, order: st
         q, k, v = (x.clone().requires_grad_() for x in given)
         if by_hand:
             options = AttentionOptions(**SIZES, method=method)
-            o = sla2_attention(*(made.rows(x) for x in (q, k, v)), options, key_mask=made.mask(mask, 2))
-            o = made.restored(o)
+            a, b, c = (made.rows(x) for x in (q, k, v))
+            o = made.restored(sla2_attention(a, b, c, options, key_mask=made.mask(mask, 2)))
         else:
             options = AttentionOptions(**SIZES, method=method, order=order, grid=(1, 10, 15))
             o = sla2_attention(q, k, v, options, key_mask=mask)

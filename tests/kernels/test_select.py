@@ -109,8 +109,7 @@ def test_protected_tokens_are_seen_by_all_and_see_all(method: str, is_causal: bo
     seen = [set(row.tolist()) for row in routing.lut.flatten(0, 2)]
     # 20 tokens are two blocks of 16, and the last 30 three
     always = {0, 1} if is_causal else {0, 1, 10, 11, 12}
-    rows = [row for i, row in enumerate(seen) if not is_causal or i % 7 >= 1]
-    assert all(always <= row for row in rows)
+    assert all(always <= row for i, row in enumerate(seen) if not is_causal or i % 7 >= 1)
 
 
 def test_keys_alone_are_protected_where_queries_are_other_tokens() -> None:
@@ -148,7 +147,7 @@ def test_what_is_refused() -> None:
         ({"selection": "topp"}, "selection must be one of topk, threshold, got 'topp'"),
     ):
         with pytest.raises(ValueError, match=words):
-            sla2_attention(q, q, q, AttentionOptions(**SIZES, **fields))  # type: ignore[arg-type]
+            sla2_attention(q, q, q, AttentionOptions(**SIZES, **fields))
 
 
 def test_the_op_by_opcheck() -> None:

@@ -27,7 +27,7 @@ CHUNKS: dict[str, dict[str, Any]] = {
 }
 
 
-def inputs(masked: bool, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor | None]:
+def inputs(masked: bool, dtype: torch.dtype = torch.float64) -> Any:
     """q, k and v of grouped heads, a gate, and a key mask under which a whole block is hidden."""
     torch.manual_seed(0)
     shapes = ((2, 4, N, 16), (2, 2, N, 16), (2, 2, N, 24), (24, 16), (24,))
@@ -47,11 +47,11 @@ def placed(fields: dict[str, Any], unit: int) -> Any:
 def test_vsa(cubes: str, masked: bool) -> None:
     x, mask = inputs(masked)
     options = AttentionOptions(0.3, method="vsa", **CUBES[cubes])
-    o, routing = attend(*x[:3], options, key_mask=mask, gate_weight=x[3], gate_bias=x[4])
+    o, routing = attend(x[0], x[1], x[2], options, key_mask=mask, gate_weight=x[3], gate_bias=x[4])
     order = placed(CUBES[cubes], 16)
-    rows = [order.rows(t) for t in x[:3]]
+    q, k, v = (order.rows(t) for t in x[:3])
     real = None if order.real is None else order.real.expand(2, -1)
-    want = reference.vsa(*rows, order.mask(mask, 2), real, x[3], x[4], 16, 0.3, 0.25)
+    want = reference.vsa(q, k, v, order.mask(mask, 2), real, x[3], x[4], 16, 0.3, 0.25)
     want = order.restored(want)
     torch.testing.assert_close(o, want)
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), x) for y in (o, want)), strict=True):
@@ -63,8 +63,10 @@ def test_vsa(cubes: str, masked: bool) -> None:
 def test_without_a_gate_vsa_is_its_sparse_branch() -> None:
     x, _ = inputs(False)
     options = AttentionOptions(0.3, method="vsa", **CUBES["runs"])
-    o, _ = attend(*x[:3], options)
-    zero, _ = attend(*x[:3], options, gate_weight=torch.zeros(24, 16).double(), gate_bias=torch.zeros(24).double())
+    o, _ = attend(x[0], x[1], x[2], options)
+    zero, _ = attend(
+        x[0], x[1], x[2], options, gate_weight=torch.zeros(24, 16).double(), gate_bias=torch.zeros(24).double()
+    )
     torch.testing.assert_close(o, zero)
 
 
@@ -76,7 +78,7 @@ def test_vmoba(chunks: str, masked: bool, share: float | None) -> None:
     rule: dict[str, Any] = {} if share is None else {"selection": "threshold", "threshold": share}
     fields = CHUNKS[chunks]
     options = AttentionOptions(0.6, block_q=32, block_k=16, method="vmoba", **fields, **rule)
-    o, _ = attend(*x[:3], options, key_mask=mask)
+    o, _ = attend(x[0], x[1], x[2], options, key_mask=mask)
     order = placed(fields, 32)
     q, k, v = (order.rows(t) for t in x[:3])
     real = None if order.real is None else order.real.expand(2, -1)
@@ -104,12 +106,13 @@ def test_compiled_code_and_all_blocks(method: str, fields: dict[str, Any]) -> No
     x, _ = inputs(False, torch.float32)
     options = AttentionOptions(0.5, block_q=32, block_k=16, method=method, **fields)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    got, want = (run(*x[:3], options, keep_routing=False)[0] for run in (compiled, attend))
+    got, want = (run(x[0], x[1], x[2], options, keep_routing=False)[0] for run in (compiled, attend))
     torch.testing.assert_close(got, want)
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), x[:3]) for y in (got, want)), strict=True):
         torch.testing.assert_close(a, b)
+    q, k, v = x[:3]
     whole_map = AttentionOptions(1.0, block_q=32, block_k=16, method=method, **fields)
-    torch.testing.assert_close(sla2_attention(*x[:3], whole_map), sdpa(*x[:3], enable_gqa=True))
+    torch.testing.assert_close(sla2_attention(q, k, v, whole_map), sdpa(q, k, v, enable_gqa=True))
 
 
 def test_what_is_refused() -> None:
@@ -122,7 +125,7 @@ def test_what_is_refused() -> None:
         ("vsa", {"linear_bias": x[4]}, "those of method 'vsa' .gate_weight, gate_bias., got linear_bias"),
     ):
         with pytest.raises(ValueError, match=words):
-            attend(q, k, v, AttentionOptions(method=method), **fields)  # type: ignore[arg-type]
+            attend(q, k, v, AttentionOptions(method=method), **fields)
     with pytest.raises(ValueError, match="q must have k's 150 tokens with an order or method vmoba, got 20"):
         attend(q[:, :, :20], k, v, AttentionOptions(method="vmoba"))
     with pytest.raises(

@@ -82,7 +82,9 @@ def attend_pooled_kernel(
 
     # entries ascend, so the tiles that need a mask (ragged, causal diagonal, absent) are the last ones
     if HAS_MASK:
-        whole, real = 0, topk
+        # selections that keep fewer blocks in some rows come with a mask
+        whole, real = table_counts(table, topk, 0, Nk, BLOCK_K, 64)
+        whole = 0
     elif CAUSAL:
         whole, real = table_counts(table, topk, i * BLOCK_Q, Nk, BLOCK_K, 64)
     else:
