@@ -66,7 +66,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def trained(photo: Tensor, steps: int, weights: Path | None) -> JiT:
-    """Train the demo's model on the photograph, or load it from a file of an earlier run."""
+    """Train a model of the demo's shape on the photograph, or load it from a file of an earlier run."""
     torch.manual_seed(0)
     model = JiT(JiTConfig())
     if weights is not None and weights.exists():

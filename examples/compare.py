@@ -2,10 +2,9 @@
 
     python examples/compare.py [--quick] [--out compare_out]
 
-A small pixel-space transformer (`jit.py`) is trained on the photograph for half a minute, as in the demo, and then
-denoises it cut into 4096 tokens with each method, untrained, on one CPU or GPU. Prints a table, and writes the
-picture that a paper would show, error of the output over time. `sla2 compare MODULE:FACTORY` does the same for any
-model.
+A small pixel-space transformer (`jit.py`) is trained on the photograph for half a minute, and then denoises it cut
+into 4096 tokens with each method, untrained, on one CPU or GPU. Prints a table, and writes the picture that a paper
+would show, error of the output over time. `sla2 compare MODULE:FACTORY` does the same for any model.
 """
 
 from __future__ import annotations
@@ -22,20 +21,24 @@ import sla2_compile
 # this folder, for whoever runs the file by its path from elsewhere
 sys.path.append(str(Path(__file__).parent))
 
-from demo import NORMAL, QUICK, denoising_inputs, progress_bar
-from demo_train import load_photo, train
-from jit import JiT
+from demo_measure import progress_bar
+from demo_train import denoising_inputs, load_photo, train
+from jit import JiT, JiTConfig
+
+# model, side of the photograph in pixels, steps, and most seconds of training
+NORMAL = JiTConfig(), 256, 100, 30.0
+QUICK = JiTConfig(width=128, depth=2), 128, 6, 10.0
 
 
 def trained(quick: bool, console: Console) -> tuple[JiT, tuple[torch.Tensor, ...]]:
-    """The demo's model after its moment of training, and a noisy photograph for it."""
-    size, photo = QUICK if quick else NORMAL, load_photo()
+    """A model after its moment of training, and a noisy photograph for it."""
+    (config, side, steps, seconds), photo = QUICK if quick else NORMAL, load_photo()
     torch.manual_seed(0)
-    model = JiT(size.config)
+    model = JiT(config)
     with progress_bar(console) as progress:
-        task = progress.add_task("training on the photograph", total=size.steps)
-        train(model, photo, size.steps, size.seconds, lambda _: progress.advance(task))
-    return model.eval(), denoising_inputs(photo, size.photos[0][0])
+        task = progress.add_task("training on the photograph", total=steps)
+        train(model, photo, steps, seconds, lambda _: progress.advance(task))
+    return model.eval(), denoising_inputs(photo, side)
 
 
 def main(arguments: list[str] | None = None) -> None:

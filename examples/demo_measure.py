@@ -17,10 +17,16 @@ from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import sla2_compile
+
+FULL = "full attention"
+"""Name of the row that the others are compared with."""
 MIB = 2**20
 
 
@@ -115,12 +121,13 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return ((x - truth).norm() / truth.norm()).item()
 
 
-def mass_of_top_keys(call: Call, share: float = 0.05, rows: int = 64) -> float:
-    """Return how much of a row's attention its strongest `share` of keys holds, averaged over some rows and heads.
+def sparsity(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    """Return the share of key blocks that the sites of a transformed model skip in one forward, which is recorded."""
+    with sla2_compile.record_statistics(model), torch.no_grad():
+        model(*inputs)
+    return sla2_compile.get_sla2_statistics(model)["mean/sparsity"]
 
-    Even attention gives about `share`; 1.0 means that the other keys do not matter.
-    """
-    N = call.q.shape[2]
-    some = torch.linspace(0, N - 1, rows).long()
-    p = torch.softmax(call.q[:, :, some] @ call.k.mT * call.q.shape[3] ** -0.5, dim=-1)
-    return p.topk(max(1, int(share * N)), dim=-1).values.sum(dim=-1).mean().item()
+
+def progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)

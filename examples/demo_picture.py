@@ -1,4 +1,4 @@
-"""Draws which key blocks the router chose for a few query blocks, over the photograph.
+"""Draws which key blocks the router chose for a few query blocks, over the photograph, and pictures side by side.
 
 Shapes: a picture is (H, W, 3) in [0, 1]; a map over tokens is (gh, gw); lut is (B, Hq, Tm, K).
 """
@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from jit import to_grid
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -98,6 +99,25 @@ def draw_panel(photo: np.ndarray, selection: Selection, head: int, blocks: list[
     return picture.clip(0, 1)
 
 
+def add_panel(figure: Figure, picture: np.ndarray, x: float, y: float, side: float) -> Axes:
+    """Show a picture in a square without frame; x, y of its lower left corner and its side in inches."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((x / width, y / height, side / width, side / height))
+    axes.imshow(picture, interpolation="antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return axes
+
+
+def add_titles(figure: Figure, left: float, title: str, subtitle: str) -> None:
+    """Write two lines at the top of a figure, `left` inches from its edge."""
+    width, height = figure.get_size_inches()
+    figure.text(left / width, 1 - 0.07 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
+    figure.text(left / width, 1 - 0.30 / height, subtitle, ha="left", va="top", fontsize=8.5, color="0.3")
+
+
 def palette() -> Image.Image:
     """Return the 256 colours of a picture: greys, and each of `COLOURS` from dark to full.
 
@@ -133,18 +153,12 @@ def draw_selection(
     side = max(2.2, 8.8 / columns)
     width, height = left + columns * (side + gap), top + rows * (side + gap)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-    figure.text(left / width, 1 - 0.07 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
-    figure.text(left / width, 1 - 0.30 / height, subtitle, ha="left", va="top", fontsize=8.5, color="0.3")
+    add_titles(figure, left, title, subtitle)
     for i, selection in enumerate(selections):
         blocks = [selection.query_block_at(*point) for point in where]
         for j, head in enumerate(heads):
             x, y = left + j * (side + gap), height - top - i * (side + gap) - side
-            axes = figure.add_axes((x / width, y / height, side / width, side / height))
-            axes.imshow(draw_panel(pixels, selection, head, blocks), interpolation="antialiased")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
+            axes = add_panel(figure, draw_panel(pixels, selection, head, blocks), x, y, side)
             if i == 0:
                 axes.set_title(f"head {head}", fontsize=9, pad=3)
             if j == 0:
@@ -152,3 +166,18 @@ def draw_selection(
     figure.savefig(path)
     picture = Image.open(path).convert("RGB")
     picture.quantize(palette=palette(), dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def draw_side_by_side(pictures: dict[str, Tensor], title: str, subtitle: str, path: Path) -> None:
+    """Write a PNG: pictures (1, 3, H, W) in [-1, 1] in a row, each under its label, whose first line is bold."""
+    side, gap, left, top, dpi = 2.56, 0.06, 0.06, 1.1, 200
+    width, height = 2 * left + len(pictures) * (side + gap) - gap, top + side + left
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+    add_titles(figure, left, title, subtitle)
+    for column, (label, picture) in enumerate(pictures.items()):
+        x, (name, _, rest) = left + column * (side + gap), label.partition("\n")
+        figure.text(x / width, (left + side + 0.40) / height, name, va="bottom", fontsize=9.5, fontweight="bold")
+        figure.text(x / width, (left + side + 0.36) / height, rest, va="top", fontsize=8.5, color="0.25")
+        pixels = ((picture[0].permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy()
+        add_panel(figure, pixels, x, left, side)
+    figure.savefig(path)

@@ -1,7 +1,9 @@
-"""Reads the photograph and trains the demo's model on it for a moment.
+"""Reads the photograph, makes noisy inputs of it, and trains a model on it for a moment.
 
-A model with random weights attends almost evenly to everything: its attention maps mean nothing and its errors
-flatter any approximation. A hundred small steps are enough for heads to prefer places. This is no image generator.
+The demo's own model was trained for longer, on a GPU (`demo_trained.py`). `compare.py` and
+`benchmarks/calibration.py` train here. A model with random weights attends almost evenly to everything: its
+attention maps mean nothing and its errors flatter any approximation. A hundred small steps are enough for heads to
+prefer places. This is no image generator.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jit import JiT, diffusion_loss
+from jit import JiT, diffusion_loss, noisy
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +33,13 @@ def load_photo(path: Path = PHOTO) -> Tensor:
 def resize(photo: Tensor, side: int) -> Tensor:
     """Return the photograph (1, 3, H, W) as (1, 3, side, side), averaging pixels."""
     return F.interpolate(photo, size=(side, side), mode="area")
+
+
+def denoising_inputs(photo: Tensor, side: int, share: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (z_t, t, y): `share` of the photo (1, 3, H, W) at side x side, the rest noise from a fixed seed."""
+    x, t = resize(photo, side), torch.tensor([share])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    return noisy(x, t, noise), t, torch.tensor([0])
 
 
 def random_crops(photo: Tensor, side: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class JiTConfig:
         tile: side, in tokens, of the squares that order the sequence, a power of 2; 1 means row by row, which is
             also what a grid gets that the tile does not divide.
         rope_base: slowest wavelength of RoPE over its fastest.
-        rope_grid: positions run from 0 to this along the longer side, whatever the resolution.
+        rope_grid: positions run from 0 to this along the longer side, whatever the resolution; None counts tokens.
     """
 
     patch: int = 4
@@ -50,7 +50,7 @@ class JiTConfig:
     channels: int = 3
     tile: int = 8
     rope_base: float = 100.0
-    rope_grid: int = 16
+    rope_grid: int | None = None
 
     def __post_init__(self) -> None:
         if self.width % self.head_dim:
@@ -249,7 +249,10 @@ class JiT(nn.Module):
                 "crop or resize it"
             )
         gh, gw = H // p, W // p
-        cos, sin = rope_table(token_positions(gh, gw, tile, x.device), self.config.head_dim, self.config.rope_base)
+        positions = token_positions(gh, gw, tile, x.device)
+        if self.config.rope_grid is not None:
+            positions = positions * (self.config.rope_grid / max(gh, gw))
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_base)
         h, c = self.embed(x), self.condition(t, y)
         for block in self.blocks:
             h = block(h, c, cos, sin)
@@ -276,17 +279,18 @@ def diffusion_loss(model: nn.Module, x: Tensor, y: Tensor, t: Tensor, noise: Ten
 
 
 @torch.no_grad()
-def sample(model: nn.Module, noise: Tensor, y: Tensor, steps: int) -> Tensor:
-    """Draw pictures by Euler's method, z += dt (x_hat - z) / (1 - t), with dt = 1 / steps; nothing is random.
+def sample(model: nn.Module, noise: Tensor, y: Tensor, steps: int, start: float = 0.0) -> Tensor:
+    """Draw pictures by Euler's method, z += dt (x_hat - z) / (1 - t), in equal steps of t; nothing is random.
 
     Args:
         noise: (B, C, H, W), where each picture begins; y: (B,), labels.
+        start: t of `noise`, the share of a picture that it holds.
 
     Returns:
         (B, C, H, W) float32.
     """
     z = noise.float()
     for step in range(steps):
-        t = torch.full((len(z),), step / steps, device=z.device)
+        t = torch.full((len(z),), start + (1 - start) * step / steps, device=z.device)
         z = z + (model(z, t, y).float() - z) / (steps - step)
     return z

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ import sla2_compile
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
-from jit import JiT, JiTConfig, diffusion_loss, to_grid, to_sequence, token_positions
+from jit import JiT, JiTConfig, diffusion_loss, sample, to_grid, to_sequence, token_positions
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = JiTConfig(width=128, depth=2)
@@ -94,6 +96,31 @@ def test_wrong_sizes_are_refused(values: dict[str, Any], message: str) -> None:
         JiTConfig(**values)
 
 
+def test_positions_stay_within_what_was_trained() -> None:
+    free, bound = awake(), JiT(JiTConfig(width=128, depth=2, rope_grid=16)).eval()
+    bound.load_state_dict(free.state_dict())
+    same, larger = inputs(64, 64), inputs(128, 128)
+    assert torch.equal(bound(*same), free(*same))
+    assert not torch.equal(bound(*larger), free(*larger))
+    # every second token of the larger picture stands where one of the smaller does
+    halved = token_positions(32, 32, 8) * (16 / 32)
+    assert halved.max() == 15.5
+    assert {tuple(place) for place in token_positions(16, 16, 8).tolist()} <= {tuple(p) for p in halved.tolist()}
+
+
+def test_sampling_starts_where_it_is_told() -> None:
+    seen: list[float] = []
+
+    class Known(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            seen.append(float(t[0]))
+            return torch.full_like(x, 0.5)
+
+    drawn = sample(Known(), torch.randn(1, 3, 4, 4), torch.zeros(1, dtype=torch.long), 3, 0.1)
+    torch.testing.assert_close(drawn, torch.full((1, 3, 4, 4), 0.5))
+    assert seen == pytest.approx([0.1, 0.4, 0.7])
+
+
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 4, got"):
         JiT(SMALL)(torch.randn(1, 3, 30, 30), torch.rand(1), torch.zeros(1, dtype=torch.long))
@@ -115,7 +142,7 @@ def test_error_of_jit_falls_as_more_blocks_are_kept() -> None:
 @pytest.fixture(scope="module")
 def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder and printed text of one `demo.py --quick`, run from elsewhere."""
-    for module in ("matplotlib", "PIL", "psutil"):
+    for module in ("matplotlib", "PIL", "psutil", "safetensors"):
         pytest.importorskip(module, reason=f"the demo needs {module}: pip install 'sla2_compile[demo]'")
     folder = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
@@ -133,12 +160,25 @@ def test_demo_writes_pictures(quick_demo: tuple[Path, str]) -> None:
     assert [p.stem.removeprefix("selected_blocks_") for p in pictures] == [
         "balanced", "high_quality", "max_speedup", "paper",
     ]  # fmt: skip
-    for picture in pictures:
+    for picture in (*pictures, quick_demo[0] / "samples.png"):
         image = Image.open(picture).convert("RGB")
         assert min(image.size) > 300
         colours = image.getcolors(maxcolors=image.width * image.height)
         assert colours is not None
         assert len(colours) > 100
+
+
+def test_demo_draws_with_each_attention(quick_demo: tuple[Path, str]) -> None:
+    full, trained, untrained = json.loads((quick_demo[0] / "results.json").read_text())["samples"]
+    for row in (full, trained, untrained):
+        assert row["name"] in quick_demo[1]
+        assert row["seconds"] > 0
+        assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
+        # noise alone lies further from the photograph than a picture of nothing
+        assert 0 < row["photo_error"] < 1
+    assert full["error"] == full["sparsity"] == 0
+    assert trained["sparsity"] == untrained["sparsity"] > 0.8
+    assert 0 < trained["error"] < untrained["error"]
 
 
 def test_demo_measures_every_recipe(quick_demo: tuple[Path, str]) -> None:
@@ -164,6 +204,96 @@ def test_demo_measures_every_recipe(quick_demo: tuple[Path, str]) -> None:
 
 def test_demo_says_what_it_did(quick_demo: tuple[Path, str]) -> None:
     text = quick_demo[1]
-    assert "Trained 6 steps" in text
-    assert "2 of 2 attention calls replaced" in text
+    assert "1024 tokens in 3 steps" in text
+    assert "500 steps of stage 2" in " ".join(text.split())
+    assert "4 of 4 attention calls replaced" in text
     assert "transformers" in text
+
+
+@pytest.fixture(scope="module")
+def demo_trained() -> ModuleType:
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    return importlib.import_module("demo_trained")
+
+
+def test_demo_weights_come_with_the_repository(demo_trained: ModuleType) -> None:
+    full, model, recipe = demo_trained.load()
+    assert recipe == "balanced"
+    assert demo_trained.WEIGHTS.stat().st_size < 6e6
+    state = model.state_dict()
+    for name, x in full.state_dict().items():
+        assert torch.equal(x, state[name])
+    untrained = demo_trained.with_sla2(full, recipe).state_dict()
+    learned = [name for name in state if name.endswith(("proj_q", "proj_k", "alpha_bias"))]
+    assert len(learned) == 3 * full.config.depth
+    assert not any(torch.equal(state[name], untrained[name]) for name in learned)
+
+
+@pytest.mark.parametrize("width", [64, 300])
+def test_int8_rows_round_to_half_a_step(demo_trained: ModuleType, width: int) -> None:
+    x = torch.randn(256, width) * torch.logspace(-6, 1, 256)[:, None]
+    x[7] = 0
+    packed = demo_trained.pack("weight", x)
+    assert {name: y.dtype for name, y in packed.items()} == {"weight": torch.int8, "weight.scale": torch.float16}
+    (back,) = demo_trained.unpack(packed).values()
+    step = packed["weight.scale"].float()
+    assert ((back - x).abs() <= step * 0.5 + torch.finfo(torch.float16).tiny).all()
+    assert not back[7].any()
+
+
+def test_small_tensors_and_sites_stay_in_float16(demo_trained: ModuleType) -> None:
+    for name, x in (("bias", torch.randn(99)), ("out", torch.randn(48, 64)), ("a.sla2.0.p", torch.randn(200, 200))):
+        packed = demo_trained.pack(name, x)
+        assert packed[name].dtype == torch.float16
+        assert torch.equal(demo_trained.unpack(packed)[name], x.half().float())
+
+
+def spoilt(kind: str, path: Path, whole: Path) -> None:
+    """Write a file that is no good."""
+    from safetensors.torch import save_file
+
+    if kind == "cut short":
+        path.write_bytes(whole.read_bytes()[:4_000_000])
+    elif kind == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    elif kind == "of another kind":
+        save_file({"x": torch.zeros(1)}, path)
+    elif kind == "of another model":
+        save_file({"x": torch.zeros(1)}, path, metadata={"format": "int8 rows", "recipe": "balanced"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("missing", FileNotFoundError, r"weights.safetensors must be in .*, got no such file; check the repository"),
+        (
+            "cut short",
+            ValueError,
+            "weights.safetensors must be a whole safetensors file, got .*; check the repository",
+        ),
+        ("text", ValueError, "weights.safetensors must be a whole safetensors file, got .*; check the repository"),
+        ("of another kind", ValueError, "format of weights.safetensors must be 'int8 rows', got None; check"),
+        (
+            "of another model",
+            ValueError,
+            r"weights.safetensors must hold the weights of JiTConfig\(.*got others; check",
+        ),
+    ],
+)
+def test_spoilt_weights_are_refused(
+    demo_trained: ModuleType, kind: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    spoilt(kind, tmp_path / "weights.safetensors", demo_trained.WEIGHTS)
+    with pytest.raises(error, match=message):
+        demo_trained.load(tmp_path / "weights.safetensors")
+
+
+def test_demo_without_weights_stops_with_the_reason(
+    demo_trained: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("matplotlib", "PIL", "psutil"):
+        pytest.importorskip(module, reason=f"the demo needs {module}: pip install 'sla2_compile[demo]'")
+    monkeypatch.setattr(demo_trained, "WEIGHTS", tmp_path / "weights.safetensors")
+    with pytest.raises(SystemExit, match=r"weights.safetensors must be in .*; check the repository out again"):
+        importlib.import_module("demo").main(["--quick", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
