@@ -25,10 +25,19 @@ def num_kept(tn: int, topk_ratio: float, block_q: int, block_k: int, is_causal: 
     The ratio is taken as a fraction with a small denominator: float * SymInt would guard on the length.
     """
     ratio = Fraction(topk_ratio).limit_denominator(10_000)
-    kept = torch.sym_max(1, tn * ratio.numerator // ratio.denominator)
+    kept = _larger(1, tn * ratio.numerator // ratio.denominator)
     if is_causal:
-        kept = torch.sym_min(tn, torch.sym_max(kept, num_blocks(block_q, block_k)))
+        kept = smaller(tn, _larger(kept, num_blocks(block_q, block_k)))
     return kept
+
+
+def smaller(a: int, b: int) -> int:
+    """min(a, b), without a guard on symbols; Dynamo of torch 2.11 takes no sym_min of plain numbers."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
+
+
+def _larger(a: int, b: int) -> int:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)
 
 
 def router_tokens(block: int, compression_ratio: int) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from sla2_compile.kernels import torch_internals
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.options import METHODS, AttentionOptions
-from sla2_compile.kernels.order import Grid, TokenOrder, brick_for, check_grid, kept_order, ordered, whole
+from sla2_compile.kernels.order import Grid, TokenOrder, brick_for, check_grid, kept_order, whole
+from sla2_compile.kernels.order_op import order_by_op
 from sla2_compile.kernels.tracing import traced
 
 CHUNK = 512
@@ -115,8 +116,11 @@ def places(q: Tensor, k: Tensor, options: AttentionOptions) -> Places:
         order = "brick"
     else:
         order = options.order
-    build = kept_order if _may_be_kept(q) else ordered
-    made = build(grid, order, brick, unit, before, after, q.device, fill=method.own_table)
+    rest = (grid, order, brick, unit, before, after)
+    if _may_be_kept(q):
+        made = kept_order(*rest, q.device, method.own_table)
+    else:
+        made = order_by_op(q, *rest, method.own_table)
     chunk = num_blocks(math.prod(brick), unit) * unit if chunked else 0
     return Places(protected_ranges(options, tokens), made, made.index.shape[0], before + after, chunk)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.arguments import RouteResult, SelectArgs
-from sla2_compile.kernels.blocks import num_kept
+from sla2_compile.kernels.blocks import num_kept, smaller
 from sla2_compile.kernels.portable.route import scored, table
 from sla2_compile.kernels.portable.tiling import NEG_INF
 
@@ -15,7 +15,7 @@ def table_width(args: SelectArgs[Tensor], tn: int) -> int:
     """K of the look-up table: the most that a head keeps, and what is protected."""
     ratio = max(args.head_ratios, default=args.topk_ratio)
     kept = num_kept(tn, ratio, args.block_q, args.block_k, args.is_causal)
-    return torch.sym_min(tn, kept + args.protected())
+    return smaller(tn, kept + args.protected())
 
 
 def select_forward(args: SelectArgs[Tensor]) -> RouteResult[Tensor]:

@@ -50,7 +50,8 @@ def given(name: str, dtype: torch.dtype, device: str) -> tuple[Any, list[Tensor]
 
 def run(options: Any, tensors: list[Tensor], learned: dict[str, Tensor], call: Any = attend) -> list[Tensor]:
     o, _ = call(*tensors, options, training=True, keep_routing=False, **learned)
-    return [o, *torch.autograd.grad(o, tensors, torch.ones_like(o))]
+    # nothing of a graph may live on: its nodes know the stream that they were made on, which a capture may not use
+    return [o.detach(), *torch.autograd.grad(o, tensors, torch.ones_like(o))]
 
 
 @cases

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from sla2_compile.kernels.functional import attend, sla2_attention
