@@ -5,8 +5,8 @@
 All rows of a shape keep the same share of key blocks, but VSA, whose cubes are blocks of 64 x 64, and VMoBA, whose
 chunks are larger. A row is replayed from a CUDA graph, which leaves the GPU's own time; times include routers. VSA's
 gate is at 0, as it begins, and computed all the same. The grid of 32760 tokens is Wan's 21 x 30 x 52, which no brick
-of 4 x 4 x 4 divides: cubes are filled up to 39936 tokens. "In bricks" permutes q, k, v and o in each call; a model that
-permutes its tokens once has the row without. Results are saved after each row.
+of 4 x 4 x 4 divides: cubes are filled up to 39936 tokens. "In bricks" permutes q, k, v and o in each call; a model
+that permutes its tokens once has the row without. Results are saved after each row.
 """
 
 from __future__ import annotations

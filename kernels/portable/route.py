@@ -7,7 +7,6 @@ It takes a few query blocks at a time and scores their router tokens against all
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -78,46 +77,52 @@ def block_scores(
     rows = token_grid(rows, a)
     tm = rows.shape[2]
     rows = rows.view(B, heads, Hq // heads, tm, a, D + 1)
-    peak = q_pool.new_empty(B, heads, Hq // heads, tm, tn)
+    # (batch and kv heads, query heads of each, ...)
+    rows, keys = rows.flatten(0, 1), keys.flatten(0, 1)
+    peak = q_pool.new_empty(B * heads, Hq // heads, tm, tn)
     typical = torch.empty_like(peak)
     missing = -Tq % a
-    step = max(1, TILE_ELEMENTS.get(q_pool.device.type, 2**26) // (a * b * tn))
+    room = max(1, TILE_ELEMENTS.get(q_pool.device.type, 2**26) // (a * b * tn))
+    # heads together where a head alone would leave a GPU idle
+    step, together = min(tm, room), max(1, room // (Hq // heads * tm)) if q_pool.is_cuda else 1
     with call_memory(q_pool.device) as scratch:
-        for i, h in product(range(B), range(heads)):
-            flat = keys[i, h]
+        for head in range(0, B * heads, together):
+            some, flat = slice(head, head + together), keys[head : head + together]
             for start in range(0, tm, step):
-                part = rows[i, h, :, start : start + step]
-                scored = reduce_tokens(part.reshape(-1, a, D + 1), flat, b, empty, small, scratch)
+                part = rows[some, :, start : start + step]
+                scored = reduce_tokens(part.flatten(1, 2), flat, b, empty, small, scratch)
                 for out, score in zip((peak, typical), scored, strict=True):
-                    out[i, h, :, start : start + step] = score.view(part.shape[0], part.shape[1], tn)
+                    out[some, :, start : start + step] = score.view(*part.shape[:3], tn)
             if missing:
                 # the ragged last query block holds fewer tokens: padding must not count
-                last = rows[i, h, :, -1, : a - missing]
-                peak[i, h, :, -1], typical[i, h, :, -1] = reduce_tokens(last, flat, b, empty, small, scratch)
-    return peak.flatten(1, 2), typical.flatten(1, 2)
+                scored = reduce_tokens(rows[some, :, -1, : a - missing], flat, b, empty, small, scratch)
+                peak[some, :, -1], typical[some, :, -1] = scored
+    return peak.view(B, Hq, tm, tn), typical.view(B, Hq, tm, tn)
 
 
 def reduce_tokens(
     rows: Tensor, keys: Tensor, b: int, may_be_empty: bool, small: bool, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Return peak and typical, (n, Tn) each.
+    """Return peak and typical, (h, n, Tn) each.
 
     Args:
-        rows: (n, a, D + 1), scaled tokens of n query blocks.
-        keys: (b * Tn, D + 1), tokens of the key blocks, a block's tokens Tn apart.
+        rows: (h, n, a, D + 1), scaled tokens of n query blocks of each of h heads.
+        keys: (h, b * Tn, D + 1), tokens of the key blocks, a block's tokens Tn apart.
         may_be_empty: whether a block may hold no real key.
         small: whether exp(score) can neither overflow nor vanish.
         scratch: memory of the call.
     """
-    n, a, width = rows.shape
-    s = scratch("scores", (n * a, keys.shape[0]), rows.dtype)
-    s = torch.mm(rows.reshape(-1, width), keys.mT, out=s).view(n * a, b, -1)
+    heads, n, a, _ = rows.shape
+    s = scratch("scores", (heads, n * a, keys.shape[1]), rows.dtype)
+    s = torch.bmm(rows.flatten(1, 2), keys.mT, out=s).view(heads * n * a, b, -1)
     if small:
-        total = s.exp_().sum(dim=1).view(n, a, -1)
-        return total.sum(dim=1).log_().sub_(math.log(a)), total.log().mean(dim=1)
-    s = log_sum_exp(s, may_be_empty).view(n, a, -1)
-    typical = s.mean(dim=1)
-    return log_sum_exp(s, may_be_empty) - math.log(a), typical
+        total = s.exp_().sum(dim=1).view(heads * n, a, -1)
+        peak, typical = total.sum(dim=1).log_().sub_(math.log(a)), total.log().mean(dim=1)
+    else:
+        s = log_sum_exp(s, may_be_empty).view(heads * n, a, -1)
+        typical = s.mean(dim=1)
+        peak = log_sum_exp(s, may_be_empty) - math.log(a)
+    return peak.view(heads, n, -1), typical.view(heads, n, -1)
 
 
 def log_sum_exp(s: Tensor, may_be_empty: bool) -> Tensor:
