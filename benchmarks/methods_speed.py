@@ -88,7 +88,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
         "",
         described(about) + ".",
         "",
-        (__doc__ or "").partition("\n\n")[2].strip(),
+        (__doc__ or "").strip().rpartition("\n\n")[2],
         "",
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -114,7 +114,14 @@ def table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="prefix of the JSON and Markdown files")
+    parser.add_argument("--report", action="store_true", help="measure nothing: the Markdown anew from the JSON")
     given = parser.parse_args()
+    if given.report:
+        if given.output is None:
+            parser.error("--report must come with --output, got none; give the prefix of the JSON file")
+        found = json.loads(Path(f"{given.output}.json").read_text())
+        Path(f"{given.output}.md").write_text(table(found["rows"], found["environment"]))
+        return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/methods_speed.py must run on a CUDA GPU, got none; see benchmarks/results")
     about, rows = environment("cuda", "methods_speed.py", sys.argv[1:]), []

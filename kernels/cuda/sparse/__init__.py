@@ -9,5 +9,5 @@
     cuts.py       how they are cut
     launches.py   the forward's launches; backward_launches.py the backward's
 
-`reference/methods.py` specifies what they compute. They have run in Triton's interpreter alone so far.
+`reference/methods.py` specifies what they compute.
 """
