@@ -43,7 +43,7 @@ def save(drawn: Any, path: Path) -> None:
 
 def error_picture(found: Found, path: Path) -> None:
     """Each error over sparsity, a line for each variant; a point where there is one sparsity."""
-    rows = [row for part in found if part not in ("curves", "demo") for row in found[part]["rows"]]
+    rows = [row for part in found if part not in ("curves", "demo", "methods") for row in found[part]["rows"]]
     if not any(row["sparsity"] for row in rows):
         return
     drawn, axes = figure(1, len(MEASURES), 12, 4.4)
