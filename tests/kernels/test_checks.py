@@ -13,9 +13,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sla2_compile.kernels import checks
-from sla2_compile.kernels.arguments import AttentionArgs, BackwardArgs, RouteArgs, SparseArgs, SparseBackwardArgs
+from sla2_compile.kernels.arguments import (
+    AttentionArgs,
+    BackwardArgs,
+    RouteArgs,
+    SelectArgs,
+    SparseArgs,
+    SparseBackwardArgs,
+)
 from sla2_compile.kernels.ops import attention, attention_backward, route
 from sla2_compile.kernels.records import arguments, flat, of
+from sla2_compile.kernels.select_ops import select
 from sla2_compile.kernels.sparse_ops import sparse_attention, sparse_attention_backward
 
 
@@ -44,6 +52,10 @@ def good() -> dict[str, Any]:
         "low_bit": "none",
         "tail": "proxy",
         "proxy_order": 1,
+        "by_threshold": False,
+        "threshold": 1.0,
+        "head_ratios": (0.3, 0.5, 0.3, 0.3),
+        "protect": (0, 1),
         "do": torch.zeros(2, 4, 40, 24),
         "o": torch.zeros(2, 4, 40, 24),
         "lse": torch.zeros(2, 4, 40),
@@ -56,6 +68,7 @@ RECORDS: dict[Any, Any] = {
     attention_backward: BackwardArgs,
     sparse_attention: SparseArgs,
     sparse_attention_backward: SparseBackwardArgs,
+    select: SelectArgs,
 }
 
 
@@ -70,6 +83,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 # (ops that refuse, what is wrong, the whole message)
 BOTH, R, A, W = (route, attention), (route,), (attention, attention_backward), (attention_backward,)
 S = (sparse_attention, sparse_attention_backward)
+C = (select,)
 REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (BOTH, {"q": zeros(4, 40, 16)},
      "q must have shape (batch, heads, tokens, head_dim), got (4, 40, 16); reshape it to 4-D"),
@@ -149,6 +163,16 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
      "linear_scope must be 'complement' when is_causal, got 'all'; all keys would include future ones"),
     (A, {"low_bit": "int4"},
      "low_bit must be one of none, int8, int8_fp8, got 'int4'; int8_fp8 is the paper's"),
+    (C, {"topk_ratio": 0.0},
+     "topk_ratio must lie in (0, 1], got 0.0; 0.15 keeps 15 % of the key blocks"),
+    (C, {"head_ratios": (0.3, 0.5)},
+     "head_ratios must have a ratio for each of q's 4 heads, got 2; or leave it out"),
+    (C, {"head_ratios": (0.3, 0.5, 1.5, 0.3)},
+     "head_ratios must lie in (0, 1], got 1.5; 0.15 keeps 15 % of the key blocks"),
+    (C, {"protect": (0, 1, 2)},
+     "protect must be ascending pairs of key blocks from 0 to 4, got (0, 1, 2); see `SelectArgs`"),
+    (C, {"protect": (3, 5)},
+     "protect must be ascending pairs of key blocks from 0 to 4, got (3, 5); see `SelectArgs`"),
     (S, {"q": zeros(4, 40, 16)},
      "q must have shape (batch, heads, tokens, head_dim), got (4, 40, 16); reshape it to 4-D"),
     (S, {"key_mask": zeros(2, 40, dtype=torch.bool)},
@@ -218,6 +242,7 @@ def test_refusal_of_a_second_device(op: Any, name: str, message: str) -> None:
         attention_backward: checks.check_backward,
         sparse_attention: checks.check_sparse,
         sparse_attention_backward: checks.check_sparse_backward,
+        select: checks.check_select,
     }
     with pytest.raises(ValueError, match="must") as refused:
         check[op](record(RECORDS[op], args))
@@ -235,6 +260,7 @@ def test_what_is_right_is_taken(fake: bool) -> None:
         (2, 4, 40, 16), (2, 2, 50, 16), (2, 2, 50, 24), (2, 2, 16), (4,), (4, 1),
         (2, 4, 40, 24), (2, 4, 40), (2, 4, 40),
         (2, 4, 40, 16), (2, 2, 50, 16), (2, 2, 50, 24),
+        (2, 4, 2, 3), (2, 4, 2), (2, 4, 2), (2, 2, 16),
     ]  # fmt: skip
     with FakeTensorMode() if fake else nullcontext():
         assert shapes() == want

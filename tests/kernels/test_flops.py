@@ -153,7 +153,7 @@ FIRST = (
 CHECK = """
 from torch.utils.flop_counter import flop_registry, FlopCounterMode
 names = sorted(str(op) for op in flop_registry if 'sla2' in str(op))
-assert names == ['sla2.attention', 'sla2.attention_backward', 'sla2.forward', 'sla2.route',
+assert names == ['sla2.attention', 'sla2.attention_backward', 'sla2.forward', 'sla2.route', 'sla2.select',
                  'sla2.sparse_attention', 'sla2.sparse_attention_backward'], names
 assert not any('sla2' in type(finder).__module__ for finder in sys.meta_path)
 q = torch.randn(1, 1, 64, 8)

@@ -81,7 +81,9 @@ def attend_pooled_kernel(
         tail_top, tail = top, total
 
     # entries ascend, so the tiles that need a mask (ragged, causal diagonal, absent) are the last ones
-    if HAS_MASK:
+    if HAS_MASK and CAUSAL:
+        whole, real = 0, topk
+    elif HAS_MASK:
         # selections that keep fewer blocks in some rows come with a mask
         whole, real = table_counts(table, topk, 0, Nk, BLOCK_K, 64)
         whole = 0
