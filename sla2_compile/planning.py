@@ -15,6 +15,7 @@ from sla2_compile.kernels.checks import DTYPES
 from sla2_compile.libraries.transformers import adapter_of
 from sla2_compile.modules.deferral.written import Written
 from sla2_compile.modules.first_backward import FirstBackward
+from sla2_compile.modules.frames import modules_by_name
 from sla2_compile.modules.pretrained import begin_as_saved
 from sla2_compile.modules.recording.find import CONTAINERS, Found
 from sla2_compile.modules.redirect import CHILD, has_attribute, install
@@ -73,7 +74,7 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
     for rewrite in rewrites:
         where = rewrite.where
         owners[where.owner][where.index] = (calls[where.owner, where.index], rewrite)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model)
     # a module whose calls all stay as they are must keep them from an owner around it and from an adapter
     for s in found.seen:
         name, module = s.where.owner, modules[s.where.owner]
@@ -108,7 +109,7 @@ def apply(model: nn.Module, layout: Layout, first: FirstBackward | None = None) 
 
     first: tells owners what belongs to the model's first forward, if that was planned from.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model)
     sites = {
         name: Sites(
             {index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()},

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 import sla2_compile
@@ -90,6 +91,34 @@ def test_torch_compiles_wrapper_hides_no_owner(model, x):
     model.part[1] = torch.compile(model.part[1], backend="eager")
     for part in (model, model.part, torch.compile(model, backend="eager")):
         assert len(told(part)[0]) == 3
+
+
+def test_a_wrapper_that_comes_after_transform_hides_no_owner(model, x):
+    model.part[0] = Holder(model.part[0])
+    model.part[2].attn = checkpoint_wrapper(model.part[2].attn)
+    owners, misses, ran = told(model)
+    assert owners == ["part.0.part.attn", "part.1.attn", "part.2.attn._checkpoint_wrapped_module"]
+    assert misses == ["part.0.part.lone", "part.1.lone", "part.2.lone"]
+    assert ran == {f"{owner}.sla2.0": 1 for owner in owners}
+    model.part[0].part.attn.sla2[0].set_topk_ratio(0.25)
+    assert [r.settings.options.topk_ratio for r in sla2_compile.report(model).rewrites] == [0.25, 0.5, 0.5]
+    model.part[1] = Holder(nn.Identity())
+    with pytest.warns(UserWarning, match="part.1.attn: the module was replaced"):
+        assert list(sla2_compile.report(model).gone) == ["part.1.attn"]
+    for module in sla2_compile.restore(model).modules():
+        assert not hasattr(module, "sla2")
+
+
+def test_parts_that_were_compiled_before_transform(x):
+    net = Holder(nn.Sequential(*(torch.compile(Block(), backend="eager") for _ in range(2))))
+    full = copy.deepcopy(net)
+    sla2_compile.transform(net, example_inputs=(x,), min_seq_len=0, topk_ratio=0.5, exclude=["part.0.attn"])
+    assert not torch.equal(net(x), full(x))
+    assert told(net) == (["part.1.attn"], ["part.0.attn", "part.0.lone", "part.1.lone"], {})
+    with sla2_compile.record_statistics(net):
+        net(x)
+    assert sla2_compile.report(net).ran == {"part.1.attn.sla2.0": 1}
+    torch.testing.assert_close(sla2_compile.restore(net)(x), full(x), rtol=0, atol=0)
 
 
 def test_a_graph_in_a_new_root(x):

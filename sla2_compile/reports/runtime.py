@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from torch import fx, nn
 
 from sla2_compile.kernels.options import State
+from sla2_compile.modules.frames import modules_by_name, plain
 from sla2_compile.modules.redirect import CHILD, is_owner, site_forward
 from sla2_compile.passes.replace_attention import site_nodes
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.passes.sites.sites import Sites
-from sla2_compile.plan import plain, plans
+from sla2_compile.plan import plans
 
 REPLACED = "its forward was replaced after transform (hooks removed, or patched): SLA2 does not run"
 SWAPPED = "the module was replaced after transform: SLA2 does not run"
@@ -88,7 +89,7 @@ def gone(model: nn.Module) -> dict[str, str]:
 
 
 def _gone(model: nn.Module) -> Iterator[tuple[str, str]]:
-    modules = {plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules = modules_by_name(model)
     for part, _, plan in plans(model):
         if plan.discovery == "graph":
             continue
