@@ -63,6 +63,17 @@ def test_scripted_models_are_refused(x):
         assert sla2_compile.report(model).discovery == "not transformed"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripting_a_transformed_model_is_refused(x):
+    encoder = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+    model = nn.Sequential(encoder)
+    sla2_compile.transform(model, example_inputs=(torch.randn(2, 96, 32),), min_seq_len=0)
+    for part in (model, encoder):
+        with pytest.raises(ValueError, match=r"must not be scripted, got torch\.jit\.script; use torch\.compile"):
+            torch.jit.script(part)
+    assert torch.jit.script(sla2_compile.restore(model))(torch.randn(2, 96, 32)).shape == (2, 96, 32)
+
+
 class Recast:
     """A callable that is no function, and says what it wraps; as accelerate's are."""
 

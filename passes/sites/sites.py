@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sla2_compile.kernels.checks import fail
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Declined, Site
@@ -54,6 +55,15 @@ class Sites(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which asks every module inside the model that it is given for a replacement.
+
+        Raises:
+            ValueError: always. The compiler of scripts reads neither modes nor custom ops.
+        """
+        fix = "use torch.compile, torch.export or torch.jit.trace, or call sla2_compile.restore first"
+        raise fail("a transformed model", "not be scripted", "torch.jit.script", fix)
 
     def forward(
         self,
