@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import sla2_compile
 from sla2_compile.api import inspect
@@ -58,6 +59,30 @@ def test_report_of_parts_and_of_an_untouched_model(x):
     assert rewrite.where.owner == "1.blocks.0"
     sla2_compile.restore(outer)
     assert sla2_compile.report(outer).outcomes == ()
+
+
+def test_an_owner_that_returns_early(x):
+    class Cached(models.Attention):
+        kept = None
+
+        def forward(self, x):
+            return super().forward(x) if self.kept is None else self.kept
+
+    model = nn.Sequential(Cached(), Cached())
+    sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0, topk_ratio=0.25)
+    model(x)
+    model[0].kept = model[0](x)
+    with pytest.warns(UserWarning, match="0 ran without the attention calls .*: it returned before them"):
+        model(x)
+    with pytest.warns(UserWarning, match="0: 1 of 3 eager forwards made none"):
+        text = str(sla2_compile.report(model))
+    assert text.count("SLA2, not always") == 1
+    assert "not reached" not in text
+    model[0].forward = lambda x: x
+    with pytest.warns(UserWarning, match="its forward was replaced"):
+        text = str(sla2_compile.report(model))
+    assert "not always" not in text
+    assert text.count("not reached") == 1
 
 
 def test_inspect_changes_nothing(x):

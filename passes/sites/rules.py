@@ -45,7 +45,7 @@ class Reason(str, Enum):
     WEIGHTS_USED = "softmax weights or scores are used elsewhere"
     LOOK_ALIKE = "looks like token attention, and is not"
     CONTAINER = "owner runs its children one by one (Sequential and the like)"
-    CHECKPOINT = "in a checkpoint inside the owner; checkpoint the whole owner instead"
+    CHECKPOINT = "in a checkpoint inside the owner, or under its own no_grad; checkpoint the whole owner instead"
     BODY = "in a block of its own in the graph (checkpoint, gradient or autocast mode, control flow)"
     EMPTY = "no tokens, or an empty batch"
     NESTED = "nested tensor"

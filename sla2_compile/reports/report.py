@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sla2_compile.libraries.adapted import adapter_sites, adapters_of
+from sla2_compile.modules.redirect import CHILD
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.settings import SiteSettings
 from sla2_compile.plan import plans
@@ -127,12 +128,20 @@ class Report:
             if isinstance(x, Rewrite):
                 kept = f"{x.topk} of {x.tn}" if x.tn else f"{x.settings.options.topk_ratio:.0%}"
                 saved = f"{1 - x.flops / x.full_flops:.0%}" if x.full_flops else ""
-                done = "planned, not reached (see below)" if w.owner in self.gone else name_of(x.settings)
-                table.add_row(w.owner or "(model)", call, shape, keys, done, kept, saved)
+                table.add_row(w.owner or "(model)", call, shape, keys, self._done(x), kept, saved)
             else:
                 why = x.reason.value + (f" ({x.detail})" if x.detail else "")
                 table.add_row(w.owner or "(model)", call, shape, keys, why, "", "", style="dim")
         return table
+
+    def _done(self, x: Rewrite) -> str:
+        if x.where.owner not in self.gone:
+            return name_of(x.settings)
+        lost = self.gone[x.where.owner] in (runtime.REPLACED, runtime.SWAPPED)
+        sites = f"{x.where.owner}.{CHILD}.".lstrip(".")
+        if lost or not any(name.startswith(sites) for name in self.ran):
+            return "planned, not reached (see below)"
+        return f"{name_of(x.settings)}, not always (see below)"
 
     def _recipe_names(self) -> str:
         if not self.recipes:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from sla2_compile.kernels.options import State
 from sla2_compile.modules.frames import modules_by_name, plain
-from sla2_compile.modules.redirect import CHILD, is_owner, site_forward
+from sla2_compile.modules.redirect import CHILD, WHY_MISSED, is_owner, site_forward
 from sla2_compile.passes.replace_attention import site_nodes
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
@@ -111,7 +111,4 @@ def _gone(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def missed(times: int, forwards: int) -> str:
     """Say that an owner ran without the calls that planning saw in it."""
-    return (
-        f"{times} of {forwards} eager forwards made none of the planned attention calls (another attention "
-        "implementation was chosen, or scaled_dot_product_attention was patched); transform the model anew"
-    )
+    return f"{times} of {forwards} eager forwards made none of the planned attention calls: {WHY_MISSED}"
