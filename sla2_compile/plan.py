@@ -148,7 +148,7 @@ def _moved(
             moved = (_moved_name(owner, old, new) for old, new in moves)
             places = [name for name in moved if name is not None and name in there]
         if isinstance(x, Rewrite):
-            places += [_owner(new) for old, new in names if not _is_held(new) and _site(x.where) == old]
+            places += [_owner(new) for old, new in names if not _is_held(new) and site_name(x.where) == old]
         for place in places or ([owner] if keep else []):
             key = (place, x.where.index, "" if isinstance(x, Rewrite) else f"{x.reason}{x.detail}")
             found.setdefault(key, _called(x, place))
@@ -166,7 +166,8 @@ def _called(x: Rewrite | Miss, owner: str) -> Rewrite | Miss:
     return replace(x, where=replace(x.where, owner=owner))
 
 
-def _site(where: Where) -> str:
+def site_name(where: Where) -> str:
+    """The name that planning gives the site of a call."""
     return f"{where.owner}.{CHILD}.{where.index}".lstrip(".")
 
 

@@ -15,7 +15,7 @@ from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.settings import SiteSettings
 from sla2_compile.plan import plans
 from sla2_compile.reports import runtime
-from sla2_compile.reports.computed import How, as_exported, how_lines
+from sla2_compile.reports.computed import How, as_exported, attention_ops, calls, how_lines
 from sla2_compile.reports.linear import linear_lines, linear_states
 from sla2_compile.reports.training import training_lines
 
@@ -44,6 +44,7 @@ class Report:
         converted: whether sites compute in low bit for good.
         linear: per name of a Linear layer, its state (`reports.linear.STATES`) or why it stays as it is; empty
             unless a recipe has quantize_linear.
+        unplanned: calls of SLA2 in graphs that keep no plan: exports of transformed models, and saved programs.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -58,6 +59,7 @@ class Report:
     imitated: dict[str, str] = field(default_factory=dict)
     converted: bool = False
     linear: dict[str, str] = field(default_factory=dict)
+    unplanned: int = 0
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -78,7 +80,7 @@ class Report:
         """Return the report as plain data.
 
         Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone, imitated,
-        converted, linear.
+        converted, linear, unplanned.
 
         A replaced call has its method, low_bit and portable. low_bit holds what was asked for, what runs (empty where
         that depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton
@@ -109,12 +111,15 @@ class Report:
             "imitated": self.imitated,
             "converted": self.converted,
             "linear": self.linear,
+            "unplanned": self.unplanned,
         }
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
         title = f"{len(self.rewrites)} of {len(self.outcomes)} attention calls replaced, {self._recipe_names()}"
+        if self.unplanned:
+            title = f"{calls(self.unplanned)} of SLA2 in the graph, which keeps no plan of what was replaced"
         table = Table(title=title, caption=self._caption(), title_justify="left", caption_justify="left")
         for column in ("owner", "call", "q (B, H, N, D)", "keys", "done"):
             table.add_column(column, overflow="fold")
@@ -137,7 +142,7 @@ class Report:
     def _done(self, x: Rewrite) -> str:
         if x.where.owner not in self.gone:
             return name_of(x.settings)
-        lost = self.gone[x.where.owner] in (runtime.REPLACED, runtime.SWAPPED)
+        lost = self.gone[x.where.owner] in (runtime.REPLACED, runtime.SWAPPED, runtime.ERASED)
         sites = f"{x.where.owner}.{CHILD}.".lstrip(".")
         if lost or not any(name.startswith(sites) for name in self.ran):
             return "planned, not reached (see below)"
@@ -210,7 +215,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
             recipes[use.part] = use.adapter.recipe
     discovery = discovery or ("adapter" if by_adapter else "")
     if not recipes:
-        return Report((), None, "not transformed", {})
+        return Report((), None, "not transformed", {}, unplanned=len(list(attention_ops(model))))
     first = next(iter(recipes.values()))
     several = len(recipes) > 1 and (discovery != "adapter" or any(recipe != first for recipe in recipes.values()))
     named, device = recipes if several else {}, _device(model)
