@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import sla2_compile
 from sla2_compile.passes.sites.site import Site
@@ -234,3 +236,36 @@ def test_names_of_children_and_items(x):
     assert len(model.sla2) == 2
     with pytest.raises(KeyError):
         model.sla2[2]
+
+
+class Calls(models.Attention):
+    """Attention in a function that is compiled, in an owner that is not."""
+
+    def __init__(self, function: Any, checkpoints: bool = False) -> None:
+        super().__init__()
+        self.function, self.checkpoints = function, checkpoints
+
+    def forward(self, x):
+        q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+        if self.checkpoints:
+            return self.out(checkpoint(self.function, q, k, v, use_reentrant=False)[:, 0])
+        return self.out(self.function(q, k, v)[:, 0])
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_compiled_function_that_an_owner_calls(x, checkpoints):
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v) * 2.0
+
+    called = copy.deepcopy(model := Calls(attend))
+    model.function = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for net in (model, called):
+        sla2_compile.transform(net, example_inputs=(x,), topk_ratio=0.25, **ANY)
+        net.checkpoints = checkpoints
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), called(x))
+    for net in (model, called):
+        net(x).square().mean().backward()
+    torch.testing.assert_close(model.qkv.weight.grad, called.qkv.weight.grad)
+    full = checkpoints == torch.equal(called(x), sla2_compile.restore(copy.deepcopy(called))(x))
+    assert full
