@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sla2_compile
+from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site
 from tests import models
 
@@ -269,3 +270,61 @@ def test_a_compiled_function_that_an_owner_calls(x, checkpoints):
     torch.testing.assert_close(model.qkv.weight.grad, called.qkv.weight.grad)
     full = checkpoints == torch.equal(called(x), sla2_compile.restore(copy.deepcopy(called))(x))
     assert full
+
+
+def scores(q, k):
+    return q @ k.mT * 0.25
+
+
+def rotated(x):
+    y = x.clone()
+    y[..., ::2].mul_(0.5)
+    return y + torch.linspace(0, 1, x.shape[-2])[:, None]
+
+
+PARTS: dict[str, Any] = {
+    # what is compiled, the attention that calls it, and whether SLA2 takes that
+    "before": (rotated, lambda f, q, k, v: scores(f(q), f(k)).softmax(-1) @ v, True),
+    "after": (rotated, lambda f, q, k, v: f(scores(q, k).softmax(-1) @ v), True),
+    "layers": (nn.Sequential(nn.Linear(16, 16), nn.GELU()), lambda f, q, k, v: scores(f(q), k).softmax(-1) @ v, True),
+    "beside a call": (scores, lambda f, q, k, v: F.scaled_dot_product_attention(q, k, v) + f(q, k).mean(), True),
+    "scores": (scores, lambda f, q, k, v: f(q, k).softmax(-1) @ v, False),
+    "softmax": (lambda w: w.softmax(-1), lambda f, q, k, v: f(scores(q, k)) @ v, False),
+    "all": (lambda q, k, v: scores(q, k).softmax(-1) @ v, lambda f, q, k, v: f(q, k, v), False),
+    "another product": (scores, lambda f, q, k, v: scores(q, k).softmax(-1) @ v + f(q, k).mean(), False),
+}
+
+
+class Parts(models.Attention):
+    """Attention in eager mode, a part of which is compiled."""
+
+    def __init__(self, part: Any, attend: Any) -> None:
+        super().__init__()
+        self.part, self.attend = part, attend
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(self.attend(self.part, q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("case", PARTS)
+def test_an_owner_a_part_of_which_is_compiled(x, case, grad):
+    part, attend, taken = PARTS[case]
+    model = Parts(torch.compile(part, backend="aot_eager", fullgraph=True), attend)
+    eager = copy.deepcopy(model)
+    eager.part = part
+    sla2_compile.transform(model, example_inputs=(x,), allow_none=True, topk_ratio=1.0, **ANY)
+    found = sla2_compile.report(model)
+    assert len(found.rewrites) == taken
+    assert taken or {miss.reason for miss in found.misses} == {Reason.COMPILED}
+    with torch.set_grad_enabled(grad):
+        for y in (x, torch.randn(1, 90, 32), x):
+            torch.testing.assert_close(model(y), eager(y))
+    assert sla2_compile.report(model).ran == ({"sla2.0": 3} if taken else {})
+    if grad:
+        for net in (model, eager):
+            net(x).square().mean().backward()
+        torch.testing.assert_close(model.qkv.weight.grad, eager.qkv.weight.grad)
+    with sla2_compile.record_statistics(model):
+        torch.testing.assert_close(model(x), eager(x))

@@ -54,6 +54,7 @@ class Reason(str, Enum):
     OPAQUE = "an operator of attention that is not scaled_dot_product_attention"
     SCRIPTED = "in scripted code or an extension, whose calls cannot be replaced"
     THREAD = "in a thread that the forward starts, whose calls cannot be replaced"
+    COMPILED = "written by hand in, or beside products in, a compiled function that the owner calls"
     UNSEEN = "call not seen when the model was planned"
     OFF = "switched off (sites_off)"
 

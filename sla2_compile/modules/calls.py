@@ -67,6 +67,9 @@ class RedirectAttention(OwnerMode):
             # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
             return torch.unflatten(*args, **kwargs)
         result = func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # also in a compiled function that an owner calls in eager mode
+            return result
         seen = self.sightings
         if seen is None or self.inside or not (seen.known or func in MULTIPLIES):
             return result

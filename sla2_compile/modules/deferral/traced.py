@@ -166,7 +166,7 @@ class TraceAttention(OwnerMode):
         if reason is not None:
             site.count(reason)
             return None
-        o = self.sites(planned.site, F.scaled_dot_product_attention, *call.as_arguments())
+        o = self.sites(planned.site, F.scaled_dot_product_attention, *call.as_arguments(), written=True)
         o = o.contiguous().reshape(*shape[:-1], v.shape[-1])
         if not torch.is_autocast_enabled(v.device.type):
             o = o.to(v.dtype)

@@ -86,12 +86,13 @@ class DeferAttention(Watch, OwnerMode):
         self.operands = Operands(weakref.ref, version)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            # in a compiled function that the owner calls: planning left products in there as they are
+            self.met = self.met or func is SDPA
+            return self.calls.__torch_function__(func, types, args, kwargs)
         kwargs, number = kwargs or {}, -1
         if func in PRODUCTS and is_batched(func, args, kwargs):
             number, self.product = self.product, self.product + 1
-            if torch.compiler.is_compiling():
-                # in a compiled function that the owner calls
-                return func(*args, **kwargs)
             if Deferred in types:
                 done = self._values(func, args, kwargs)
             else:
@@ -239,7 +240,7 @@ class DeferAttention(Watch, OwnerMode):
             recorded.origin.needed = True
             return None
         recorded.origin.answered = True
-        o = self.sites(planned.site, SDPA, *call.as_arguments())
+        o = self.sites(planned.site, SDPA, *call.as_arguments(), written=True)
         o = o.contiguous().reshape(*recorded.shape[:-1], v.shape[-1]).to(like.dtype)
         return o if product.order is None else o.permute(product.order)
 
