@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -16,6 +17,7 @@ from sla2_compile.api import inspect
 from sla2_compile.kernels.arguments import ForwardArgs
 from sla2_compile.passes.sites.outcome import Miss
 from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.site import Site
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}
@@ -83,6 +85,24 @@ def test_an_owner_that_returns_early(x):
         text = str(sla2_compile.report(model))
     assert "not always" not in text
     assert text.count("not reached") == 1
+
+
+def test_an_owner_that_is_passed_by(x):
+    """Code that was patched into a parent later may compute the attention of its child without calling it."""
+    model = models.Net(depth=2)
+    sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0, topk_ratio=0.25)
+    assert "not called so far" not in str(sla2_compile.report(model))
+    model(x)
+    assert "not called so far" not in str(sla2_compile.report(model))
+    names = [r.where.owner for r in sla2_compile.report(model).rewrites]
+    passed = copy.deepcopy(model)
+    for module in passed.modules():
+        if isinstance(module, Site):
+            module.runs = 0
+    owner = passed.get_submodule(names[0])
+    type(owner).forward(owner, x)
+    passed.get_submodule(names[1])(x)
+    assert f"not called so far, as far as eager code tells: {names[0]}" in str(sla2_compile.report(passed))
 
 
 def test_inspect_changes_nothing(x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +144,20 @@ class Report:
         if x.where.owner not in self.gone:
             return name_of(x.settings)
         lost = self.gone[x.where.owner] in (runtime.REPLACED, runtime.SWAPPED, runtime.ERASED)
-        sites = f"{x.where.owner}.{CHILD}.".lstrip(".")
-        if lost or not any(name.startswith(sites) for name in self.ran):
+        if lost or not self._is_met(x.where.owner, self.ran):
             return "planned, not reached (see below)"
         return f"{name_of(x.settings)}, not always (see below)"
+
+    def _unreached(self) -> list[str]:
+        """Owners without any eager call, of which nothing else is told: other code may compute their attention."""
+        owners = dict.fromkeys(x.where.owner for x in self.rewrites)
+        met = {**self.ran, **self.fallbacks}
+        return [owner or "(model)" for owner in owners if owner not in self.gone and not self._is_met(owner, met)]
+
+    def _is_met(self, owner: str, names: Iterable[str]) -> bool:
+        """Whether one of the names is of the owner's sites, or of one of them."""
+        sites = f"{owner}.{CHILD}".lstrip(".")
+        return any(name == sites or name.startswith(f"{sites}.") for name in names)
 
     def _recipe_names(self) -> str:
         if not self.recipes:
@@ -169,6 +180,8 @@ class Report:
         if self.ran:
             who = " and ".join(dict.fromkeys(name_of(x.settings) for x in self.rewrites)) or "SLA2"
             lines.append(f"{who} answered {sum(self.ran.values())} eager calls")
+            if not self.by_adapter and (unreached := self._unreached()):
+                lines.append(f"not called so far, as far as eager code tells: {', '.join(unreached)}")
         lines += [f"{name or '(model)'}: {why}" for name, why in self.gone.items()]
         for name, counts in self.fallbacks.items():
             reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
