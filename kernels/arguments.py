@@ -32,7 +32,8 @@ def output(q: Any, Dv: int) -> Any:
     PyTorch's own attention has this layout: code after it merges heads without a copy, also by `view`.
     """
     B, Hq, Nq, _ = q.shape
-    return q.new_empty(B, Nq, Hq, Dv).transpose(1, 2)
+    # no view, so that autograd lets code after it write to it in place
+    return q.new_empty_strided((B, Hq, Nq, Dv), (Nq * Hq * Dv, Dv, Hq * Dv, 1))
 
 
 class RouteArgs(NamedTuple, Generic[T]):

@@ -132,7 +132,9 @@ def attend(
         resolved = resolve(q, k, v, options, low_bit, imitated, scale, is_causal, key_mask is None)
         args = ForwardArgs(q, k, v, *learned, key_mask, *resolved)
         differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:7])
-    if (training and differentiable) or (keep_routing and not differentiable):
+    # torch.jit.trace compares what it traced with a trace without gradients: a training step is one kind of graph
+    split = training and (differentiable or torch.jit.is_tracing())
+    if split or (keep_routing and not differentiable):
         routed, attended = _in_two(args)
         o = attended.o
     else:

@@ -20,6 +20,7 @@ from sla2_compile.modules.redirect import check_removable, is_owner, remove, sit
 from sla2_compile.plan import plan_of, roots, set_plan
 from sla2_compile.planning import apply, plan_model
 from sla2_compile.recipes import DEFAULT, Recipe
+from sla2_compile.reports.computed import attention_ops
 from sla2_compile.reports.report import Report, report
 from sla2_compile.training.linear.state import check_restorable, put_back
 
@@ -159,7 +160,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: model is not an nn.Module. An ExportedProgram needs no restore: `transform` left it unchanged.
         ValueError: a forward was wrapped after transform; Linear layers are converted, whose weights are rounded for
-            good. Nothing is changed.
+            good; a graph has SLA2's ops, as exported programs do. Nothing is changed.
     """
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
@@ -168,6 +169,7 @@ def restore(model: nn.Module) -> nn.Module:
     for owner in owners:
         check_removable(owner)
     check_restorable(model)
+    _check_graphs(model)
     put_back(model)
     for _, root, _ in list(roots(model)):
         first = first_forward(root)
@@ -182,6 +184,16 @@ def restore(model: nn.Module) -> nn.Module:
 
             restore_graph_module(module)
     return model
+
+
+def _check_graphs(model: nn.Module) -> None:
+    """Refuse a graph that computes SLA2 without sites, of which nothing says what it was before."""
+    ops = len(list(attention_ops(model)))
+    if ops:
+        raise ValueError(
+            f"model must have sites in the place of its attention, got {ops} ops of SLA2 in a graph, as exported "
+            "programs have; use the model or the program that was transformed or exported"
+        )
 
 
 def _already(model: nn.Module, recipe: Recipe) -> bool:

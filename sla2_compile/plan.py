@@ -1,7 +1,8 @@
 """`Plan`: what `transform` decided for one model; kept on the model, outside its parameters.
 
 Each site also knows its plan. So a part of a transformed model, or a model whose root is another object now, can
-still be told of: `plans` gives the share of the plan that is there.
+still be told of: `plans` gives the share of the plan that is there. Owners have the names that they have now, also
+where a wrapper was put around them after `transform`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import fx, nn
 
+from sla2_compile.modules.frames import modules_by_name, plain
 from sla2_compile.modules.redirect import CHILD
 from sla2_compile.passes.sites.outcome import Miss, Rewrite, Where
 from sla2_compile.passes.sites.site import Site
@@ -70,7 +72,7 @@ def set_plan(module: nn.Module, plan: Plan | None) -> None:
         held[ATTRIBUTE] = plan
         for name, site in module.named_modules():
             if isinstance(site, Site):
-                site.planned = Planned(plan, name)
+                site.planned = Planned(plan, plain(name))
 
 
 def roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
@@ -84,11 +86,24 @@ def roots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
 def plans(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
     """Yield (name, module, plan) for each transformed root in model, and for each share of a plan without its root.
 
-    A share is what a plan says of the modules that are in model; its module is the innermost around them.
+    A share is what a plan says of the modules that are in model; its module is the innermost around them. Owners
+    are called what they are called now.
     """
     known = list(roots(model))
-    yield from known
+    for name, root, plan in known:
+        yield name, root, _as_called_now(root, plan)
     yield from _shares(model, known)
+
+
+def _as_called_now(root: nn.Module, plan: Plan) -> Plan:
+    """A root's plan, whose owners may stand in wrappers now; those that are gone keep their names."""
+    if isinstance(root, fx.GraphModule):
+        return plan
+    sites = [(plain(name), site.planned) for name, site in root.named_modules() if isinstance(site, Site)]
+    names = [(planned.name, name) for name, planned in sites if planned is not None and planned.plan == plan]
+    if all(old == new for old, new in names):
+        return plan
+    return replace(plan, outcomes=tuple(_moved(modules_by_name(root), plan, names, keep=True)))
 
 
 def _shares(model: nn.Module, known: list[tuple[str, nn.Module, Plan]]) -> Iterator[tuple[str, nn.Module, Plan]]:
@@ -105,7 +120,7 @@ def _shares(model: nn.Module, known: list[tuple[str, nn.Module, Plan]]) -> Itera
         if group is None:
             groups.append((plan, group := []))
         group.append((old, plain(name)))
-    modules = {plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules = modules_by_name(model)
     for plan, names in groups:
         found = _moved(modules, plan, names)
         part = _around([x.where.owner for x in found])
@@ -113,35 +128,46 @@ def _shares(model: nn.Module, known: list[tuple[str, nn.Module, Plan]]) -> Itera
         yield part, modules[part], replace(plan, outcomes=below)
 
 
-def _moved(there: Container[str], plan: Plan, names: list[tuple[str, str]]) -> list[Rewrite | Miss]:
+def _moved(
+    there: Container[str], plan: Plan, names: list[tuple[str, str]], keep: bool = False
+) -> list[Rewrite | Miss]:
     """A plan's outcomes for the modules that are there, with owners as they are called there.
 
-    names: of the sites, in the planned model and in this one.
+    Args:
+        names: of the sites, in the planned model and in this one.
+        keep: whether an outcome without a module that is there keeps its owner's name, or is left out.
     """
     found: dict[tuple[str, int, str], Rewrite | Miss] = {}
-
-    def add(x: Rewrite | Miss, owner: str) -> None:
-        key = (owner, x.where.index, "" if isinstance(x, Rewrite) else f"{x.reason}{x.detail}")
-        found.setdefault(key, _called(x, owner))
-
-    moves = dict.fromkeys(_apart(_owner(old), _owner(new)) for old, new in names if _is_held(new))
+    held = [(_owner(old), _owner(new)) for old, new in names if _is_held(new)]
+    moves = dict.fromkeys(_apart(old, new) for old, new in held)
     for x in plan.outcomes:
-        for old, new in moves:
-            if not old or x.where.owner == old or x.where.owner.startswith(f"{old}."):
-                owner = ".".join(filter(None, (new, x.where.owner.removeprefix(old).lstrip("."))))
-                if owner in there:
-                    add(x, owner)
-        for old, new in names:
-            if not _is_held(new) and isinstance(x, Rewrite) and _site(x.where) == old:
-                add(x, _owner(new))
+        owner = x.where.owner
+        # where its own sites are; an owner without any went where those around it went
+        places = [new for old, new in held if old == owner]
+        if not places:
+            moved = (_moved_name(owner, old, new) for old, new in moves)
+            places = [name for name in moved if name is not None and name in there]
+        if isinstance(x, Rewrite):
+            places += [_owner(new) for old, new in names if not _is_held(new) and site_name(x.where) == old]
+        for place in places or ([owner] if keep else []):
+            key = (place, x.where.index, "" if isinstance(x, Rewrite) else f"{x.reason}{x.detail}")
+            found.setdefault(key, _called(x, place))
     return list(found.values())
+
+
+def _moved_name(name: str, old: str, new: str) -> str | None:
+    """The name of a module inside old, once old is called new; None for a module elsewhere."""
+    if old and name != old and not name.startswith(f"{old}."):
+        return None
+    return ".".join(filter(None, (new, name.removeprefix(old).lstrip("."))))
 
 
 def _called(x: Rewrite | Miss, owner: str) -> Rewrite | Miss:
     return replace(x, where=replace(x.where, owner=owner))
 
 
-def _site(where: Where) -> str:
+def site_name(where: Where) -> str:
+    """The name that planning gives the site of a call."""
     return f"{where.owner}.{CHILD}.{where.index}".lstrip(".")
 
 
@@ -176,8 +202,3 @@ def _around(names: list[str]) -> str:
 def _common(a: list[str], b: list[str]) -> list[str]:
     """The levels that two names begin with."""
     return [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
-
-
-def plain(name: str) -> str:
-    """A module's name without the levels that torch.compile's wrappers add, which users do not know."""
-    return ".".join(level for level in name.split(".") if level != "_orig_mod")

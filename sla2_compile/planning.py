@@ -15,8 +15,10 @@ from sla2_compile.kernels.checks import DTYPES
 from sla2_compile.libraries.transformers import adapter_of
 from sla2_compile.modules.deferral.written import Written
 from sla2_compile.modules.first_backward import FirstBackward
+from sla2_compile.modules.frames import modules_by_name
 from sla2_compile.modules.pretrained import begin_as_saved
-from sla2_compile.modules.recording.find import CONTAINERS, Found
+from sla2_compile.modules.recording.find import CONTAINERS
+from sla2_compile.modules.recording.found import Found
 from sla2_compile.modules.redirect import CHILD, has_attribute, install
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
@@ -45,6 +47,7 @@ class Layout:
         expected: per owner's name, how many hand-written calls of one forward stay as they are.
         left: per owner's name, the positions of calls that stay as they are.
         scripted: owners inside which scripted attention runs.
+        called: per owner's name, how many calls of attention functions one forward makes.
     """
 
     plan: Plan
@@ -54,6 +57,7 @@ class Layout:
     expected: Mapping[str, int]
     left: Mapping[str, frozenset[int]]
     scripted: frozenset[str]
+    called: Mapping[str, int]
 
 
 def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool = False) -> Layout:
@@ -73,7 +77,7 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
     for rewrite in rewrites:
         where = rewrite.where
         owners[where.owner][where.index] = (calls[where.owner, where.index], rewrite)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model)
     # a module whose calls all stay as they are must keep them from an owner around it and from an adapter
     for s in found.seen:
         name, module = s.where.owner, modules[s.where.owner]
@@ -100,7 +104,7 @@ def plan_model(model: nn.Module, recipe: Recipe, found: Found, allow_none: bool 
     left = {name: frozenset(i for owner, i in calls if owner == name and i not in owners[name]) for name in owners}
     hidden = [x.where.owner for x in outcomes if isinstance(x, Miss) and x.reason is Reason.SCRIPTED]
     scripted = frozenset(name for name in owners if any(x == name or _inside(x, [name]) for x in hidden))
-    return Layout(plan, dict(owners), written, watches, found.left(owners, written), left, scripted)
+    return Layout(plan, dict(owners), written, watches, found.left(owners, written), left, scripted, found.called)
 
 
 def apply(model: nn.Module, layout: Layout, first: FirstBackward | None = None) -> None:
@@ -108,12 +112,13 @@ def apply(model: nn.Module, layout: Layout, first: FirstBackward | None = None) 
 
     first: tells owners what belongs to the model's first forward, if that was planned from.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model)
     sites = {
         name: Sites(
-            {index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in calls.items()},
+            {index: site(modules[name], seen, rewrite) for index, (seen, rewrite) in sorted(calls.items())},
             layout.left[name],
             name in layout.scripted,
+            layout.called.get(name, 0),
         )
         for name, calls in layout.owners.items()
     }

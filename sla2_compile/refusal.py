@@ -45,6 +45,7 @@ ADVICE = {
     Reason.CHECKPOINT: "checkpoint the module that makes the call, from outside",
     Reason.BODY: "transform the nn.Module, or compile it with torch.compile(backend='sla2')",
     Reason.SCRIPTED: "transform the Python code that the scripted code was made of",
+    Reason.COMPILED: "compile the module that makes the call as a whole, or call scaled_dot_product_attention",
     Reason.THREAD: "make the call in the thread that runs the forward",
     Reason.NESTED: "give padded tensors and a mask over keys",
     Reason.EMPTY: "give a batch of at least one",

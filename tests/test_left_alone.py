@@ -127,6 +127,28 @@ def test_checkpoint_inside_the_owner(x, reentrant):
     assert sla2_compile.report(model).fallbacks == {"sla2.0": {Reason.CHECKPOINT.value: 1}}
 
 
+def test_an_owner_without_gradients_of_its_own(x):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+            with torch.no_grad():
+                weights = (q @ k.mT / 4).softmax(-1)
+            return (weights @ v)[:, 0]
+
+    model = Frozen()
+    plain = copy.deepcopy(model)
+    transformed(model, x)
+    with torch.no_grad():
+        assert not torch.equal(model(x), plain(x))
+    assert torch.equal(model(x), plain(x))
+    (reasons,) = sla2_compile.report(model).fallbacks.values()
+    assert [(reason.count("under its own no_grad"), times) for reason, times in reasons.items()] == [(1, 1)]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_around_the_owner(x, reentrant):
     model = transformed(models.Attention(), x)

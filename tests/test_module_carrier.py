@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import sla2_compile
 from sla2_compile.modules.redirect import site_forward
@@ -512,3 +513,24 @@ def test_transform_of_twelve_layers_is_quick_to_plan():
     model, x = models.Net(depth=12), torch.randn(1, 512, 32)
     transformed(model, x)
     assert len(sla2_compile.report(model).rewrites) == 12
+
+
+class Overwrites(models.Attention):
+    """Writes to what attention returned, and to what shares its memory."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        o = F.scaled_dot_product_attention(q, k, v)
+        o[:, :, 0] = 0
+        o.mul_(2.0)
+        return self.out(o.transpose(1, 2).flatten(2).relu_())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_results_may_be_written_to(x, grad, training):
+    model = Overwrites().train(training)
+    full = copy.deepcopy(model)
+    sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0, topk_ratio=1.0)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(x), full(x))

@@ -6,6 +6,7 @@ import array
 import gc
 import itertools
 import random
+import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from functools import partial
@@ -252,6 +253,12 @@ def _attributes(y):
     y.value, y.new = 5, 6
 
 
+def _of_this_thread():
+    y = threading.local()
+    y.value = 1
+    return y
+
+
 OBJECTS = {
     "list": (lambda: [1, 2], _grow, list),
     "deque": (lambda: deque([1, 2], maxlen=2), _grow, list),
@@ -266,6 +273,7 @@ OBJECTS = {
     "slots": (lambda: Slotted(1), _slots, lambda y: (y.value, hasattr(y, "late"))),
     "object": (lambda: Holder(1), _attributes, lambda y: dict(vars(y))),
     "namespace": (lambda: SimpleNamespace(value=1), _attributes, lambda y: dict(vars(y))),
+    "of this thread": (_of_this_thread, _attributes, lambda y: dict(vars(y))),
     "dict": (lambda: OrderedDict(a=1, b=2), lambda y: y.move_to_end("a"), lambda y: list(y.items())),
 }
 PLACES = {

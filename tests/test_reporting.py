@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import sla2_compile
 from sla2_compile.api import inspect
 from sla2_compile.kernels.arguments import ForwardArgs
 from sla2_compile.passes.sites.outcome import Miss
 from sla2_compile.passes.sites.rules import Reason
+from sla2_compile.passes.sites.site import Site
 from tests import models
 
 ANY: dict[str, Any] = {"min_seq_len": 0}
@@ -58,6 +61,48 @@ def test_report_of_parts_and_of_an_untouched_model(x):
     assert rewrite.where.owner == "1.blocks.0"
     sla2_compile.restore(outer)
     assert sla2_compile.report(outer).outcomes == ()
+
+
+def test_an_owner_that_returns_early(x):
+    class Cached(models.Attention):
+        kept = None
+
+        def forward(self, x):
+            return super().forward(x) if self.kept is None else self.kept
+
+    model = nn.Sequential(Cached(), Cached())
+    sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0, topk_ratio=0.25)
+    model(x)
+    model[0].kept = model[0](x)
+    with pytest.warns(UserWarning, match="0 ran without the attention calls .*: it returned before them"):
+        model(x)
+    with pytest.warns(UserWarning, match="0: 1 of 3 eager forwards made none"):
+        text = str(sla2_compile.report(model))
+    assert text.count("SLA2, not always") == 1
+    assert "not reached" not in text
+    model[0].forward = lambda x: x
+    with pytest.warns(UserWarning, match="its forward was replaced"):
+        text = str(sla2_compile.report(model))
+    assert "not always" not in text
+    assert text.count("not reached") == 1
+
+
+def test_an_owner_that_is_passed_by(x):
+    """Code that was patched into a parent later may compute the attention of its child without calling it."""
+    model = models.Net(depth=2)
+    sla2_compile.transform(model, example_inputs=(x,), min_seq_len=0, topk_ratio=0.25)
+    assert "not called so far" not in str(sla2_compile.report(model))
+    model(x)
+    assert "not called so far" not in str(sla2_compile.report(model))
+    names = [r.where.owner for r in sla2_compile.report(model).rewrites]
+    passed = copy.deepcopy(model)
+    for module in passed.modules():
+        if isinstance(module, Site):
+            module.runs = 0
+    owner = passed.get_submodule(names[0])
+    type(owner).forward(owner, x)
+    passed.get_submodule(names[1])(x)
+    assert f"not called so far, as far as eager code tells: {names[0]}" in str(sla2_compile.report(passed))
 
 
 def test_inspect_changes_nothing(x):

@@ -146,3 +146,38 @@ def test_only_remembered_tensors_are_looked_at():
     for _ in range(2000):
         seen.see(torch.bmm, (q, q.mT), {}, q @ q.mT)
     assert len(seen.known) <= 256
+
+
+def mixed(s, q, k, v):
+    """Attention by hand, then called, then by hand; the last over few keys."""
+    first = hand(s, q, k, v)
+    for i in range(1 + len(s.kept)):
+        first = first + F.scaled_dot_product_attention(q + i, k, v)
+    return first + hand(s, q, k[:, :, :40], v[:, :, :40])
+
+
+@pytest.mark.parametrize("written_is_left", [False, True])
+def test_called_and_hand_written_attention_in_one_owner(written_is_left, x):
+    """Each call has a site of its own, and a call that is left alone moves no other."""
+    model = Owner(mixed)
+    full = copy.deepcopy(model)
+    fields = {"min_seq_len": 64 if written_is_left else 0, "topk_ratio": 0.25}
+    sla2_compile.transform(model, example_inputs=(x,), **fields)
+    told = sla2_compile.report(model)
+    assert [(r.where.index, r.where.k_shape[2]) for r in told.rewrites] == [(1, 200), (0, 200), (2, 40)][
+        : 2 if written_is_left else 3
+    ]
+    with torch.no_grad():
+        for index, bias in enumerate((50.0, -50.0, 5.0)[: len(told.rewrites)]):
+            model.sla2[index].alpha_bias.fill_(bias)
+        answer = model(x)
+        assert set(sla2_compile.report(model).ran.values()) == {1}
+        assert len(sla2_compile.report(model).ran) == len(told.rewrites)
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), answer)
+        torch.testing.assert_close(torch.export.export(model.eval(), (x,)).module()(x), answer)
+    # a call more than planned is no hand-written one
+    model.kept.append(1)
+    full.kept.append(1)
+    model(x)
+    assert sla2_compile.report(model).fallbacks == {"sla2": {UNSEEN: 1}}
+    torch.testing.assert_close(sla2_compile.restore(model)(x), full(x), rtol=0, atol=0)

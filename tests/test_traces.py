@@ -145,10 +145,11 @@ def merged(s, q, k, v):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("attention", [called, by_hand, merged])
-def test_jit_trace(attention, grad):
-    model, x = planned(Two(attention).eval(), topk_ratio=0.2), torch.randn(2, 96, 32)
+def test_jit_trace(attention, grad, training):
+    model, x = planned(Two(attention).train(training), topk_ratio=0.2), torch.randn(2, 96, 32)
     with torch.set_grad_enabled(grad), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         traced = torch.jit.trace(model, (x,))

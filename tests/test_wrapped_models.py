@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import sla2_compile
+from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site
 from tests import models
 
@@ -61,6 +64,17 @@ def test_scripted_models_are_refused(x):
             with pytest.raises(TypeError, match=r"transform the nn\.Module that it was made of"):
                 sla2_compile.transform(model, example_inputs=inputs)
         assert sla2_compile.report(model).discovery == "not transformed"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripting_a_transformed_model_is_refused(x):
+    encoder = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+    model = nn.Sequential(encoder)
+    sla2_compile.transform(model, example_inputs=(torch.randn(2, 96, 32),), min_seq_len=0)
+    for part in (model, encoder):
+        with pytest.raises(ValueError, match=r"must not be scripted, got torch\.jit\.script; use torch\.compile"):
+            torch.jit.script(part)
+    assert torch.jit.script(sla2_compile.restore(model))(torch.randn(2, 96, 32)).shape == (2, 96, 32)
 
 
 class Recast:
@@ -223,3 +237,94 @@ def test_names_of_children_and_items(x):
     assert len(model.sla2) == 2
     with pytest.raises(KeyError):
         model.sla2[2]
+
+
+class Calls(models.Attention):
+    """Attention in a function that is compiled, in an owner that is not."""
+
+    def __init__(self, function: Any, checkpoints: bool = False) -> None:
+        super().__init__()
+        self.function, self.checkpoints = function, checkpoints
+
+    def forward(self, x):
+        q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+        if self.checkpoints:
+            return self.out(checkpoint(self.function, q, k, v, use_reentrant=False)[:, 0])
+        return self.out(self.function(q, k, v)[:, 0])
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_compiled_function_that_an_owner_calls(x, checkpoints):
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v) * 2.0
+
+    called = copy.deepcopy(model := Calls(attend))
+    model.function = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for net in (model, called):
+        sla2_compile.transform(net, example_inputs=(x,), topk_ratio=0.25, **ANY)
+        net.checkpoints = checkpoints
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), called(x))
+    for net in (model, called):
+        net(x).square().mean().backward()
+    torch.testing.assert_close(model.qkv.weight.grad, called.qkv.weight.grad)
+    full = checkpoints == torch.equal(called(x), sla2_compile.restore(copy.deepcopy(called))(x))
+    assert full
+
+
+def scores(q, k):
+    return q @ k.mT * 0.25
+
+
+def rotated(x):
+    y = x.clone()
+    y[..., ::2].mul_(0.5)
+    return y + torch.linspace(0, 1, x.shape[-2])[:, None]
+
+
+PARTS: dict[str, Any] = {
+    # what is compiled, the attention that calls it, and whether SLA2 takes that
+    "before": (rotated, lambda f, q, k, v: scores(f(q), f(k)).softmax(-1) @ v, True),
+    "after": (rotated, lambda f, q, k, v: f(scores(q, k).softmax(-1) @ v), True),
+    "layers": (nn.Sequential(nn.Linear(16, 16), nn.GELU()), lambda f, q, k, v: scores(f(q), k).softmax(-1) @ v, True),
+    "beside a call": (scores, lambda f, q, k, v: F.scaled_dot_product_attention(q, k, v) + f(q, k).mean(), True),
+    "scores": (scores, lambda f, q, k, v: f(q, k).softmax(-1) @ v, False),
+    "softmax": (lambda w: w.softmax(-1), lambda f, q, k, v: f(scores(q, k)) @ v, False),
+    "all": (lambda q, k, v: scores(q, k).softmax(-1) @ v, lambda f, q, k, v: f(q, k, v), False),
+    "another product": (scores, lambda f, q, k, v: scores(q, k).softmax(-1) @ v + f(q, k).mean(), False),
+}
+
+
+class Parts(models.Attention):
+    """Attention in eager mode, a part of which is compiled."""
+
+    def __init__(self, part: Any, attend: Any) -> None:
+        super().__init__()
+        self.part, self.attend = part, attend
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(self.attend(self.part, q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("case", PARTS)
+def test_an_owner_a_part_of_which_is_compiled(x, case, grad):
+    part, attend, taken = PARTS[case]
+    model = Parts(torch.compile(part, backend="aot_eager", fullgraph=True), attend)
+    eager = copy.deepcopy(model)
+    eager.part = part
+    sla2_compile.transform(model, example_inputs=(x,), allow_none=True, topk_ratio=1.0, **ANY)
+    found = sla2_compile.report(model)
+    assert len(found.rewrites) == taken
+    assert taken or {miss.reason for miss in found.misses} == {Reason.COMPILED}
+    with torch.set_grad_enabled(grad):
+        for y in (x, torch.randn(1, 90, 32), x):
+            torch.testing.assert_close(model(y), eager(y))
+    assert sla2_compile.report(model).ran == ({"sla2.0": 3} if taken else {})
+    if grad:
+        for net in (model, eager):
+            net(x).square().mean().backward()
+        torch.testing.assert_close(model.qkv.weight.grad, eager.qkv.weight.grad)
+    with sla2_compile.record_statistics(model):
+        torch.testing.assert_close(model(x), eager(x))

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sla2_compile
+from sla2_compile.modules.deferral import likeness
 from sla2_compile.modules.deferral.deferred import Deferred
+from sla2_compile.passes.sites.rules import Reason
 from tests.written_by_hand import KEPT, TAKEN, Owner, plain, weights_stored
 
 # nobody runs these in a compiler: threads, files, memory handed out, hooks on gradients
@@ -124,3 +127,29 @@ def test_no_map_outlives_a_plain_owner():
     model(x)
     assert not [item for item in gc.get_objects() if type(item) is Deferred]
     assert alive == [1]
+
+
+def dropped_out(s, q, k, v):
+    return F.dropout((q @ k.mT * s.scale).softmax(-1), 0.2, s.training) @ v
+
+
+def noise_added(s, q, k, v):
+    weights = (q @ k.mT * s.scale).softmax(-1)
+    return torch.normal(weights, 0.01) @ v if s.training else weights @ v
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(("attention", "reason"), [(dropped_out, Reason.DROPOUT), (noise_added, Reason.WEIGHTS_USED)])
+def test_random_numbers_are_drawn_as_often_as_before(attention, reason, grad, monkeypatch):
+    """Planned where nothing is drawn, trained where something is. What a result is like is asked of no such call."""
+    monkeypatch.setattr(likeness, "_LIKE", {})
+    x, model = torch.randn(2, 96, 32), Owner(attention).eval()
+    original = copy.deepcopy(model)
+    transformed(model, x)
+    results = []
+    for owner in (model.train(), original.train()):
+        torch.manual_seed(5)
+        with torch.set_grad_enabled(grad):
+            results.append([owner(x), owner(x), torch.rand(3)])
+    torch.testing.assert_close(*results)
+    assert sla2_compile.report(model).fallbacks == {"sla2.0": {reason.value: 2}}

@@ -67,6 +67,12 @@ def einsum(s, q, k, v):
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).transpose(1, 2)
 
 
+@kept
+def keyword_arguments(s, q, k, v):
+    scores = torch.mul(input=torch.matmul(input=q, other=k.mT), other=s.scale)
+    return torch.matmul(input=torch.softmax(input=scores, dim=-1), other=v)
+
+
 @taken
 def one_batch_axis(s, q, k, v):
     B, H, N, D = q.shape

@@ -48,7 +48,7 @@ class Reason(str, Enum):
     WEIGHTS_USED = "softmax weights or scores are used elsewhere"
     LOOK_ALIKE = "looks like token attention, and is not"
     CONTAINER = "owner runs its children one by one (Sequential and the like)"
-    CHECKPOINT = "in a checkpoint inside the owner; checkpoint the whole owner instead"
+    CHECKPOINT = "in a checkpoint inside the owner, or under its own no_grad; checkpoint the whole owner instead"
     BODY = "in a block of its own in the graph (checkpoint, gradient or autocast mode, control flow)"
     EMPTY = "no tokens, or an empty batch"
     NESTED = "nested tensor"
@@ -57,6 +57,7 @@ class Reason(str, Enum):
     OPAQUE = "an operator of attention that is not scaled_dot_product_attention"
     SCRIPTED = "in scripted code or an extension, whose calls cannot be replaced"
     THREAD = "in a thread that the forward starts, whose calls cannot be replaced"
+    COMPILED = "written by hand in, or beside products in, a compiled function that the owner calls"
     UNSEEN = "call not seen when the model was planned"
     OFF = "switched off (sites_off)"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sla2_compile.kernels.checks import fail
 from sla2_compile.passes.multihead import function as multihead
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Declined, Site
@@ -22,14 +23,17 @@ class Sites(nn.Module):
 
     Attributes:
         left: positions of the calls that planning saw and left alone; the plan has their reasons.
+        called: how many calls of attention functions planning saw; the positions after them are hand-written calls'.
         scripted: whether scripted attention runs beside them. Dynamo traces the Python that a scripted function was
             made of, which moves the positions of other calls, so that compiled code keeps full attention.
         unseen: eager calls at positions that planning did not see; they kept full attention.
     """
 
-    def __init__(self, sites: dict[int, Site], left: frozenset[int] = frozenset(), scripted: bool = False) -> None:
+    def __init__(
+        self, sites: dict[int, Site], left: frozenset[int] = frozenset(), scripted: bool = False, called: int = 0
+    ) -> None:
         super().__init__()
-        self.left, self.scripted = left, scripted
+        self.left, self.scripted, self.called = left, scripted, called
         for index, site in sites.items():
             self.add_module(str(index), site)
         self.unseen = 0
@@ -55,6 +59,15 @@ class Sites(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which asks every module inside the model that it is given for a replacement.
+
+        Raises:
+            ValueError: always. The compiler of scripts reads neither modes nor custom ops.
+        """
+        fix = "use torch.compile, torch.export or torch.jit.trace, or call sla2_compile.restore first"
+        raise fail("a transformed model", "not be scripted", "torch.jit.script", fix)
+
     def forward(
         self,
         index: int,
@@ -63,6 +76,7 @@ class Sites(nn.Module):
         kwargs: Any,
         reason: Reason | None = None,
         padding: Tensor | None = None,
+        written: bool = False,
     ) -> Any:
         """Answer the index-th attention call of one forward of the owner.
 
@@ -73,10 +87,11 @@ class Sites(nn.Module):
             reason: why the call keeps full attention without asking the site, or None.
             padding: the boolean mask (B, Nk), True where a key is hidden, from which the key_padding_mask of
                 F.multi_head_attention_forward was made, if known.
+            written: whether it stands for a hand-written call.
         """
         if self.scripted and torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)
-        site = self._at(index)
+        site = self._at(index) if written or index < self.called else None
         if site is None:
             self.count_unseen(index)
             return function(*args, **kwargs)
@@ -96,7 +111,8 @@ class Sites(nn.Module):
     def count_unseen(self, index: int | None = None) -> None:
         """Count an eager call if planning did not see it; index: its position, None for a hand-written one."""
         # an owner without sites only keeps its calls away from the owners around it
-        if len(self) > 0 and not torch.compiler.is_dynamo_compiling() and index not in self.left:
+        known = index is not None and index in self.left and index < self.called
+        if len(self) > 0 and not torch.compiler.is_dynamo_compiling() and not known:
             self.unseen += 1
 
 

@@ -17,6 +17,7 @@ from sla2_compile.export.state import writes
 from sla2_compile.kernels.checks import fail
 from sla2_compile.libraries.adapted import adapters_of
 from sla2_compile.libraries.adapter import Called, listing
+from sla2_compile.modules.frames import plain
 from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.modules.restoring.leave_alone import left_alone, private_copy
 from sla2_compile.passes.expand_multihead import ExpandMultihead
@@ -27,7 +28,7 @@ from sla2_compile.passes.pipeline import PassError, Pipeline
 from sla2_compile.passes.read_masks import ReadMasks
 from sla2_compile.passes.select_attention import SelectAttention
 from sla2_compile.passes.sites.outcome import Miss
-from sla2_compile.plan import plain, plans
+from sla2_compile.plan import plans
 from sla2_compile.recipes import DEFAULT, Recipe
 
 

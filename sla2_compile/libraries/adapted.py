@@ -11,9 +11,10 @@ from torch import nn
 
 from sla2_compile.libraries import diffusers, transformers
 from sla2_compile.libraries.adapter import Adapter, AdapterSite, let_go
+from sla2_compile.modules.frames import plain
 from sla2_compile.modules.redirect import is_owner
 from sla2_compile.passes.sites.outcome import Rewrite
-from sla2_compile.plan import plain, plans
+from sla2_compile.plan import plans
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:

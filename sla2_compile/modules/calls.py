@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from sla2_compile.kernels.torch_internals import constant_in_traces
 from sla2_compile.modules.deferral.sightings import MULTIPLIES, Sightings
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.sites import Sites, sites_of
@@ -66,6 +67,9 @@ class RedirectAttention(OwnerMode):
             # the method is Python and calls super(), which Dynamo cannot trace under a mode (torch 2.13)
             return torch.unflatten(*args, **kwargs)
         result = func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # also in a compiled function that an owner calls in eager mode
+            return result
         seen = self.sightings
         if seen is None or self.inside or not (seen.known or func in MULTIPLIES):
             return result
@@ -76,7 +80,7 @@ class RedirectAttention(OwnerMode):
         return result
 
     def in_checkpoint(self) -> bool:
-        """Whether a checkpoint began between the owner's forward and this point; always False in a trace."""
+        """Whether a checkpoint began between the owner's forward and this point; always False in an owner's trace."""
         return self.outside is not None and _enters_checkpoint(self.outside)
 
 
@@ -92,10 +96,21 @@ def _enters_checkpoint(outside: tuple[bool, Any]) -> bool:
     is differentiated. Non-reentrant checkpoints hook saved tensors. Reentrant ones turn gradients off. An owner's
     own no_grad looks the same, and so keeps full attention too.
     """
-    grad, hooks = _autograd_context()
-    if outside[0] and not grad:
-        return True
-    return hooks is not None and hooks != outside[1] and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+    if not torch.is_grad_enabled():
+        # without gradients nobody recomputes
+        return outside[0]
+    return _hooked(outside[1])
+
+
+@constant_in_traces
+def _hooked(outside: Any) -> bool:
+    """Whether the innermost hooks on saved tensors are other ones than outside, and those of a checkpoint.
+
+    A function that the owner has compiled may meet this in a trace, which cannot follow it: what is true when it is
+    compiled goes for all its calls with gradients on.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks != outside and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 def enclosing() -> RedirectAttention | None:

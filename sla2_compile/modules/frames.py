@@ -36,7 +36,7 @@ class Frames:
 
     def __init__(self, model: nn.Module) -> None:
         # a shared module has its first name
-        self.names = {id(module): name for name, module in reversed(list(named_modules(model)))}
+        self.names = {id(module): plain(name) for name, module in reversed(list(named_modules(model)))}
         self.thread, self.count = threading.get_ident(), 0
         self.stack: tuple[Frame, ...] = (Frame(0, "", model),)
 
@@ -76,6 +76,18 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not any(name == outer or name.startswith(f"{outer}.") for outer in scripted if outer):
             yield name, module
+
+
+def plain(name: str) -> str:
+    """A module's name without the levels that torch.compile's wrappers add, which users do not know."""
+    return ".".join(level for level in name.split(".") if level != "_orig_mod")
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by all of their plain names; a name that a compiled module shares with its wrapper is
+    the module's.
+    """
+    return {plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def returned(output: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sla2_compile.modules.frames import plain
 from sla2_compile.modules.redirect import CHILD
 from sla2_compile.passes.sites.progress import KEY
 from sla2_compile.passes.sites.site import Site
@@ -31,7 +32,7 @@ def begin_as_saved(model: nn.Module, sites: Mapping[str, Site]) -> None:
     Warns:
         UserWarning: values in a folder match no site by name and shape, and stay unused.
     """
-    names = {name: module for name, module in model.named_modules() if _folder(module) is not None}
+    names = {plain(name): module for name, module in model.named_modules() if _folder(module) is not None}
     for name, module in names.items():
         # the parts of a transformers model share its configuration
         if any(name != outer and f"{name}.".startswith(f"{outer}." if outer else "") for outer in names):

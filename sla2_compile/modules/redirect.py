@@ -27,6 +27,10 @@ from sla2_compile.passes.sites.sites import Sites
 CHILD = "sla2"
 """Name of the child module that holds an owner's sites."""
 
+WHY_MISSED = (
+    "it returned before them, another attention implementation was chosen, or scaled_dot_product_attention was "
+    "patched; transform the model anew if it computes full attention there"
+)
 # attribute of an owner that holds its `SiteForward`, for code that rebinds the function of its forward
 SLOT = "_sla2_forward"
 
@@ -78,9 +82,7 @@ class SiteForward:
         self.missed += 1
         if self.missed == 1:
             warnings.warn(
-                f"{self.name or 'the model'} ran without the attention calls that SLA2 planned there (another "
-                "attention implementation was chosen, or scaled_dot_product_attention was patched): full attention; "
-                "transform the model anew",
+                f"{self.name or 'the model'} ran without the attention calls that SLA2 planned there: {WHY_MISSED}",
                 stacklevel=3,
             )
 

@@ -99,7 +99,7 @@ def as_exported(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rew
 
     The ops are in the order of the calls.
     """
-    ops = list(_attention_ops(root))
+    ops = list(attention_ops(root)) if isinstance(root, fx.GraphModule) else []
     rewrites = sum(isinstance(x, Rewrite) for x in outcomes)
     if len(ops) != rewrites and len(set(ops)) == 1:
         # calls that kept full attention have no op
@@ -114,9 +114,9 @@ def as_exported(root: nn.Module, outcomes: Sequence[Rewrite | Miss]) -> list[Rew
     return found
 
 
-def _attention_ops(root: nn.Module) -> Iterator[str]:
-    """Yield the low_bit of each call's op in a graph and in the graphs inside it."""
-    for gm in root.modules() if isinstance(root, fx.GraphModule) else ():
+def attention_ops(root: nn.Module) -> Iterator[str]:
+    """Yield the low_bit of each op that answers a call, in all graphs inside root; graphs with sites have none."""
+    for gm in root.modules():
         for node in gm.graph.nodes if isinstance(gm, fx.GraphModule) else ():
             if node.target is torch.ops.sla2.attention.default:
                 yield AttentionArgs(*node.args, **node.kwargs).low_bit

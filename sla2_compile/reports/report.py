@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sla2_compile.libraries.adapted import adapter_sites, adapters_of
+from sla2_compile.modules.redirect import CHILD
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.settings import SiteSettings
 from sla2_compile.plan import plans
 from sla2_compile.reports import runtime
-from sla2_compile.reports.computed import How, as_exported, how_lines
+from sla2_compile.reports.computed import How, as_exported, attention_ops, calls, how_lines
 from sla2_compile.reports.linear import linear_lines, linear_states
 from sla2_compile.reports.training import training_lines
 
@@ -43,6 +45,7 @@ class Report:
         converted: whether sites compute in low bit for good.
         linear: per name of a Linear layer, its state (`reports.linear.STATES`) or why it stays as it is; empty
             unless a recipe has quantize_linear.
+        unplanned: calls of SLA2 in graphs that keep no plan: exports of transformed models, and saved programs.
     """
 
     outcomes: tuple[Rewrite | Miss, ...]
@@ -57,6 +60,7 @@ class Report:
     imitated: dict[str, str] = field(default_factory=dict)
     converted: bool = False
     linear: dict[str, str] = field(default_factory=dict)
+    unplanned: int = 0
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -77,7 +81,7 @@ class Report:
         """Return the report as plain data.
 
         Keys: recipe, recipes, discovery, by_adapter, flops_saved, calls, fallbacks, ran, gone, imitated,
-        converted, linear.
+        converted, linear, unplanned.
 
         A replaced call has its method, low_bit and portable. low_bit holds what was asked for, what runs (empty where
         that depends on the length), and why if that is less. portable says why blocked PyTorch and not the Triton
@@ -108,12 +112,15 @@ class Report:
             "imitated": self.imitated,
             "converted": self.converted,
             "linear": self.linear,
+            "unplanned": self.unplanned,
         }
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
         title = f"{len(self.rewrites)} of {len(self.outcomes)} attention calls replaced, {self._recipe_names()}"
+        if self.unplanned:
+            title = f"{calls(self.unplanned)} of SLA2 in the graph, which keeps no plan of what was replaced"
         table = Table(title=title, caption=self._caption(), title_justify="left", caption_justify="left")
         for column in ("owner", "call", "q (B, H, N, D)", "keys", "done"):
             table.add_column(column, overflow="fold")
@@ -127,12 +134,30 @@ class Report:
             if isinstance(x, Rewrite):
                 kept = f"{x.topk} of {x.tn}" if x.tn else f"{x.settings.options.topk_ratio:.0%}"
                 saved = f"{1 - x.flops / x.full_flops:.0%}" if x.full_flops else ""
-                done = "planned, not reached (see below)" if w.owner in self.gone else name_of(x.settings)
-                table.add_row(w.owner or "(model)", call, shape, keys, done, kept, saved)
+                table.add_row(w.owner or "(model)", call, shape, keys, self._done(x), kept, saved)
             else:
                 why = x.reason.value + (f" ({x.detail})" if x.detail else "")
                 table.add_row(w.owner or "(model)", call, shape, keys, why, "", "", style="dim")
         return table
+
+    def _done(self, x: Rewrite) -> str:
+        if x.where.owner not in self.gone:
+            return name_of(x.settings)
+        lost = self.gone[x.where.owner] in (runtime.REPLACED, runtime.SWAPPED, runtime.ERASED)
+        if lost or not self._is_met(x.where.owner, self.ran):
+            return "planned, not reached (see below)"
+        return f"{name_of(x.settings)}, not always (see below)"
+
+    def _unreached(self) -> list[str]:
+        """Owners without any eager call, of which nothing else is told: other code may compute their attention."""
+        owners = dict.fromkeys(x.where.owner for x in self.rewrites)
+        met = {**self.ran, **self.fallbacks}
+        return [owner or "(model)" for owner in owners if owner not in self.gone and not self._is_met(owner, met)]
+
+    def _is_met(self, owner: str, names: Iterable[str]) -> bool:
+        """Whether one of the names is of the owner's sites, or of one of them."""
+        sites = f"{owner}.{CHILD}".lstrip(".")
+        return any(name == sites or name.startswith(f"{sites}.") for name in names)
 
     def _recipe_names(self) -> str:
         if not self.recipes:
@@ -155,6 +180,8 @@ class Report:
         if self.ran:
             who = " and ".join(dict.fromkeys(name_of(x.settings) for x in self.rewrites)) or "SLA2"
             lines.append(f"{who} answered {sum(self.ran.values())} eager calls")
+            if not self.by_adapter and (unreached := self._unreached()):
+                lines.append(f"not called so far, as far as eager code tells: {', '.join(unreached)}")
         lines += [f"{name or '(model)'}: {why}" for name, why in self.gone.items()]
         for name, counts in self.fallbacks.items():
             reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.items())
@@ -201,7 +228,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
             recipes[use.part] = use.adapter.recipe
     discovery = discovery or ("adapter" if by_adapter else "")
     if not recipes:
-        return Report((), None, "not transformed", {})
+        return Report((), None, "not transformed", {}, unplanned=len(list(attention_ops(model))))
     first = next(iter(recipes.values()))
     several = len(recipes) > 1 and (discovery != "adapter" or any(recipe != first for recipe in recipes.values()))
     named, device = recipes if several else {}, _device(model)

@@ -9,15 +9,18 @@ from collections.abc import Iterator, Sequence
 from torch import fx, nn
 
 from sla2_compile.kernels.options import State
-from sla2_compile.modules.redirect import CHILD, is_owner, site_forward
+from sla2_compile.modules.frames import modules_by_name, plain
+from sla2_compile.modules.redirect import CHILD, WHY_MISSED, is_owner, site_forward
 from sla2_compile.passes.replace_attention import site_nodes
 from sla2_compile.passes.sites.outcome import Miss, Rewrite
 from sla2_compile.passes.sites.rules import Reason
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.passes.sites.sites import Sites
-from sla2_compile.plan import plain, plans
+from sla2_compile.plan import Plan, plans, site_name
+from sla2_compile.reports.computed import attention_ops
 
 REPLACED = "its forward was replaced after transform (hooks removed, or patched): SLA2 does not run"
+ERASED = "the graph no longer calls its site: SLA2 does not run"
 SWAPPED = "the module was replaced after transform: SLA2 does not run"
 
 
@@ -88,9 +91,11 @@ def gone(model: nn.Module) -> dict[str, str]:
 
 
 def _gone(model: nn.Module) -> Iterator[tuple[str, str]]:
-    modules = {plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    for part, _, plan in plans(model):
+    modules = modules_by_name(model)
+    for part, root, plan in plans(model):
         if plan.discovery == "graph":
+            for owner in _erased(model, root, plan):
+                yield ".".join(filter(None, (part, owner))), ERASED
             continue
         for owner in dict.fromkeys(x.where.owner for x in plan.rewrites):
             name = ".".join(filter(None, (part, owner)))
@@ -108,9 +113,18 @@ def _gone(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield name, missed(forward.missed, forward.forwards)
 
 
+def _erased(model: nn.Module, root: nn.Module, plan: Plan) -> list[str]:
+    """The owners in root whose sites no graph in model calls; none where ops are in the place of sites."""
+    graphs = [gm for gm in model.modules() if isinstance(gm, fx.GraphModule)]
+    called = {id(site) for gm in graphs for _, site in site_nodes(gm)}
+    if not graphs or any(True for _ in attention_ops(root)):
+        # root is a part of a graph's module, or an exported program
+        return []
+    there = {site.planned.name: id(site) for site in root.modules() if isinstance(site, Site) and site.planned}
+    owners = {x.where.owner: there.get(site_name(x.where)) for x in plan.rewrites}
+    return [owner for owner, site in owners.items() if site not in called]
+
+
 def missed(times: int, forwards: int) -> str:
     """Say that an owner ran without the calls that planning saw in it."""
-    return (
-        f"{times} of {forwards} eager forwards made none of the planned attention calls (another attention "
-        "implementation was chosen, or scaled_dot_product_attention was patched); transform the model anew"
-    )
+    return f"{times} of {forwards} eager forwards made none of the planned attention calls: {WHY_MISSED}"

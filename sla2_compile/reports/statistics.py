@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from sla2_compile.kernels.checks import fail
 from sla2_compile.kernels.routing import Routing
 from sla2_compile.libraries.adapted import adapter_sites, adapters_of
+from sla2_compile.modules.frames import plain
 from sla2_compile.modules.redirect import CHILD
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.plan import plain, plans
+from sla2_compile.plan import plans
 
 if TYPE_CHECKING:
     from sla2_compile.recipes import Recipe

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sla2_compile.modules.frames import plain
 from sla2_compile.modules.redirect import CHILD
-from sla2_compile.plan import plain
 from sla2_compile.training.sites import sites_in
 
 

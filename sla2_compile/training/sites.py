@@ -11,8 +11,9 @@ from torch.export import ExportedProgram
 from sla2_compile.first_forward import first_forward
 from sla2_compile.kernels.checks import fail
 from sla2_compile.libraries.adapted import adapters_of
+from sla2_compile.modules.frames import plain
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.plan import plain, plans, roots
+from sla2_compile.plan import plans, roots
 
 
 def sites_in(model: nn.Module, pattern: str = "*") -> dict[str, Site]:

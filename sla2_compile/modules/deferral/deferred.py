@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from sla2_compile.kernels.torch_internals import autograd_in_dispatch, throw_on_address
 from sla2_compile.modules.deferral.likeness import Like, autocast_dtype, tensors
+from sla2_compile.passes.sites.rules import Reason
 
 if TYPE_CHECKING:
     from sla2_compile.modules.deferral.scores import Scores
@@ -37,14 +38,16 @@ class Origin:
         answered: whether a site computed its attention, without the scores.
         needed: whether the scores or the weights themselves were computed.
         planned: the planned call that it belongs to.
+        why: the reason to count if they are computed before a site answered.
         tell: called once, when scores or weights are computed.
     """
 
-    __slots__ = ("answered", "needed", "planned", "tell")
+    __slots__ = ("answered", "needed", "planned", "tell", "why")
 
     def __init__(self, planned: Any, tell: Callable[[Origin], None]) -> None:
         self.planned, self.tell = planned, tell
         self.answered = self.needed = False
+        self.why = Reason.WEIGHTS_USED
 
     def need(self) -> None:
         """Note that scores or weights are read."""

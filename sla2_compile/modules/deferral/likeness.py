@@ -41,7 +41,7 @@ _LIKE: dict[Any, Like | None] = {}
 def like_of(func: Any, args: Any, kwargs: Any) -> Like | None:
     """The kind of tensor that a call returns under the current autocast; None if that is no float tensor.
 
-    Found by making the call once with tensors of one element.
+    Found by making the call once with tensors of one element: of functions that do nothing else than compute.
     """
     device = next(x for x in tensors(args, kwargs)).device
     key = (func, autocast_dtype(device), _key(args), _key(kwargs))

@@ -111,7 +111,7 @@ def read_product(func: Any, args: Any, kwargs: Any) -> Product | None:
         if "out" in kwargs or beta not in (0, 1):
             return None
         return Product(left, right, float(alpha), None if beta == 0 else bias)
-    left, right = args[0], argument(args, kwargs, 1, "other", "mat2", "tensor2")
+    left, right = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "other", "mat2", "tensor2")
     if "out" in kwargs or left.dim() != right.dim():
         return None
     return Product(right, left) if func is Tensor.__rmatmul__ else Product(left, right)
@@ -256,6 +256,8 @@ DIVISIONS = (
     operator.truediv,
 )  # fmt: skip
 
+DROPOUTS = (F.dropout, torch.dropout)
+
 STEPS: dict[Any, Callable[..., Scores | None]] = {}
 """For each function, what it makes of scores. Changes of shape are read by `regrouped`."""
 for _functions, _handler in (
@@ -265,7 +267,7 @@ for _functions, _handler in (
     ((torch.masked_fill, Tensor.masked_fill), _masked_fill),
     ((torch.where,), _where),
     ((torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax), _softmax),
-    ((F.dropout, torch.dropout), _dropout),
+    (DROPOUTS, _dropout),
 ):
     for _function in _functions:
         STEPS[_function] = _handler

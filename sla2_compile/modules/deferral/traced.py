@@ -2,7 +2,7 @@
 
 Traces are those of torch.compile, torch.export and torch.jit.trace. What a program computes while it is traced does
 not matter, so nothing needs to be deferred. What scores stand for is remembered beside them. Once
-the site has answered, the scores are dead code, which every compiler removes.
+the site has answered, the scores are dead code, which every compiler removes; torch.export's own program keeps it.
 
 Function modes do not see every write in a trace (`torch._foreach_*` is missing in torch 2.13). Planning, which runs
 in eager mode, refuses owners that write to queries, keys or masks before that product.
@@ -166,7 +166,7 @@ class TraceAttention(OwnerMode):
         if reason is not None:
             site.count(reason)
             return None
-        o = self.sites(planned.site, F.scaled_dot_product_attention, *call.as_arguments())
+        o = self.sites(planned.site, F.scaled_dot_product_attention, *call.as_arguments(), written=True)
         o = o.contiguous().reshape(*shape[:-1], v.shape[-1])
         if not torch.is_autocast_enabled(v.device.type):
             o = o.to(v.dtype)

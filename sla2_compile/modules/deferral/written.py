@@ -31,6 +31,7 @@ from sla2_compile.modules.deferral.likeness import Like, like_of, tensors
 from sla2_compile.modules.deferral.operands import FOLLOWED, Operands
 from sla2_compile.modules.deferral.scores import (
     CASTS,
+    DROPOUTS,
     IN_PLACE,
     PRODUCTS,
     SHAPES,
@@ -86,12 +87,13 @@ class DeferAttention(Watch, OwnerMode):
         self.operands = Operands(weakref.ref, version)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            # in a compiled function that the owner calls: planning left products in there as they are
+            self.met = self.met or func is SDPA
+            return self.calls.__torch_function__(func, types, args, kwargs)
         kwargs, number = kwargs or {}, -1
         if func in PRODUCTS and is_batched(func, args, kwargs):
             number, self.product = self.product, self.product + 1
-            if torch.compiler.is_compiling():
-                # in a compiled function that the owner calls
-                return func(*args, **kwargs)
             if Deferred in types:
                 done = self._values(func, args, kwargs)
             else:
@@ -106,6 +108,8 @@ class DeferAttention(Watch, OwnerMode):
             if done is not None:
                 return done
         if Deferred in types:
+            if func in DROPOUTS and is_deferred(args[0] if args else None):
+                args[0].recorded.origin.why = Reason.DROPOUT
             args, kwargs = real(args), real(kwargs)
         self.before(func, args, kwargs)
         if self.operands.made and (into := written_by(func, args, kwargs)) is not None:
@@ -151,7 +155,7 @@ class DeferAttention(Watch, OwnerMode):
     def _needed(self, site: Site, origin: Origin) -> None:
         """Count a read of scores or weights; warn of the first one after the site answered."""
         if not origin.answered:
-            site.count(Reason.WEIGHTS_USED)
+            site.count(origin.why)
         elif site.count_read_back() == 1:
             warnings.warn(READ_BACK.format(self.name), stacklevel=2)
 
@@ -183,7 +187,7 @@ class DeferAttention(Watch, OwnerMode):
         like: Like | None = old.like
         shape: tuple[int, ...] | None = old.shape
         scores: Scores | None = None
-        if _returns_itself(plain, old, like_of(plain, args, kwargs), args, kwargs):
+        if _returns_itself(plain, old, args, kwargs):
             return args[at] if at == 0 else None
         if plain in SHAPES:
             shape = shape_of(plain, old, args, kwargs)
@@ -239,17 +243,17 @@ class DeferAttention(Watch, OwnerMode):
             recorded.origin.needed = True
             return None
         recorded.origin.answered = True
-        o = self.sites(planned.site, SDPA, *call.as_arguments())
+        o = self.sites(planned.site, SDPA, *call.as_arguments(), written=True)
         o = o.contiguous().reshape(*recorded.shape[:-1], v.shape[-1]).to(like.dtype)
         return o if product.order is None else o.permute(product.order)
 
 
-def _returns_itself(func: Any, old: Recorded, like: Like | None, args: Any, kwargs: Any) -> bool:
+def _returns_itself(func: Any, old: Recorded, args: Any, kwargs: Any) -> bool:
     """Whether a cast or `contiguous` returns the scores that it is given, because nothing changes."""
     if func is not Tensor.contiguous and func not in CASTS:
         return False
     plain = not kwargs.get("copy") and kwargs.get("memory_format") is None and not any(x is True for x in args[1:])
-    return plain and like == old.like
+    return plain and like_of(func, args, kwargs) == old.like
 
 
 def _fits(small: Any, big: Any) -> bool:

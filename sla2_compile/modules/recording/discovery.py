@@ -24,7 +24,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 from sla2_compile.modules.first_backward import FirstBackward, nodes_of
 from sla2_compile.modules.frames import returned
-from sla2_compile.modules.recording.find import Found, find
+from sla2_compile.modules.recording.find import find
+from sla2_compile.modules.recording.found import Found
 from sla2_compile.modules.recording.record import Recorder
 from sla2_compile.modules.restoring.copy_on_write import CopyOnWrite
 from sla2_compile.modules.restoring.leave_alone import left_alone, private_copy

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,8 @@ from sla2_compile.modules.deferral.scores import read_product
 from sla2_compile.modules.deferral.written import Written
 from sla2_compile.modules.deferral.written_call import call_of
 from sla2_compile.modules.frames import Frame
+from sla2_compile.modules.recording.compiled import is_compiled
+from sla2_compile.modules.recording.found import Found, Sighted
 from sla2_compile.modules.recording.recorded import FRAMES, Answer, Recording, hidden_attention
 from sla2_compile.passes.fuse.explain import NoFit, near_attention
 from sla2_compile.passes.fuse.flat import unusual_attention
@@ -36,49 +38,6 @@ SDPA = F.scaled_dot_product_attention
 ONLY_IN_GRAPHS = (
     "a spelling that only graphs take: compile with backend='sla2', or write scaled_dot_product_attention"
 )
-
-
-@dataclass
-class Found:
-    """The attention calls of one forward.
-
-    Attributes:
-        seen: the calls in order; several at one position of an owner count as one.
-        how: "fake" or "real".
-        written: hand-written calls, by owner and by the number of their product of queries and keys.
-        watches: by owner and call, the module around the owner inside which the call's weights stay alive.
-        sightings: hand-written calls as later forwards notice them: each in the forwards around it, outermost first.
-    """
-
-    seen: list[SeenCall]
-    how: str
-    written: dict[str, dict[int, Written]] = field(default_factory=dict)
-    watches: dict[tuple[str, int], str] = field(default_factory=dict)
-    sightings: list[tuple[Sighted, ...]] = field(default_factory=list)
-
-    def left(self, owners: Mapping[str, object], written: Mapping[str, Mapping[int, Written]]) -> dict[str, int]:
-        """Count, per owner, the hand-written calls of one forward that stay as they are.
-
-        written: the calls that do not. A call counts for the innermost owner around it; of several forwards of an
-        owner, the one with the most calls counts.
-        """
-        counts: Counter[tuple[str, int]] = Counter()
-        for around in self.sightings:
-            own = next((at for at in reversed(around) if at.name in owners), None)
-            if own is not None and own.number not in written.get(own.name, {}):
-                counts[own.name, own.forward] += 1
-        most: dict[str, int] = {}
-        for (name, _), n in counts.items():
-            most[name] = max(n, most.get(name, 0))
-        return most
-
-
-class Sighted(NamedTuple):
-    """A hand-written call in one forward around it: the module's name, the forward, and the number of its product."""
-
-    name: str
-    forward: int
-    number: int
 
 
 @dataclass
@@ -216,17 +175,24 @@ def _gather(events: list[Event], recording: Recording, how: str) -> Found:
     """Number the calls within each forward of an owner, and merge those of several forwards."""
     found = Found([], how)
     seen: dict[tuple[str, int, str], SeenCall] = {}
-    counts: Counter[int] = Counter()
+    called, by_hand = Counter[int](), Counter[int]()
+    for event in filter(_is_called, events):
+        called[event.owner.number] += 1
+        found.called[event.owner.name] = max(called[event.owner.number], found.called.get(event.owner.name, 0))
+    called.clear()
     owners = {e.owner.number: e for e in events if e.call is not None}
     for event in events:
         frame = event.owner
         reason, detail = event.reason, event.detail
-        index = counts[frame.number]
-        what = (
-            "attention" if event.call is not None or event.node.target is F.multi_head_attention_forward else "hint"
-        )
-        if what == "attention":
-            counts[frame.number] += 1
+        index, what = called[frame.number] + by_hand[frame.number], "attention"
+        if _is_called(event):
+            index = called[frame.number]
+            called[frame.number] += 1
+        elif event.call is not None:
+            index = found.called.get(frame.name, 0) + by_hand[frame.number]
+            by_hand[frame.number] += 1
+        else:
+            what = "hint"
         if event.call is not None:
             if isinstance(frame.module, CONTAINERS):
                 reason = Reason.CONTAINER
@@ -253,8 +219,16 @@ def _gather(events: list[Event], recording: Recording, how: str) -> Found:
     return found
 
 
+def _is_called(event: Event) -> bool:
+    """Whether an attention function was called; later forwards count these calls, and no others."""
+    whole = event.node.target is F.multi_head_attention_forward
+    return whole or (event.call is not None and event.answer is None)
+
+
 def _reason(recording: Recording, event: Event) -> Reason | None:
     nodes = [event.node] if event.answer is None else [event.node, event.answer.product]
+    if event.answer is not None and is_compiled(recording, (event.node, *event.answer.chain), event.frames):
+        return Reason.COMPILED
     return next((recording.reasons[n] for n in nodes if n in recording.reasons), None)
 
 

@@ -35,6 +35,7 @@ from sla2_compile.modules.deferral.scores import (
 from sla2_compile.modules.deferral.sightings import Sightings
 from sla2_compile.modules.deferral.writes import written
 from sla2_compile.modules.frames import Frame, Frames, returned
+from sla2_compile.modules.recording.compiled import forwards_around
 from sla2_compile.modules.recording.hidden import BelowPython, StartedThreads
 from sla2_compile.modules.recording.recorded import FRAMES, Answer, Recording, Sighting, UnrunGraph, hidden_attention
 from sla2_compile.modules.recording.spelling import spelling
@@ -164,6 +165,8 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, Tensor):
             self._keep(result, node)
             self._read_scores(func, node, given, given_kwargs, (*args, *kwargs.values()))
+            if (node in self.scores or func in PRODUCTS) and (outside := forwards_around(self.frames.stack)):
+                self.found.compiled[node] = outside
         elif some:
             node.meta["example_value"] = tuple(self._blank(x) if isinstance(x, Tensor) else x for x in items)
             for i, x in enumerate(items):

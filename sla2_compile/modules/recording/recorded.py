@@ -47,6 +47,7 @@ class Recording:
         maps: the frames around each forward that returned scores or weights, by the node of their product.
         masks: real masks of calls, by node.
         sightings: hand-written calls as later forwards notice them.
+        compiled: products, scores and weights in compiled functions: how many forwards are around that function.
         reasons: why a call or a product cannot be replaced where it is made, by node.
     """
 
@@ -56,6 +57,7 @@ class Recording:
     maps: dict[fx.Node, list[tuple[Frame, ...]]] = field(default_factory=dict)
     masks: dict[fx.Node, Tensor] = field(default_factory=dict)
     sightings: list[Sighting] = field(default_factory=list)
+    compiled: dict[fx.Node, int] = field(default_factory=dict)
     reasons: dict[fx.Node, Reason] = field(default_factory=dict)
 
 

@@ -19,7 +19,7 @@ from sla2_compile.modules.restoring.iterators import stand_in
 # objects from these packages belong to the process, not to the model
 FOREIGN = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "triton"}
 # but these of them hold what a model puts there
-HOLDERS = {"types", "collections", "argparse", "weakref", "queue"}
+HOLDERS = {"types", "collections", "argparse", "weakref", "queue", "_thread"}
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
 # plain objects and functions that lead from one to the next
 MAX_DEPTH = 6

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sla2_compile.api import transform
+from sla2_compile.modules.frames import plain
 from sla2_compile.modules.redirect import CHILD
-from sla2_compile.plan import plain, roots
+from sla2_compile.plan import roots
 from sla2_compile.training.calibration.calibrate import calibrate
 from sla2_compile.training.calibration.result import Calibration
 

@@ -12,12 +12,12 @@ from torch.export import ExportedProgram
 
 from sla2_compile.kernels.checks import fail
 from sla2_compile.libraries.adapted import adapters_of
+from sla2_compile.modules.frames import plain
 from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.plan import plain
 from sla2_compile.training.sites import check_sla2, pending
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 
 from sla2_compile.kernels.checks import fail
+from sla2_compile.modules.frames import plain
 from sla2_compile.modules.parallel import sharding_of
-from sla2_compile.plan import plain, plans, roots
+from sla2_compile.plan import plans, roots
 from sla2_compile.recipes import Recipe
 from sla2_compile.training.linear.state import CONVERTED, ORIGINAL
 
@@ -88,7 +89,7 @@ def names_for_patterns(model: nn.Module, recipe: Recipe) -> list[str]:
     """Return what include and exclude may name besides owners: Linear layers and the modules around them."""
     if recipe.quantize_linear == "none":
         return []
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [plain(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return list(dict.fromkeys(around for name in linears for around in _around(name)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sla2_compile.kernels.checks import fail
-from sla2_compile.plan import plain
+from sla2_compile.modules.frames import plain
 
 ORIGINAL = "_sla2_linear"
 """Attribute of a prepared layer: the layer in whose place it is. Both have one dictionary of parameters."""

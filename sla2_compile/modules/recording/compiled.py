@@ -1,0 +1,41 @@
+"""Which forwards a compiled function stands in, when planning runs it as Python.
+
+An owner may call a function, or a module, that torch.compile made. Dynamo traces what runs in there, so that nothing
+can be deferred: hand-written attention with a step in there keeps full attention. Products in there also have numbers
+at planning that they do not have afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch import fx
+
+from sla2_compile.modules.frames import Frame
+from sla2_compile.modules.recording.recorded import FRAMES, Recording
+
+
+def forwards_around(frames: Sequence[Frame]) -> int:
+    """How many of the running forwards are outside of the innermost compiled function; 0 without one.
+
+    frames: the forwards, outermost first.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    at, left = sys._getframe(), len(frames)
+    while dynamo is not None and at is not None and left:
+        if at.f_code.co_filename == dynamo.__file__:
+            return left
+        if at.f_code.co_name == "_call_impl" and at.f_locals.get("self") is frames[left - 1].module:
+            left -= 1
+        at = at.f_back  # type: ignore[assignment]
+    return 0
+
+
+def is_compiled(recording: Recording, steps: Sequence[fx.Node], frames: Sequence[Frame]) -> bool:
+    """Whether a step of hand-written attention, or another product of its owner, is in a function that it compiled.
+
+    frames: the forwards around the attention; the last is its owner's.
+    """
+    products = [node for node in recording.batched if frames[-1] in node.meta[FRAMES]]
+    return any(recording.compiled.get(node, 0) >= len(frames) for node in (*steps, *products))
