@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="prefix of the JSON and Markdown files")
+    parser.add_argument("--topk-ratio", type=float, default=0.05, help="of every row")
     parser.add_argument("--report", action="store_true", help="measure nothing: the Markdown anew from the JSON")
     given = parser.parse_args()
     if given.report:
@@ -126,7 +128,7 @@ def main() -> None:
         raise SystemExit("benchmarks/methods_speed.py must run on a CUDA GPU, got none; see benchmarks/results")
     about, rows = environment("cuda", "methods_speed.py", sys.argv[1:]), []
     print(described(about), flush=True)
-    for shape, grid in SHAPES:
+    for shape, grid in ((replace(shape, topk_ratio=given.topk_ratio), grid) for shape, grid in SHAPES):
         tensors = tuple(x.requires_grad_() for x in shape.tensors())
         grad = torch.randn_like(tensors[0])
         for name in ("FA2", "cuDNN", *METHODS):

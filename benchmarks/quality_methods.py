@@ -60,8 +60,9 @@ def runs() -> list[Run]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """The methods side by side."""
+    """The methods side by side; where the part has a teacher of its own, what that is."""
     by_name = {row["variant"]: row for row in rows}
+    full = by_name.get("full")
     measures = {"step": "step error", "sample": "sample error", "loss_gap": "held-out loss less full's"}
     heads = ["method", *(f"{title}, {when}" for title in measures.values() for when in ("untrained", "stage 2"))]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -69,4 +70,10 @@ def table(rows: list[Row]) -> list[str]:
         mine = [by_name.get(name, {}) for name in names(method)]
         cells = [f"{row[key]:.4f}" if key in row else "" for key in measures for row in mine]
         lines.append("| " + " | ".join([method, *cells]) + " |")
+    if full:
+        lines += [
+            "",
+            f"At {MAIN} % sparsity, one seed. The teacher of these rows is another one: "
+            f"{full['training_steps']} steps in {full['training_s']:.0f} s, with a held-out loss of {full['loss']:.4f}.",
+        ]
     return lines
