@@ -73,7 +73,7 @@ def table(rows: list[Row]) -> list[str]:
     if full:
         lines += [
             "",
-            f"At {MAIN} % sparsity, one seed. The teacher of these rows is another one: "
-            f"{full['training_steps']} steps in {full['training_s']:.0f} s, with a held-out loss of {full['loss']:.4f}.",
+            f"At {MAIN} % sparsity, one seed. The teacher of these rows is another one: {full['training_steps']} "
+            f"steps in {full['training_s']:.0f} s, with a held-out loss of {full['loss']:.4f}.",
         ]
     return lines

@@ -80,11 +80,61 @@ def test_by_torch_compile_and_in_qat(name, x):
 def test_what_needs_plain_sites_is_refused(name, x, tmp_path):
     model = transformed(x, **FIELDS[name])
     field = {"brick": "order", "hilbert": "order", "threshold": "selection", "heads": "head_ratios"}.get(name, name)
-    with pytest.raises(ValueError, match=f"{field} must be .* to be calibrated"):
-        sla2_compile.calibrate(model, [x], steps=0, progress=False)
+    if field != "order":
+        with pytest.raises(ValueError, match=f"{field} must be .* to be calibrated"):
+            sla2_compile.calibrate(model, [x], steps=0, progress=False)
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     with pytest.raises(ValueError, match=f"{field} must be .* to be exported to ONNX"):
         sla2_compile.export_onnx(model, (x,), tmp_path / "model.onnx")
+
+
+class Ordered(models.Attention):
+    """Attention whose tokens a permutation has put into another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = sla2_compile.token_order(GRID)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[:, self.tokens.index])[:, self.tokens.back]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sites_are_calibrated_in_their_order(x, masked):
+    """As if the model had put its tokens into that order itself."""
+    learned, errors = [], []
+    for owner, fields in ((models.Attention, FIELDS["brick"]), (Ordered, {})):
+        torch.manual_seed(0)
+        model = owner()
+        if masked:
+            model = Masked(model)
+        model = sla2_compile.transform(model, example_inputs=(x,), **ANY, **fields)
+        batches = [(x + step,) for step in range(3)]
+        found = sla2_compile.calibrate(model, batches, steps=4, ratios=(0.3,), patience=0, progress=False)
+        (site,) = found.sites
+        learned.append([p.detach() for p in model.parameters()])
+        errors.append((site.before.error, site.now.error, site.now.recall))
+        with torch.no_grad():
+            errors[-1] += (float(model(x).norm()),)
+    torch.testing.assert_close(learned[0], learned[1], rtol=1e-3, atol=1e-4)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+class Masked(torch.nn.Module):
+    """Hides some tokens from the attention inside, wherever that has put them."""
+
+    def __init__(self, inner: models.Attention) -> None:
+        super().__init__()
+        self.inner, keys = inner, torch.arange(200) % 7 > 0
+        self.keys = keys[inner.tokens.index] if isinstance(inner, Ordered) else keys
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sdpa = F.scaled_dot_product_attention
+        o = self.inner
+        h = x[:, o.tokens.index] if isinstance(o, Ordered) else x
+        q, k, v = o.qkv(h).view(*h.shape[:2], 3, o.heads, -1).permute(2, 0, 3, 1, 4)
+        y = o.out(sdpa(q, k, v, self.keys[None, None, None]).transpose(1, 2).reshape(h.shape))
+        return y[:, o.tokens.back] if isinstance(o, Ordered) else y
 
 
 def test_protected_blocks_count_as_kept(x):

@@ -18,6 +18,7 @@ from sla2_compile.kernels.tracing import exporting
 from sla2_compile.passes.sites.call import AttentionCall, bind
 from sla2_compile.passes.sites.fake_quantizer import FORMATS, INPUTS, FakeQuantConfig, FakeQuantizer, format_of
 from sla2_compile.passes.sites.masks import MaskView, Structure, read_mask
+from sla2_compile.passes.sites.ordered import in_order
 from sla2_compile.passes.sites.progress import SiteProgress
 from sla2_compile.passes.sites.remembered import why_not_unmasked
 from sla2_compile.passes.sites.rules import SMALL, Reason, why_not
@@ -47,6 +48,7 @@ class Site(SiteProgress):
         read_backs: how often the weights of a hand-written call were read although the site had answered it.
         planned: the plan that made the site, and the site's name then (`plan.Planned`); None for a site made alone.
         observer: a function (site, call, mask) that answers the calls that SLA2 takes, in its place; None for SLA2.
+            It gets tokens in the site's order, and answers in it.
             It is not meant for compiled code, and is neither saved nor copied.
     """
 
@@ -158,7 +160,9 @@ class Site(SiteProgress):
                 self.check_frozen()
         if self.observer is not None:
             # observers compute outside of autocast, which may get q and k in float32 from norms, and v in 16 bits
-            return self.observer(self, call.as_autocast_has_it(), mask)
+            call, mask, order = in_order(call.as_autocast_has_it(), mask, self.settings.options)
+            answer = self.observer(self, call, mask)
+            return answer if order is None else order.restored(answer)
         if not self.settings.options.composed:
             o, routing = attend(
                 call.q, call.k, call.v, self.settings.options,

@@ -23,7 +23,7 @@ from sla2_compile.modules.mode import in_eval_mode
 from sla2_compile.passes.sites.site import Site
 from sla2_compile.plan import plan_of, plans
 from sla2_compile.training.linear.state import converted_layers
-from sla2_compile.training.sites import check_sla2
+from sla2_compile.training.sites import BEST, check_sla2
 
 
 class Exported(NamedTuple):
@@ -86,7 +86,7 @@ def check_model(model: Any) -> None:
     if isinstance(model, ExportedProgram) or adapters_of(model) or count(model):
         return
     sites = [m for m in model.modules() if isinstance(m, Site)]
-    check_sla2(sites, "exported to ONNX", plain=True)
+    check_sla2(sites, "exported to ONNX", fields={**BEST, "order": "raster"})
     if not sites:
         pending = any(plan.discovery == "pending" for _, _, plan in plans(model))
         fix = "run one forward first" if pending else "call sla2_compile.transform first, with example_inputs"

@@ -15,7 +15,7 @@ from sla2_compile.passes.sites.site import Site
 from sla2_compile.training.aux_loss import AuxLoss, SoftLoss, calibration_loss, end_observing, observe_calls
 from sla2_compile.training.groups import ROUTER
 from sla2_compile.training.schedule import check_schedule, common_progress, set_schedule
-from sla2_compile.training.sites import check_sla2, sites_in
+from sla2_compile.training.sites import BEST, check_sla2, sites_in
 
 
 class SLA2TwoStageScheduler(CountsSteps):
@@ -165,5 +165,5 @@ def _trained(model: nn.Module) -> list[Site]:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return []
     sites = [site for site in sites_in(model).values() if site.heads]
-    check_sla2(sites, "trained in two stages", plain=True)
+    check_sla2(sites, "trained in two stages", fields=BEST)
     return sites

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -50,12 +52,17 @@ def sites_in(model: nn.Module, pattern: str = "*") -> dict[str, Site]:
     return chosen
 
 
-def check_sla2(sites: Iterable[Site], what: str, plain: bool = False) -> None:
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+BEST: Mapping[str, Any] = MappingProxyType({"selection": "topk", "head_ratios": (), "protect": ()})
+"""Fields of sites whose key blocks are the router's best, as many in each row."""
+
+
+def check_sla2(sites: Iterable[Site], what: str, fields: Mapping[str, Any] = NOTHING) -> None:
     """Refuse sites of another method than sla2.
 
     Args:
         what: what only sla2 has, for the message: "calibrated".
-        plain: whether its tokens must stay in their order and its blocks be the router's best, too.
+        fields: what else options must be, by name.
 
     Raises:
         ValueError: a site has another method, order or selection.
@@ -65,11 +72,10 @@ def check_sla2(sites: Iterable[Site], what: str, plain: bool = False) -> None:
     if others:
         got, fix = " and ".join(map(repr, others)), "restore(model), and transform it with method='sla2'"
         raise fail("method", f"be 'sla2' to be {what}", got, fix)
-    for site in sites if plain else ():
-        options = site.settings.options
-        for name, default in (("order", "raster"), ("selection", "topk"), ("head_ratios", ()), ("protect", ())):
-            if (got := getattr(options, name)) != default:
-                raise fail(name, f"be {default!r} to be {what}", repr(got), "leave the field out of the recipe")
+    for site in sites:
+        for name, wanted in fields.items():
+            if (got := getattr(site.settings.options, name)) != wanted:
+                raise fail(name, f"be {wanted!r} to be {what}", repr(got), "leave the field out of the recipe")
 
 
 def pending(model: nn.Module) -> bool:

@@ -167,8 +167,8 @@ def _point(ratio: float, row: list[float], size: float, calls: float) -> Point:
 
 
 def with_ratio(settings: SiteSettings, topk_ratio: float) -> SiteSettings:
-    """Return the settings with another topk_ratio."""
-    return replace(settings, options=replace(settings.options, topk_ratio=topk_ratio))
+    """Return the settings with another topk_ratio, for calls whose tokens are in the site's order already."""
+    return replace(settings, options=replace(settings.options, topk_ratio=topk_ratio, order="raster"))
 
 
 def answered(

@@ -18,7 +18,7 @@ from sla2_compile.modules.parallel import wrapper_around
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
 from sla2_compile.passes.sites.site import Site
-from sla2_compile.training.sites import check_sla2, pending
+from sla2_compile.training.sites import BEST, check_sla2, pending
 
 
 class Observer(Protocol):
@@ -60,7 +60,7 @@ def trainable(model: nn.Module) -> dict[str, Site]:
     """
     named = ((plain(name), m) for name, m in model.named_modules() if isinstance(m, Site))
     found = {name: site for name, site in named if site.heads}
-    check_sla2(found.values(), "calibrated", plain=True)
+    check_sla2(found.values(), "calibrated", fields=BEST)
     return found
 
 
