@@ -9,6 +9,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -69,6 +70,18 @@ def constant_in_traces(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def compiles(code: CodeType) -> bool | None:
+    """Whether a running function of Python is what torch.compile puts around others (also where it runs them as
+    Python), or what keeps Dynamo away from others (False); None for any other function.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None or code.co_filename != dynamo.__file__:
+        return None
+    # a wrapper's code is a constant of the method that makes it
+    made = {True: dynamo._TorchDynamoContext, False: dynamo.DisableContext}
+    return next((answer for answer, kind in made.items() if code in kind.__call__.__code__.co_consts), None)
 
 
 def inductor_is_loaded() -> bool:

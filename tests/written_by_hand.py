@@ -67,12 +67,6 @@ def einsum(s, q, k, v):
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).transpose(1, 2)
 
 
-@kept
-def keyword_arguments(s, q, k, v):
-    scores = torch.mul(input=torch.matmul(input=q, other=k.mT), other=s.scale)
-    return torch.matmul(input=torch.softmax(input=scores, dim=-1), other=v)
-
-
 @taken
 def one_batch_axis(s, q, k, v):
     B, H, N, D = q.shape
@@ -413,3 +407,9 @@ def gradient_inside(s, q, k, v):
         return weights @ v
     (gradient,) = torch.autograd.grad(weights.square().sum(), q, create_graph=True)
     return weights @ v + gradient
+
+
+@kept
+def keyword_arguments(s, q, k, v):
+    scores = torch.mul(input=torch.matmul(input=q, other=k.mT), other=s.scale)
+    return torch.matmul(input=torch.softmax(input=scores, dim=-1), other=v)

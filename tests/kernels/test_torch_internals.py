@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +354,39 @@ def test_private_names_stand_in_one_file() -> None:
         if path.name not in ("torch_internals.py", "lowering.py"):
             assert not private.findall(path.read_text()), f"{path.name} must ask torch_internals.py"
     assert private.findall((KERNELS / "torch_internals.py").read_text())
+
+
+def test_wrappers_of_dynamo_in_the_stack() -> None:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            frame: Any = sys._getframe()
+            while frame is not None and frame.f_code is not test_wrappers_of_dynamo_in_the_stack.__code__:
+                found = torch_internals.compiles(frame.f_code)
+                seen.extend([] if found is None else [found])
+                frame = frame.f_back
+        return x + 1
+
+    def disabled(x: Tensor) -> Tensor:
+        return torch.compiler.disable(look)(x)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return look(x)
+
+    by_itself = Module()
+    by_itself.compile(backend="eager")
+    x = torch.zeros(2)
+    with torch.compiler.set_stance("force_eager"):
+        for function, expected in (
+            (look, []),
+            (torch.compile(look, backend="eager"), [True]),
+            (torch.compile(Module(), backend="eager"), [True]),
+            (by_itself, [True]),
+            (disabled, [False]),
+            (torch.compile(disabled, backend="eager"), [False, True]),
+        ):
+            seen.clear()
+            function(x)
+            assert seen == expected

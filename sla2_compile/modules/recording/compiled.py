@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from sla2_compile.kernels.torch_internals import compiles
 from sla2_compile.modules.frames import Frame
 from sla2_compile.modules.recording.recorded import FRAMES, Recording
 
@@ -21,11 +22,12 @@ def forwards_around(frames: Sequence[Frame]) -> int:
 
     frames: the forwards, outermost first.
     """
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
     at, left = sys._getframe(), len(frames)
-    while dynamo is not None and at is not None and left:
-        if at.f_code.co_filename == dynamo.__file__:
-            return left
+    while at is not None and left:
+        found = compiles(at.f_code)
+        if found is not None:
+            # what keeps Dynamo away, as around reentrant checkpoints, runs eager code also inside of compiled code
+            return left if found else 0
         if at.f_code.co_name == "_call_impl" and at.f_locals.get("self") is frames[left - 1].module:
             left -= 1
         at = at.f_back  # type: ignore[assignment]
