@@ -117,7 +117,8 @@ def _route(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
     return route_forward(args)
 
 
-def _route_fake(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
+def route_fake(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
+    """`sla2::route` on fake tensors."""
     check_route(args)
     (B, Hq, Nq, D), acc = args.q.shape, accumulation_dtype(args.q.dtype)
     tm, tn = num_blocks(Nq, args.block_q), num_blocks(args.k.shape[2], args.block_k)
@@ -128,22 +129,11 @@ def _route_fake(args: RouteArgs[Tensor]) -> RouteResult[Tensor]:
     return RouteResult(lut, log_rest, empty(B, Hq, tm, dtype=acc), empty(B, args.k.shape[1], D, dtype=acc))
 
 
-route = define("route", RouteArgs, RouteResult, run=_route, cuda="route", fake=_route_fake)
+route = define("route", RouteArgs, RouteResult, run=_route, cuda="route", fake=route_fake)
 """Choose the key blocks of each query block. Formula: `reference.route`."""
 
 
-def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    args, made = RouteArgs(*inputs), RouteResult(*output)
-    ctx.mark_non_differentiable(made.lut, made.log_rest, made.entropy)
-    ctx.save_for_backward(args.k, args.key_mask)
-
-
-def _route_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    k, key_mask = ctx.saved_tensors
-    return named(RouteArgs, k=spread_mean(RouteResult(*grads).k_mean, k, key_mask))
-
-
-def spread_mean(d_mean: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+def _spread(d_mean: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
     """Return the gradient for k (B, Hkv, Nk, D), given that of k_mean, the mean of the keys that take part."""
     if key_mask is None:
         return (d_mean / k.shape[2]).to(k.dtype)[:, :, None].expand_as(k)
@@ -151,7 +141,22 @@ def spread_mean(d_mean: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
     return (d_mean[:, :, None] * weight[:, None, :, None]).to(k.dtype)
 
 
-route.register_autograd(_route_backward, setup_context=_route_setup)
+def pass_mean(op: Op, record: Any) -> None:
+    """Have an op that returns a `RouteResult` pass the gradient of k_mean to k, and no other."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        args, made = record(*inputs), RouteResult(*output)
+        ctx.mark_non_differentiable(made.lut, made.log_rest, made.entropy)
+        ctx.save_for_backward(args.k, args.key_mask)
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        k, key_mask = ctx.saved_tensors
+        return named(record, k=_spread(RouteResult(*grads).k_mean, k, key_mask))
+
+    op.register_autograd(backward, setup_context=setup)
+
+
+pass_mean(route, RouteArgs)
 
 
 def _attention(args: AttentionArgs[Tensor]) -> AttentionResult[Tensor]:
@@ -206,7 +211,7 @@ attention.register_autograd(_attention_backward, setup_context=_attention_setup)
 def gradients(do: Tensor, saved: Saved[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients for q, k (that of its mean too), v, alpha_gain and alpha_bias, by the ops."""
     found = _gradients_of(do, saved)
-    found["k"] = found["k"] + spread_mean(found.pop("k_mean"), saved.call.k, saved.call.key_mask)
+    found["k"] = found["k"] + _spread(found.pop("k_mean"), saved.call.k, saved.call.key_mask)
     return tuple(found[name] for name in ("q", "k", "v", "alpha_gain", "alpha_bias"))
 
 
@@ -251,7 +256,7 @@ def _forward(args: ForwardArgs[Tensor]) -> Tensor:
 
 
 def _forward_fake(args: ForwardArgs[Tensor]) -> Tensor:
-    return _attention_fake(args.attention(_route_fake(args.route()))).o
+    return _attention_fake(args.attention(route_fake(args.route()))).o
 
 
 forward = define("forward", ForwardArgs, Tensor, run=_forward, cuda="forward", fake=_forward_fake)

@@ -241,20 +241,13 @@ def test_by_torch_compile_alone(x):
     torch.testing.assert_close(got, transformed("proxy", x).eval()(x))
 
 
-class Causal(models.Attention):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, N, C))
-
-
 def test_causal_calls(x):
     for method in ("proxy", "topk"):
         # fields that a method does not read do not refuse its calls
-        model = sla2_compile.transform(Causal(), example_inputs=(x,), method=method, linear_scope="all", **ANY)
+        model = sla2_compile.transform(models.Causal(), example_inputs=(x,), method=method, linear_scope="all", **ANY)
         later = x.clone()
         # a whole number of query blocks: a block's queries choose its keys together
         later[:, 96:] += 1.0
         torch.testing.assert_close(model(later)[:, :96], model(x)[:, :96])
     with pytest.raises(ValueError, match=f"{Reason.CAUSAL_METHOD.value}.*methods sla2, proxy and topk take"):
-        sla2_compile.transform(Causal(), example_inputs=(x,), method="sla", **ANY)
+        sla2_compile.transform(models.Causal(), example_inputs=(x,), method="sla", **ANY)

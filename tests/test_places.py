@@ -161,18 +161,11 @@ def test_calls_off_the_grid_keep_full_attention(x):
     assert f"1 x {Reason.PLACES.value}" in " ".join(str(sla2_compile.report(model)).split())
 
 
-class Causal(models.Attention):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, N, C))
-
-
 def test_causal_calls_have_no_order(x):
     with pytest.raises(ValueError, match=Reason.CAUSAL_ORDER.value):
-        sla2_compile.transform(Causal(), example_inputs=(x,), **ANY, order="brick", grid=GRID)
+        sla2_compile.transform(models.Causal(), example_inputs=(x,), **ANY, order="brick", grid=GRID)
     for name in ("threshold", "heads", "protect"):
-        model = sla2_compile.transform(Causal(), example_inputs=(x,), method="topk", **ANY, **FIELDS[name])
+        model = sla2_compile.transform(models.Causal(), example_inputs=(x,), method="topk", **ANY, **FIELDS[name])
         later = x.clone()
         # a whole number of query blocks: a block's queries choose its keys together
         later[:, 96:] += 1.0
