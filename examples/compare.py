@@ -1,4 +1,4 @@
-"""Quality against time for every method: SLA2, pooled tails of two orders, top-k alone, on a real photograph.
+"""Quality against time for every method that a recipe can name, on a real photograph.
 
     python examples/compare.py [--quick] [--out compare_out]
 
@@ -25,6 +25,9 @@ from demo_measure import progress_bar
 from demo_train import denoising_inputs, load_photo, train
 from jit import JiT, JiTConfig
 
+EVERY = ("sla2", "proxy", "proxy2", "topk", "vmoba", "vsa", "sla")
+"""Of these, VSA and SLA are their sparse branches until what they learn is trained."""
+
 # model, side of the photograph in pixels, steps, and most seconds of training
 NORMAL = JiTConfig(), 256, 100, 30.0
 QUICK = JiTConfig(width=128, depth=2), 128, 6, 10.0
@@ -50,7 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     model, inputs = trained(given.quick, console)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, inputs = model.to(device), tuple(x.to(device) for x in inputs)
-    found = sla2_compile.compare(model, inputs, min_seq_len=0, repeats=1 if given.quick else 3)
+    # the model's tokens stand in squares: VMoBA's chunks and VSA's cubes are 64 in a row
+    found = sla2_compile.compare(
+        model, inputs, methods=EVERY, min_seq_len=0, brick=(1, 1, 64), repeats=1 if given.quick else 3
+    )
     console.print(found)
     given.out.mkdir(parents=True, exist_ok=True)
     found.plot(given.out / "methods.png")

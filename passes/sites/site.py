@@ -260,6 +260,8 @@ class Site(SiteProgress):
     def extra_repr(self) -> str:
         options, alpha = self.settings.options, self.settings.alpha
         sizes = f"topk_ratio={options.topk_ratio}, compression_ratio={options.compression_ratio}"
+        if options.order != "raster":
+            sizes += f", order={options.order}"
         if options.method != "sla2":
             return f"method={options.method}, {sizes}"
         return f"{sizes}, alpha={alpha}, state={self.state.value}"
