@@ -76,16 +76,28 @@ def test_by_torch_compile_and_in_qat(name, x):
     assert 0 < off < 0.02
 
 
-@each
-def test_what_needs_plain_sites_is_refused(name, x, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "field"), [("threshold", "selection"), ("heads", "head_ratios"), ("protect", "protect")]
+)
+def test_what_needs_the_routers_best_is_refused(name, field, x, tmp_path):
     model = transformed(x, **FIELDS[name])
-    field = {"brick": "order", "hilbert": "order", "threshold": "selection", "heads": "head_ratios"}.get(name, name)
-    if field != "order":
-        with pytest.raises(ValueError, match=f"{field} must be .* to be calibrated"):
-            sla2_compile.calibrate(model, [x], steps=0, progress=False)
+    with pytest.raises(ValueError, match=f"{field} must be .* to be calibrated"):
+        sla2_compile.calibrate(model, [x], steps=0, progress=False)
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     with pytest.raises(ValueError, match=f"{field} must be .* to be exported to ONNX"):
         sla2_compile.export_onnx(model, (x,), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("name", ["brick", "hilbert"])
+@pytest.mark.parametrize("target", ["portable", "inlined"])
+def test_files_hold_the_order(name, target, x, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model = transformed(x, **FIELDS[name]).eval()
+    found = sla2_compile.export_onnx(model, (x,), tmp_path / "model.onnx", target=target)
+    assert "2 SLA2 calls" in str(found)
+    checked = sla2_compile.verify_onnx(tmp_path / "model.onnx", model, (x,))
+    assert all(run.error < 1e-5 for run in checked.runs)
 
 
 class Ordered(models.Attention):

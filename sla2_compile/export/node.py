@@ -13,6 +13,7 @@ import torch
 
 from sla2_compile.export.config import INPUTS, BodyConfig
 from sla2_compile.export.fake_quant import fake_quant
+from sla2_compile.export.order import token_order
 from sla2_compile.export.products_int8 import int_mm
 
 DOMAIN, NAME, VERSION = "sla2", "attention", 1
@@ -82,6 +83,7 @@ def translation_table(low_bit: str | None) -> dict[Any, Callable[..., Any]]:
     return {
         torch.ops.sla2.forward.default: forward,
         torch.ops.sla2.fake_quant.default: fake_quant,
+        torch.ops.sla2.token_order.default: token_order,
         torch.ops.aten._int_mm.default: int_mm,
     }
 

@@ -86,7 +86,7 @@ def check_model(model: Any) -> None:
     if isinstance(model, ExportedProgram) or adapters_of(model) or count(model):
         return
     sites = [m for m in model.modules() if isinstance(m, Site)]
-    check_sla2(sites, "exported to ONNX", fields={**BEST, "order": "raster"})
+    check_sla2(sites, "exported to ONNX", fields=BEST)
     if not sites:
         pending = any(plan.discovery == "pending" for _, _, plan in plans(model))
         fix = "run one forward first" if pending else "call sla2_compile.transform first, with example_inputs"
