@@ -199,9 +199,13 @@ def _with_dense_rows(
         if is_causal:
             seen = keys <= torch.arange(start, stop, device=k.device)[:, None]
             mask = seen if mask is None else seen & mask
+        # a row that sees no key would be NaN in some of PyTorch's kernels: it sees all, and gives 0
+        alone = None if key_mask is None or mask is None else ~mask.any(dim=-1, keepdim=True)
+        mask = mask if alone is None or mask is None else mask | alone
         rows = F.scaled_dot_product_attention(
             q[:, :, start:stop], k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+        rows = rows if alone is None else rows.masked_fill(alone, 0.0)
         parts += [o[:, :, at:start], rows]
         at = stop
     return torch.cat([*parts, o[:, :, at:]], dim=2)

@@ -53,14 +53,20 @@ class Places:
 
 
 def protected_ranges(options: AttentionOptions, tokens: int) -> tuple[tuple[int, int], ...]:
-    """The ranges of `protect` in a sequence of so many tokens, ascending, without empty ones."""
-    found = []
+    """The ranges of `protect` in a sequence of so many tokens: ascending, apart, none empty."""
+    found: list[tuple[int, int]] = []
     for start, stop in options.protect:
         first = max(0, start + tokens) if start < 0 else min(start, tokens)
         end = tokens if stop is None else max(0, stop + tokens) if stop < 0 else min(stop, tokens)
         if first < end:
             found.append((first, end))
-    return tuple(sorted(found))
+    apart: list[tuple[int, int]] = []
+    for first, end in sorted(found):
+        if apart and first <= apart[-1][1]:
+            apart[-1] = (apart[-1][0], max(end, apart[-1][1]))
+        else:
+            apart.append((first, end))
+    return tuple(apart)
 
 
 def grid_of(options: AttentionOptions, tokens: int) -> tuple[Grid, int, int]:

@@ -112,6 +112,27 @@ def test_protected_tokens_are_seen_by_all_and_see_all(method: str, is_causal: bo
     assert all(always <= row for i, row in enumerate(seen) if not is_causal or i % 7 >= 1)
 
 
+def test_ranges_that_overlap_are_one() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
+    results = [
+        sla2_attention(q, k, v, AttentionOptions(**SIZES, protect=ranges))
+        for ranges in (((0, 30),), ((10, 30), (0, 12), (-200, 5), (30, 30)))
+    ]
+    assert results[0].shape == (1, 2, 200, 16)
+    torch.testing.assert_close(*results)
+
+
+def test_protected_rows_that_see_no_key_are_0() -> None:
+    q, k, v = (torch.randn(2, 2, 200, 16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[1] = False
+    options = AttentionOptions(**SIZES, protect=((0, 20),))
+    o = sla2_attention(q, k, v, options, key_mask=mask)
+    assert not o[1].any()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), (q, k, v)))
+
+
 def test_keys_alone_are_protected_where_queries_are_other_tokens() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 2, 64, 16), torch.randn(1, 2, 200, 16), torch.randn(1, 2, 200, 16)
