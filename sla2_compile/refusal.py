@@ -34,6 +34,8 @@ ADVICE = {
     Reason.DTYPE: "compute attention in float32, bfloat16 or float16",
     Reason.CAUSAL_ALL_KEYS: "linear_scope='complement' takes causal calls",
     Reason.CAUSAL_METHOD: "methods sla2, proxy and topk take causal calls",
+    Reason.CAUSAL_ORDER: "causal calls take order='raster'",
+    Reason.PLACES: "give the grid of these tokens, or none and order='raster'",
     Reason.EXCLUDED: "change include and exclude",
     Reason.LAYER_RANGE: "change start_layer and end_layer",
     Reason.WEIGHTS: "ask for no attention weights: need_weights=False",

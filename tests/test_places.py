@@ -176,6 +176,8 @@ def test_calls_off_the_grid_keep_full_attention(x):
 def test_causal_calls_have_no_order(x):
     with pytest.raises(ValueError, match=Reason.CAUSAL_ORDER.value):
         sla2_compile.transform(models.Causal(), example_inputs=(x,), **ANY, order="brick", grid=GRID)
+    with pytest.raises(ValueError, match="causal calls take order='raster'"):
+        sla2_compile.transform(models.Causal(), example_inputs=(x,), **ANY, order="hilbert", grid=GRID)
     for name in ("threshold", "heads", "protect"):
         model = sla2_compile.transform(models.Causal(), example_inputs=(x,), method="topk", **ANY, **FIELDS[name])
         later = x.clone()
