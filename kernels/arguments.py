@@ -110,10 +110,6 @@ class SelectArgs(NamedTuple, Generic[T]):
         known: tuple[Any, ...] = self
         return RouteArgs(*known[: len(RouteArgs._fields)])
 
-    def protected(self) -> int:
-        """How many key blocks are always kept."""
-        return sum(self.protect[1::2]) - sum(self.protect[::2])
-
 
 class AttentionArgs(NamedTuple, Generic[T]):
     """Arguments of `sla2::attention`.

@@ -84,7 +84,7 @@ def attend_composed(
         o, routing = _sparse(q, k, v, options, where, scale, learned, *call)
     if where.order is not None:
         o = where.order.restored(o)
-    if where.ranges and not METHODS[options.method].own_table and q.shape[2] == k.shape[2]:
+    if where.ranges and given[0].shape[2] == given[1].shape[2]:
         o = _with_dense_rows(o, *given, where, is_causal, scale)
     return o, routing
 
@@ -142,7 +142,7 @@ def _sparse(
     coarse: Tensor | None = None
     with without_autocast(q):
         if options.method == "vsa":
-            routed, coarse = tables.cubes(q, k, v, real, key_mask, options, scale)
+            routed, coarse = tables.cubes(q, k, v, real, key_mask, options, where, scale)
         elif options.method == "vmoba":
             routed = tables.chunks(q, k, real, key_mask, options, where)
         else:

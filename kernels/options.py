@@ -38,7 +38,7 @@ class Method(NamedTuple):
     own_table: bool = False
 
 
-ROUTED = ("compression_ratio", "head_ratios", "protect", "selection", "threshold")
+ROUTED = ("compression_ratio", "head_ratios", "selection", "threshold")
 """Fields of the router, which vsa does not ask; vmoba has a meaning of its own for the last two."""
 
 METHODS = {
@@ -55,7 +55,7 @@ METHODS = {
         causal=False, shares=False, own_table=True,
     ),
     "vmoba": Method(
-        "none", (), (*ROUTED[:3], "feature_map", "alpha", "linear_scope", "proxy_order"),
+        "none", (), (*ROUTED[:2], "feature_map", "alpha", "linear_scope", "proxy_order"),
         causal=False, own_table=True,
     ),
 }  # fmt: skip

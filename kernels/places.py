@@ -79,6 +79,9 @@ def grid_of(options: AttentionOptions, tokens: int) -> tuple[Grid, int, int]:
     before = ranges[0][1] if ranges and ranges[0][0] == 0 else 0
     after = tokens - ranges[-1][0] if ranges and ranges[-1][1] == tokens and ranges[-1][0] >= before else 0
     left = tokens - before - after
+    if inside := [x for x in ranges if x[0] >= before and x[1] <= tokens - after]:
+        rule, fix = "stand in front of the grid or behind it", "leave it out, or take order='raster'"
+        raise fail("protect", rule, f"{inside[0]} of {tokens} tokens", fix)
     if options.grid is None:
         return (1, 1, left), before, after
     if options.grid == "auto":

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sla2_compile.kernels.arguments import RouteResult
-from sla2_compile.kernels.blocks import num_blocks, num_kept
+from sla2_compile.kernels.blocks import num_blocks, num_kept, smaller
 from sla2_compile.kernels.ops import route
 from sla2_compile.kernels.options import METHODS, AttentionOptions
 from sla2_compile.kernels.places import Places
 from sla2_compile.kernels.portable.route import pool_tokens
+from sla2_compile.kernels.portable.select import count_of, ranked_first
 from sla2_compile.kernels.select_ops import select
 
 SCORE_DEVIATIONS, GATE_SHARE = 1.0, 0.25
@@ -44,7 +45,7 @@ def routed(
 
 def cubes(
     q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, key_mask: Tensor | None, options: AttentionOptions,
-    scale: float,
+    places: Places, scale: float,
 ) -> tuple[RouteResult[Tensor], Tensor]:  # fmt: skip
     """VSA's table, and its coarse branch: attention between the means of cubes.
 
@@ -64,7 +65,9 @@ def cubes(
     p = s.softmax(dim=-1).nan_to_num(0.0)
     coarse = p @ v_pool.repeat_interleave(groups, dim=1)
     tn = s.shape[-1]
-    values, chosen = s.detach().topk(num_kept(tn, options.topk_ratio, block, block, False), dim=-1)
+    always = places.protected(block)
+    kept = smaller(tn, num_kept(tn, options.topk_ratio, block, block, False) + count_of(always))
+    values, chosen = ranked_first(s.detach(), always).topk(kept, dim=-1)
     return _result(chosen.masked_fill(values == float("-inf"), tn), tn, p.detach(), k_pool), coarse
 
 
@@ -82,12 +85,13 @@ def chunks(
         visible = (count > 0)[:, None, None, :].expand_as(gates)
         own = torch.arange(gates.shape[2], device=q.device) * block_q // size
         mine = own[:, None] == torch.arange(n, device=q.device)
-        kept = num_kept(n, options.topk_ratio, size, size, False)
+        always = places.protected(size)
         low = gates.masked_fill(~visible, float("inf")).amin(dim=-1, keepdim=True)
         high = gates.masked_fill(~visible, float("-inf")).amax(dim=-1, keepdim=True)
         share = ((gates - low) / (high - low).clamp(min=torch.finfo(gates.dtype).tiny)).nan_to_num(0.0)
         rank = torch.where(visible, torch.where(mine, 2.0, share), -1.0)
-        values, chosen = rank.topk(kept, dim=-1)
+        kept = smaller(n, num_kept(n, options.topk_ratio, size, size, False) + count_of(always))
+        values, chosen = ranked_first(rank, always, -1.0).topk(kept, dim=-1)
         absent = values < 0
         if options.selection == "threshold":
             wanted = GATE_SHARE if options.threshold is None else float(options.threshold)
@@ -95,7 +99,9 @@ def chunks(
             found = share.gather(-1, chosen).cumsum(dim=-1)
             # a chunk is taken while those before it have not reached the share
             before = F.pad(found, (1, -1))
-            absent = absent | ((before >= wanted * total) & (torch.arange(kept, device=q.device) > 0))
+            # the first, a query block's own, and protected ones are taken anyway
+            more = (values <= 1.0) & (torch.arange(kept, device=q.device) > 0)
+            absent = absent | ((before >= wanted * total) & more)
         p = gates.masked_fill(~visible, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
     made = _result(chosen.masked_fill(absent, n), n, p, k_pool)
     blocks = size // block_k

@@ -57,10 +57,9 @@ def check_places(recipe: Recipe) -> None:
         if stop is not None and (start < 0) == (stop < 0) and start >= stop:
             raise ValueError(f"protect must hold ranges with start < stop, got ({start}, {stop}); write (0, 32)")
     if method in ("vsa", "vmoba"):
-        for name in ("protect", "head_ratios"):
-            if getattr(recipe, name):
-                got = getattr(recipe, name)
-                raise ValueError(f"{name} must be empty with method {method!r}, got {got}; sla2 and proxy take it")
+        if recipe.head_ratios:
+            got = recipe.head_ratios
+            raise ValueError(f"head_ratios must be empty with method {method!r}, got {got}; sla2 and proxy take it")
         if recipe.order != "raster":
             raise ValueError(
                 f"order must be 'raster' with method {method!r}, got {recipe.order!r}; it orders its tokens itself"

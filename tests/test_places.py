@@ -199,7 +199,7 @@ def test_causal_calls_have_no_order(x):
         ({"head_ratios": (2.0,)}, "head_ratios must be less than or equal to 1.0, got 2.0"),
         ({"method": "vsa", "brick": (3, 3, 3)}, "brick must have a power of two from 8 to 256 tokens"),
         ({"method": "vsa", "selection": "threshold"}, "selection must be 'topk' with method 'vsa'"),
-        ({"method": "vmoba", "protect": ((0, 2),)}, "protect must be empty with method 'vmoba'"),
+        ({"method": "vmoba", "head_ratios": (0.2,)}, "head_ratios must be empty with method 'vmoba'"),
         ({"method": "vmoba", "order": "hilbert", "grid": GRID}, "order must be 'raster' with method 'vmoba'"),
     ],
 )

@@ -184,7 +184,7 @@ def _place_lines(rewrites: list[Rewrite]) -> list[str]:
 
 
 def _places(options: AttentionOptions) -> str:
-    own, words = METHODS[options.method].own_table, []
+    words = []
     if options.grid is not None:
         brick = "" if options.brick == "auto" else f" of {options.brick}"
         what = {"vsa": "cubes", "vmoba": "chunks"}.get(options.method, f"order {options.order}")
@@ -192,9 +192,9 @@ def _places(options: AttentionOptions) -> str:
     if options.selection == "threshold":
         least = "" if options.threshold is None else f" {options.threshold:g}"
         words.append(f"selection by threshold{least}, of the topk_ratio best")
-    if not own and options.head_ratios:
+    if options.head_ratios:
         words.append(f"a topk_ratio for each of {len(options.head_ratios)} heads")
-    if not own and options.protect:
+    if options.protect:
         ranges = ", ".join(f"{start}:{'' if stop is None else stop}" for start, stop in options.protect)
         words.append(f"tokens {ranges} protected")
     return ", ".join(words)

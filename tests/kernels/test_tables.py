@@ -114,6 +114,32 @@ def test_compiled_code_and_all_blocks(method: str, fields: dict[str, Any]) -> No
     torch.testing.assert_close(sla2_attention(q, k, v, whole_map), sdpa(q, k, v, enable_gqa=True))
 
 
+@pytest.mark.parametrize(("method", "rule"), [("vsa", "topk"), ("vmoba", "topk"), ("vmoba", "threshold")])
+@pytest.mark.parametrize("grid", [None, (1, 10, 13)])
+def test_protected_tokens(method: str, grid: Any, rule: str) -> None:
+    """12 in front and 8 behind: seen by every query, and rows of full attention."""
+    x, _ = inputs(False)
+    q, k, v = x[:3]
+    brick = (1, 4, 4) if grid else (1, 1, 16 if method == "vsa" else 32)
+    options = AttentionOptions(
+        0.3, block_q=32, block_k=16, method=method, grid=grid, brick=brick, protect=((0, 12), (-8, None)),
+        selection=rule,
+    )  # fmt: skip
+    o, routing = attend(q, k, v, options)
+    full = sdpa(q, k, v, enable_gqa=True)
+    for rows in (slice(12), slice(142, 150)):
+        torch.testing.assert_close(o[:, :, rows], full[:, :, rows])
+    assert not torch.allclose(o[:, :, 12:142], full[:, :, 12:142], atol=1e-3)
+    assert routing is not None
+    if grid is None and method == "vsa":
+        # tokens stay where they are: the first block, and the last ones
+        assert all({0, 8, 9} <= set(row.tolist()) for row in routing.lut.flatten(0, 2))
+    else:
+        # 20 tokens behind all others begin a block of their own: it and the next are there for all
+        last = int(routing.lut.max())
+        assert all({last - 1, last} <= set(row.tolist()) for row in routing.lut.flatten(0, 2))
+
+
 def test_what_is_refused() -> None:
     x, _ = inputs(False, torch.float32)
     q, k, v = x[:3]
