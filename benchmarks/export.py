@@ -33,9 +33,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import sla2_compile
+from sla2_compile.export.precision import Precision
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.cpu import cpu_model
 from benchmarks.environment import commit
-from sla2_compile.export.precision import Precision
 
 RESULTS = Path(__file__).parent / "results"
 B, H, D = 1, 4, 64

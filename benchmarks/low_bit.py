@@ -10,6 +10,7 @@ own on normal data; the table says which format keeps it where. Writes benchmark
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -120,6 +121,7 @@ def document(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     gpu = torch.cuda.is_available()
     if not gpu:
         # before Triton is imported, which chooses then
