@@ -162,3 +162,21 @@ def test_the_example_runs_as_it_is(monkeypatch):
     assert len(report.rewrites) == 1
     assert topk_ratio(cli.model.ema_denoiser) == 0.25
     assert set(report.ran.values()) == {1}
+
+
+def test_a_configuration_gives_places():
+    """Lists in lists, with null in them, and a word where a list may stand."""
+    import jsonargparse
+    from lightning.pytorch import Callback
+
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--callback", type=Callback)
+    places = {
+        "grid": [5, 4, 10], "order": "brick", "brick": [[1, 4, 4], [5, -1, 2]], "protect": [[0, 32], [-8, None]],
+        "head_ratios": [0.1, 0.2], "threshold": 1.5,
+    }  # fmt: skip
+    for fields in (places, {"grid": "auto", "order": "hilbert", "brick": "auto"}):
+        node = {"class_path": "sla2_compile.lightning.SLA2Callback", "init_args": fields}
+        made = parser.instantiate(parser.parse_object({"callback": node}))
+        want = sla2_compile.Recipe.of("balanced", **fields)
+        assert made.callback.recipe == want
