@@ -148,7 +148,12 @@ def check_select(args: SelectArgs[Described]) -> None:
             raise fail("head_ratios", "lie in (0, 1]", ratio, "0.15 keeps 15 % of the key blocks")
     ends = args.protect
     if len(ends) % 2 or list(ends) != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] <= tn):
-        raise fail("protect", f"be ascending pairs of key blocks from 0 to {tn}", tuple(ends), "see `SelectArgs`")
+        raise fail(
+            "protect",
+            f"be ascending pairs of key blocks from 0 to {tn}",
+            tuple(ends),
+            "a range is its first block and its end",
+        )
 
 
 def _check_routed(q: Described, k: Described, k_mean: Described, lut: Described, tm: int) -> None:

@@ -19,7 +19,7 @@ others (`AttentionOptions.composed`) are composed here, in this order:
     here          rows of protected tokens, by full attention
 
 The look-up table is the one interface between selection and the rest. Rows may have fewer entries than others, with
--1 behind them, where keys are masked; so selections that keep fewer come with a key mask, which masks nothing.
+-1 behind them, where keys are masked; so tables with such rows come with a key mask, which may mask nothing.
 
 There is no option `tail`: the method decides it, so that no two fields can contradict each other. A site has the
 parameters of its method alone, by the names above, so that its state dict tells the method; proxy, topk and vmoba
@@ -75,7 +75,9 @@ def attend_composed(
     if where.order is not None:
         q, k, v = (where.order.rows(x) for x in (q, k, v))
         key_mask = where.order.mask(key_mask, k.shape[0])
-    if options.may_keep_fewer and key_mask is None:
+    # a last chunk of fewer blocks leaves entries empty, as those do that keep fewer blocks
+    short = where.chunk > 0 and k.shape[2] % where.chunk > 0
+    if key_mask is None and (options.may_keep_fewer or short):
         key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
     call = (key_mask, is_causal, keep_routing and not traced(q))
     if options.method == "sla2":

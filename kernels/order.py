@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,12 @@ def token_order(
     """
     check_grid(grid)
     return ordered(grid, order, whole(brick or brick_for(grid), grid), 1, before, after, torch.device(device))
+
+
+def three(sides: Sequence[int]) -> Grid:
+    """Sides as an op has them, as a grid or a brick."""
+    t, h, w = (int(side) for side in sides)
+    return t, h, w
 
 
 def check_grid(grid: Grid) -> None:

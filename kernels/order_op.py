@@ -15,7 +15,7 @@ from typing_extensions import NamedTuple
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.ops import define
-from sla2_compile.kernels.order import Grid, TokenOrder, kept_order, ordered
+from sla2_compile.kernels.order import Grid, TokenOrder, kept_order, ordered, three
 
 T = TypeVar("T", covariant=True)
 
@@ -50,11 +50,11 @@ def places_of(grid: Grid, brick: Grid, unit: int, fill: bool) -> int:
 
 
 def _order(args: OrderArgs[Tensor]) -> OrderResult[Tensor]:
-    device = args.like.device
-    rest = (tuple(args.grid), args.order, tuple(args.brick), args.unit, args.before, args.after, device, args.fill)
+    sizes = (args.unit, args.before, args.after, args.like.device, args.fill)
+    rest = (three(args.grid), args.order, three(args.brick), *sizes)
     if args.like.is_cuda and torch.cuda.is_current_stream_capturing():
         # what a capture makes holds no numbers yet
-        made = ordered(*rest)  # type: ignore[arg-type]
+        made = ordered(*rest)
         index, back, real = made.index, made.back, made.real
     else:
         made = kept_order(*rest)
@@ -65,9 +65,9 @@ def _order(args: OrderArgs[Tensor]) -> OrderResult[Tensor]:
 
 
 def _order_fake(args: OrderArgs[Tensor]) -> OrderResult[Tensor]:
-    grid, brick = tuple(args.grid), tuple(args.brick)
+    grid, brick = three(args.grid), three(args.brick)
     count, extra = math.prod(grid), args.before + args.after
-    places = places_of(grid, brick, args.unit, args.fill)  # type: ignore[arg-type]
+    places = places_of(grid, brick, args.unit, args.fill)
     empty = args.like.new_empty
     return OrderResult(
         empty(places + extra, dtype=torch.int64),

@@ -66,7 +66,7 @@ def check_places(recipe: Recipe) -> None:
             )
     if method == "vsa" and recipe.selection != "topk":
         raise ValueError("selection must be 'topk' with method 'vsa', got 'threshold'; sla2 and proxy take it")
-    for brick in _bricks(recipe):
+    for brick in recipe.bricks:
         if any(side < 1 and side != -1 for side in brick):
             raise ValueError(f"brick must have sides of at least 1, or -1 for a whole axis, got {brick}")
         size = math.prod(brick)
@@ -75,9 +75,3 @@ def check_places(recipe: Recipe) -> None:
                 f"brick must have a power of two from 8 to 256 tokens with method 'vsa', got {brick}; its cubes are "
                 "blocks: (4, 4, 4), or (1, 8, 8) for images"
             )
-
-
-def _bricks(recipe: Recipe) -> list[tuple[int, int, int]]:
-    if recipe.brick == "auto":
-        return []
-    return [recipe.brick_of(layer) for layer in range(len(recipe.brick))]  # type: ignore[misc]

@@ -183,12 +183,15 @@ class Recipe(BaseModel):
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from None
         return self
 
+    @property
+    def bricks(self) -> tuple[Brick, ...]:
+        """The bricks that are given, one or several."""
+        given: tuple[Any, ...] = () if self.brick == "auto" else self.brick
+        return given if not given or isinstance(given[0], tuple) else (given,)
+
     def brick_of(self, layer: int) -> Brick | Literal["auto"]:
         """Return the brick of a layer."""
-        if self.brick == "auto":
-            return "auto"
-        bricks = self.brick if isinstance(self.brick[0], tuple) else (self.brick,)
-        return bricks[layer % len(bricks)]
+        return self.bricks[layer % len(self.bricks)] if self.bricks else "auto"
 
     def for_site(self, owner: str) -> Recipe:
         """Return the recipe of one site: this recipe with every matching override applied, in order."""

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import onnx_opset
 
-from sla2_compile.kernels.order import Grid, ordered
+from sla2_compile.kernels.order import ordered, three
 
 op: Any = onnx_opset.opset19
 
@@ -20,11 +20,6 @@ def token_order(  # noqa: ANN201
     grid: Sequence[int], order: str, brick: Sequence[int], unit: int, before: int, after: int, fill: bool,
 ):  # fmt: skip
     """The places of tokens, and the tokens of places; see `order.ordered`."""
-    made = ordered(_three(grid), order, _three(brick), unit, before, after, torch.device("cpu"), bool(fill))
+    made = ordered(three(grid), order, three(brick), unit, before, after, torch.device("cpu"), bool(fill))
     real = torch.zeros(0, dtype=torch.bool) if made.real is None else made.real
     return tuple(op.Constant(value=ir.tensor(x.numpy())) for x in (made.index, made.back, real))
-
-
-def _three(sides: Sequence[int]) -> Grid:
-    t, h, w = (int(side) for side in sides)
-    return t, h, w

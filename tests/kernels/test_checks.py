@@ -170,9 +170,11 @@ REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (C, {"head_ratios": (0.3, 0.5, 1.5, 0.3)},
      "head_ratios must lie in (0, 1], got 1.5; 0.15 keeps 15 % of the key blocks"),
     (C, {"protect": (0, 1, 2)},
-     "protect must be ascending pairs of key blocks from 0 to 4, got (0, 1, 2); see `SelectArgs`"),
+     "protect must be ascending pairs of key blocks from 0 to 4, got (0, 1, 2); "
+     "a range is its first block and its end"),
     (C, {"protect": (3, 5)},
-     "protect must be ascending pairs of key blocks from 0 to 4, got (3, 5); see `SelectArgs`"),
+     "protect must be ascending pairs of key blocks from 0 to 4, got (3, 5); "
+     "a range is its first block and its end"),
     (S, {"q": zeros(4, 40, 16)},
      "q must have shape (batch, heads, tokens, head_dim), got (4, 40, 16); reshape it to 4-D"),
     (S, {"key_mask": zeros(2, 40, dtype=torch.bool)},

@@ -140,6 +140,31 @@ def test_protected_tokens(method: str, grid: Any, rule: str) -> None:
         assert all({last - 1, last} <= set(row.tolist()) for row in routing.lut.flatten(0, 2))
 
 
+@pytest.mark.parametrize("rule", ["topk", "threshold"])
+def test_a_last_chunk_of_fewer_blocks(rule: str) -> None:
+    """20 protected tokens behind two chunks of 64 are a chunk of two blocks: no block counts twice for the others."""
+    x, _ = inputs(False)
+    q, k, v = (t[:, :, :148] for t in x[:3])
+    fields: dict[str, Any] = {
+        "method": "vmoba",
+        "brick": (1, 1, 64),
+        "protect": ((0, 20),),
+        "block_q": 32,
+        "block_k": 16,
+    }
+    whole_map = AttentionOptions(1.0, **fields)
+    torch.testing.assert_close(sla2_attention(q, k, v, whole_map), sdpa(q, k, v, enable_gqa=True))
+    o, routing = attend(q, k, v, AttentionOptions(0.4, **fields, selection=rule))
+    assert routing is not None
+    assert (routing.lut < 0).any()
+    order = ordered((1, 1, 128), "brick", (1, 1, 64), 32, 20, 0, torch.device("cpu"), fill=True)
+    keys = torch.zeros(2, 4, 5, 11, dtype=torch.bool)
+    keys = keys.scatter(-1, torch.where(routing.lut < 0, 10, routing.lut).long(), True)[..., :10]
+    seen = keys.repeat_interleave(32, 2)[:, :, :148].repeat_interleave(16, 3)[..., :148]
+    want = order.restored(sdpa(order.rows(q), order.rows(k), order.rows(v), seen, enable_gqa=True))
+    torch.testing.assert_close(o[:, :, 20:], want[:, :, 20:])
+
+
 def test_what_is_refused() -> None:
     x, _ = inputs(False, torch.float32)
     q, k, v = x[:3]

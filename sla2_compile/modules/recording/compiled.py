@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from torch import fx
 
@@ -22,7 +23,8 @@ def forwards_around(frames: Sequence[Frame]) -> int:
 
     frames: the forwards, outermost first.
     """
-    at, left = sys._getframe(), len(frames)
+    at: FrameType | None = sys._getframe()
+    left = len(frames)
     while at is not None and left:
         found = compiles(at.f_code)
         if found is not None:
@@ -30,7 +32,7 @@ def forwards_around(frames: Sequence[Frame]) -> int:
             return left if found else 0
         if at.f_code.co_name == "_call_impl" and at.f_locals.get("self") is frames[left - 1].module:
             left -= 1
-        at = at.f_back  # type: ignore[assignment]
+        at = at.f_back
     return 0
 
 
