@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +43,19 @@ class Places:
     def protected(self, block_k: int) -> tuple[int, ...]:
         """(first, end) pairs of the key blocks that hold a protected token, ascending and apart."""
         ranges = ((self.keys - self.behind, self.keys),) if self.order is not None and self.behind else self.ranges
-        found: list[int] = []
-        for start, stop in ranges:
-            first, end = start // block_k, num_blocks(stop, block_k)
-            if found and first <= found[-1]:
-                found[-1] = max(found[-1], end)
-            else:
-                found += [first, end]
-        return tuple(found)
+        return blocks_of(ranges, block_k)
+
+
+def blocks_of(ranges: Iterable[tuple[int, int]], block: int) -> tuple[int, ...]:
+    """(first, end) pairs of the blocks that hold a token of ascending ranges, ascending and apart."""
+    found: list[int] = []
+    for start, stop in ranges:
+        first, end = start // block, num_blocks(stop, block)
+        if found and first <= found[-1]:
+            found[-1] = max(found[-1], end)
+        else:
+            found += [first, end]
+    return tuple(found)
 
 
 def protected_ranges(options: AttentionOptions, tokens: int) -> tuple[tuple[int, int], ...]:

@@ -155,6 +155,9 @@ def test_protected_blocks_count_as_kept(x):
     )
     # 20 tokens are two blocks of 16
     assert (plain.topk, protected.topk) == (3, 5)
+    (near, _) = sla2_compile.report(transformed(x, protect=((0, 5), (8, 12)))).rewrites
+    # two ranges in one block
+    assert near.topk == 4
 
 
 def test_several_bricks_take_turns(x):

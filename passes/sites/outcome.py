@@ -10,7 +10,7 @@ import torch
 from sla2_compile.kernels.blocks import num_blocks, num_kept
 from sla2_compile.kernels.flops import call_flops
 from sla2_compile.kernels.options import AttentionOptions
-from sla2_compile.kernels.places import protected_ranges
+from sla2_compile.kernels.places import blocks_of, protected_ranges
 from sla2_compile.kernels.tracing import autocasts
 from sla2_compile.passes.sites.call import AttentionCall
 from sla2_compile.passes.sites.masks import MaskView
@@ -78,8 +78,8 @@ def kept_blocks(options: AttentionOptions, tn: int, block_q: int, block_k: int, 
     """How many of tn key blocks a query block keeps, with the protected ones; the mean of head_ratios."""
     ratios = options.head_ratios or (options.topk_ratio,)
     kept = [int(num_kept(tn, ratio, block_q, block_k, is_causal)) for ratio in ratios]
-    ranges = protected_ranges(options, tokens)
-    always = sum(num_blocks(stop, block_k) - start // block_k for start, stop in ranges)
+    ends = blocks_of(protected_ranges(options, tokens), block_k)
+    always = sum(ends[1::2]) - sum(ends[::2])
     return min(tn, round(sum(kept) / len(kept)) + always)
 
 

@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Names of methods, and the fields of a recipe that they stand for."""
 UNTRAINED = ("sla2", "proxy", "proxy2", "topk")
-"""Those that are whole without training, and take any call. VMoBA needs tokens on a grid."""
+"""Those that are whole without training, and take any call. VMoBA takes no causal call, and wants chunks."""
 RATIOS = (0.05, 0.1, 0.15, 0.25)
 OWN = ("method", "proxy_order", "topk_ratio")
 """Fields of a recipe that each row has its own value of."""
