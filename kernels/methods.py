@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sla2_compile.kernels import tables
-from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, SparseResult, accumulation_dtype
+from sla2_compile.kernels.arguments import AttentionResult, ForwardArgs, SparseResult
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.checks import FEATURE_MAPS, check_key_mask, check_qkv, fail
 from sla2_compile.kernels.kinds import resolve
@@ -171,14 +171,15 @@ def _projected(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, feature_map: str,
     linear_weight: Tensor, linear_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """SLA's linear branch, projected; it is computed in the accumulation dtype, as autocast is off."""
+    """SLA's linear branch, projected; autocast is off, so that `portable/linear.py` decides how it is computed."""
     if feature_map not in FEATURE_MAPS:
         raise fail("feature_map", f"be one of {', '.join(FEATURE_MAPS)}", repr(feature_map), "softmax is the paper's")
-    acc = accumulation_dtype(q.dtype)
     with without_autocast(q):
         linear = linear_attention(q, k, v, key_mask, feature_map)
-        bias = None if linear_bias is None else linear_bias.to(acc)
-        return F.linear(linear, linear_weight.to(acc), bias).to(q.dtype)
+        # a product of tensor cores has 16 bits, and sums in float32
+        dtype = q.dtype if q.is_cuda and q.dtype == torch.bfloat16 else linear.dtype
+        bias = None if linear_bias is None else linear_bias.to(dtype)
+        return F.linear(linear.to(dtype), linear_weight.to(dtype), bias).to(q.dtype)
 
 
 def _gated(q: Tensor, coarse: Tensor, block: int, gate_weight: Tensor, gate_bias: Tensor | None = None) -> Tensor:

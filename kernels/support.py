@@ -178,17 +178,16 @@ TRITON: tuple[Rule, ...] = (
 """What `cuda/{route,forward,backward,sparse}/` compute; blocked PyTorch takes the rest."""
 
 FUSED: tuple[Rule, ...] = (
-    Rule(lambda f: not f.sparse, "method sla2", lambda f: "the fused kernels compute method sla2 alone"),
     Rule(
         lambda f: f.direction == "forward" or (f.dtype == torch.bfloat16 and f.low_bit != "int8_fp8"),
         "a forward, or a backward in bfloat16 of one that was not in FP8",
         lambda f: "the fused kernels of the backward take bfloat16 alone, and no FP8",
     ),
-    # dq and dk of the linear branch are counted in units of the scale
+    # dq and dk of the linear branch are counted in units of the scale, and the logarithms of pooled terms
     Rule(
         lambda f: f.invertible,
-        "a scale of 1e-18 to 1e18 in a backward",
-        lambda f: "the fused kernels of the backward need a scale of 1e-18 to 1e18",
+        "a scale of 1e-18 to 1e18 in a backward, and in other methods than sla2",
+        lambda f: "the fused kernels need a scale of 1e-18 to 1e18 here",
     ),
     Rule(lambda f: f.chip.arch == 90, "sm_90", lambda f: f"the fused kernel needs sm_90, not sm_{f.chip.arch}"),
     Rule(
@@ -198,9 +197,9 @@ FUSED: tuple[Rule, ...] = (
     ),
     Rule(lambda f: f.plain, "no key mask, not causal", lambda f: "the fused kernel takes no mask and no causality"),
     Rule(
-        lambda f: (f.block_q, f.block_k) == (128, 64),
-        "blocks of 128 x 64",
-        lambda f: f"the fused kernel takes blocks of 128 x 64, not {f.block_q} x {f.block_k}",
+        lambda f: f.block_k == 64 and (f.block_q == 128 or (f.sparse and f.block_q == 64)),
+        "blocks of 128 x 64 (other methods than sla2: also of 64 x 64)",
+        lambda f: f"the fused kernel does not take blocks of {f.block_q} x {f.block_k}",
     ),
     # rows of k8 must begin at multiples of 16 bytes
     Rule(

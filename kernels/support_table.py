@@ -18,7 +18,7 @@ def table() -> str:
         row("what runs a call", "needs"),
         row("---", "---"),
         row(
-            "fused kernels (Gluon): one for both branches and the mix, three for their backward",
+            "fused kernels (Gluon), of a forward and of its backward, of any method",
             f"as the Triton kernels, and {needs(FUSED)}",
         ),
         row("Triton kernels, of a forward and of its backward, of any method", needs(TRITON)),

@@ -44,7 +44,7 @@ from sla2_compile.kernels.cuda.forward.launches import attention_schedule, facts
 from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.route.launches import route_schedule
-from sla2_compile.kernels.cuda.sparse.backward_launches import sparse_backward_schedule
+from sla2_compile.kernels.cuda.sparse.backward_launches import facts_of_backward, sparse_backward_schedule
 from sla2_compile.kernels.cuda.sparse.launches import facts_of_sparse, sparse_schedule
 from sla2_compile.kernels.kinds import Straight
 from sla2_compile.kernels.layout import Layout
@@ -93,7 +93,7 @@ def takes_sparse(args: SparseArgs[Layout]) -> bool:
 def takes_sparse_backward(args: SparseBackwardArgs[Layout]) -> bool:
     """Check its backward, and return whether the kernels run it."""
     check_sparse_backward(args)
-    return support(facts_of_sparse(args.saved.call)._replace(direction="backward")).kernel != "portable"
+    return support(facts_of_backward(args)).kernel != "portable"
 
 
 Inputs = tuple[Any, ...]

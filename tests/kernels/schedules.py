@@ -45,9 +45,11 @@ def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the kernels run that the fused ones replace, forward and backward."""
     from sla2_compile.kernels.cuda.backward import launches as backward
     from sla2_compile.kernels.cuda.forward import launches as forward
+    from sla2_compile.kernels.cuda.sparse import backward_launches as sparse_backward
+    from sla2_compile.kernels.cuda.sparse import launches as sparse
 
     support = forward.support
-    for launches in (forward, backward):
+    for launches in (forward, backward, sparse, sparse_backward):
         monkeypatch.setattr(launches, "support", lambda facts: support(facts)._replace(kernel="triton"))
 
 

@@ -7,6 +7,7 @@ one launch is compiled in every run, and all that have changed; `compiled.py` kn
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,14 @@ FRONT = ("front_kernel",)
 TOPK = ("attend_pooled_kernel", "pooled_rows_kernel", "selected_keys_kernel")
 PROXY = (*TOPK, "pool_blocks_kernel", "pooled_terms_kernel")
 HOPPER = ("attend_hopper_kernel",)
+SPARSE_HOPPER = (
+    "attend_sparse_hopper_kernel",
+    "queries_sparse_hopper_kernel",
+    "keys_sparse_hopper_kernel",
+    "row_terms_kernel",
+    "lists_kernel",
+)
+PROXY_HOPPER = (*SPARSE_HOPPER, "pool_blocks_kernel", "logs_kernel", "terms_hopper_kernel", "pieces_kernel")
 HOPPER_BACKWARD = ("rows_hopper_kernel", "queries_hopper_kernel", "keys_hopper_kernel")
 ALL = "causal masked"
 
@@ -276,6 +285,17 @@ COMPILED_HOPPER = [
             **{f"fused backward, D{D}, int8": call(D, (128, 64), "backward", "int8") for D in (64, 128)},
         },
     ),
+    *on(90, SPARSE_HOPPER, {f"fused topk, D{D}": pooled(D, (128, 64), order=0) for D in (64, 128)}),
+    *on(90, SPARSE_HOPPER, {"fused topk, D128, 64 rows": pooled(128, (64, 64), order=0)}),
+    *on(
+        90,
+        PROXY_HOPPER,
+        {
+            f"fused proxy {order}, D{D}, {rows} rows": pooled(D, (rows, 64), order=order)
+            for order, D, rows in itertools.product((1, 2), (64, 128), (64, 128))
+        },
+    ),
+    *on(90, PROXY_HOPPER, {"fused proxy 2, D80": pooled(80, (128, 64), order=2)}),
     *on(90, HOPPER, {"fused, D128, fp16": call(128, (128, 64), dtype=torch.float16)}),
     *on(90, HOPPER, {f"fused, D{D}, {low}": call(D, (128, 64), low=low) for D in (48, 80) for low in LOW_BITS}),
 ]

@@ -13,10 +13,11 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from sla2_compile.kernels.cuda import device
+from sla2_compile.kernels.cuda.launch.steps import Launch
 from sla2_compile.kernels.support import GLUON_TRITONS
 from tests.kernels.assembly import disassembled, disturbed, instructions, lost, waits
 from tests.kernels.compiled import built
-from tests.kernels.test_aot import HOPPER_BACKWARD, call, on_chip, scheduled
+from tests.kernels.test_aot import HOPPER_BACKWARD, call, on_chip, pooled, scheduled
 
 LOOP = """
         /*0000*/                   LDS.64 R8, [R2] ;
@@ -49,6 +50,20 @@ def test_finds_what_is_wrong() -> None:
     assert disturbed(instructions(LOOP.replace("gsb0, 0x0", "gsb0, 0x1"))) == ["FADD R62, R24, R55"]
 
 
+def left_alone(launch: Launch, name: str, persistent: bool = False) -> None:
+    """Assert that a launch's products run on, and that nobody touches their registers.
+
+    persistent: whether the steps are inside a loop over query blocks, through which `lost` cannot see.
+    """
+    made = built(launch, 90)
+    code = instructions(disassembled(made.asm["cubin"]))
+    # the assembler may also give up, and wait for each product before the next
+    asked = sorted(int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", made.asm["ptx"]))
+    assert waits(code) == asked, name
+    assert disturbed(code) == [], name
+    assert persistent or lost(code) == [], name
+
+
 @pytest.mark.skipif(device.triton_version() not in GLUON_TRITONS, reason="a Triton whose Gluon nobody tried")
 @pytest.mark.parametrize(("D", "phi"), [(64, "softmax"), (80, "softmax"), (128, "softmax"), (128, "relu")])
 def test_products_are_left_alone(D: int, phi: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +72,21 @@ def test_products_are_left_alone(D: int, phi: str, monkeypatch: pytest.MonkeyPat
     for launch in scheduled(monkeypatch, call(D, (128, 64), "backward", phi=phi)):
         name = launch.kernel.fn.__name__
         if name in HOPPER_BACKWARD:
-            made = built(launch, 90)
-            code = instructions(disassembled(made.asm["cubin"]))
-            # the assembler may also give up, and wait for each product before the next
-            asked = sorted(int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", made.asm["ptx"]))
-            assert waits(code) == asked, name
-            assert (disturbed(code), lost(code)) == ([], []), name
+            left_alone(launch, name)
             seen.append(name)
     assert sorted(seen) == sorted(HOPPER_BACKWARD)
+
+
+@pytest.mark.skipif(device.triton_version() not in GLUON_TRITONS, reason="a Triton whose Gluon nobody tried")
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_products_of_the_other_methods_run_on(order: int, D: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_chip(90, monkeypatch)
+    seen = set()
+    for launch in scheduled(monkeypatch, pooled(D, (rows, 64), order=order)):
+        name = launch.kernel.fn.__name__
+        if "hopper" in name:
+            left_alone(launch, name, persistent="attend" in name)
+            seen.add(name)
+    assert len(seen) == (4 if order else 3)

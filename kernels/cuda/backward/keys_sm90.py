@@ -31,18 +31,22 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @jit
-def ask(descs, tiles, terms, full, stage, row, half, b, h, heads, groups, Tm, LOW_BIT: gl.constexpr):
-    """Ask the copy engine for 64 rows of the query block at `row` of a list; `half` says which."""
+def ask(
+    descs, tiles, terms, full, stage, row, part, b, h, heads, groups, Tm,
+    PARTS: gl.constexpr, MIXED: gl.constexpr, LOW_BIT: gl.constexpr,
+):  # fmt: skip
+    """Ask the copy engine for 64 rows of the query block at `row` of a list; `part` says which."""
     q_desc, do_desc, alpha_desc, shift_desc, sum_desc, scale_desc = descs
     i = row % Tm
     head = h * groups + row // Tm
-    at = (2 * i + half) * ROWS
+    at = (PARTS * i + part) * ROWS
     bar = full.index(stage)
-    mbarrier.expect(bar, 2 * q_desc.block_type.nbytes + (3 + LOW_BIT) * alpha_desc.block_type.nbytes)
+    mbarrier.expect(bar, 2 * q_desc.block_type.nbytes + (2 + MIXED + LOW_BIT) * shift_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(q_desc, [b, head, at, 0], bar, tiles.index(2 * stage))
     tma.async_copy_global_to_shared(do_desc, [b, head, at, 0], bar, tiles.index(2 * stage + 1))
     flat = b * heads * groups + head
-    tma.async_copy_global_to_shared(alpha_desc, [flat, at], bar, terms.index(4 * stage))
+    if MIXED:
+        tma.async_copy_global_to_shared(alpha_desc, [flat, at], bar, terms.index(4 * stage))
     tma.async_copy_global_to_shared(shift_desc, [flat, at], bar, terms.index(4 * stage + 1))
     tma.async_copy_global_to_shared(sum_desc, [flat, at], bar, terms.index(4 * stage + 2))
     if LOW_BIT:
@@ -58,6 +62,69 @@ def feature_map_backward(grad, phi, NAME: gl.constexpr):
         return grad * gl.minimum(phi, 1.0)
     else:
         return gl.where(phi > 0.0, grad, 0.0)
+
+
+@jit
+def sum_over_rows(
+    descs, tiles, terms, full, lists, row, count, b, h, heads, groups, Tm, keys, values, d_keys, d_values, log2_scale,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, MIXED: gl.constexpr, LOW_BIT: gl.constexpr,
+):  # fmt: skip
+    """Return dk / scale and dv (BLOCK_K, BLOCK_D), begun with d_keys and d_values, of `count` tiles of rows.
+
+    Args:
+        tiles, terms, full: buffers of STAGES tiles, which have been asked for, and when they are full.
+        lists: query blocks, PARTS tiles each; row: the one of the tile that is to be asked for next.
+        keys, values: (BLOCK_K, BLOCK_D) in shared memory. MIXED: whether rows have an alpha, which is else 1.
+    """
+    BLOCK_K: gl.constexpr = keys.shape[0]
+    BLOCK_D: gl.constexpr = keys.shape[1]
+    dtype: gl.constexpr = keys.dtype
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, d_keys.type.layout, 2)
+    rows_s: gl.constexpr = gl.SliceLayout(0, mma_s)
+    no_scores = gl.zeros([BLOCK_K, ROWS], gl.float32, layout=mma_s)
+    d_keys = warpgroup_mma_init(d_keys)
+    d_values = warpgroup_mma_init(d_values)
+    for n in range(count):
+        stage = n % STAGES
+        mbarrier.wait(full.index(stage), (n // STAGES) & 1)
+        x = tiles.index(2 * stage).reshape([ROWS, BLOCK_D])
+        g = tiles.index(2 * stage + 1).reshape([ROWS, BLOCK_D])
+        s = warpgroup_mma(keys, x.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        d_p = warpgroup_mma(values, g.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        s, d_keys, d_values = warpgroup_mma_wait(1, deps=[s, d_keys, d_values])
+        # with these, every product of the last step is done, whose stage is free once all warps are here
+        barrier()
+        ahead = n + STAGES - 1
+        if (n > 0) & (ahead < count):
+            ask(
+                descs, tiles, terms, full, ahead % STAGES, row, ahead % PARTS, b, h, heads, groups, Tm, PARTS, MIXED,
+                LOW_BIT,
+            )  # fmt: skip
+            row = gl.load(lists + gl.minimum(ahead + 1, count - 1) // PARTS)
+        log_sum = terms.index(4 * stage + 2).reshape([ROWS]).load(rows_s)
+        if LOW_BIT:
+            x_scale = gl.expand_dims(terms.index(4 * stage + 3).reshape([ROWS]).load(rows_s), 0)
+            p = gl.exp2(s * (x_scale * log2_scale) - gl.expand_dims(log_sum, 0))
+        else:
+            p = gl.exp2(s * log2_scale - gl.expand_dims(log_sum, 0))
+        if MIXED:
+            alpha = gl.expand_dims(terms.index(4 * stage).reshape([ROWS]).load(rows_s), 0)
+            weights = gl.convert_layout((p * alpha).to(dtype), operand)
+        else:
+            weights = gl.convert_layout(p.to(dtype), operand)
+        d_values = warpgroup_mma(weights, g, d_values, is_async=True)
+        d_p = warpgroup_mma_wait(1, deps=[d_p])
+        shift = gl.expand_dims(terms.index(4 * stage + 1).reshape([ROWS]).load(rows_s), 0)
+        if MIXED:
+            slope = p * (d_p * alpha + shift)
+        else:
+            slope = p * (d_p + shift)
+        if LOW_BIT:
+            slope *= gl.expand_dims(terms.index(4 * stage + 3).reshape([ROWS]).load(rows_s), 0)
+        d_s = gl.convert_layout(slope.to(dtype), operand)
+        d_keys = warpgroup_mma(d_s, x, d_keys, is_async=True)
+    return warpgroup_mma_wait(0, deps=[d_keys, d_values])
 
 
 @jit(do_not_specialize=["Nk", "Tm", "Tn", "columns_n", "entries", "first"])
@@ -82,10 +149,8 @@ def keys_hopper_kernel(
         d_means: (B * heads, Tn, D) fp32, out, sums of -dk of the linear branch, whose keys have their mean
             subtracted.
     """
-    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     mma_d: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma_d, 2)
-    rows_s: gl.constexpr = gl.SliceLayout(0, mma_s)
     dims_d: gl.constexpr = gl.SliceLayout(0, mma_d)
     keys_d: gl.constexpr = gl.SliceLayout(1, mma_d)
     k_buf = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
@@ -123,7 +188,23 @@ def keys_hopper_kernel(
     descs = (q_desc, do_desc, alpha_desc, shift_desc, sum_desc, scale_desc)
     for n in gl.static_range(STAGES - 1):
         if n < count:
-            ask(descs, tiles, terms, full, n, gl.load(lists + n // 2), n % 2, b, h, heads, groups, Tm, LOW_BIT)
+            ask(
+                descs,
+                tiles,
+                terms,
+                full,
+                n,
+                gl.load(lists + n // 2),
+                n % 2,
+                b,
+                h,
+                heads,
+                groups,
+                Tm,
+                2,
+                True,
+                LOW_BIT,
+            )
 
     # the linear branch
     dims = gl.arange(0, BLOCK_D, layout=dims_d)
@@ -158,45 +239,15 @@ def keys_hopper_kernel(
         log2_scale *= gl.load(k_scales + (bh.to(gl.int64) * Tn + j) * 4)
     if count > STAGES - 1:
         row = gl.load(lists + (STAGES - 1) // 2)
-        ask(descs, tiles, terms, full, STAGES - 1, row, (STAGES - 1) % 2, b, h, heads, groups, Tm, LOW_BIT)
+        ask(descs, tiles, terms, full, STAGES - 1, row, (STAGES - 1) % 2, b, h, heads, groups, Tm, 2, True, LOW_BIT)
     # entries of lists are read a step before they are used
     row = gl.load(lists + gl.minimum(STAGES, gl.maximum(count - 1, 0)) // 2)
     if LOW_BIT:
         mbarrier.wait(begun, 1)
-    no_scores = gl.zeros([BLOCK_K, ROWS], gl.float32, layout=mma_s)
-    d_keys = warpgroup_mma_init(d_keys)
-    d_values = warpgroup_mma_init(d_values)
-    for n in range(count):
-        stage = n % STAGES
-        mbarrier.wait(full.index(stage), (n // STAGES) & 1)
-        x = tiles.index(2 * stage).reshape([ROWS, BLOCK_D])
-        g = tiles.index(2 * stage + 1).reshape([ROWS, BLOCK_D])
-        s = warpgroup_mma(keys, x.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        d_p = warpgroup_mma(values, g.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        s, d_keys, d_values = warpgroup_mma_wait(1, deps=[s, d_keys, d_values])
-        # with these, every product of the last step is done, whose stage is free once all warps are here
-        barrier()
-        ahead = n + STAGES - 1
-        if (n > 0) & (ahead < count):
-            ask(descs, tiles, terms, full, ahead % STAGES, row, ahead % 2, b, h, heads, groups, Tm, LOW_BIT)
-            row = gl.load(lists + gl.minimum(ahead + 1, count - 1) // 2)
-        log_sum = terms.index(4 * stage + 2).reshape([ROWS]).load(rows_s)
-        if LOW_BIT:
-            x_scale = gl.expand_dims(terms.index(4 * stage + 3).reshape([ROWS]).load(rows_s), 0)
-            p = gl.exp2(s * (x_scale * log2_scale) - gl.expand_dims(log_sum, 0))
-        else:
-            p = gl.exp2(s * log2_scale - gl.expand_dims(log_sum, 0))
-        alpha = gl.expand_dims(terms.index(4 * stage).reshape([ROWS]).load(rows_s), 0)
-        weights = gl.convert_layout((p * alpha).to(q_desc.dtype), operand)
-        d_values = warpgroup_mma(weights, g, d_values, is_async=True)
-        d_p = warpgroup_mma_wait(1, deps=[d_p])
-        shift = gl.expand_dims(terms.index(4 * stage + 1).reshape([ROWS]).load(rows_s), 0)
-        slope = p * (d_p * alpha + shift)
-        if LOW_BIT:
-            slope *= gl.expand_dims(terms.index(4 * stage + 3).reshape([ROWS]).load(rows_s), 0)
-        d_s = gl.convert_layout(slope.to(q_desc.dtype), operand)
-        d_keys = warpgroup_mma(d_s, x, d_keys, is_async=True)
-    d_keys, d_values = warpgroup_mma_wait(0, deps=[d_keys, d_values])
+    d_keys, d_values = sum_over_rows(
+        descs, tiles, terms, full, lists, row, count, b, h, heads, groups, Tm, keys, values, d_keys, d_values,
+        log2_scale, STAGES, 2, True, LOW_BIT,
+    )  # fmt: skip
 
     # through the tiles of k and v, which are no longer needed, so that whole lines are written
     barrier()

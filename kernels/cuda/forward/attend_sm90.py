@@ -216,8 +216,8 @@ def block_scales(scale_bufs, stage, c, row: gl.constexpr, PAIR: gl.constexpr, LO
 
 @gluon.jit
 def fold(p, part: gl.constexpr):
-    """Sum columns that lie 8 apart, which one thread holds: (ROWS, 8), without exchange between threads."""
-    return gl.convert_layout(gl.sum(gl.reshape(p, [ROWS, p.shape[1] // 8, 8]), axis=1), part)
+    """Sum columns that lie 8 apart, which one thread holds: (rows, 8), without exchange between threads."""
+    return gl.convert_layout(gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), axis=1), part)
 
 
 @gluon.jit

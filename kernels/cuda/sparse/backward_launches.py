@@ -6,6 +6,8 @@
     terms        gradients of the pooled terms                              (`terms.py`)
     lists        for each key block, the query blocks that selected it      (`cuda/backward/lists.py`)
     keys         dk and dv                                                  (`keys.py`)
+On Hopper other kernels do the same, for the calls that `kernels/support.py` calls fused (`sm90.py`).
+
 Everything is added up in a fixed order, whatever the order of programs.
 """
 
@@ -16,21 +18,33 @@ from dataclasses import dataclass
 
 import torch
 
-from sla2_compile.kernels.arguments import SparseBackwardArgs, SparseBackwardResult
+from sla2_compile.kernels.arguments import SparseArgs, SparseBackwardArgs, SparseBackwardResult
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda.backward.lists import lists_kernel
 from sla2_compile.kernels.cuda.backward.queries import queries_kernel
-from sla2_compile.kernels.cuda.device import padded
+from sla2_compile.kernels.cuda.device import describable, padded
 from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
+from sla2_compile.kernels.cuda.sparse import sm90
 from sla2_compile.kernels.cuda.sparse.cuts import BackwardCuts
 from sla2_compile.kernels.cuda.sparse.keys import selected_keys_kernel
-from sla2_compile.kernels.cuda.sparse.launches import Pool, order_of, shape_of
+from sla2_compile.kernels.cuda.sparse.launches import facts_of_sparse, shape_of
+from sla2_compile.kernels.cuda.sparse.pooled import Pool, TermGradients, order_of
 from sla2_compile.kernels.cuda.sparse.rows import pooled_rows_kernel
 from sla2_compile.kernels.cuda.sparse.terms import pooled_terms_kernel
 from sla2_compile.kernels.cuda.tiles import ShapeClass
 from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import split, with_tensors
+from sla2_compile.kernels.support import Facts, support
+
+
+def facts_of_backward(args: SparseBackwardArgs[Layout]) -> Facts:
+    """What decides which kernels run a backward."""
+    facts = facts_of_sparse(args.saved.call)
+    # what there is one number of for each row is in float32, without gaps
+    copyable = facts.copyable and describable(args.do) and describable(args.saved.o) and args.do.shape[2] % 4 == 0
+    return facts._replace(direction="backward", copyable=copyable)
+
 
 TERMS_PROGRAMS = 512
 """Programs of `pooled_terms_kernel` below which the rows are cut in pieces. Not timed."""
@@ -44,16 +58,6 @@ class SparseRows:
     shifts: Slot
     log_sums: Slot
     peaks: Slot
-
-
-@dataclass(frozen=True)
-class TermGradients:
-    """The gradients of the pooled terms by pieces of rows; without a tail all are q, and never read."""
-
-    keys: Slot
-    values: Slot
-    spreads: Slot
-    pieces: int
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,8 @@ class SparseBackward:
         )  # fmt: skip
         return TermGradients(d_keys, d_values, d_spreads, pieces)
 
-    def add_keys(self, rows: SparseRows, terms: TermGradients, dk: Slot, dv: Slot) -> None:
-        """List the query blocks of each key block, and compute dk and dv."""
+    def add_keys(self, rows: SparseRows, terms: TermGradients, lists: Slot, dk: Slot, dv: Slot) -> None:
+        """Compute dk and dv; lists: of `lists_kernel`."""
         call, given, cut, mask = (
             self.args.saved.call,
             self.slots.saved.call,
@@ -180,11 +184,6 @@ class SparseBackward:
         )
         (B, _, Nq, _), Nk, (heads, groups, tm, tn, topk) = call.q.shape, call.k.shape[2], self.sizes
         entries = groups * tm * topk
-        lists = self.schedule.empty("lists", (B * heads, entries + 2 * tn), torch.int32)
-        self.schedule.launch(
-            lists_kernel, (B * heads * num_blocks(tn, 32),), given.lut, lists, groups * tm, topk, tn,
-            BLOCK_R=min(64, padded(groups * tm)), KEPT=min(64, padded(topk)), num_warps=4,
-        )  # fmt: skip
         self.schedule.launch(
             selected_keys_kernel, (B * heads * tn * (call.block_k // cut.keys),),
             given.q, given.k, given.v, self.slots.do, given.k_mean, lists, given.key_mask, rows.shifts,
@@ -195,6 +194,18 @@ class SparseBackward:
             **self.constants, BLOCK_M=cut.rows, BLOCK_N=cut.keys, TAIL=order_of(call), HAS_MASK=mask is not None,
             PEAKS=self.peaks, STAGES=cut.stages, num_warps=cut.warps,
         )  # fmt: skip
+
+
+def add_lists(schedule: Schedule, call: SparseArgs[Layout], lut: Slot) -> Slot:
+    """List the query blocks of each key block."""
+    (B, Hq, tm, topk), heads, tn = call.lut.shape, call.k.shape[1], num_blocks(call.k.shape[2], call.block_k)
+    rows = Hq // heads * tm
+    lists = schedule.empty("lists", (B * heads, rows * topk + 2 * tn), torch.int32)
+    schedule.launch(
+        lists_kernel, (B * heads * num_blocks(tn, 32),), lut, lists, rows, topk, tn, BLOCK_R=min(64, padded(rows)),
+        KEPT=min(64, padded(topk)), num_warps=4,
+    )  # fmt: skip
+    return lists
 
 
 @functools.lru_cache(maxsize=256)
@@ -208,8 +219,18 @@ def sparse_backward_schedule(args: SparseBackwardArgs[Layout]) -> tuple[Schedule
     dq, dk, dv = (
         schedule.empty(name, tuple(x.shape), x.dtype) for name, x in (("dq", call.q), ("dk", call.k), ("dv", call.v))
     )
-    backward = SparseBackward.begin(schedule, args, with_tensors(args, schedule.inputs))
-    rows = backward.add_rows(dq)
-    backward.add_queries(rows, dq)
-    backward.add_keys(rows, backward.add_terms(rows), dk, dv)
+    slots = with_tensors(args, schedule.inputs)
+    if support(facts_of_backward(args)).kernel == "fused":
+        pool = Pool.add(schedule, call, slots.saved.call, logs=True)
+        hopper = sm90.Backward(sm90.Call(schedule, call, slots.saved.call, pool), args, slots)
+        needed = hopper.add_rows()
+        hopper.add_queries(needed, dq)
+        terms = hopper.add_terms(needed)
+        hopper.add_keys(needed, terms, add_lists(schedule, call, slots.saved.call.lut), dk, dv)
+    else:
+        backward = SparseBackward.begin(schedule, args, slots)
+        rows = backward.add_rows(dq)
+        backward.add_queries(rows, dq)
+        terms = backward.add_terms(rows)
+        backward.add_keys(rows, terms, add_lists(schedule, call, slots.saved.call.lut), dk, dv)
     return schedule, tuple(SparseBackwardResult(dq, dk, dv))

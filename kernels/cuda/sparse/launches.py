@@ -6,29 +6,23 @@ Which key blocks a query block has left is a map of one byte for each pair, B Hq
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
 from sla2_compile.kernels.arguments import SparseArgs, SparseResult
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.cuda import device
-from sla2_compile.kernels.cuda.device import padded
-from sla2_compile.kernels.cuda.forward.states import complement_kernel
+from sla2_compile.kernels.cuda.device import describable, padded
 from sla2_compile.kernels.cuda.launch.layout import Slot
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
 from sla2_compile.kernels.cuda.sparse.attend import attend_pooled_kernel
 from sla2_compile.kernels.cuda.sparse.cuts import attend_cut
-from sla2_compile.kernels.cuda.sparse.pool import pool_blocks_kernel
+from sla2_compile.kernels.cuda.sparse.pooled import Pool, order_of
+from sla2_compile.kernels.cuda.sparse.sm90 import Call
 from sla2_compile.kernels.cuda.tiles import ShapeClass
 from sla2_compile.kernels.layout import Layout
 from sla2_compile.kernels.records import split, with_tensors
-from sla2_compile.kernels.support import Facts
-
-
-def order_of(args: SparseArgs[Layout]) -> int:
-    """TAIL of the kernels: 0 without a tail, else its order."""
-    return args.proxy_order if args.tail == "proxy" else 0
+from sla2_compile.kernels.support import Facts, support
 
 
 def shape_of(args: SparseArgs[Layout]) -> ShapeClass:
@@ -41,60 +35,14 @@ def shape_of(args: SparseArgs[Layout]) -> ShapeClass:
 
 
 def facts_of_sparse(args: SparseArgs[Layout]) -> Facts:
-    """What decides whether the kernels run a call."""
-    q = args.q
+    """What decides which kernels run a call."""
+    q, k, v, mean = args.q, args.k, args.v, args.k_mean
     return Facts(
-        device.chip_of(q.device), q.dtype, q.shape[3], args.v.shape[3], args.block_q, args.block_k,
-        positive=args.scale > 0.0, plain=args.key_mask is None and not args.is_causal, sparse=True,
+        device.chip_of(q.device), q.dtype, q.shape[3], v.shape[3], args.block_q, args.block_k,
+        positive=args.scale > 0.0, plain=args.key_mask is None and not args.is_causal,
+        copyable=all(describable(x) for x in (q, k, v)) and mean.aligned and mean.dtype == torch.float32,
+        invertible=1e-18 <= args.scale <= 1e18, sparse=True,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The pooled terms of a call, of `pool_blocks_kernel`; without a tail all are q, and never read.
-
-    Attributes:
-        left: of `complement_kernel`: which key blocks each query block has not selected.
-    """
-
-    keys: Slot
-    values: Slot
-    spreads: Slot
-    counts: Slot
-    left: Slot
-
-    @property
-    def tensors(self) -> tuple[Slot, Slot, Slot, Slot, Slot]:
-        """As kernels take them."""
-        return self.keys, self.values, self.spreads, self.counts, self.left
-
-    @classmethod
-    def add(cls, schedule: Schedule, args: SparseArgs[Layout], slots: SparseArgs[Slot]) -> Pool:
-        """Have the pooled terms made that a call has."""
-        k, v, mask, order = args.k, args.v, args.key_mask, order_of(args)
-        if not order:
-            return cls(*(slots.q,) * 5)
-        (B, heads, Nk, D), Dv, (Hq, tm, topk) = k.shape, v.shape[3], args.lut.shape[1:]
-        tn = num_blocks(Nk, args.block_k)
-        keys = schedule.empty("pooled_keys", (B * heads, tn, D), k.dtype)
-        values = schedule.empty("pooled_values", (B * heads, tn, Dv), v.dtype)
-        second = order == 2
-        spreads = schedule.empty("spreads", (B * heads, tn, D), k.dtype) if second else keys
-        counts = schedule.empty("counts", (B * heads, tn), torch.float32)
-        left = schedule.empty("left", (B, Hq, tm, tn), torch.int8)
-        schedule.launch(
-            pool_blocks_kernel, (B * heads * tn,),
-            slots.k, slots.v, slots.k_mean, slots.key_mask, keys, values, spreads, counts,
-            *k.stride[:3], *v.stride[:3], 0 if mask is None else mask.stride[0], heads, Nk, tn,
-            D=D, DV=Dv, BLOCK_K=args.block_k, CHUNK=min(64, max(padded(D), padded(Dv))), SECOND=second,
-            HAS_MASK=mask is not None, num_warps=8 if args.block_k > 64 else 4,
-        )  # fmt: skip
-        # causality is the other kernels' own: a tail has fewer blocks than a linear branch
-        schedule.launch(
-            complement_kernel, (B * Hq * tm,), slots.lut, left, tm, tn, tn, topk, 0, 1.0,
-            BLOCK_Q=args.block_q, BLOCK_K=args.block_k, BLOCK_N=512, CAUSAL=False, ALL=False, num_warps=2,
-        )  # fmt: skip
-        return cls(keys, values, spreads, counts, left)
 
 
 def add_sparse(schedule: Schedule, args: SparseArgs[Layout], slots: SparseArgs[Slot]) -> SparseResult[Slot]:
@@ -104,7 +52,12 @@ def add_sparse(schedule: Schedule, args: SparseArgs[Layout], slots: SparseArgs[S
     # in memory as (B, Nq, Hq, Dv); see `arguments.output`
     o = schedule.empty("o", (B, Nq, Hq, Dv), q.dtype, transposed=True)
     lse, alpha = (schedule.empty(name, (B, Hq, Nq), torch.float32) for name in ("lse", "alpha"))
-    pool = Pool.add(schedule, args, slots)
+    made = SparseResult(o, lse, alpha)
+    fused = support(facts_of_sparse(args)).kernel == "fused"
+    pool = Pool.add(schedule, args, slots, logs=fused)
+    if fused:
+        Call(schedule, args, slots, pool).attend(made)
+        return made
     cut = attend_cut(shape, device.shared_limit(q.device))
     schedule.launch(
         attend_pooled_kernel, (B * Hq * tm * (args.block_q // cut.rows),),
@@ -115,7 +68,7 @@ def add_sparse(schedule: Schedule, args: SparseArgs[Layout], slots: SparseArgs[S
         BLOCK_M=cut.rows, BLOCK_N=cut.keys, TAIL=order_of(args), CAUSAL=args.is_causal, HAS_MASK=mask is not None,
         STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
-    return SparseResult(o, lse, alpha)
+    return made
 
 
 @functools.lru_cache(maxsize=256)
