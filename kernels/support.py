@@ -61,7 +61,7 @@ class Facts(NamedTuple):
         D, Dv: head dims of q and k, and of v. block_q, block_k: rows of a block.
         low_bit: format asked for, one of `LOW_BIT_CHOICES`; of a backward, the one that its forward ran in.
         positive: whether the scale of the scores is above 0.
-        plain: whether every query sees every key: no key_mask, not causal.
+        plain: whether every query sees every key: no key_mask, not causal; of `sla2::sparse_attention` not causal.
         few: whether at most `MOST_KEPT` of the key blocks are asked for; many: whether a query block then keeps at
             least `LEAST_KEPT` of them.
         copyable: whether the copy engine can read q, k and v, and k_mean is as the router returns it; of a backward
@@ -195,7 +195,11 @@ FUSED: tuple[Rule, ...] = (
         "Triton 3.6 or 3.7",
         lambda f: f"the fused kernel needs Triton 3.6 or 3.7, not {'.'.join(map(str, f.chip.triton))}",
     ),
-    Rule(lambda f: f.plain, "no key mask, not causal", lambda f: "the fused kernel takes no mask and no causality"),
+    Rule(
+        lambda f: f.plain,
+        "not causal, and in method sla2 no key mask",
+        lambda f: f"the fused kernel takes no {'' if f.sparse else 'mask and no '}causality",
+    ),
     Rule(
         lambda f: f.block_k == 64 and (f.block_q == 128 or (f.sparse and f.block_q == 64)),
         "blocks of 128 x 64 (other methods than sla2: also of 64 x 64)",

@@ -296,6 +296,12 @@ COMPILED_HOPPER = [
         },
     ),
     *on(90, PROXY_HOPPER, {"fused proxy 2, D80": pooled(80, (128, 64), order=2)}),
+    *on(90, (*SPARSE_HOPPER, "clean_kernel"), {"fused topk, D64, masked": pooled(64, (64, 64), "masked", 0)}),
+    *on(
+        90,
+        (*PROXY_HOPPER, "clean_kernel"),
+        {f"fused proxy {order}, D128, masked": pooled(128, (128, 64), "masked", order) for order in (1, 2)},
+    ),
     *on(90, HOPPER, {"fused, D128, fp16": call(128, (128, 64), dtype=torch.float16)}),
     *on(90, HOPPER, {f"fused, D{D}, {low}": call(D, (128, 64), low=low) for D in (48, 80) for low in LOW_BITS}),
 ]

@@ -81,10 +81,13 @@ def test_products_are_left_alone(D: int, phi: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_products_of_the_other_methods_run_on(order: int, D: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", ["", "masked"])
+def test_products_of_the_other_methods_run_on(
+    more: str, order: int, D: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_chip(90, monkeypatch)
     seen = set()
-    for launch in scheduled(monkeypatch, pooled(D, (rows, 64), order=order)):
+    for launch in scheduled(monkeypatch, pooled(D, (rows, 64), more, order)):
         name = launch.kernel.fn.__name__
         if "hopper" in name:
             left_alone(launch, name, persistent="attend" in name)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sla2_compile.kernels.arguments import SparseArgs
+from sla2_compile.kernels.arguments import SparseArgs, SparseBackwardArgs, SparseSaved
 from sla2_compile.kernels.cuda.sparse import sm90
 from sla2_compile.kernels.cuda.sparse.cuts_sm90 import forward_cut, queries_cut, terms_cut
 from sla2_compile.kernels.cuda.sparse.launches import facts_of_sparse
@@ -24,7 +24,8 @@ from sla2_compile.kernels.reference import methods as reference
 from sla2_compile.kernels.support import Chip, support
 from tests.kernels.methods_case import SparseCase
 from tests.kernels.schedules import forget_schedules
-from tests.kernels.test_triton_sparse import check_forward, on_device
+from tests.kernels.test_triton_backward_edges import Fenced
+from tests.kernels.test_triton_sparse import WILD, among_nan, check_forward, on_device
 from tests.kernels.test_triton_sparse_backward import backward_of, by_autograd, check_backward
 from tests.kernels.triton_case import INTERPRETED, poison_outputs, scheduled_sparse, scheduled_sparse_backward
 
@@ -40,6 +41,10 @@ SHAPES = {
     "more than a tile of pooled terms": replace(WIDE, Nk=64 * 150 + 7, topk_ratio=0.04, heads=1),
     "many query blocks": replace(PLAIN, Nq=128 * 300, groups=1),
     "every block selected": replace(WIDE, topk_ratio=1.0),
+    "masked": replace(PLAIN, masked=True, B=2),
+    "wide, masked": replace(WIDE, masked=True, B=2, Nk=1003),
+    "masked, blocks of 64": replace(WIDE, masked=True, block_q=64, groups=1),
+    "D 72, masked": replace(PLAIN, D=72, Dv=72, masked=True),
     "D 40": replace(PLAIN, D=40, Dv=40),
     "D 80": replace(PLAIN, D=80, Dv=80, block_q=64),
     "D 96": replace(PLAIN, D=96, Dv=96, B=2),
@@ -75,7 +80,8 @@ def test_takes_what_the_table_says() -> None:
     assert takes(call)
     assert takes(replace(PLAIN, block_q=64).call(torch.bfloat16))
     assert not takes(call, chip=H100._replace(arch=100))
-    for change in ({"block_q": 32}, {"block_k": 32}, {"masked": True}, {"is_causal": True}, {"Dv": 128}, {"D": 32}):
+    assert takes(replace(PLAIN, masked=True).call(torch.bfloat16))
+    for change in ({"block_q": 32}, {"block_k": 32}, {"is_causal": True}, {"Dv": 128}, {"D": 32}):
         assert not takes(replace(PLAIN, **change).call(torch.bfloat16)), change
     # the logarithm of a block's keys is divided by it
     assert not takes(call._replace(scale=1e-30))
@@ -192,4 +198,52 @@ if not INTERPRETED:
         args = backward_of(replace(WIDE, tail=kind, proxy_order=order, Nq=2048, Nk=4096).call(), torch.bfloat16)
         first, second = scheduled_sparse_backward(args), scheduled_sparse_backward(args)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert took_backward
+
+    @pytest.mark.gpu
+    @only_hopper
+    @pytest.mark.parametrize("tail", TAILS)
+    def test_what_is_not_seen_leads_nowhere(tail: str, took: list[None], took_backward: list[None]) -> None:
+        """Hidden keys may hold NaN and get no gradient; without any key there is nothing."""
+        kind, order = TAILS[tail]
+        args = backward_of(replace(WIDE, tail=kind, masked=True, proxy_order=order).call(), torch.bfloat16)
+        call, want = args.saved.call, scheduled_sparse_backward(args)
+        assert call.key_mask is not None
+        hidden = ~call.key_mask[:, None, :, None]
+        wild: Any = {name: getattr(call, name).masked_fill(hidden, float("nan")) for name in ("k", "v")}
+        for a, b in zip(scheduled_sparse(call._replace(**wild)), scheduled_sparse(call), strict=True):
+            assert torch.equal(a, b)
+        got = scheduled_sparse_backward(args._replace(saved=args.saved._replace(call=call._replace(**wild))))
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+        assert not got.dk.masked_select(hidden).any()
+        blind = call._replace(key_mask=torch.zeros_like(call.key_mask))
+        o, lse, alpha = scheduled_sparse(blind)
+        assert not o.any()
+        assert not alpha.any()
+        assert (lse == float("-inf")).all()
+        for a in scheduled_sparse_backward(SparseBackwardArgs(args.do, SparseSaved(o, lse, blind))):
+            assert not a.any()
+        assert took
+        assert took_backward
+
+    @pytest.mark.gpu
+    @only_hopper
+    @pytest.mark.parametrize("wild", WILD)
+    @pytest.mark.parametrize("tail", TAILS)
+    def test_a_wild_table_touches_nothing_outside(
+        tail: str, wild: str, monkeypatch: pytest.MonkeyPatch, took_backward: list[None]
+    ) -> None:
+        """What such a call gives means nothing, but is numbers, and no memory but the kernels' own is written."""
+        kind, order = TAILS[tail]
+        args = backward_of(replace(WIDE, tail=kind, proxy_order=order).call(), torch.bfloat16)
+        saved, call = args.saved, args.saved.call
+        q, k, v = (among_nan(x) for x in call[:3])
+        call = call._replace(q=q, k=k, v=v, lut=torch.full_like(call.lut, WILD[wild]))
+        fenced = Fenced(monkeypatch)
+        assert all(x.isfinite().all() for x in scheduled_sparse(call)[::2])
+        changed = saved._replace(o=among_nan(saved.o), call=call)
+        got = scheduled_sparse_backward(SparseBackwardArgs(among_nan(args.do), changed))
+        fenced.assert_whole()
+        assert all(x.isfinite().all() for x in got)
         assert took_backward

@@ -63,12 +63,22 @@ def ask(desc, place, bufs, full, empty, done, STAGES: gl.constexpr):
 
 
 @jit
+def ask_both(desc, place, row_desc, at, bufs, row_bufs, full, empty, done, STAGES: gl.constexpr):
+    """Ask for one tile, and for a row of numbers that are added to its scores."""
+    stage = done % STAGES
+    mbarrier.wait(empty.index(stage), (done // STAGES + 1) & 1)
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes + row_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(row_desc, at, full.index(stage), row_bufs.index(stage))
+    tma.async_copy_global_to_shared(desc, place, full.index(stage), bufs.index(stage))
+
+
+@jit
 def load_tiles(
     descs, bufs, bars, lut, Hq, groups, Tm, Tn, topk, items, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    PARTS: gl.constexpr, TAIL: gl.constexpr,
+    PARTS: gl.constexpr, TAIL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """Ask for the tiles of every query block of this program, in the order in which they are taken."""
-    q_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, _ = descs
+    q_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc = descs
     q_bufs, k_bufs, v_bufs, logs_bufs, _ = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
@@ -92,12 +102,8 @@ def load_tiles(
         if TAIL > 0:
             for n in range((Tn + BLOCK_K - 1) // BLOCK_K):
                 place = [b, h_kv, n * BLOCK_K, 0]
-                stage = k_done % STAGES
-                mbarrier.wait(k_empty.index(stage), (k_done // STAGES + 1) & 1)
-                mbarrier.expect(k_full.index(stage), pooled_desc.block_type.nbytes + logs_desc.block_type.nbytes)
                 at = [row, n * BLOCK_K]
-                tma.async_copy_global_to_shared(logs_desc, at, k_full.index(stage), logs_bufs.index(stage))
-                tma.async_copy_global_to_shared(pooled_desc, place, k_full.index(stage), k_bufs.index(stage))
+                ask_both(pooled_desc, place, logs_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, STAGES)
                 k_done += 1
                 if TAIL == 2:
                     ask(spreads_desc, place, k_bufs, k_full, k_empty, k_done, STAGES)
@@ -107,8 +113,13 @@ def load_tiles(
         count = kept(table, topk)
         steps = gl.maximum(count, 1)
         for n in range(steps):
-            place = [b, h_kv, entry(table, steps - 1 - n, count, Tn) * BLOCK_K, 0]
-            ask(k_desc, place, k_bufs, k_full, k_empty, k_done, STAGES)
+            key = entry(table, steps - 1 - n, count, Tn) * BLOCK_K
+            place = [b, h_kv, key, 0]
+            if HAS_MASK:
+                at = [b, key]
+                ask_both(k_desc, place, hidden_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, STAGES)
+            else:
+                ask(k_desc, place, k_bufs, k_full, k_empty, k_done, STAGES)
             ask(v_desc, place, v_bufs, v_full, v_empty, v_done, STAGES)
             k_done += 1
             v_done += 1
@@ -122,35 +133,51 @@ def entry(table, at, count, Tn):
 
 
 @jit
-def start_pooled(q, x2, k_bufs, logs_bufs, k_full, done, mma: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr):
-    """Start the scores of a tile of pooled terms, which takes TAIL buffers."""
+def start_keys(q, k_bufs, k_full, done, mma: gl.constexpr, STAGES: gl.constexpr):
+    """Start the scores of a tile of keys, for the rows of q."""
     BLOCK_K: gl.constexpr = k_bufs.shape[3]
     BLOCK_D: gl.constexpr = k_bufs.shape[4]
+    BLOCK_M: gl.constexpr = q.shape[0]
     stage = done % STAGES
     mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-    logs = logs_bufs.index(stage).reshape([BLOCK_K]).load(gl.SliceLayout(0, mma))
-    s = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=mma) + gl.expand_dims(logs, 0)
+    zero = gl.zeros([BLOCK_M, BLOCK_K], gl.float32, layout=mma)
     tile = k_bufs.index(stage).reshape([BLOCK_K, BLOCK_D])
-    s = warpgroup_mma(q, tile.permute((1, 0)), s, is_async=True)
+    return warpgroup_mma(q, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@jit
+def start_sums(
+    q, k_bufs, rows, full, done, mma: gl.constexpr, STAGES: gl.constexpr, ADDED: gl.constexpr
+):  # fmt: skip
+    """The same, from the numbers of `ask_both` on (if ADDED)."""
+    if not ADDED:
+        return start_keys(q, k_bufs, full, done, mma, STAGES)
+    else:
+        BLOCK_K: gl.constexpr = k_bufs.shape[3]
+        BLOCK_D: gl.constexpr = k_bufs.shape[4]
+        BLOCK_M: gl.constexpr = q.shape[0]
+        stage = done % STAGES
+        mbarrier.wait(full.index(stage), (done // STAGES) & 1)
+        added = rows.index(stage).reshape([BLOCK_K]).load(gl.SliceLayout(0, mma))
+        s = gl.zeros([BLOCK_M, BLOCK_K], gl.float32, layout=mma) + gl.expand_dims(added, 0)
+        tile = k_bufs.index(stage).reshape([BLOCK_K, BLOCK_D])
+        return warpgroup_mma(q, tile.permute((1, 0)), s, is_async=True)
+
+
+@jit
+def start_pooled(
+    q, x2, k_bufs, logs_bufs, k_full, done, mma: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr
+):  # fmt: skip
+    """Start the scores of a tile of pooled terms, which takes TAIL buffers."""
+    s = start_sums(q, k_bufs, logs_bufs, k_full, done, mma, STAGES, True)
     if TAIL == 2:
+        BLOCK_K: gl.constexpr = k_bufs.shape[3]
+        BLOCK_D: gl.constexpr = k_bufs.shape[4]
         stage = (done + 1) % STAGES
         mbarrier.wait(k_full.index(stage), ((done + 1) // STAGES) & 1)
         tile = k_bufs.index(stage).reshape([BLOCK_K, BLOCK_D])
         s = warpgroup_mma(x2, tile.permute((1, 0)), s, is_async=True)
     return s
-
-
-@jit
-def start_keys(q, k_bufs, k_full, done, mma: gl.constexpr, STAGES: gl.constexpr):
-    """Start the scores of a tile of keys, for the rows of q."""
-    BLOCK_K: gl.constexpr = k_bufs.shape[3]
-    BLOCK_D: gl.constexpr = k_bufs.shape[4]
-    stage = done % STAGES
-    mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-    BLOCK_M: gl.constexpr = q.shape[0]
-    zero = gl.zeros([BLOCK_M, BLOCK_K], gl.float32, layout=mma)
-    tile = k_bufs.index(stage).reshape([BLOCK_K, BLOCK_D])
-    return warpgroup_mma(q, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @jit
@@ -196,6 +223,7 @@ def step(
 def take_rows(
     PLACE: gl.constexpr, o_desc, bufs, bars, lut, k_mean, lse, alpha, Hq, groups, Tm, Tn, topk, items, Nq, Nk, scale,
     D: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 rows of each query block of this program; arguments as `attend_sparse_hopper_kernel`'s."""
     q_bufs, k_bufs, v_bufs, logs_bufs, x2_bufs = bufs
@@ -258,7 +286,7 @@ def take_rows(
             release(k_empty, k_done, STAGES, TAIL)
             k_done += TAIL
         else:
-            s = start_keys(q, k_bufs, k_full, k_done, mma_s, STAGES)
+            s = start_sums(q, k_bufs, logs_bufs, k_full, k_done, mma_s, STAGES, HAS_MASK)
             s = masked(warpgroup_mma_wait(0, deps=[s]), last, Nk, columns_s)
             release(k_empty, k_done, STAGES, 1)
             k_done += 1
@@ -280,14 +308,14 @@ def take_rows(
             top += offset
             tail_top = top
             tail = gl.convert_layout(gl.sum(total, axis=1), row_s)
-            ragged = start_keys(q, k_bufs, k_full, k_done, mma_s, STAGES)
+            ragged = start_sums(q, k_bufs, logs_bufs, k_full, k_done, mma_s, STAGES, HAS_MASK)
             p, acc, top, total = step(
                 ragged, last, Nk, p, acc, c, top, total, v_bufs, of_step, k_done, v_done, part, STAGES, 1, True
             )
             k_done += 1
             v_done += 1
         for _ in range(1, steps):
-            started = start_keys(q, k_bufs, k_full, k_done, mma_s, STAGES)
+            started = start_sums(q, k_bufs, logs_bufs, k_full, k_done, mma_s, STAGES, HAS_MASK)
             p, acc, top, total = step(
                 started, 0, Nk, p, acc, c, top, total, v_bufs, of_step, k_done, v_done, part, STAGES, 1, False
             )
@@ -324,10 +352,10 @@ def take_rows(
 
 @jit(do_not_specialize=["Tm", "Tn", "topk", "items", "Nq", "Nk"])
 def attend_sparse_hopper_kernel(
-    q_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, o_desc, lut, k_mean, lse, alpha,
-    Hq, groups, Tm, Tn, topk, items, Nq, Nk, scale,
+    q_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc, o_desc, lut, k_mean, lse,
+    alpha, Hq, groups, Tm, Tn, topk, items, Nq, Nk, scale,
     D: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    HAS_MASK: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Compute o, lse and alpha of `items` = B * Hq * Tm * PARTS pieces of query blocks, of GROUPS * 64 rows each.
 
@@ -337,14 +365,16 @@ def attend_sparse_hopper_kernel(
         pooled_desc, means_desc, spreads_desc: the same of the keys, values and, at order 2, spreads of
             `pool_blocks_kernel` (B, heads, Tn, D); logs_desc: (1, BLOCK_K) of `logs_kernel`'s map. Valid, and not
             read, without a TAIL, which else is its order.
+        hidden_desc: (1, BLOCK_K) of `clean_kernel`'s numbers, whose k and v are read (if HAS_MASK).
         lut: (B, Hq, Tm, topk), whose rows may end early, with -1; k_mean: (B, heads, D) fp32.
         lse, alpha: (B, Hq, Nq) fp32, out.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_type.shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    if TAIL > 0:
-        logs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES] + logs_desc.block_type.shape, logs_desc.layout)
+    if (TAIL > 0) | HAS_MASK:
+        row_desc = logs_desc if TAIL > 0 else hidden_desc
+        logs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES] + row_desc.block_type.shape, row_desc.layout)
     else:
         logs_bufs = k_bufs
     if TAIL == 2:
@@ -368,7 +398,7 @@ def attend_sparse_hopper_kernel(
         mbarrier.init(v_full.index(n), count=1)
         mbarrier.init(v_empty.index(n), count=GROUPS)
     fence_async_shared()
-    descs = (q_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, o_desc)
+    descs = (q_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc)
     bufs = (q_bufs, k_bufs, v_bufs, logs_bufs, x2_bufs)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     if GROUPS == 2:
@@ -376,13 +406,15 @@ def attend_sparse_hopper_kernel(
             [
                 (take_rows, (
                     0, o_desc, bufs, bars, lut, k_mean, lse, alpha, Hq, groups, Tm, Tn, topk, items, Nq, Nk, scale,
-                    D, STAGES, GROUPS, PARTS, TAIL,
+                    D, STAGES, GROUPS, PARTS, TAIL, HAS_MASK,
                 )),
                 (take_rows, (
                     1, o_desc, bufs, bars, lut, k_mean, lse, alpha, Hq, groups, Tm, Tn, topk, items, Nq, Nk, scale,
-                    D, STAGES, GROUPS, PARTS, TAIL,
+                    D, STAGES, GROUPS, PARTS, TAIL, HAS_MASK,
                 )),
-                (load_tiles, (descs, bufs, bars, lut, Hq, groups, Tm, Tn, topk, items, STAGES, GROUPS, PARTS, TAIL)),
+                (load_tiles, (
+                    descs, bufs, bars, lut, Hq, groups, Tm, Tn, topk, items, STAGES, GROUPS, PARTS, TAIL, HAS_MASK,
+                )),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -392,9 +424,11 @@ def attend_sparse_hopper_kernel(
             [
                 (take_rows, (
                     0, o_desc, bufs, bars, lut, k_mean, lse, alpha, Hq, groups, Tm, Tn, topk, items, Nq, Nk, scale,
-                    D, STAGES, GROUPS, PARTS, TAIL,
+                    D, STAGES, GROUPS, PARTS, TAIL, HAS_MASK,
                 )),
-                (load_tiles, (descs, bufs, bars, lut, Hq, groups, Tm, Tn, topk, items, STAGES, GROUPS, PARTS, TAIL)),
+                (load_tiles, (
+                    descs, bufs, bars, lut, Hq, groups, Tm, Tn, topk, items, STAGES, GROUPS, PARTS, TAIL, HAS_MASK,
+                )),
             ],
             [1],
             [24],

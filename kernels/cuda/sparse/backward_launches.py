@@ -221,8 +221,7 @@ def sparse_backward_schedule(args: SparseBackwardArgs[Layout]) -> tuple[Schedule
     )
     slots = with_tensors(args, schedule.inputs)
     if support(facts_of_backward(args)).kernel == "fused":
-        pool = Pool.add(schedule, call, slots.saved.call, logs=True)
-        hopper = sm90.Backward(sm90.Call(schedule, call, slots.saved.call, pool), args, slots)
+        hopper = sm90.Backward(sm90.Call.begin(schedule, call, slots.saved.call), args, slots)
         needed = hopper.add_rows()
         hopper.add_queries(needed, dq)
         terms = hopper.add_terms(needed)

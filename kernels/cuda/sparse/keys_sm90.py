@@ -15,10 +15,10 @@ from sla2_compile.kernels.cuda.forward.attend_sm90 import LOG2_E
 
 @jit(do_not_specialize=["Nk", "Tm", "Tn", "entries"])
 def keys_sparse_hopper_kernel(
-    q_desc, do_desc, shift_desc, sum_desc, k_desc, v_desc, dk_desc, dv_desc, lists, k_mean, pooled, counts,
+    q_desc, do_desc, shift_desc, sum_desc, k_desc, v_desc, dk_desc, dv_desc, lists, k_mean, hidden, pooled, counts,
     d_pooled, d_means, d_spreads, heads, groups, Nk, Tm, Tn, entries, scale,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    TAIL: gl.constexpr,
+    TAIL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one key block of 64 keys.
 
@@ -27,6 +27,7 @@ def keys_sparse_hopper_kernel(
             engine reads zeros and writes nothing, here and below. k_desc, v_desc, dk_desc, dv_desc: the same.
         shift_desc, sum_desc: tiles (1, 64) of shifts and log_sums (B * Hq, Nq) of `row_terms_kernel`.
         lists: (B * heads, entries + 2 * Tn) int32, of `lists_kernel`; k_mean: (B, heads, D) fp32.
+        hidden: of `clean_kernel`, whose k and v are read (if HAS_MASK); hidden keys get 0.
         pooled, counts: of `pool_blocks_kernel`; d_pooled, d_means, d_spreads: (B * heads, Tn, D) fp32,
             gradients for keys, values and, at order 2, spreads (if TAIL, the order).
         PARTS: tiles of rows in a query block.
@@ -80,6 +81,9 @@ def keys_sparse_hopper_kernel(
     )  # fmt: skip
 
     d_keys *= scale
+    if HAS_MASK:
+        at = (b * Tn + j) * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, mma_d))
+        seen = gl.expand_dims(gl.load(hidden + at) == 0.0, 1)
     # through the tiles of k and v, which are no longer needed, so that whole lines are written
     barrier()
     if TAIL > 0:
@@ -90,6 +94,8 @@ def keys_sparse_hopper_kernel(
         # rows after the last key are not written
         share = 1.0 / gl.maximum(gl.load(counts + block), 1.0)
         d_values += gl.expand_dims(gl.load(d_means + at, mask=inside, other=0.0) * share, 0)
+        if HAS_MASK:
+            d_values = gl.where(seen, d_values, 0.0)
         values.store(d_values.to(v_desc.dtype))
         # values need no registers from here on
         barrier()
@@ -101,7 +107,11 @@ def keys_sparse_hopper_kernel(
             d_keys += gl.expand_dims(spread, 0) * (keys.load(mma_d).to(gl.float32) - gl.expand_dims(mean, 0))
             barrier()
     else:
+        if HAS_MASK:
+            d_values = gl.where(seen, d_values, 0.0)
         values.store(d_values.to(v_desc.dtype))
+    if HAS_MASK:
+        d_keys = gl.where(seen, d_keys, 0.0)
     keys.store(d_keys.to(k_desc.dtype))
     fence_async_shared()
     barrier()

@@ -39,7 +39,7 @@ def facts_of_sparse(args: SparseArgs[Layout]) -> Facts:
     q, k, v, mean = args.q, args.k, args.v, args.k_mean
     return Facts(
         device.chip_of(q.device), q.dtype, q.shape[3], v.shape[3], args.block_q, args.block_k,
-        positive=args.scale > 0.0, plain=args.key_mask is None and not args.is_causal,
+        positive=args.scale > 0.0, plain=not args.is_causal,
         copyable=all(describable(x) for x in (q, k, v)) and mean.aligned and mean.dtype == torch.float32,
         invertible=1e-18 <= args.scale <= 1e18, sparse=True,
     )  # fmt: skip
@@ -53,11 +53,10 @@ def add_sparse(schedule: Schedule, args: SparseArgs[Layout], slots: SparseArgs[S
     o = schedule.empty("o", (B, Nq, Hq, Dv), q.dtype, transposed=True)
     lse, alpha = (schedule.empty(name, (B, Hq, Nq), torch.float32) for name in ("lse", "alpha"))
     made = SparseResult(o, lse, alpha)
-    fused = support(facts_of_sparse(args)).kernel == "fused"
-    pool = Pool.add(schedule, args, slots, logs=fused)
-    if fused:
-        Call(schedule, args, slots, pool).attend(made)
+    if support(facts_of_sparse(args)).kernel == "fused":
+        Call.begin(schedule, args, slots).attend(made)
         return made
+    pool = Pool.add(schedule, args, slots)
     cut = attend_cut(shape, device.shared_limit(q.device))
     schedule.launch(
         attend_pooled_kernel, (B * Hq * tm * (args.block_q // cut.rows),),

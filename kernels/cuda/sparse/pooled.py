@@ -67,8 +67,8 @@ class Pool:
             columns = num_blocks(tn, 64) * 64
             left = schedule.empty("logs", (B, Hq, tm, columns), torch.float32)
             schedule.launch(
-                logs_kernel, (B * Hq * tm,), slots.lut, left, Nk, tn, columns, topk, args.scale, BLOCK_K=args.block_k,
-                BLOCK_N=512, num_warps=2,
+                logs_kernel, (B * Hq * tm,), slots.lut, counts, left, Hq, Hq // heads, tm, tn, columns, topk,
+                args.scale, BLOCK_N=512, num_warps=2,
             )  # fmt: skip
             return cls(keys, values, spreads, counts, left)
         left = schedule.empty("left", (B, Hq, tm, tn), torch.int8)

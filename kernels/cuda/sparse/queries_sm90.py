@@ -23,16 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sla2_compile.kernels.cuda.forward.attend_sm90 import LOG2_E, masked
-from sla2_compile.kernels.cuda.sparse.attend_sm90 import ask, entry, kept, release, start_keys
+from sla2_compile.kernels.cuda.sparse.attend_sm90 import ask, ask_both, entry, kept, release, start_keys
 
 
 @jit
 def load_tiles(
     descs, bufs, bars, lut, row, part, Hq, groups, Tm, Tn, topk, K_TILES: gl.constexpr, V_TILES: gl.constexpr,
-    PARTS: gl.constexpr, TAIL: gl.constexpr,
+    PARTS: gl.constexpr, TAIL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """Ask for the tiles of this program, in the order in which they are taken."""
-    q_desc, do_desc, x2_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc = descs
+    q_desc, do_desc, x2_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc = descs
     x_buf, g_buf, k_bufs, v_bufs, logs_bufs, x2_buf = bufs
     begun, k_full, k_empty, v_full, v_empty = bars
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
@@ -52,13 +52,8 @@ def load_tiles(
     if TAIL > 0:
         for n in range((Tn + BLOCK_K - 1) // BLOCK_K):
             place = [b, h_kv, n * BLOCK_K, 0]
-            stage = k_done % K_TILES
-            mbarrier.wait(k_empty.index(stage), (k_done // K_TILES + 1) & 1)
-            mbarrier.expect(k_full.index(stage), pooled_desc.block_type.nbytes + logs_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                logs_desc, [row, n * BLOCK_K], k_full.index(stage), logs_bufs.index(stage)
-            )
-            tma.async_copy_global_to_shared(pooled_desc, place, k_full.index(stage), k_bufs.index(stage))
+            at = [row, n * BLOCK_K]
+            ask_both(pooled_desc, place, logs_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, K_TILES)
             k_done += 1
             if TAIL == 2:
                 ask(spreads_desc, place, k_bufs, k_full, k_empty, k_done, K_TILES)
@@ -69,8 +64,13 @@ def load_tiles(
     count = kept(table, topk)
     steps = gl.maximum(count, 1)
     for n in range(steps):
-        place = [b, h_kv, entry(table, steps - 1 - n, count, Tn) * BLOCK_K, 0]
-        ask(k_desc, place, k_bufs, k_full, k_empty, k_done, K_TILES)
+        key = entry(table, steps - 1 - n, count, Tn) * BLOCK_K
+        place = [b, h_kv, key, 0]
+        if HAS_MASK:
+            at = [b, key]
+            ask_both(k_desc, place, hidden_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, K_TILES)
+        else:
+            ask(k_desc, place, k_bufs, k_full, k_empty, k_done, K_TILES)
         ask(v_desc, place, v_bufs, v_full, v_empty, v_done, V_TILES)
         k_done += 1
         v_done += 1
@@ -102,6 +102,7 @@ def take_rows(
     dq_desc, bufs, bars, k_mean, lut, lse, shifts, log_sums, row, part, Hq, groups, Nq, Nk, Tm,
     Tn, topk, scale,
     D: gl.constexpr, K_TILES: gl.constexpr, V_TILES: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """Compute dq; arguments as `queries_sparse_hopper_kernel`'s."""
     x_buf, g_buf, k_bufs, v_bufs, logs_bufs, x2_buf = bufs
@@ -187,7 +188,11 @@ def take_rows(
         mbarrier.arrive(k_empty.index((k_done + K_TILES - 1) % K_TILES), count=1, pred=n > 0)
         # only the table's last block can be ragged, and comes first
         s = masked(s, gl.where(n == 0, last, 0), Nk, columns_s)
-        p = gl.exp2(s * c - log_sum)
+        if HAS_MASK:
+            hidden = logs_bufs.index(k_done % K_TILES).reshape([BLOCK_K]).load(columns_s)
+            p = gl.exp2(s * c + (gl.expand_dims(hidden, 0) - log_sum))
+        else:
+            p = gl.exp2(s * c - log_sum)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
         release(v_empty, v_done, V_TILES, 1)
         d_s = (p * (d_p + shift)).to(dtype)
@@ -210,9 +215,10 @@ def take_rows(
 
 @jit(do_not_specialize=["Nq", "Nk", "Tm", "Tn", "topk"])
 def queries_sparse_hopper_kernel(
-    q_desc, do_desc, x2_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, dq_desc, k_mean, lut,
-    lse, shifts, log_sums, Hq, groups, Nq, Nk, Tm, Tn, topk, scale,
+    q_desc, do_desc, x2_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc, dq_desc,
+    k_mean, lut, lse, shifts, log_sums, Hq, groups, Nq, Nk, Tm, Tn, topk, scale,
     D: gl.constexpr, K_TILES: gl.constexpr, V_TILES: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """Write dq of one of PARTS of a query block.
 
@@ -226,8 +232,9 @@ def queries_sparse_hopper_kernel(
     g_buf = gl.allocate_shared_memory(do_desc.dtype, do_desc.block_type.shape, do_desc.layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [K_TILES] + k_desc.block_type.shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(v_desc.dtype, [V_TILES] + v_desc.block_type.shape, v_desc.layout)
-    if TAIL > 0:
-        logs_bufs = gl.allocate_shared_memory(gl.float32, [K_TILES] + logs_desc.block_type.shape, logs_desc.layout)
+    if (TAIL > 0) | HAS_MASK:
+        row_desc = logs_desc if TAIL > 0 else hidden_desc
+        logs_bufs = gl.allocate_shared_memory(gl.float32, [K_TILES] + row_desc.block_type.shape, row_desc.layout)
     else:
         logs_bufs = k_bufs
     if TAIL == 2:
@@ -248,7 +255,7 @@ def queries_sparse_hopper_kernel(
         mbarrier.init(v_full.index(n), count=1)
         mbarrier.init(v_empty.index(n), count=1)
     fence_async_shared()
-    descs = (q_desc, do_desc, x2_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc)
+    descs = (q_desc, do_desc, x2_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc)
     bufs = (x_buf, g_buf, k_bufs, v_bufs, logs_bufs, x2_buf)
     bars = (begun, k_full, k_empty, v_full, v_empty)
     row = gl.program_id(0) // PARTS
@@ -257,10 +264,10 @@ def queries_sparse_hopper_kernel(
         [
             (take_rows, (
                 dq_desc, bufs, bars, k_mean, lut, lse, shifts, log_sums, row, part, Hq, groups, Nq, Nk, Tm, Tn, topk,
-                scale, D, K_TILES, V_TILES, PARTS, TAIL,
+                scale, D, K_TILES, V_TILES, PARTS, TAIL, HAS_MASK,
             )),
             (load_tiles, (
-                descs, bufs, bars, lut, row, part, Hq, groups, Tm, Tn, topk, K_TILES, V_TILES, PARTS, TAIL,
+                descs, bufs, bars, lut, row, part, Hq, groups, Tm, Tn, topk, K_TILES, V_TILES, PARTS, TAIL, HAS_MASK,
             )),
         ],
         [1],

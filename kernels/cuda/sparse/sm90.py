@@ -21,6 +21,7 @@ from sla2_compile.kernels.cuda.device import padded
 from sla2_compile.kernels.cuda.forward.sm90 import BLOCK_K, ROWS, multiprocessors, swizzled_tiles, whole_tiles
 from sla2_compile.kernels.cuda.launch.layout import Slot, Tiles
 from sla2_compile.kernels.cuda.launch.schedule import Schedule
+from sla2_compile.kernels.cuda.sparse.clean import clean_kernel
 from sla2_compile.kernels.cuda.sparse.cuts_sm90 import forward_cut, queries_cut, terms_cut
 from sla2_compile.kernels.cuda.sparse.pieces import pieces_kernel
 from sla2_compile.kernels.cuda.sparse.pooled import Pool, TermGradients, order_of
@@ -62,6 +63,37 @@ class Rows:
     x2: Slot
 
 
+@dataclass(frozen=True)
+class Keys:
+    """k and v as the kernels read them: as given, or where a mask hides some, of `clean_kernel`.
+
+    Attributes:
+        hidden: what is added to scores; None without a mask.
+    """
+
+    k: Slot
+    v: Slot
+    k_layout: Layout
+    v_layout: Layout
+    hidden: Slot | None
+
+    @classmethod
+    def add(cls, schedule: Schedule, args: SparseArgs[Layout], slots: SparseArgs[Slot]) -> Keys:
+        """Have the keys cleaned that need it."""
+        k, v, mask = args.k, args.v, args.key_mask
+        if mask is None:
+            return cls(slots.k, slots.v, k, v, None)
+        (B, heads, Nk, D), tn = k.shape, num_blocks(k.shape[2], BLOCK_K)
+        clean_k, clean_v = (schedule.empty(name, (B, heads, Nk, D), k.dtype) for name in ("clean_k", "clean_v"))
+        hidden = schedule.empty("hidden", (B, tn * BLOCK_K), torch.float32)
+        schedule.launch(
+            clean_kernel, (B * heads * tn,), slots.k, slots.v, slots.key_mask, clean_k, clean_v, hidden,
+            *k.stride[:3], *v.stride[:3], mask.stride[0], heads, Nk, tn, D=D, BLOCK_D=padded(D), BLOCK_K=BLOCK_K,
+            num_warps=4,
+        )  # fmt: skip
+        return cls(clean_k, clean_v, clean_k.layout(k.device), clean_v.layout(k.device), hidden)
+
+
 class Sizes(NamedTuple):
     """Batch, heads of k, query heads of each, query and key blocks, entries of a row of the table, lengths, dim."""
 
@@ -87,13 +119,19 @@ class Call:
 
     Attributes:
         args, slots: its layouts, and where its tensors lie.
-        pool: its pooled terms, and the map of `logs_kernel`; never read without a tail.
+        pool: its pooled terms, and the map of `logs_kernel`; never read without a tail. seen: its keys.
     """
 
     schedule: Schedule
     args: SparseArgs[Layout]
     slots: SparseArgs[Slot]
     pool: Pool
+    seen: Keys
+
+    @classmethod
+    def begin(cls, schedule: Schedule, args: SparseArgs[Layout], slots: SparseArgs[Slot]) -> Call:
+        """Have its terms pooled and its keys cleaned, if it has any."""
+        return cls(schedule, args, slots, Pool.add(schedule, args, slots, logs=True), Keys.add(schedule, args, slots))
 
     @property
     def sizes(self) -> Sizes:
@@ -125,7 +163,17 @@ class Call:
 
     @property
     def kv(self) -> tuple[Tiles, Tiles]:
-        return self.tiles(self.slots.k, self.args.k), self.tiles(self.slots.v, self.args.v)
+        return self.tiles(self.seen.k, self.seen.k_layout), self.tiles(self.seen.v, self.seen.v_layout)
+
+    @property
+    def masked(self) -> bool:
+        return self.seen.hidden is not None
+
+    @property
+    def hidden(self) -> Tiles:
+        """What is added to the scores of each key block; k without a mask."""
+        hidden = self.seen.hidden
+        return self.kv[0] if hidden is None else whole_tiles(hidden, hidden.shape, 1, BLOCK_K)
 
     def tail(self, blocks: int = BLOCK_K) -> tuple[Tiles, Tiles, Tiles, Tiles]:
         """Pooled keys, their values, spreads, and logarithms, in tiles of some key blocks; k without a tail."""
@@ -145,11 +193,11 @@ class Call:
         items = B * Hq * tm * cut.parts
         self.schedule.launch(
             kernels()[0], (min(items, cut.programs * self.multiprocessors),),
-            self.q(), *self.kv, *self.tail(),
+            self.q(), *self.kv, *self.tail(), self.hidden,
             swizzled_tiles(made.o, (B, Hq, Nq, D), (Nq * Hq * D, D, Hq * D, 1), 1, 1, ROWS, self.width),
             self.slots.lut, self.slots.k_mean, made.lse, made.alpha, Hq, groups, tm, tn, topk, items, Nq, Nk,
             self.args.scale, D=D, STAGES=cut.k_tiles, GROUPS=cut.groups, PARTS=cut.parts, TAIL=self.order,
-            REGISTERS=REGISTERS, num_warps=4, maxnreg=cut.at_launch,
+            HAS_MASK=self.masked, REGISTERS=REGISTERS, num_warps=4, maxnreg=cut.at_launch,
         )  # fmt: skip
 
 
@@ -193,9 +241,9 @@ class Backward:
         call.schedule.launch(
             kernels()[1], (B * heads * groups * tm * cut.parts,),
             x, self.do(part), call.tiles_like(q, rows.x2, part) if call.order == 2 else x, *call.kv, *call.tail(),
-            call.tiles_like(q, dq, part), call.slots.k_mean, call.slots.lut, self.slots.saved.lse, rows.shifts,
-            rows.log_sums, heads * groups, groups, Nq, Nk, tm, tn, topk, call.args.scale,
-            D=D, K_TILES=cut.k_tiles, V_TILES=cut.v_tiles, PARTS=cut.parts, TAIL=call.order,
+            call.hidden, call.tiles_like(q, dq, part), call.slots.k_mean, call.slots.lut, self.slots.saved.lse,
+            rows.shifts, rows.log_sums, heads * groups, groups, Nq, Nk, tm, tn, topk, call.args.scale,
+            D=D, K_TILES=cut.k_tiles, V_TILES=cut.v_tiles, PARTS=cut.parts, TAIL=call.order, HAS_MASK=call.masked,
             num_warps=4 * cut.groups, maxnreg=cut.at_launch,
         )  # fmt: skip
 
@@ -236,9 +284,10 @@ class Backward:
         call.schedule.launch(
             kernels()[3], (B * heads * tn,),
             call.q(), self.do(), self.row_tiles(rows.shifts), self.row_tiles(rows.log_sums), *call.kv,
-            *(call.tiles_like(call.args.k, x) for x in (dk, dv)), lists, call.slots.k_mean, call.pool.keys,
-            call.pool.counts, terms.keys, terms.values, terms.spreads, heads, groups, Nk, tm, tn, groups * tm * topk,
+            *(call.tiles_like(call.args.k, x) for x in (dk, dv)), lists, call.slots.k_mean,
+            call.seen.hidden or call.slots.q, call.pool.keys, call.pool.counts, terms.keys, terms.values, terms.spreads,
+            heads, groups, Nk, tm, tn, groups * tm * topk,
             call.args.scale,
             D=D, BLOCK_D=call.width, BLOCK_K=BLOCK_K, STAGES=2 if call.width > 64 else 4,
-            PARTS=call.args.block_q // ROWS, TAIL=call.order, num_warps=4,
+            PARTS=call.args.block_q // ROWS, TAIL=call.order, HAS_MASK=call.masked, num_warps=4,
         )  # fmt: skip
