@@ -285,9 +285,8 @@ class Backward:
             kernels()[3], (B * heads * tn,),
             call.q(), self.do(), self.row_tiles(rows.shifts), self.row_tiles(rows.log_sums), *call.kv,
             *(call.tiles_like(call.args.k, x) for x in (dk, dv)), lists, call.slots.k_mean,
-            call.seen.hidden or call.slots.q, call.pool.keys, call.pool.counts, terms.keys, terms.values, terms.spreads,
-            heads, groups, Nk, tm, tn, groups * tm * topk,
-            call.args.scale,
+            call.seen.hidden or call.slots.q, call.pool.keys, call.pool.counts, terms.keys, terms.values,
+            terms.spreads, heads, groups, Nk, tm, tn, groups * tm * topk, call.args.scale,
             D=D, BLOCK_D=call.width, BLOCK_K=BLOCK_K, STAGES=2 if call.width > 64 else 4,
             PARTS=call.args.block_q // ROWS, TAIL=call.order, HAS_MASK=call.masked, num_warps=4,
         )  # fmt: skip
