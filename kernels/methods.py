@@ -176,19 +176,24 @@ def _projected(
         raise fail("feature_map", f"be one of {', '.join(FEATURE_MAPS)}", repr(feature_map), "softmax is the paper's")
     with without_autocast(q):
         linear = linear_attention(q, k, v, key_mask, feature_map)
-        # a product of tensor cores has 16 bits, and sums in float32
-        dtype = q.dtype if q.is_cuda and q.dtype == torch.bfloat16 else linear.dtype
-        bias = None if linear_bias is None else linear_bias.to(dtype)
-        return F.linear(linear.to(dtype), linear_weight.to(dtype), bias).to(q.dtype)
+        return _linear(linear, linear_weight, linear_bias, q).to(q.dtype)
 
 
 def _gated(q: Tensor, coarse: Tensor, block: int, gate_weight: Tensor, gate_bias: Tensor | None = None) -> Tensor:
     """VSA's coarse branch (B, Hq, Tm, Dv) for all rows of its cubes, times the gate that q opens."""
-    acc = coarse.dtype
     with without_autocast(q):
-        gate = F.linear(q.to(acc), gate_weight.to(acc), None if gate_bias is None else gate_bias.to(acc))
-        rows = coarse.repeat_interleave(block, dim=2)[:, :, : q.shape[2]]
+        gate = _linear(q.to(coarse.dtype), gate_weight, gate_bias, q)
+        rows = coarse.to(gate.dtype).repeat_interleave(block, dim=2)[:, :, : q.shape[2]]
         return (gate * rows).to(q.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, q: Tensor) -> Tensor:
+    """A linear function of x, which is in the accumulation dtype, for a call on q.
+
+    On a GPU, bfloat16 is multiplied as it is, and summed in float32 by the tensor cores.
+    """
+    dtype = q.dtype if q.is_cuda and q.dtype == torch.bfloat16 else x.dtype
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _with_dense_rows(

@@ -30,16 +30,19 @@ from sla2_compile.kernels.cuda.launch.steps import Launch  # noqa: E402
 from sla2_compile.kernels.kinds import Straight  # noqa: E402
 
 allocated = 0
-new_empty = Tensor.new_empty
 
 
-def counted(*args: Any, **kwargs: Any) -> Tensor:
-    global allocated
-    allocated += 1
-    return new_empty(*args, **kwargs)
+def counted(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocated_by(*args: Any, **kwargs: Any) -> Tensor:
+        global allocated
+        allocated += 1
+        return allocate(*args, **kwargs)
+
+    return allocated_by
 
 
-Tensor.new_empty = counted  # type: ignore[method-assign]
+Tensor.new_empty = counted(Tensor.new_empty)  # type: ignore[method-assign]
+Tensor.new_empty_strided = counted(Tensor.new_empty_strided)  # type: ignore[method-assign]
 
 
 def run(name: str, N: int, D: int = 64, causal: bool = False, masked: bool = False, low: str = "none") -> None:

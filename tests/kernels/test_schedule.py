@@ -256,6 +256,8 @@ def test_a_straight_run_launches_what_a_run_launches(
     assert len(kernel.calls) == 2
     assert {(o.shape, o.stride(), o.dtype) for o in made} == {((1, 2, 3, 8), (48, 8, 16, 1), torch.bfloat16)}
     assert made[1].numel() == 48
+    # autograd would refuse writes to a view in place
+    assert not any(o._is_view() for o in made)
     assert len({o.data_ptr() for o in made}) == 4
 
 

@@ -110,7 +110,8 @@ class Fenced:
         size = math.prod(slot.shape) * slot.dtype.itemsize
         memory = torch.full((size + 2 * self.FENCE,), self.SIGN, dtype=torch.uint8, device=like.device)
         self.kept.append(memory)
-        return memory[self.FENCE : self.FENCE + size].view(slot.dtype).view(slot.shape)
+        x = memory[self.FENCE : self.FENCE + size].view(slot.dtype).view(slot.shape)
+        return x.transpose(1, 2) if slot.transposed else x
 
     def assert_whole(self) -> None:
         assert self.kept

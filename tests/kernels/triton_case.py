@@ -174,6 +174,7 @@ def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(x: Tensor) -> Tensor:
         return x.fill_(float("nan") if x.is_floating_point() else wild.get(x.dtype, 12345))
 
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
+    new_empty, strided, empty_like = Tensor.new_empty, Tensor.new_empty_strided, torch.empty_like
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty_strided", lambda *a, **k: poison(strided(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))

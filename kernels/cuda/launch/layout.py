@@ -16,7 +16,7 @@ class Slot:
     """A tensor of a future call, number `at` of a schedule.
 
     Attributes:
-        transposed: whether a run returns it with axes 1 and 2 swapped.
+        transposed: whether a run returns it with axes 1 and 2 swapped; its memory is as `shape` says.
     """
 
     at: int
@@ -24,6 +24,16 @@ class Slot:
     shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool = False
+
+    def allocate(self, like: Tensor) -> Tensor:
+        """Allocate it on the device of like, as a run returns it.
+
+        A transposed one is no view: autograd would refuse later writes to it in place.
+        """
+        if not self.transposed:
+            return like.new_empty(self.shape, dtype=self.dtype)
+        B, N, H, D = self.shape
+        return like.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=self.dtype)
 
     def layout(self, device: torch.device) -> Layout:
         """The layout of the tensor that a run makes: contiguous, and aligned by the allocator."""

@@ -103,7 +103,7 @@ class Rerun:
         assert first is not None
         for slot in room.tensors:
             if tensors[slot.at] is None:
-                tensors[slot.at] = first.new_empty(slot.shape, dtype=slot.dtype)
+                tensors[slot.at] = slot.allocate(first)
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         if room.size:
             # held until the last launch is on the stream; then the allocator may give it to later launches

@@ -76,7 +76,7 @@ class Schedule:
 
     def allocate(self, like: Tensor) -> list[Tensor]:
         """Allocate a first run's own tensors, in the order of `empty`, on the device of like."""
-        return [like.new_empty(slot.shape, dtype=slot.dtype) for slot in self._allocated]
+        return [slot.allocate(like) for slot in self._allocated]
 
     def scratch_bytes(self, results: tuple[Slot, ...]) -> int:
         """Bytes that a run takes for kernel-private tensors, given the results that its caller sees."""
@@ -93,7 +93,7 @@ class Schedule:
         """Make the launches; inputs have the layouts that the schedule was made for. Returns one tensor per result.
 
         Args:
-            into: memory for the results, one tensor each, of the slot's shape; allocated if empty.
+            into: memory for the results, one tensor each, of the slot's shape, and returned so; allocated if empty.
             scratch: `scratch_bytes` of memory, uint8; allocated if None.
         """
         first = inputs[0]
@@ -112,7 +112,7 @@ class Schedule:
             if tensors[slot.at] is not x:
                 # made by a step that PyTorch computes
                 tensors[slot.at] = x.copy_(tensors[slot.at])
-        return [tensors[slot.at].transpose(1, 2) if slot.transposed else tensors[slot.at] for slot in results]
+        return [tensors[slot.at] for slot in results]
 
     @property
     def bare(self) -> bool:

@@ -59,7 +59,7 @@ class Pool:
             pool_blocks_kernel, (B * heads * tn,),
             slots.k, slots.v, slots.k_mean, slots.key_mask, keys, values, spreads, counts,
             *k.stride[:3], *v.stride[:3], 0 if mask is None else mask.stride[0], heads, Nk, tn,
-            D=D, DV=Dv, BLOCK_K=args.block_k, CHUNK=min(64, max(padded(D), padded(Dv))), SECOND=second,
+            D=D, DV=Dv, BLOCK_K=args.block_k, CHUNK=min(128 if args.block_k <= 64 else 64, max(padded(D), padded(Dv))), SECOND=second,
             HAS_MASK=mask is not None, num_warps=8 if args.block_k > 64 else 4,
         )  # fmt: skip
         if logs:
