@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -116,10 +117,38 @@ def assembler() -> str:
     return subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+def names_in(code: CodeType) -> set[str]:
+    """Names that a function's code reads, those in comprehensions too."""
+    return set(code.co_names).union(*(names_in(x) for x in code.co_consts if isinstance(x, CodeType)))
+
+
+@functools.cache
+def code_of(function: Any) -> str:
+    """The text of a kernel and of all of ours that it calls, and the constants that these read.
+
+    Triton's own key of a kernel is another one if what it calls was compiled before.
+    """
+    seen: dict[str, str] = {}
+    waiting = [function]
+    while waiting:
+        one = waiting.pop()
+        found = {name: one.fn.__globals__.get(name) for name in names_in(one.fn.__code__)}
+        constants = {name: str(x) for name, x in found.items() if isinstance(x, triton.language.constexpr)}
+        seen[f"{one.fn.__module__}.{one.fn.__name__}"] = f"{one.src} {sorted(constants.items())}"
+        called = [x for x in found.values() if isinstance(x, triton.runtime.JITFunction)]
+        waiting += [x for x in called if f"{x.fn.__module__}.{x.fn.__name__}" not in seen]
+    return str(sorted(seen.items()))
+
+
 def fingerprint(launch: Launch, arch: int) -> str:
     """Kernel, chip, and a hash of the kernel's code, of what it calls, of its arguments' types and of the options."""
     source, options = source_of(launch)
-    whole = f"{source.hash()} {sorted(options.items())} {arch} {assembler()}"
+    arguments = [
+        sorted(source.signature.items()),
+        sorted(map(str, source.constants.items())),
+        sorted(source.attrs.items()),
+    ]
+    whole = f"{code_of(launch.kernel)} {arguments} {sorted(options.items())} {arch} {assembler()}"
     return f"{launch.kernel.fn.__name__} sm_{arch} {hashlib.sha256(whole.encode()).hexdigest()[:20]}"
 
 
