@@ -112,8 +112,8 @@ def errors_of(case: Case) -> dict[str, Tensor]:
 def test_error_beside_that_of_bf16(D: int) -> None:
     """On normal data: within 3 times bf16's own for INT8's whole op, where one key block of 32 is kept.
 
-    The sparse branch, and FP8 in both, cost what their formats do (docs/method.md). One draw has a ratio of 2.7 to 3.1
-    on an H200: the rule is for draws together.
+    The sparse branch, and FP8 in both, cost what their formats do (docs/method.md). The rule is for draws together:
+    one alone has a ratio of 2.7 to 3.1 on an H200.
     """
     draws = [
         Case(groups=1, Nq=1024, Nk=2048, D=D, Dv=D, block_q=128, block_k=64, topk_ratio=0.05, alpha="none", seed=seed)
