@@ -18,6 +18,7 @@ convert    stage 2 without QAT, then low bit (`convert`)
 sparse     stage 2 with the sparse branch alone
 heuristic  stage 2 with a router that nothing trained
 methods    other methods than SLA2, untrained and after stage 2
+tails      SLA2 and pooled tails once more, by three seeds
 demo       the model of `examples/demo.py`, on one photograph and batik, as trained.safetensors
 
 Every row is saved when it is there, in the folder --state, and runs whose rows are there are skipped: a part that was
@@ -45,7 +46,19 @@ from benchmarks.quality_training import FULL, TINY, Size
 from benchmarks.quality_variants import Bench, Run
 
 RUNS = [*quality_variants.runs(), *quality_curves.runs(), *quality_methods.runs(), *quality_demo.runs()]
-PARTS = ("teacher", "stage1", "stage2", "control", "curves", "convert", "sparse", "heuristic", "methods", "demo")
+PARTS = (
+    "teacher",
+    "stage1",
+    "stage2",
+    "control",
+    "curves",
+    "convert",
+    "sparse",
+    "heuristic",
+    "methods",
+    "tails",
+    "demo",
+)
 
 
 def measure(run: Run, bench: Bench, about: dict[str, str]) -> float:
@@ -79,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stage1", type=int, help="steps of stage 1")
     parser.add_argument("--stage2", type=int, help="steps of stage 2 and of the control")
     parser.add_argument("--curves", type=int, help="steps of each curve")
-    parser.add_argument("--sparsity", type=int, help="of the runs that have one: only this, and only its first seed")
+    parser.add_argument("--sparsity", type=int, help="of the runs that have one: only this")
+    parser.add_argument("--seeds", type=int, default=1, help="with --sparsity: how many seeds of a run")
     parser.add_argument("--limit", type=float, default=450.0, help="seconds after which no run is started")
     parser.add_argument("--state", type=Path, help="folder of what the parts leave to each other")
     parser.add_argument("--output", type=Path, help="prefix of the JSON, Markdown and PNG files")
@@ -123,7 +137,7 @@ def work(bench: Bench, given: argparse.Namespace, about: dict[str, str]) -> list
     for run in sorted(RUNS, key=lambda run: PARTS.index(run.part)):
         wanted = not given.parts or run.part in given.parts
         if given.sparsity is not None and run.sparsity is not None:
-            wanted = wanted and run.sparsity == given.sparsity and run.seed == 0
+            wanted = wanted and run.sparsity == given.sparsity and run.seed < given.seeds
         if not wanted or all(bench.state.has(run.part, run.row(variant)) for variant in run.variants):
             continue
         passed = time.perf_counter() - start

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.environment import described
 from benchmarks.quality_curves import WINDOW, verdict
 from benchmarks.quality_methods import table as methods
+from benchmarks.quality_methods import tails
 from benchmarks.quality_plots import curves_picture, error_picture, samples_picture
 from benchmarks.quality_state import Row, State
 
@@ -70,11 +71,15 @@ def markdown(found: Found) -> str:
     for part in found:
         taken.setdefault(described(found[part]["environment"]), []).append(part)
     lines += [f"- {', '.join(parts)}: {how}" for how, parts in taken.items()]
-    rows = [row for part in found if part not in ("curves", "demo", "methods") for row in found[part]["rows"]]
+    rows = [
+        row for part in found if part not in ("curves", "demo", "methods", "tails") for row in found[part]["rows"]
+    ]
     if rows:
         lines += ["", *teacher(rows), "", *table(rows), "", NOTES]
     if "methods" in found:
         lines += ["", "## Other methods", "", *methods(found["methods"]["rows"])]
+    if "tails" in found:
+        lines += ["", "## Three seeds of the nearest ones", "", *tails(found["tails"]["rows"])]
     if "curves" in found:
         lines += ["", "## From scratch", "", *curves(found["curves"]["rows"])]
     return "\n".join(lines) + "\n"
