@@ -82,13 +82,24 @@ def tails(rows: list[Row]) -> list[str]:
                 cells = [f"{mean(x):.4f}" + (f" ± {stdev(x):.4f}" if len(x) > 1 else "") for x in values]
                 when = variant.removeprefix(f"{method}, ")
                 lines.append("| " + " | ".join([method, str(len(mine)), when, *cells]) + " |")
-    return [*lines, "", f"At {MAIN} % sparsity. A seed decides what training draws; an untrained model has none."]
+    how = f"At {MAIN} % sparsity. A seed decides what training draws; an untrained model has none."
+    return [*lines, "", how, *teacher(rows)]
+
+
+def teacher(rows: list[Row]) -> list[str]:
+    """What the teacher of these rows is, where the part has one of its own."""
+    full = next((row for row in rows if row["variant"] == "full"), None)
+    if full is None:
+        return []
+    return [
+        f"The teacher of these rows is another one: {full['training_steps']} steps in {full['training_s']:.0f} s, with "
+        f"a held-out loss of {full['loss']:.4f}."
+    ]
 
 
 def table(rows: list[Row]) -> list[str]:
     """The methods side by side; where the part has a teacher of its own, what that is."""
     by_name = {row["variant"]: row for row in rows}
-    full = by_name.get("full")
     measures = {"step": "step error", "sample": "sample error", "loss_gap": "held-out loss less full's"}
     heads = ["method", *(f"{title}, {when}" for title in measures.values() for when in ("untrained", "stage 2"))]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -96,10 +107,4 @@ def table(rows: list[Row]) -> list[str]:
         mine = [by_name.get(name, {}) for name in names(method)]
         cells = [f"{row[key]:.4f}" if key in row else "" for key in measures for row in mine]
         lines.append("| " + " | ".join([method, *cells]) + " |")
-    if full:
-        lines += [
-            "",
-            f"At {MAIN} % sparsity, one seed. The teacher of these rows is another one: {full['training_steps']} "
-            f"steps in {full['training_s']:.0f} s, with a held-out loss of {full['loss']:.4f}.",
-        ]
-    return lines
+    return [*lines, "", f"At {MAIN} % sparsity, one seed.", *teacher(rows)]

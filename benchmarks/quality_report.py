@@ -79,7 +79,7 @@ def markdown(found: Found) -> str:
     if "methods" in found:
         lines += ["", "## Other methods", "", *methods(found["methods"]["rows"])]
     if "tails" in found:
-        lines += ["", "## Three seeds of the nearest ones", "", *tails(found["tails"]["rows"])]
+        lines += ["", "## The nearest ones by several seeds", "", *tails(found["tails"]["rows"])]
     if "curves" in found:
         lines += ["", "## From scratch", "", *curves(found["curves"]["rows"])]
     return "\n".join(lines) + "\n"

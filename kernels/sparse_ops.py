@@ -6,7 +6,7 @@
 | `sla2::sparse_attention_backward` | `SparseBackwardArgs` -> `SparseBackwardResult` |
 
 It passes the gradient of o to q, k and v, and no other: lse and alpha are for statistics. Blocked PyTorch computes it
-on every device, but on a GPU the calls that the Triton kernels take (`support.py`).
+on every device, but on a GPU the calls that the kernels there take (`support.py`).
 """
 
 from __future__ import annotations

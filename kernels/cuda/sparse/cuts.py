@@ -1,4 +1,4 @@
-"""How the kernels of `sla2::sparse_attention` are cut: so that they spill little or nothing. None was timed yet."""
+"""How the kernels of `sla2::sparse_attention` are cut: so that they spill little or nothing. None was timed."""
 
 from __future__ import annotations
 
