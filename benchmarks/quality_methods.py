@@ -92,8 +92,8 @@ def teacher(rows: list[Row]) -> list[str]:
     if full is None:
         return []
     return [
-        f"The teacher of these rows is another one: {full['training_steps']} steps in {full['training_s']:.0f} s, with "
-        f"a held-out loss of {full['loss']:.4f}."
+        f"The teacher of these rows is another one: {full['training_steps']} steps in {full['training_s']:.0f} s, "
+        f"with a held-out loss of {full['loss']:.4f}."
     ]
 
 
