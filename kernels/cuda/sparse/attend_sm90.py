@@ -73,6 +73,52 @@ def ask_both(desc, place, row_desc, at, bufs, row_bufs, full, empty, done, STAGE
 
 
 @jit
+def entry(table, at, count, Tn):
+    """Entry `at` of a row of the table; that of an empty row is a block after the last key, which loads zeros."""
+    return gl.where(at < count, gl.load(table + at), Tn)
+
+
+@jit
+def ask_block(
+    descs, bufs, bars, table, row, b, h_kv, Tn, topk, k_done, v_done, K_TILES: gl.constexpr, V_TILES: gl.constexpr,
+    TAIL: gl.constexpr, HAS_MASK: gl.constexpr,
+):  # fmt: skip
+    """Ask for what a query block attends to: tiles of pooled terms, then the key blocks of its row of the table.
+
+    k_done, v_done: how many tiles of k and of v were asked for before; returns them as they are then.
+    """
+    k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc = descs
+    k_bufs, v_bufs, logs_bufs = bufs
+    k_full, k_empty, v_full, v_empty = bars
+    BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
+    if TAIL > 0:
+        for n in range((Tn + BLOCK_K - 1) // BLOCK_K):
+            place = [b, h_kv, n * BLOCK_K, 0]
+            at = [row, n * BLOCK_K]
+            ask_both(pooled_desc, place, logs_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, K_TILES)
+            k_done += 1
+            if TAIL == 2:
+                ask(spreads_desc, place, k_bufs, k_full, k_empty, k_done, K_TILES)
+                k_done += 1
+            ask(means_desc, place, v_bufs, v_full, v_empty, v_done, V_TILES)
+            v_done += 1
+    count = kept(table, topk)
+    steps = gl.maximum(count, 1)
+    for n in range(steps):
+        key = entry(table, steps - 1 - n, count, Tn) * BLOCK_K
+        place = [b, h_kv, key, 0]
+        if HAS_MASK:
+            at = [b, key]
+            ask_both(k_desc, place, hidden_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, K_TILES)
+        else:
+            ask(k_desc, place, k_bufs, k_full, k_empty, k_done, K_TILES)
+        ask(v_desc, place, v_bufs, v_full, v_empty, v_done, V_TILES)
+        k_done += 1
+        v_done += 1
+    return k_done, v_done
+
+
+@jit
 def load_tiles(
     descs, bufs, bars, lut, Hq, groups, Tm, Tn, topk, items, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     PARTS: gl.constexpr, TAIL: gl.constexpr, HAS_MASK: gl.constexpr,
@@ -81,7 +127,9 @@ def load_tiles(
     q_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc = descs
     q_bufs, k_bufs, v_bufs, logs_bufs, _ = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
+    descs_of = (k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc)
+    bufs_of = (k_bufs, v_bufs, logs_bufs)
+    bars_of = (k_full, k_empty, v_full, v_empty)
     k_done = 0
     v_done = 0
     turn = 0
@@ -99,37 +147,10 @@ def load_tiles(
         for part in gl.static_range(GROUPS):
             place = [b, h, (tile + part) * ROWS, 0]
             tma.async_copy_global_to_shared(q_desc, place, q_full.index(side), q_bufs.index(GROUPS * side + part))
-        if TAIL > 0:
-            for n in range((Tn + BLOCK_K - 1) // BLOCK_K):
-                place = [b, h_kv, n * BLOCK_K, 0]
-                at = [row, n * BLOCK_K]
-                ask_both(pooled_desc, place, logs_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, STAGES)
-                k_done += 1
-                if TAIL == 2:
-                    ask(spreads_desc, place, k_bufs, k_full, k_empty, k_done, STAGES)
-                    k_done += 1
-                ask(means_desc, place, v_bufs, v_full, v_empty, v_done, STAGES)
-                v_done += 1
-        count = kept(table, topk)
-        steps = gl.maximum(count, 1)
-        for n in range(steps):
-            key = entry(table, steps - 1 - n, count, Tn) * BLOCK_K
-            place = [b, h_kv, key, 0]
-            if HAS_MASK:
-                at = [b, key]
-                ask_both(k_desc, place, hidden_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, STAGES)
-            else:
-                ask(k_desc, place, k_bufs, k_full, k_empty, k_done, STAGES)
-            ask(v_desc, place, v_bufs, v_full, v_empty, v_done, STAGES)
-            k_done += 1
-            v_done += 1
+        k_done, v_done = ask_block(
+            descs_of, bufs_of, bars_of, table, row, b, h_kv, Tn, topk, k_done, v_done, STAGES, STAGES, TAIL, HAS_MASK
+        )  # fmt: skip
         turn += 1
-
-
-@jit
-def entry(table, at, count, Tn):
-    """Entry `at` of a row of the table; that of an empty row is a block after the last key, which loads zeros."""
-    return gl.where(at < count, gl.load(table + at), Tn)
 
 
 @jit

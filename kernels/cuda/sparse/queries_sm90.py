@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sla2_compile.kernels.cuda.forward.attend_sm90 import LOG2_E, masked
-from sla2_compile.kernels.cuda.sparse.attend_sm90 import ask, ask_both, entry, kept, release, start_keys
+from sla2_compile.kernels.cuda.sparse.attend_sm90 import ask_block, entry, kept, release, start_keys
 
 
 @jit
@@ -35,7 +35,6 @@ def load_tiles(
     q_desc, do_desc, x2_desc, k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc = descs
     x_buf, g_buf, k_bufs, v_bufs, logs_bufs, x2_buf = bufs
     begun, k_full, k_empty, v_full, v_empty = bars
-    BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
     bh = row // Tm
     b = bh // Hq
     h = bh % Hq
@@ -49,31 +48,13 @@ def load_tiles(
         tma.async_copy_global_to_shared(x2_desc, place, begun, x2_buf)
     k_done = 0
     v_done = 0
-    if TAIL > 0:
-        for n in range((Tn + BLOCK_K - 1) // BLOCK_K):
-            place = [b, h_kv, n * BLOCK_K, 0]
-            at = [row, n * BLOCK_K]
-            ask_both(pooled_desc, place, logs_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, K_TILES)
-            k_done += 1
-            if TAIL == 2:
-                ask(spreads_desc, place, k_bufs, k_full, k_empty, k_done, K_TILES)
-                k_done += 1
-            ask(means_desc, place, v_bufs, v_full, v_empty, v_done, V_TILES)
-            v_done += 1
     table = lut + row.to(gl.int64) * topk
-    count = kept(table, topk)
-    steps = gl.maximum(count, 1)
-    for n in range(steps):
-        key = entry(table, steps - 1 - n, count, Tn) * BLOCK_K
-        place = [b, h_kv, key, 0]
-        if HAS_MASK:
-            at = [b, key]
-            ask_both(k_desc, place, hidden_desc, at, k_bufs, logs_bufs, k_full, k_empty, k_done, K_TILES)
-        else:
-            ask(k_desc, place, k_bufs, k_full, k_empty, k_done, K_TILES)
-        ask(v_desc, place, v_bufs, v_full, v_empty, v_done, V_TILES)
-        k_done += 1
-        v_done += 1
+    descs_of = (k_desc, v_desc, pooled_desc, means_desc, spreads_desc, logs_desc, hidden_desc)
+    bars_of = (k_full, k_empty, v_full, v_empty)
+    ask_block(
+        descs_of, (k_bufs, v_bufs, logs_bufs), bars_of, table, row, b, h_kv, Tn, topk, k_done, v_done, K_TILES,
+        V_TILES, TAIL, HAS_MASK,
+    )  # fmt: skip
 
 
 @jit
