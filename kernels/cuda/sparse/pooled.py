@@ -37,7 +37,7 @@ class Pool:
     """The pooled terms of a call, of `pool_blocks_kernel`; without a tail all are q, and never read.
 
     Attributes:
-        left: of `complement_kernel`: which key blocks each query block has not selected; for Hopper's forward the map
+        left: of `complement_kernel`: which key blocks each query block has not selected; for Hopper's kernels the map
             of `logs_kernel` in its place.
     """
 
@@ -54,7 +54,7 @@ class Pool:
 
     @classmethod
     def add(cls, schedule: Schedule, args: SparseArgs[Layout], slots: SparseArgs[Slot], logs: bool = False) -> Pool:
-        """Have the pooled terms made that a call has; logs: for Hopper's forward."""
+        """Have the pooled terms made that a call has; logs: for Hopper's kernels."""
         k, v, mask, order = args.k, args.v, args.key_mask, order_of(args)
         if not order:
             return cls(*(slots.q,) * 5)
