@@ -1,7 +1,7 @@
 """The launches of `sla2::sparse_attention` on a GPU: pooled terms and which of them count, then the softmax.
 
-Which key blocks a query block has left is a map of one byte for each pair, B Hq Tm Tn in all, while the call runs; for
-Hopper's kernels (`sm90.py`) it has four bytes, and rows of whole tiles.
+Which key blocks a query block has left is a map of one byte for each pair, B Hq Tm Tn in all, while the call runs.
+For Hopper's kernels (`sm90.py`) it has four bytes, and rows of whole tiles.
 """
 
 from __future__ import annotations
